@@ -1,0 +1,172 @@
+"""A lab session: what the first cell of a notebook makes, and every later cell asks.
+
+    lab = Lab("02")
+    lab.predict("02.p1", guess=...)
+    decode_step = lab.check("02.2", decode_step)
+    lab.hint("02.2")
+    lab.reveal("02.p1", 4.2)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, TypeVar
+
+from labkit import measure
+from labkit.course import cards
+from labkit.course.exercise import Exercise, Verdict, examine
+from labkit.course.exercises import contents
+from labkit.course.progress import Progress
+from labkit.ledger import Work, ledger
+
+Answer = TypeVar("Answer", bound=Callable)
+
+
+class Lab:
+    """One lab's session. Prints its card; loads the lab model when it is first asked for."""
+
+    def __init__(self, number: str, *, progress: Progress | None = None) -> None:
+        from labkit.course import doctor
+
+        self.contents = contents(number)
+        self.number = self.contents.number
+        self.exercises = {exercise.id: exercise for exercise in self.contents.exercises}
+        self.predictions = {prediction.id: prediction for prediction in self.contents.predictions}
+        self.quizzes = {quiz.id: quiz for quiz in self.contents.quizzes}
+        self.progress = progress or Progress()
+        self.verdicts: dict[str, Verdict] = {}
+        self.guesses: dict[str, float] = {}
+        self.hints_given: dict[str, int] = {}
+        print(f"Lab {self.number} · {self.contents.title}")
+        print(doctor.card())
+
+    # What the lab runs on.
+
+    @cached_property
+    def model(self):
+        """The lab model, a `labkit.llama.Llama` in float32 on this session's device."""
+        from labkit import models
+
+        return models.load(device=self.device)
+
+    @cached_property
+    def tokenizer(self):
+        """The lab model's tokenizer (Hugging Face's)."""
+        from labkit import models
+
+        return models.tokenizer()
+
+    @cached_property
+    def device(self):
+        """Where the lab runs: `torch.device("cpu")` or `torch.device("cuda")`."""
+        from labkit.device import pick_device
+
+        return pick_device().torch_device
+
+    @property
+    def profile(self) -> str:
+        """ "quick", or "full" for larger sizes."""
+        from labkit.device import profile
+
+        return profile()
+
+    def ledger(self, watch: Any = None) -> AbstractContextManager[Work]:
+        """Count the work of a block; K/V projections of the lab model unless `watch` names other weights."""
+        return ledger(self.model if watch is None else watch)
+
+    def time(self, runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7) -> dict[str, measure.Timing]:
+        """Time several things in alternation on this session's device."""
+        return measure.alternate(runs, repeats=repeats, device=self.device)
+
+    # Blanks.
+
+    def check(self, id: str, answer: Answer) -> Answer:
+        """Say pass, pending or not yet; return `answer` when it passes and the reference otherwise."""
+        exercise = self.find(self.exercises, id, "exercise")
+        if answer is exercise.reference:
+            print(cards.is_reference(exercise))
+            return answer
+        verdict = examine(exercise, answer)
+        self.verdicts[id] = verdict
+        self.remember(exercise, verdict)
+        print(cards.verdict(exercise, verdict))
+        return answer if verdict.status == "pass" else exercise.reference  # type: ignore[return-value]
+
+    def remember(self, exercise: Exercise, verdict: Verdict) -> None:
+        """Write a verdict down. A pass, once earned, stays."""
+        if verdict.status == "pending":
+            return
+        self.progress.count("exercises", exercise.id, "attempts")
+        if verdict.status == "pass":
+            self.progress.record("exercises", exercise.id, passed=True)
+        elif verdict.finding:
+            self.progress.record("exercises", exercise.id, last_diagnosis=verdict.finding.diagnosis)
+
+    def hint(self, id: str) -> None:
+        """The next of three hints; after a failed check, first what speaks to that failure."""
+        exercise = self.find(self.exercises, id, "exercise")
+        verdict = self.verdicts.get(id)
+        diagnosis = verdict.finding.diagnosis if verdict and verdict.finding else ""
+        special = exercise.hints_for.get(diagnosis)
+        key = f"{id} {diagnosis}" if special else id
+        given = self.hints_given.get(key, 0)
+        steps = ([special] if special else []) + list(exercise.hints)
+        self.hints_given[key] = given + 1
+        self.progress.count("exercises", id, "hints")
+        print(cards.hint(exercise, steps, given))
+
+    def solution(self, id: str) -> None:
+        """Show the reference."""
+        exercise = self.find(self.exercises, id, "exercise")
+        self.progress.count("exercises", id, "solutions")
+        print(textwrap.dedent(inspect.getsource(exercise.reference)).rstrip())
+
+    # Guesses and questions.
+
+    def predict(self, id: str, guess: Any = ...) -> None:
+        """Keep a guess until `reveal`. `...` stands for no guess."""
+        prediction = self.find(self.predictions, id, "prediction")
+        if guess is ... or guess is None:
+            self.guesses.pop(id, None)
+            print(cards.no_guess(prediction))
+            return
+        if isinstance(guess, bool) or not isinstance(guess, (int, float)) or not math.isfinite(guess):
+            raise ValueError(f"{id}: a guess is one number, such as guess=10; got {guess!r}")
+        self.guesses[id] = float(guess)
+        self.progress.record("predictions", id, guess=float(guess))
+        print(cards.kept(prediction, guess))
+
+    def reveal(self, id: str, value: float) -> None:
+        """Set the guess beside the figure."""
+        prediction = self.find(self.predictions, id, "prediction")
+        self.progress.record("predictions", id, value=float(value))
+        print(cards.reveal(prediction, self.guesses.get(id), value))
+
+    def quiz(self, id: str, answer: str = ...) -> None:  # type: ignore[assignment]
+        """Answer a question with the letter of an option; every option has its own reply."""
+        quiz = self.find(self.quizzes, id, "question")
+        if answer is ... or answer is None:
+            print(cards.unanswered(quiz))
+            return
+        letter = str(answer).strip().lower()
+        if letter not in quiz.options:
+            raise ValueError(f"{id}: the options are {', '.join(quiz.options)}; got {answer!r}")
+        self.progress.record("quizzes", id, answer=letter, right=letter == quiz.right)
+        print(cards.quiz(quiz, letter))
+
+    def summary(self) -> None:
+        """How far this session got."""
+        print(cards.summary(self.contents, self.verdicts))
+
+    def find(self, known: Mapping[str, Any], id: str, kind: str) -> Any:
+        """The entry called `id`; a ValueError offers the nearest ids when there is none."""
+        if id in known:
+            return known[id]
+        near = difflib.get_close_matches(str(id), known, n=3, cutoff=0.4) or list(known)[:3]
+        raise ValueError(f"lab {self.number} has no {kind} {id!r}; nearest: {', '.join(near) or 'none'}")

@@ -1,0 +1,232 @@
+"""The work ledger: what code really does, counted while it runs. Exact where clocks are noisy.
+
+    with ledger(model) as work:
+        model(tokens)
+    work.kv_projections, work.scores, work.bytes_read, work.bytes_copied, work.allocations
+
+It watches calls of PyTorch functions, not the kernels below them, so that the counts of a CPU and a GPU are the same.
+
+The rules. A *weight* is a parameter, or a tensor given to `watch`; anything else is an *activation*.
+
+- A product of two activations is attention. A first product (queries with keys) gives scores: each entry counts one to
+  `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
+  values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same.
+- A product with a watched weight counts one projection per row of the activation, times the weight's share.
+- `bytes_copied` are bytes written by functions that only move data: concatenating, indexing, copying, repeating,
+  changing the dtype or the layout.
+- An allocation is a result that shares no memory with what went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from labkit.packing import packed_linear
+
+PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+MOVES = {
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "clone", "contiguous", "repeat", "repeat_interleave",
+    "tile", "roll", "flip", "index_select", "gather", "take_along_dim", "pad", "to", "type", "float", "half", "bfloat16",
+    "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter", "__getitem__",
+}  # fmt: skip
+WRITES = {"__setitem__", "copy_", "index_copy_", "scatter_", "index_put_"}
+
+
+@dataclass
+class Work:
+    """Counts of the work done.
+
+    kv_projections: tokens whose K and V were computed, summed over layers. scores: entries of attention's score
+    matrices. bytes_read: K and V that attention read. bytes_copied: bytes that only moved. allocations: new tensors.
+    bytes_allocated: their bytes.
+    """
+
+    kv_projections: float = 0
+    scores: int = 0
+    bytes_read: int = 0
+    bytes_copied: int = 0
+    allocations: int = 0
+    bytes_allocated: int = 0
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+    def copy(self) -> Work:
+        """The counts as they stand now."""
+        return Work(*(getattr(self, field.name) for field in fields(self)))
+
+
+class Ledger(TorchFunctionMode):
+    """Counts the work of every PyTorch function called while it is active. `work` holds the counts."""
+
+    def __init__(self, watch: Iterable[tuple[Tensor, float]] = ()) -> None:
+        super().__init__()
+        self.work = Work()
+        self.watched = [(weight, share) for weight, share in watch]  # kept alive, so that an id means one tensor
+        self.shares = {memory_of(weight): share for weight, share in self.watched}
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.is_property(func):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        before = {memory_of(tensor) for tensor in tensors_in((args, kwargs))}
+        result = func(*args, **kwargs)
+        self.count_products(func, name, args, kwargs, result)
+        self.count_memory(name, args, before, result)
+        return result
+
+    @staticmethod
+    def is_property(func: Callable) -> bool:
+        """Whether this call only looks at a tensor (`x.shape`, `x.T`), which is no work."""
+        return getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim", "stride", "numel", "item", "data_ptr")
+
+    def count_products(self, func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -> None:
+        """Projections, scores and attention's reads."""
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+            self.work.scores += query[..., 0].numel() * key.shape[-2]
+            self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
+        elif func in (F.linear, packed_linear):
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.count_projection(args[0] if args else kwargs["input"], weight)
+        elif func in PRODUCTS or name in ("einsum", "__rmatmul__"):
+            left, right = operands(name, args)
+            if left is None or right is None:
+                return
+            if self.is_weight(right):
+                self.count_projection(left, right)
+            elif self.is_weight(left):
+                self.count_projection(right, left)
+            elif result.numel() and not is_outer(name, left, right):
+                self.count_attention(left, right, result)
+        elif isinstance(result, Tensor):
+            # What is computed from scores, entry by entry, still stands for scores: scaled, masked, softmaxed, cut.
+            part = name in ("__getitem__", "narrow", "select")
+            for source in tensors_in(args):
+                if getattr(source, "_scores", False) and (part or source.numel() == result.numel()):
+                    result._scores = True  # type: ignore[attr-defined]
+
+    def count_attention(self, left: Tensor, right: Tensor, result: Tensor) -> None:
+        """One product of two activations: queries with keys, or weights with values."""
+        if getattr(left, "_scores", False):
+            self.work.bytes_read += unique_bytes(right)
+        elif getattr(right, "_scores", False):
+            self.work.bytes_read += unique_bytes(left)
+        else:
+            self.work.scores += result.numel()
+            self.work.bytes_read += unique_bytes(right)
+            result._scores = True  # type: ignore[attr-defined]
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """A parameter, a view of one, or a watched tensor."""
+        base = tensor._base if tensor._base is not None else tensor
+        return isinstance(base, nn.Parameter) or memory_of(tensor) in self.shares
+
+    def count_projection(self, activation: Tensor, weight: Tensor) -> None:
+        """One projection per row of `activation`, times the watched weight's share."""
+        share = self.shares.get(memory_of(weight))
+        if share:
+            rows = activation.numel() // max(activation.shape[-1], 1) if activation.dim() > 1 else 1
+            self.work.kv_projections += rows * share
+
+    def count_memory(self, name: str, args: tuple, before: set[int], result: Any) -> None:
+        """Allocations and bytes moved."""
+        if name in WRITES:
+            self.work.bytes_copied += written_bytes(name, args)
+            return
+        for tensor in tensors_in(result):
+            if tensor.numel() and memory_of(tensor) not in before:
+                self.work.allocations += 1
+                self.work.bytes_allocated += tensor.nbytes
+                if name in MOVES:
+                    self.work.bytes_copied += tensor.nbytes
+
+
+@contextmanager
+def ledger(watch: Any = None) -> Iterator[Work]:
+    """Count the work of the block.
+
+    watch: whose K and V projections to count: a `Llama`, a Hugging Face model (its `k_proj` and `v_proj`), or pairs
+    (weight, share of one layer's K/V projection).
+    """
+    counter = Ledger(weights_to_watch(watch))
+    with counter:
+        yield counter.work
+
+
+def weights_to_watch(watch: Any) -> list[tuple[Tensor, float]]:
+    """The (weight, share) pairs that `watch` stands for."""
+    if watch is None:
+        return []
+    if hasattr(watch, "kv_weights"):
+        return list(watch.kv_weights())
+    if isinstance(watch, nn.Module):
+        names = ("k_proj.weight", "v_proj.weight")
+        found = [(weight, 0.5) for name, weight in watch.named_parameters() if name.endswith(names)]
+        if not found:
+            raise ValueError(f"{type(watch).__name__} has no k_proj and v_proj: give (weight, share) pairs instead")
+        return found
+    return list(watch)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tells one piece of memory from another: the address of the storage."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # an opaque layout, such as a packed weight
+        return id(tensor)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def unique_bytes(tensor: Tensor) -> int:
+    """Bytes behind a tensor, each counted once: a dimension that was broadcast (stride 0) holds one entry."""
+    entries = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        entries *= size if stride else 1
+    return entries * tensor.element_size()
+
+
+def operands(name: str, args: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """The two factors of a product, in the order of the call; None where there are not two tensors."""
+    factors = list(tensors_in(args))
+    if len(factors) != 2:
+        return None, None
+    return (factors[1], factors[0]) if name == "__rmatmul__" else (factors[0], factors[1])
+
+
+def is_outer(name: str, left: Tensor, right: Tensor) -> bool:
+    """Whether a product sums over nothing, such as positions times frequencies: no attention."""
+    return name != "einsum" and (left.dim() == 0 or left.shape[-1] == 1) and not getattr(left, "_scores", False)
+
+
+def written_bytes(name: str, args: tuple) -> int:
+    """Bytes that an in-place write puts into its target."""
+    target = args[0]
+    if name == "__setitem__":
+        return target[args[1]].nbytes if isinstance(target, Tensor) else 0
+    if name == "copy_":
+        return target.nbytes
+    source = args[-1]
+    return source.nbytes if isinstance(source, Tensor) else 0
+

@@ -1,0 +1,225 @@
+"""A Llama decoder to read in one sitting. It runs real weights, with any labkit cache or with none.
+
+Four matrix products per layer: Q, K and V in one, the attention output, gate and up in one, down. Decoding one token
+reads every weight once, so fewer and larger reads are all the tuning there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.attention import fused_attention
+from labkit.cache import Cache, LayerCache
+from labkit.packing import PackedLinear, can_pack
+from labkit.specs import ModelSpec
+
+
+def rope_frequencies(spec: ModelSpec) -> Tensor:
+    """Radians per position for each pair of dimensions, float32 `[head_dim / 2]` (RoFormer, arXiv:2104.09864)."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents
+    scaling = spec.rope_scaling
+    if not scaling:
+        return frequencies
+    if scaling.get("rope_type") == "linear":
+        return frequencies / scaling["factor"]
+    # "llama3": slow rotations are stretched by `factor`, fast ones kept, those between blended.
+    trained = scaling["original_max_position_embeddings"]
+    turns = trained * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + head_dim / 2) of the last dimension by its angle; `sin` comes with its signs, see `angles`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 as the published weights expect."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention through a layer's cache."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self.head_dim, self.window = spec.head_dim, spec.window
+        self.qkv = nn.Linear(spec.hidden_size, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
+        self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+        batch, new_tokens, _ = x.shape
+        num_heads, num_kv_heads, _ = self.heads
+        qkv = self.qkv(x).view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
+        qk = rotate(qkv[:, : num_heads + num_kv_heads], cos, sin)
+        q, k, v = qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
+        if cache is None:
+            mixed = fused_attention(q, k, v, padding=padding, window=self.window)
+        else:
+            cache.append(k, v)
+            mixed = cache.attend(q)
+        return self.out(mixed.transpose(1, 2).reshape(batch, new_tokens, num_heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
+        self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.attention = Attention(spec)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp = MLP(spec)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, padding)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """A decoder of any `ModelSpec`.
+
+    `model(tokens)` runs without a cache; `model(tokens, cache)` appends to one, so a prompt may come in one pass, in
+    chunks, or token by token, with the same logits.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.frequencies = rope_frequencies(spec)  # no buffer: `to(bfloat16)` must not round the angles
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.embedding.weight.device
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        *,
+        padding: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits `[batch, new_tokens, vocab_size]` of `tokens`, int `[batch, new_tokens]`.
+
+        cache: what came before; the new tokens' K and V are appended to it.
+        padding: int `[batch]`, left padding of each row; with a cache it is given with the first tokens only.
+        last_only: logits of the last token alone, `[batch, 1, vocab_size]`, all that decoding needs.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens are int [batch, new_tokens], at least one token; got {list(tokens.shape)}")
+        start = 0
+        if cache is not None:
+            if len(cache) != len(self.blocks):
+                raise ValueError(f"the cache has {len(cache)} layers, the model {len(self.blocks)}")
+            start = cache.seq_len
+            if padding is not None:
+                cache.set_padding(padding)
+            padding = cache.padding
+        cos, sin = self.angles(start, tokens.shape[1], padding)
+        x = self.embedding(tokens)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache.layers[index] if cache is not None else None, padding)
+        x = self.norm(x[:, -1:] if last_only else x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def angles(self, start: int, new_tokens: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of each new position, `[batch or 1, 1, new_tokens, head_dim]`, in the model's dtype.
+
+        A pair (a, b) turns to (a cos - b sin, b cos + a sin), so the first half of `sin` is negative. The first real
+        token of a padded row stands at position 0.
+        """
+        self.frequencies = self.frequencies.to(self.device)
+        position = torch.arange(start, start + new_tokens, device=self.device)[None, :]
+        if padding is not None:
+            position = (position - padding[:, None]).clamp(min=0)
+        angle = position[:, None, :, None] * self.frequencies
+        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def kv_weights(self) -> Iterator[tuple[Tensor, float]]:
+        """Each weight that projects K or V, with its share of one layer's K/V projection (for the work ledger)."""
+        for block in self.blocks:
+            yield block.attention.qkv.weight, 1.0
+
+    def pack(self) -> Llama:
+        """Lay the weights out for decoding on this CPU, where that helps (see `packing`); they cannot change after."""
+        for module in [*self.modules()]:
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear) and can_pack(child.weight):
+                    setattr(module, name, PackedLinear(child.weight, child.bias))
+        if self.head is None and can_pack(self.embedding.weight):
+            self.head = PackedLinear(self.embedding.weight)
+        return self
+
+    def load(self, weights: Mapping[str, Tensor]) -> Llama:
+        """Take weights under Hugging Face's names; raises ValueError when one is missing or has another shape."""
+        own = {name: parameter for name, parameter in self.named_parameters()}
+        for name, parameter in own.items():
+            parts = [weights.get(source) for source in hf_names(name)]
+            if any(part is None for part in parts):
+                raise ValueError(f"the weights have no {' / '.join(hf_names(name))}")
+            value = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(parameter.shape)} here, {list(value.shape)} in the weights")
+            with torch.no_grad():
+                parameter.copy_(value)
+        return self
+
+
+def hf_names(name: str) -> list[str]:
+    """Where one of our parameters lies in a Hugging Face checkpoint; fused ones lie in several."""
+    fixed = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if name in fixed or name == "head.weight":
+        return [fixed.get(name, "lm_head.weight")]
+    _, layer, rest = name.split(".", 2)
+    module, kind = rest.rsplit(".", 1)
+    sources = {
+        "attention_norm": ["input_layernorm"],
+        "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attention.out": ["self_attn.o_proj"],
+        "mlp_norm": ["post_attention_layernorm"],
+        "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.down": ["mlp.down_proj"],
+    }[module]
+    return [f"model.layers.{layer}.{source}.{kind}" for source in sources]

@@ -1,0 +1,37 @@
+"""Weights laid out in the order the CPU's matrix kernel reads them, for bfloat16 decoding.
+
+A bfloat16 product with one row of input spends about half its time in rearranging the weight, again at every call.
+Packed once, the weight is read straight through. float32 has nothing to gain: its one-row product already streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)` from the packed form of `weight`, `[out_features, in_features]`."""
+    if has_torch_function_unary(x):  # so that the work ledger sees one product, as it does for F.linear
+        return handle_torch_function(packed_linear, (x,), x, packed, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build of PyTorch has the packed product and `weight` gains by it: bfloat16 on a CPU with oneDNN."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is kept in packed form only."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # 1: the row count to tune for
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.weight, self.bias)
