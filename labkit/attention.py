@@ -36,9 +36,7 @@ def causal_mask(
     return allowed
 
 
-def allowed_keys(
-    q: Tensor, k: Tensor, *, causal: bool, padding: Tensor | None, window: int | None
-) -> Tensor | None:
+def allowed_keys(q: Tensor, k: Tensor, *, causal: bool, padding: Tensor | None, window: int | None) -> Tensor | None:
     """The mask of a call, bool, broadcastable to `[batch, 1, new_tokens, kv_len]`; None when every key may be seen.
 
     padding: int `[batch]`, how many tokens at the left of each row are padding.

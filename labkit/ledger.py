@@ -173,7 +173,9 @@ def weights_to_watch(watch: Any) -> list[tuple[Tensor, float]]:
         return list(watch.kv_weights())
     if isinstance(watch, nn.Module):
         names = ("k_proj.weight", "v_proj.weight")
-        found = [(weight, 0.5) for name, weight in watch.named_parameters() if name.endswith(names)]
+        found: list[tuple[Tensor, float]] = [
+            (weight, 0.5) for name, weight in watch.named_parameters() if name.endswith(names)
+        ]
         if not found:
             raise ValueError(f"{type(watch).__name__} has no k_proj and v_proj: give (weight, share) pairs instead")
         return found

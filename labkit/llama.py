@@ -7,7 +7,7 @@ reads every weight once, so fewer and larger reads are all the tuning there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from labkit.specs import ModelSpec
 
 def rope_frequencies(spec: ModelSpec) -> Tensor:
     """Radians per position for each pair of dimensions, float32 `[head_dim / 2]` (RoFormer, arXiv:2104.09864)."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
     frequencies = 1.0 / spec.rope_theta**exponents
     scaling = spec.rope_scaling
     if not scaling:
@@ -37,20 +37,8 @@ def rope_frequencies(spec: ModelSpec) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of the last dimension by its angle; `sin` comes with its signs, see `angles`."""
+    """Turn each pair (i, i + head_dim / 2) of the last dimension by its angle; `sin` is signed, see `angles`."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 as the published weights expect."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -64,6 +52,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+        """Mix `x`, `[batch, new_tokens, hidden_size]`, with what the cache holds; `cos`, `sin` come from `angles`."""
         batch, new_tokens, _ = x.shape
         num_heads, num_kv_heads, _ = self.heads
         qkv = self.qkv(x).view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
@@ -86,21 +75,23 @@ class MLP(nn.Module):
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden_size]` in and out."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normed residual stream."""
+    """One layer: attention and MLP, each on the normed residual stream. The norm is x / rms(x) * weight."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.attention_norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
         self.attention = Attention(spec)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = MLP(spec)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+        """The residual stream after this layer, `[batch, new_tokens, hidden_size]`."""
         x = x + self.attention(self.attention_norm(x), cos, sin, cache, padding)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -116,9 +107,11 @@ class Llama(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))  # type: ignore
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.head: nn.Module | None = None
+        if not spec.tied_head:
+            self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.frequencies = rope_frequencies(spec)  # no buffer: `to(bfloat16)` must not round the angles
 
     @property
@@ -148,20 +141,32 @@ class Llama(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens are int [batch, new_tokens], at least one token; got {list(tokens.shape)}")
-        start = 0
-        if cache is not None:
-            if len(cache) != len(self.blocks):
-                raise ValueError(f"the cache has {len(cache)} layers, the model {len(self.blocks)}")
-            start = cache.seq_len
-            if padding is not None:
-                cache.set_padding(padding)
-            padding = cache.padding
-        cos, sin = self.angles(start, tokens.shape[1], padding)
-        x = self.embedding(tokens)
-        for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.layers[index] if cache is not None else None, padding)
+        if padding is not None and padding.shape != tokens.shape[:1]:
+            raise ValueError(f"padding is int [{len(tokens)}], one number per row; got {list(padding.shape)}")
+        if cache is None:
+            x = self.run(tokens, 0, [None] * len(self.blocks), padding)
+        else:
+            cache.check_fits(len(self.blocks), self.spec.window)
+            with cache.undo_on_error():
+                if padding is not None:
+                    cache.set_padding(padding)
+                x = self.run(tokens, cache.seq_len, cache.layers, cache.padding)
         x = self.norm(x[:, -1:] if last_only else x)
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def run(self, tokens: Tensor, start: int, layers: Sequence[LayerCache | None], padding: Tensor | None) -> Tensor:
+        """The residual stream after all blocks, `[batch, new_tokens, hidden_size]`; `start`: the first new position."""
+        cos, sin = self.angles(start, tokens.shape[1], padding)
+        x = self.embedding(tokens)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, cos, sin, layer, padding)
+        return x
+
+    def cache(self, capacity: int | None = None) -> Cache:
+        """An empty cache for this model: with room for `capacity` tokens per row, or a growing one without."""
+        if capacity is None:
+            return Cache.growing(self.spec.num_layers, window=self.spec.window)
+        return Cache.preallocated(self.spec.num_layers, capacity, window=self.spec.window)
 
     def angles(self, start: int, new_tokens: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and signed sin of each new position, `[batch or 1, 1, new_tokens, head_dim]`, in the model's dtype.
@@ -193,17 +198,23 @@ class Llama(nn.Module):
         return self
 
     def load(self, weights: Mapping[str, Tensor]) -> Llama:
-        """Take weights under Hugging Face's names; raises ValueError when one is missing or has another shape."""
-        own = {name: parameter for name, parameter in self.named_parameters()}
-        for name, parameter in own.items():
-            parts = [weights.get(source) for source in hf_names(name)]
-            if any(part is None for part in parts):
-                raise ValueError(f"the weights have no {' / '.join(hf_names(name))}")
+        """Take weights under Hugging Face's names; ValueError when one is missing, misshapen, or has no place here."""
+        if any(isinstance(module, PackedLinear) for module in self.modules()):
+            raise ValueError("the model is packed: load the weights first, then pack()")
+        unused = {name for name in weights if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
+        for name, parameter in self.named_parameters():
+            sources = hf_names(name)
+            if missing := [source for source in sources if source not in weights]:
+                raise ValueError(f"the weights have no {', '.join(missing)}")
+            parts = [weights[source] for source in sources]
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             if value.shape != parameter.shape:
                 raise ValueError(f"{name} is {list(parameter.shape)} here, {list(value.shape)} in the weights")
             with torch.no_grad():
                 parameter.copy_(value)
+            unused.difference_update(sources)
+        if unused:
+            raise ValueError(f"no place here for {', '.join(sorted(unused)[:3])}: is the spec another model's?")
         return self
 
 

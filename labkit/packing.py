@@ -34,4 +34,5 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
         return packed_linear(x, self.weight, self.bias)

@@ -16,6 +16,10 @@ from typing import Any
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DECODER_TYPES = ("llama", "mistral", "qwen2")
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,16 @@ class ModelSpec:
     tied_head: bool = False
     qkv_bias: bool = False
     window: int | None = None
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     source: str = ""
     date: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if field.type not in ("int", "int | None") or (field.name == "window" and value is None):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{self.name}: {field.name} must be a whole number, at least 1; got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -55,8 +61,12 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ValueError(f"{self.name}: head_dim ({self.head_dim}) must be even, for rotary positions")
-        if self.rope_scaling and (kind := self.rope_scaling.get("rope_type", "default")) not in ("llama3", "linear"):
-            raise ValueError(f"{self.name}: rope_type {kind!r} is not supported; 'llama3' and 'linear' are")
+        if self.rope_scaling:
+            kind = self.rope_scaling.get("rope_type", "default")
+            if kind not in ROPE_KEYS:
+                raise ValueError(f"{self.name}: rope_type {kind!r} is not supported; {' and '.join(ROPE_KEYS)} are")
+            if missing := [key for key in ROPE_KEYS[kind] if key not in self.rope_scaling]:
+                raise ValueError(f"{self.name}: rope_scaling of type {kind} has no {', '.join(missing)}")
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -81,16 +91,20 @@ class ModelSpec:
 def from_hf_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
     """The spec that a Hugging Face `config.json`, as a dict, describes.
 
-    Raises ValueError for an architecture other than Llama, Mistral or Qwen2, or when a key is missing.
+    Raises ValueError for an architecture other than Llama, Mistral or Qwen2, for a feature of those that is not
+    supported, or when a key is missing.
     """
     kind = config.get("model_type")
     if kind not in DECODER_TYPES:
-        raise ValueError(f"model_type {kind!r} is not a Llama-style decoder; one of {', '.join(DECODER_TYPES)} is needed")
+        raise ValueError(f"model_type {kind!r} is not supported; one of {', '.join(DECODER_TYPES)} is needed")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{key} is not supported: only Qwen2's bias, on q, k and v, is")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act {activation!r} is not supported; silu is")
     try:
         num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-        windowed = kind == "mistral" or config.get("use_sliding_window", False)
+        rope = rope_of(config)
         return ModelSpec(
             name=name or config.get("_name_or_path") or kind,
             num_layers=config["num_hidden_layers"],
@@ -102,14 +116,36 @@ def from_hf_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
             vocab_size=config["vocab_size"],
             max_seq_len=config["max_position_embeddings"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
-            norm_eps=config.get("rms_norm_eps", 1e-5),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
             tied_head=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
-            window=config.get("sliding_window") if windowed else None,
-            rope_scaling=rope if scaled else None,
+            qkv_bias=kind == "qwen2",
+            window=window_of(config),
+            rope_scaling=rope if rope["rope_type"] != "default" else None,
         )
     except KeyError as error:
         raise ValueError(f"the config has no {error.args[0]!r}: is it a text model's config.json?") from None
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a config, `rope_type` among them, wherever its transformers version kept them."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """The sliding window of every layer, None for full attention; ValueError when the layers differ."""
+    if config["model_type"] == "mistral":
+        return config.get("sliding_window", 4096)
+    if config["model_type"] != "qwen2" or not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return None
+    full = min(config.get("max_window_layers", 28), config["num_hidden_layers"])
+    kinds = config.get("layer_types") or [
+        "full_attention" if layer < full else "sliding_attention" for layer in range(config["num_hidden_layers"])
+    ]
+    if len(set(kinds)) > 1:
+        raise ValueError("some layers have a sliding window and some have none: only one kind for all is supported")
+    return config["sliding_window"] if kinds[0] == "sliding_attention" else None
 
 
 @cache

@@ -7,7 +7,8 @@ Tensors are `[batch, num_kv_heads, tokens, head_dim]`; dtype and device come fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ class LayerCache(ABC):
     already and had to move), `bytes_read` (K and V that `attend` or `read` handed to attention).
     """
 
-    def __init__(
-        self, *, scale: float | None = None, window: int | None = None, soft_cap: float | None = None
-    ) -> None:
+    capacity: int | None = None
+    """Tokens per row that fit; None when there is no limit."""
+
+    def __init__(self, *, scale: float | None = None, window: int | None = None, soft_cap: float | None = None) -> None:
         self.scale, self.window, self.soft_cap = scale, window, soft_cap
         self.padding: Tensor | None = None
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
@@ -41,13 +43,26 @@ class LayerCache(ABC):
         """Logical length: tokens seen so far, whether or not they are still held."""
 
     @property
+    def physical_len(self) -> int:
+        """Tokens actually held. It differs from `seq_len` where tokens are evicted."""
+        return self.seq_len
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated, slack and metadata included."""
 
     @abstractmethod
     def held(self) -> tuple[Tensor, Tensor] | None:
-        """K and V as they are held, dense, `[batch, num_kv_heads, physical length, head_dim]`; None when empty."""
+        """K and V as they are held, dense, `[batch, num_kv_heads, physical_len, head_dim]`; None when empty."""
+
+    def template(self) -> Tensor | None:
+        """A tensor with the batch, KV heads, head_dim, dtype and device that new K and V must have; None when any do.
+
+        A cache that knows one without making a tensor says so here: every append asks.
+        """
+        held = self.held()
+        return None if held is None else held[0]
 
     @abstractmethod
     def write(self, k: Tensor, v: Tensor) -> None:
@@ -55,7 +70,7 @@ class LayerCache(ABC):
 
     @abstractmethod
     def truncate(self, seq_len: int) -> None:
-        """Forget every token from position `seq_len` on."""
+        """Forget every token from position `seq_len` on; ValueError unless `0 <= seq_len <= self.seq_len`."""
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
@@ -87,16 +102,23 @@ class LayerCache(ABC):
             raise ValueError("append got zero new tokens")
         if k.dtype != v.dtype or k.device != v.device:
             raise ValueError(f"K is {k.dtype} on {k.device}, V is {v.dtype} on {v.device}: they must agree")
-        if (held := self.held()) is None:
+        if (keys := self.template()) is None:
             return
-        keys = held[0]
-        if (keys.shape[0], keys.shape[1], keys.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        batch, num_kv_heads, _, head_dim = keys.shape
+        if (batch, num_kv_heads, head_dim) != (k.shape[0], k.shape[1], k.shape[3]):
             raise ValueError(
-                f"the cache holds batch {keys.shape[0]}, {keys.shape[1]} KV heads, head_dim {keys.shape[3]}; the new "
-                f"tokens have batch {k.shape[0]}, {k.shape[1]} KV heads, head_dim {k.shape[3]}"
+                f"the cache holds batch {batch}, {num_kv_heads} KV heads, head_dim {head_dim}; the new tokens have "
+                f"batch {k.shape[0]}, {k.shape[1]} KV heads, head_dim {k.shape[3]}"
             )
         if keys.dtype != k.dtype or keys.device != k.device:
-            raise ValueError(f"the cache holds {keys.dtype} on {keys.device}; the new tokens are {k.dtype} on {k.device}")
+            raise ValueError(
+                f"the cache holds {keys.dtype} on {keys.device}; the new tokens are {k.dtype} on {k.device}"
+            )
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise ValueError unless this many tokens can be kept."""
+        if not 0 <= seq_len <= self.seq_len:
+            raise ValueError(f"cannot keep {seq_len} tokens of {self.seq_len}")
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all that is held, dense."""
@@ -128,28 +150,48 @@ class Cache:
         return cls([make_layer() for _ in range(num_layers)])
 
     @classmethod
-    def growing(cls, num_layers: int) -> Cache:
-        """A cache that concatenates at every step."""
+    def growing(cls, num_layers: int, *, window: int | None = None) -> Cache:
+        """A cache that concatenates at every step. `window`: as the model's attention has it (`Llama.cache` knows)."""
         from labkit.cache.dense import GrowingCache
 
-        return cls.of(num_layers, GrowingCache)
+        return cls.of(num_layers, lambda: GrowingCache(window=window))
 
     @classmethod
-    def preallocated(cls, num_layers: int, capacity: int) -> Cache:
-        """A cache with room for `capacity` tokens per row, written in place."""
+    def preallocated(cls, num_layers: int, capacity: int, *, window: int | None = None) -> Cache:
+        """A cache with room for `capacity` tokens per row, written in place. `window`: as in `growing`."""
         from labkit.cache.dense import PreallocatedCache
 
-        return cls.of(num_layers, lambda: PreallocatedCache(capacity))
+        return cls.of(num_layers, lambda: PreallocatedCache(capacity, window=window))
 
     @property
     def seq_len(self) -> int:
-        """Tokens seen so far, padding included; also the position of the next token."""
-        return self.layers[0].seq_len
+        """Tokens seen so far, padding included; also the position of the next token.
+
+        Raises RuntimeError when the layers disagree: whoever appended to them was interrupted half-way.
+        """
+        lengths = {layer.seq_len for layer in self.layers}
+        if len(lengths) > 1:
+            raise RuntimeError(
+                f"the layers hold between {min(lengths)} and {max(lengths)} tokens: a pass over them was interrupted. "
+                f"truncate({min(lengths)}) goes back to what all of them hold; reset() starts anew"
+            )
+        return lengths.pop()
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def check_fits(self, num_layers: int, window: int | None) -> None:
+        """Raise ValueError unless this is a cache for `num_layers` layers of attention with this `window`."""
+        if len(self.layers) != num_layers:
+            raise ValueError(f"the cache has {len(self.layers)} layers, the model {num_layers}")
+        for index, layer in enumerate(self.layers):
+            if layer.window != window:
+                raise ValueError(
+                    f"layer {index} of the cache was made with window={layer.window}, the model attends with "
+                    f"window={window}: make the cache with model.cache()"
+                )
 
     def set_padding(self, padding: Tensor | None) -> None:
         """Say, before the first append, how many tokens at the left of each row are padding: int `[batch]`."""
@@ -164,10 +206,25 @@ class Cache:
 
     def truncate(self, seq_len: int) -> None:
         """Forget every token from position `seq_len` on: for a conversation whose last part changes."""
-        if not 0 <= seq_len <= self.seq_len:
-            raise ValueError(f"cannot keep {seq_len} tokens of {self.seq_len}")
+        min(self.layers, key=lambda layer: layer.seq_len).check_length(seq_len)
         for layer in self.layers:
             layer.truncate(seq_len)
+
+    @contextmanager
+    def undo_on_error(self) -> Iterator[None]:
+        """Take back what was appended inside the `with` if it ends in an error or an interrupt: all layers or none.
+
+        The counters stay: the work was done.
+        """
+        start, padding = self.seq_len, self.padding
+        try:
+            yield
+        except BaseException:
+            for layer in self.layers:
+                if layer.seq_len > start:
+                    layer.truncate(start)
+            self._set_padding(padding)
+            raise
 
     def select_rows(self, rows: Tensor) -> None:
         """Row `i` of the batch becomes what row `rows[i]` was."""

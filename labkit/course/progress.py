@@ -66,6 +66,7 @@ class Progress:
         try:
             if not write and not self.path.exists():
                 return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=10):
                 self.data = self.read()
                 change(self.data)
@@ -83,14 +84,12 @@ class Progress:
     def read(self) -> dict[str, Any]:
         """The file's content. A damaged file is set aside, never overwritten."""
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return self.data
-        try:
-            data = json.loads(text)
+            data = json.loads(self.path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT or not all(isinstance(data[kind], dict) for kind in KINDS):
                 raise ValueError("unknown format")
             return data
+        except FileNotFoundError:
+            return self.data
         except (ValueError, KeyError, TypeError):
             aside = self.set_aside()
             print(f"{self.path.name} could not be read and is kept as {aside.name}; progress starts anew.")

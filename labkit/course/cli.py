@@ -1,0 +1,126 @@
+"""`labkit doctor`, `labkit model`, `labkit open`: what a learner types, directly or through make."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_LAB = "01_attention_basics.ipynb"
+
+
+class AddressError(ValueError):
+    """JupyterLab cannot listen where it was told to; the message says what to type."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. What a person can mend is said in one line on stderr."""
+    options = _parser().parse_args(arguments)
+    from labkit.course.workspace import WorkspaceError
+    from labkit.lab_model import ModelError
+
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (AddressError, ModelError, WorkspaceError) as error:
+        print(f"labkit: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="labkit", description="KV-cache labs: set up, check, open.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="check everything a lab needs, one line each")
+    doctor.set_defaults(run=run_doctor)
+    model = commands.add_parser("model", help="fetch the lab model, or verify the one that is there")
+    model.set_defaults(run=run_model)
+    opener = commands.add_parser("open", help="open the labs in JupyterLab")
+    opener.add_argument("--port", default=os.environ.get("PORT") or "8888", help="default: PORT, or 8888")
+    opener.add_argument("--host", default=os.environ.get("HOST") or "127.0.0.1", help="default: HOST, or 127.0.0.1")
+    opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
+    opener.set_defaults(run=run_open)
+    return parser
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """One line per check; status 1 if any fails."""
+    from labkit.course.doctor import checks
+
+    lines = checks(thorough=True)
+    print("\n".join(map(str, lines)))
+    return 0 if all(line.ok for line in lines) else 1
+
+
+def run_model(options: argparse.Namespace) -> int:
+    """Fetch, convert or verify; prints the folder. `LABKIT_MODEL` names another model to fetch and read."""
+    if os.environ.get("LABKIT_MODEL", "").strip():
+        from labkit import models
+
+        spec = models.spec()
+        print(f"{models.folder()}: {spec.num_layers} layers, {spec.num_parameters / 1e6:.0f} M parameters")
+        return 0
+    from labkit.lab_model import ensure_lab_model
+
+    print(f"{ensure_lab_model(thorough=True)}: complete, checksums match")
+    return 0
+
+
+def run_open(options: argparse.Namespace) -> int:
+    """Make sure of the model, refresh `work/`, then become JupyterLab."""
+    from labkit.course.workspace import refresh
+    from labkit.lab_model import ensure_lab_model
+
+    port = check_address(options.host, options.port)
+    if not os.environ.get("LABKIT_MODEL", "").strip():
+        ensure_lab_model()
+    work = ROOT / "work"
+    for line in refresh(ROOT / "notebooks", work):
+        print(line)
+    command = jupyter_command(work, options.host, port, no_browser=options.no_browser)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def check_address(host: str, port: str) -> int:
+    """The port as a number, if JupyterLab can listen on it; AddressError says what to type otherwise."""
+    if not (port.isdigit() and 1 <= int(port) <= 65535):
+        raise AddressError(f"PORT={port} is not a port: give a number from 1 to 65535, as in `make lab PORT=8889`")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is not in use
+            probe.bind(address)
+    except socket.gaierror:
+        raise AddressError(f"HOST={host} is not an address: leave it out, or type `make lab HOST=127.0.0.1`") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            other = int(port) + 1 if int(port) < 65535 else 8888
+            problem = f"port {port} is in use: stop what runs there, or choose another, as in `make lab PORT={other}`"
+        else:
+            problem = f"{host}:{port} cannot be used ({error.strerror}): choose others with `make lab HOST=… PORT=…`"
+        raise AddressError(problem) from None
+    return int(port)
+
+
+def jupyter_command(work: Path, host: str, port: int, *, no_browser: bool) -> list[str]:
+    """JupyterLab on exactly this address, with a token, in `work`, showing the first lab. Its own settings stay."""
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={host}", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
+    command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    if (work / FIRST_LAB).is_file():
+        command.append(f"--LabApp.default_url=/lab/tree/{FIRST_LAB}")
+    if no_browser:
+        command.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

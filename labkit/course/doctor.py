@@ -1,0 +1,166 @@
+"""What a lab needs, checked: one line per thing, and for each that fails its remedy."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+LEAST_FREE_BYTES = 2_000_000_000
+WIDGETS = Path("labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json")
+REINSTALL = "run `make clean` and `make lab` again"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing a lab needs: is it there, what was seen, and what to do when it is not."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.ok else "FAIL"
+        return f"{mark}  {self.name:<15} {self.detail}" + ("" if self.ok else f" → {self.remedy}")
+
+
+def checks(thorough: bool = False) -> list[Line]:
+    """Every check, in order. `thorough` compares the model's checksums, not only its sizes (about a second)."""
+    return [_guarded(name, check) for name, check in _table(thorough)]
+
+
+def card() -> str:
+    """What the first cell of a lab shows: Python, torch, device, profile and model; failing checks with remedies.
+
+    Names no folder unless something is wrong in it, so that a stored page says nothing of whose machine it was.
+    """
+    from labkit.lab_model import NAME
+
+    lines = checks()
+    seen = {line.name: line.detail for line in lines}
+    model = os.environ.get("LABKIT_MODEL", "").strip() or NAME
+    top = [f"{seen['Python']} · {seen['torch']}", f"{seen['device']} · {seen['profile']}", f"model {model}"]
+    return "\n".join([*top, *(str(line) for line in lines if not line.ok)])
+
+
+def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Line:
+    """Python is one of those that the labs are tested on."""
+    ok = OLDEST <= version[:2] <= NEWEST
+    remedy = "install Python 3.11, 3.12 or 3.13, then `make clean` and `make lab PYTHON=python3.12`"
+    return Line("Python", ok, f"Python {'.'.join(map(str, version))}", remedy)
+
+
+def check_torch() -> Line:
+    """PyTorch imports; it is told how many threads to use."""
+    import torch
+
+    from labkit.device import set_threads
+
+    return Line("torch", True, f"torch {torch.__version__}, {set_threads()} CPU threads")
+
+
+def check_device() -> Line:
+    """The device that was picked, and the memory free on it."""
+    import psutil
+    import torch
+
+    from labkit.device import pick_device
+
+    device = pick_device()
+    if device.torch_device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    detail = (
+        f"{device.reason}{'' if device.reason.endswith('.') else ','} {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    )
+    if os.environ.get("LABKIT_DEVICE", "").strip().lower() == "cuda" and device.torch_device.type != "cuda":
+        return Line("device", False, detail, "free or repair the GPU, or unset LABKIT_DEVICE; the labs run on the CPU")
+    remedy = "close other programs: a lab needs 2 GB of free memory"
+    return Line("device", free >= LEAST_FREE_BYTES, detail, remedy)
+
+
+def check_profile() -> Line:
+    """`LABKIT_PROFILE` is one there is."""
+    from labkit.device import profile
+
+    return Line("profile", True, f"profile {profile()}")
+
+
+def check_model(thorough: bool = False) -> Line:
+    """The model's files are there and whole. Fetches nothing."""
+    from labkit.lab_model import NAME, damage, lab_model_folder
+
+    if named := os.environ.get("LABKIT_MODEL", "").strip():
+        return Line("model", True, f"{named} (LABKIT_MODEL; read when a lab loads it)")
+    folder = lab_model_folder()
+    reason = damage(folder, thorough)
+    if reason:
+        return Line("model", False, f"{NAME} in {folder}: {reason}", "run `labkit model` (fetches 93 MB, once)")
+    return Line("model", True, f"{NAME} in {folder}")
+
+
+def check_work_folder() -> Line:
+    """The current folder, where progress is kept, can be written to."""
+    return _writable("working folder", Path.cwd(), "make it writable, or work in a folder that is")
+
+
+def check_cache_folder() -> Line:
+    """The cache folder can be written to; one that is read-only serves as well once the model is in it."""
+    from labkit.lab_model import cache_folder, damage, lab_model_folder
+
+    folder = cache_folder()
+    line = _writable("cache folder", folder, "make it writable, or set LABKIT_CACHE to a folder that is")
+    if not line.ok and damage(lab_model_folder()) is None:
+        return Line("cache folder", True, f"{folder}, read-only, with the model in it")
+    return line
+
+
+def check_widgets() -> Line:
+    """ipywidgets imports, and JupyterLab has the extension that shows its widgets."""
+    import ipywidgets
+    from jupyter_core.paths import jupyter_path
+
+    found = any((Path(path) / WIDGETS).is_file() for path in jupyter_path())
+    detail = f"ipywidgets {ipywidgets.__version__}, JupyterLab extension {'there' if found else 'missing'}"
+    return Line("widgets", found, detail, f"install jupyterlab_widgets: {REINSTALL}")
+
+
+def _table(thorough: bool) -> list[tuple[str, Callable[[], Line]]]:
+    return [
+        ("Python", check_python),
+        ("torch", check_torch),
+        ("device", check_device),
+        ("profile", check_profile),
+        ("model", lambda: check_model(thorough)),
+        ("working folder", check_work_folder),
+        ("cache folder", check_cache_folder),
+        ("widgets", check_widgets),
+    ]
+
+
+def _guarded(name: str, check: Callable[[], Line]) -> Line:
+    """A check that raises is a failing line: the doctor reports on a broken installation, it must not break."""
+    try:
+        return check()
+    except ImportError as error:
+        return Line(name, False, f"does not import ({error})", REINSTALL)
+    except ValueError as error:
+        return Line(name, False, str(error), "correct the setting and start again")
+    except Exception as error:
+        return Line(name, False, f"{type(error).__name__}: {error}", REINSTALL)
+
+
+def _writable(name: str, folder: Path, remedy: str) -> Line:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError as error:
+        return Line(name, False, f"{folder} cannot be written to ({error.strerror or error})", remedy)
+    return Line(name, True, f"{folder} is writable")

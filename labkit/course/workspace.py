@@ -1,0 +1,93 @@
+"""The learner's copy of the notebooks: refreshed, never overwritten.
+
+A file in the work folder may be replaced only if it is, byte for byte, a version that was put there by `refresh`. The
+manifest lists those versions; whatever is not in it belongs to the learner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+MANIFEST = ".labkit-copies.json"
+
+
+class WorkspaceError(RuntimeError):
+    """The work folder cannot be used; the message says why and what to do."""
+
+
+def refresh(notebooks: Path, work: Path) -> list[str]:
+    """Bring `work` up to date with `notebooks/*.ipynb`; returns one line per notebook that was copied or kept back.
+
+    New: copied. As it was copied before: replaced by the newer version. Changed by the learner: left alone, and named
+    when a newer version exists. Raises WorkspaceError.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        copies = _read(work / MANIFEST)
+        lines = [_refresh_one(source, work, copies) for source in sorted(notebooks.glob("*.ipynb"))]
+    except OSError as error:
+        raise WorkspaceError(
+            f"The work folder {work} cannot be used ({error.strerror or error}). Make it a writable folder with free "
+            "space and run `make lab` again; nothing in it was changed."
+        ) from error
+    return [line for line in lines if line]
+
+
+def _refresh_one(source: Path, work: Path, copies: dict[str, list[str]]) -> str | None:
+    content, target = source.read_bytes(), work / source.name
+    newest = _digest(content)
+    known = copies.setdefault(source.name, [])
+    if not os.path.lexists(target):
+        said = f"{source.name}: copied"
+    else:
+        here = _digest(target.read_bytes()) if target.is_file() else None
+        if here == newest and newest in known:
+            return None
+        if here != newest and here not in known:
+            return None if known[-1:] == [newest] else _kept_back(target)
+        said = f"{source.name}: brought up to date" if here != newest else ""
+    # The version is written down before the copy: killed in between, the copy is still known as ours.
+    copies[source.name] = [version for version in known if version != newest] + [newest]
+    _write(work / MANIFEST, json.dumps(copies, indent=1).encode())
+    if said:
+        _write(target, content)
+    return said or None
+
+
+def _kept_back(target: Path) -> str:
+    return (
+        f"{target.name}: yours is kept; a newer version exists. To get it, rename yours in {target.parent.name}/ and "
+        "run `make lab` again."
+    )
+
+
+def _read(manifest: Path) -> dict[str, list[str]]:
+    """What was copied before; a damaged manifest counts as none, so that every file counts as the learner's."""
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        return {str(name): [str(version) for version in versions] for name, versions in found.items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write all of a file or nothing of it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".labkit-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

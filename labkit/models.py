@@ -1,0 +1,205 @@
+"""Models for the labs: the lab model, any Llama-architecture model in its place, or random weights of any shape.
+
+`LABKIT_MODEL` names a folder or a hub id to use instead of the lab model: Llama, Mistral or Qwen2, in safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from labkit.device import first_line, pick_device
+from labkit.lab_model import NAME, ModelError, cache_folder, ensure_lab_model
+from labkit.llama import Llama, hf_names, rope_frequencies
+from labkit.specs import ModelSpec, from_hf_config
+
+__all__ = [
+    "ModelError",
+    "cache_folder",
+    "ensure_lab_model",
+    "folder",
+    "from_folder",
+    "from_hf",
+    "load",
+    "random",
+    "source",
+    "spec",
+    "tokenizer",
+]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def named_model() -> str:
+    """What `LABKIT_MODEL` says; empty when the lab model is to be used."""
+    return os.environ.get("LABKIT_MODEL", "").strip()
+
+
+def source() -> str:
+    """Which model the labs use: the lab model's name, or what `LABKIT_MODEL` names."""
+    return named_model() or NAME
+
+
+def folder(progress: bool = True) -> Path:
+    """The folder of the model in use, fetched first where that is needed. Raises ModelError."""
+    named = named_model()
+    if not named:
+        return ensure_lab_model(progress)
+    path = Path(named).expanduser()
+    if path.is_dir():
+        return path
+    if not HUB_ID.fullmatch(named):
+        raise ModelError(f"LABKIT_MODEL={named}: no such folder. Name a folder or a hub id (owner/name), or unset it.")
+    return _from_hub(named)
+
+
+def spec() -> ModelSpec:
+    """The shape of the model in use."""
+    return _spec(folder(), source())
+
+
+def load(dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, *, pack: bool = True) -> Llama:
+    """The model in use, with its weights in `dtype` on `device` (None: the one that `pick_device` picks).
+
+    pack: lay bfloat16 weights out for decoding on a CPU; they cannot change afterwards. Raises ModelError.
+    """
+    model = from_folder(folder(), dtype, pick_device().torch_device if device is None else device, source())
+    return model.pack() if pack else model
+
+
+def tokenizer() -> Any:
+    """The tokenizer of the model in use, a transformers tokenizer with its chat template. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    path = folder()
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no tokenizer that transformers can read ({first_line(error)})") from error
+
+
+def random(
+    spec: ModelSpec,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    *,
+    pack: bool = True,
+) -> Llama:
+    """A model of any shape with random weights, normal with deviation 0.02; norms are 1.
+
+    One seed gives the same weights on one kind of device and dtype; a GPU draws others than a CPU. `pack` as in `load`.
+    """
+    model = _empty(spec, dtype, device)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model.pack() if pack else model
+
+
+def from_folder(
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", name: str = ""
+) -> Llama:
+    """The model in a folder of Hugging Face's layout: `config.json` and safetensors, in one file or in shards.
+
+    Raises ModelError when it is not a Llama, Mistral or Qwen2 model, or when a file is missing or damaged.
+    """
+    shape = _spec(path, name or path.name)
+    try:
+        return _fill(_empty(shape, dtype, device), Checkpoint(path))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be loaded: {first_line(error)}. Fetch it again, or name another model."
+        ) from error
+
+
+def from_hf(model: Any) -> Llama:
+    """Our decoder with the weights of a transformers model (Llama, Mistral or Qwen2), same dtype and device."""
+    return _fill(_empty(from_hf_config(model.config.to_dict()), model.dtype, model.device), model.state_dict())
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files, by name; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        files = [safe_open(file, framework="pt") for file in weight_files(path)]
+        self.files = {name: file for file in files for name in file.keys()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up a folder's model: those of its index, or else its only one."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = [path / name for name in names]
+    else:
+        found = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")]
+    missing = [file.name for file in found if not file.is_file()]
+    if missing or not found:
+        raise ValueError(f"it has no {', '.join(missing) or '*.safetensors file'}")
+    return found
+
+
+def _spec(path: Path, name: str) -> ModelSpec:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = from_hf_config(config, name=name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a Llama-architecture model: {first_line(error)}") from error
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        raise ModelError(f"{path} is not a Llama-architecture model: its activation is {act}, not silu")
+    return found
+
+
+def _empty(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> Llama:
+    """A model with memory for its weights and nothing in it: no weight is ever held twice."""
+    with torch.device("meta"):
+        model = Llama(spec).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    model.frequencies = rope_frequencies(spec).to(device)
+    return model
+
+
+def _fill(model: Llama, weights: Mapping[str, Tensor]) -> Llama:
+    """Load `weights`; a tensor that our decoder has no place for would silently change the answer, so it is refused."""
+    used = {source for name, _ in model.named_parameters() for source in hf_names(name)}
+    unused = [name for name in weights if name not in used and not name.endswith("rotary_emb.inv_freq")]
+    if model.head is None:
+        unused = [name for name in unused if name != "lm_head.weight"]
+    if unused:
+        raise ValueError(f"the decoder has no place for {unused[0]} ({len(unused)} such tensors)")
+    return model.load(weights)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"]))
+    except Exception as error:  # the hub client raises many types: network, authorisation, name, disk
+        raise ModelError(
+            f"LABKIT_MODEL={name}: there is no such folder, and the hub gives no such model "
+            f"({type(error).__name__}: {first_line(error)}). Check the name and the network, or unset LABKIT_MODEL."
+        ) from error

@@ -1,0 +1,185 @@
+"""A lab session: what it prints, what it returns, and what it does with ids that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from labkit.course.exercise import LabContents, Prediction, Quiz
+from labkit.course.exercises import contents
+from labkit.course.lab import Lab
+from labkit.course.progress import Progress
+from tests.course.test_exercise import Double, double
+
+CONTENTS = LabContents(
+    "00",
+    "A lab for the tests",
+    exercises=(Double(),),
+    predictions=(Prediction("00.p1", "how many?", unit="tokens"),),
+    quizzes=(
+        Quiz(
+            "00.q1",
+            "which?",
+            {"a": "this", "b": "that", "c": "both"},
+            {"a": "Because of this.", "b": "That is another thing.", "c": "Only one."},
+            right="a",
+        ),
+    ),
+)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch, capsys) -> Lab:
+    monkeypatch.setattr("labkit.course.lab.contents", lambda number: CONTENTS)
+    monkeypatch.setattr("labkit.course.doctor.card", lambda: "card")
+    made = Lab("00", progress=Progress(tmp_path / "progress.json"))
+    assert "Lab 00 · A lab for the tests" in capsys.readouterr().out
+    return made
+
+
+def test_a_right_answer_comes_back_itself_and_is_remembered(lab: Lab, capsys) -> None:
+    def mine(x):
+        return x + x
+
+    assert lab.check("00.1", mine) is mine
+    assert capsys.readouterr().out == "00.1 · pass · Twice as much. Yours is used from here on.\n"
+    assert lab.progress.get("exercises", "00.1") == {"attempts": 1, "passed": True}
+
+
+def test_an_untouched_blank_gives_the_reference_and_counts_no_attempt(lab: Lab, capsys) -> None:
+    def double(x):
+        raise NotImplementedError("00.1")
+
+    assert lab.check("00.1", double) is Double.reference
+    assert "00.1 · pending" in capsys.readouterr().out
+    assert lab.progress.get("exercises", "00.1") == {}
+
+
+def test_a_wrong_answer_gives_the_reference_and_says_what_was_seen_why_and_where(lab: Lab, capsys) -> None:
+    assert lab.check("00.1", lambda x: x * 3) is Double.reference
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[1:4]] == ["seen", "likely", "look"]
+    assert lab.progress.get("exercises", "00.1") == {"attempts": 1, "last_diagnosis": "values"}
+
+
+def test_running_only_the_check_again_does_not_pass_the_reference_off_as_the_learners(lab: Lab, capsys) -> None:
+    again = lab.check("00.1", lambda x: x * 3)
+    capsys.readouterr()
+    assert lab.check("00.1", again) is Double.reference
+    assert "pending" in capsys.readouterr().out
+    assert "passed" not in lab.progress.get("exercises", "00.1")
+
+
+def test_a_cell_run_twice_says_the_same_twice(lab: Lab, capsys) -> None:
+    lab.check("00.1", double if False else (lambda x: 2 * x))
+    first = capsys.readouterr().out
+    lab.check("00.1", lambda x: 2 * x)
+    assert capsys.readouterr().out == first
+
+
+def test_a_pass_once_earned_stays_when_the_blank_is_broken_later(lab: Lab) -> None:
+    lab.check("00.1", lambda x: 2 * x)
+    lab.check("00.1", lambda x: 3 * x)
+    assert lab.progress.get("exercises", "00.1")["passed"] is True
+
+
+def test_hints_come_one_at_a_time_and_end_with_the_solution(lab: Lab, capsys) -> None:
+    said = []
+    for _ in range(5):
+        lab.hint("00.1")
+        said.append(capsys.readouterr().out.strip())
+    assert said[:3] == ["00.1 · hint 1 of 3 · one", "00.1 · hint 2 of 3 · two", "00.1 · hint 3 of 3 · three"]
+    assert said[3] == said[4]
+    assert 'lab.solution("00.1")' in said[3]
+
+
+def test_after_a_failed_check_the_hint_speaks_to_that_failure(lab: Lab, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Double, "hints_for", {"values": "Twice, not three times."})
+    lab.check("00.1", lambda x: x * 3)
+    capsys.readouterr()
+    lab.hint("00.1")
+    assert capsys.readouterr().out.strip() == "00.1 · hint 1 of 4 · Twice, not three times."
+    lab.hint("00.1")
+    assert capsys.readouterr().out.strip() == "00.1 · hint 2 of 4 · one"
+
+
+def test_the_solution_is_the_references_source(lab: Lab, capsys) -> None:
+    lab.solution("00.1")
+    said = capsys.readouterr().out
+    assert said.startswith("def double(x: Tensor) -> Tensor:")
+    assert "return x * 2" in said
+
+
+@pytest.mark.parametrize(
+    ("guess", "said"),
+    [
+        (8, "You said 8 tokens: exactly."),
+        (9, "You said 9 tokens: close."),
+        (80, "You said 80 tokens: 10 times too high."),
+        (2, "You said 2 tokens: 4 times too low."),
+        (-1, "You said -1 tokens."),
+        (..., "You had not guessed."),
+    ],
+)
+def test_a_guess_is_set_beside_the_figure(lab: Lab, capsys, guess, said) -> None:
+    lab.predict("00.p1", guess=guess)
+    capsys.readouterr()
+    lab.reveal("00.p1", 8)
+    assert capsys.readouterr().out.strip() == f"00.p1 · it is 8 tokens. {said}"
+
+
+@pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3]])
+def test_a_guess_that_is_no_number_is_refused_with_an_example(lab: Lab, guess) -> None:
+    with pytest.raises(ValueError, match=r"one number, such as guess=10"):
+        lab.predict("00.p1", guess=guess)
+
+
+def test_every_option_gets_its_own_reply_and_letters_may_be_capital(lab: Lab, capsys) -> None:
+    replies = []
+    for letter in ("a", "B", " c "):
+        lab.quiz("00.q1", answer=letter)
+        replies.append(capsys.readouterr().out.strip())
+    assert replies == [
+        "00.q1 · a · right. Because of this.",
+        "00.q1 · b · no. That is another thing.",
+        "00.q1 · c · no. Only one.",
+    ]
+    with pytest.raises(ValueError, match="the options are a, b, c"):
+        lab.quiz("00.q1", answer="d")
+
+
+@pytest.mark.parametrize(
+    ("call", "nearest"),
+    [
+        (lambda lab: lab.check("00.11", double), "00.1"),
+        (lambda lab: lab.hint("0.1"), "00.1"),
+        (lambda lab: lab.solution("solution"), "00.1"),
+        (lambda lab: lab.predict("00.p2", 3), "00.p1"),
+        (lambda lab: lab.reveal("00.p", 3), "00.p1"),
+        (lambda lab: lab.quiz("00.q9"), "00.q1"),
+    ],
+)
+def test_an_unknown_id_is_answered_with_the_nearest(lab: Lab, call, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"nearest: {nearest}"):
+        call(lab)
+
+
+@pytest.mark.parametrize("number", ["3O", "lab01", 99, ""])
+def test_an_unknown_lab_is_answered_with_the_labs_there_are(number) -> None:
+    with pytest.raises(ValueError, match=r"there is no lab .*nearest: .*0"):
+        contents(number)
+
+
+def test_a_lab_may_be_named_by_its_number() -> None:
+    assert contents(1) is contents("01")
+
+
+def test_the_summary_counts_this_session(lab: Lab, capsys) -> None:
+    lab.summary()
+    assert "0 of 1 passed" in capsys.readouterr().out
+    lab.check("00.1", lambda x: torch.add(x, x))
+    capsys.readouterr()
+    lab.summary()
+    assert "1 of 1 passed" in capsys.readouterr().out

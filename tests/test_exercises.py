@@ -1,0 +1,76 @@
+"""Every check accepts what is right and rejects what people get wrong, with the diagnosis meant."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+
+import pytest
+
+from labkit.course.exercise import Exercise, examine
+from labkit.course.exercises import contents, numbers
+from tests.mutants import Mutant
+from tests.mutants.table import TABLE, kill_table
+
+LABS = {number: contents(number) for number in numbers()}
+EXERCISES: dict[str, Exercise] = {exercise.id: exercise for lab in LABS.values() for exercise in lab.exercises}
+WRONG: list[Mutant] = []
+RIGHT: list[tuple[str, object]] = []
+for number in LABS:
+    module = importlib.import_module(f"tests.mutants.lab{number}")
+    WRONG += module.MUTANTS
+    RIGHT += [(exercise, answer) for exercise, answer in module.RIGHT]
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_check_accepts_its_reference(exercise: Exercise) -> None:
+    # A copy, not the object: the check must judge what it does, not what it is.
+    verdict = examine(exercise, exercise.reference)
+    assert verdict.status == "pass", verdict.finding
+
+
+@pytest.mark.parametrize(("exercise", "answer"), RIGHT, ids=[f"{id}-{i}" for i, (id, _) in enumerate(RIGHT)])
+def test_check_accepts_another_right_way_of_writing_it(exercise: str, answer) -> None:
+    verdict = examine(EXERCISES[exercise], answer)
+    assert verdict.status == "pass", verdict.finding
+
+
+@pytest.mark.parametrize("mutant", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
+def test_check_rejects_a_wrong_answer_with_its_diagnosis(mutant: Mutant) -> None:
+    verdict = examine(EXERCISES[mutant.exercise], mutant.answer)
+    assert verdict.status == "not yet", f"{mutant.mistake} was accepted"
+    assert verdict.finding is not None
+    assert verdict.finding.diagnosis == mutant.diagnosis, verdict.finding
+
+
+def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart() -> None:
+    count = Counter(mutant.exercise for mutant in WRONG)
+    assert {id: count[id] for id in EXERCISES if count[id] < 5} == {}
+    for id in EXERCISES:
+        assert len({mutant.diagnosis for mutant in WRONG if mutant.exercise == id}) >= 4, id
+
+
+def test_every_card_is_complete() -> None:
+    for exercise in EXERCISES.values():
+        assert exercise.title and exercise.minutes >= 1 and 1 <= exercise.difficulty <= 5, exercise.id
+        assert len(exercise.hints) == 3 and all(exercise.hints), exercise.id
+        assert all(need in EXERCISES for need in exercise.needs), exercise.id
+
+
+def test_hints_for_a_failure_speak_of_diagnoses_that_some_wrong_answer_gets() -> None:
+    known = {(mutant.exercise, mutant.diagnosis) for mutant in WRONG}
+    for exercise in EXERCISES.values():
+        for diagnosis in exercise.hints_for:
+            assert (exercise.id, diagnosis) in known, f"{exercise.id}: no wrong answer shows {diagnosis!r}"
+
+
+def test_every_option_of_every_question_has_its_own_answer() -> None:
+    for lab in LABS.values():
+        for quiz in lab.quizzes:
+            assert quiz.right in quiz.options, quiz.id
+            assert quiz.options.keys() == quiz.answers.keys(), quiz.id
+            assert len(set(quiz.answers.values())) == len(quiz.options) >= 3, quiz.id
+
+
+def test_the_published_kill_table_is_what_the_checks_do_now() -> None:
+    assert TABLE.read_text(encoding="utf-8") == kill_table(WRONG, EXERCISES), "run `make docs` to write it anew"

@@ -1,0 +1,60 @@
+"""Clocks and provenance."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from labkit import measure
+
+
+def test_alternate_takes_turns_and_drops_the_warmup() -> None:
+    order: list[str] = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = measure.alternate(runs, repeats=3, warmup=2)
+    assert order == ["a", "b"] * 5
+    assert all(len(timing.samples) == 3 for timing in timings.values())
+
+
+def test_a_longer_call_takes_longer() -> None:
+    timings = measure.alternate({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02)}, repeats=3)
+    assert timings["long"].median > timings["short"].median
+
+
+def test_median_and_spread_are_of_the_samples() -> None:
+    timing = measure.Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert timing.median == 3.0
+    assert timing.spread == 1.0
+    assert measure.Timing((5.0,)).spread == 0.0
+
+
+def test_read_bandwidth_is_bytes_over_seconds() -> None:
+    gigabytes = measure.read_bandwidth(nbytes=64 * 2**20, repeats=3) / 1e9
+    assert 0.5 < gigabytes < 20_000  # slower than any RAM, faster than any GPU: something else was measured
+
+
+def test_memory_names_free_total_and_used() -> None:
+    memory = measure.memory()
+    assert 0 < memory["free"] <= memory["total"]
+    assert memory["used"] > 10 * 2**20
+
+
+def test_memory_used_grows_by_what_is_allocated() -> None:
+    before = measure.memory()["used"]
+    kept = torch.ones(64 * 2**20 // 4)
+    assert measure.memory()["used"] - before >= 0.9 * kept.nbytes
+
+
+def test_provenance_names_device_versions_and_date_but_no_host() -> None:
+    said = measure.provenance(command="benchmarks/decode.py")
+    assert said.keys() - {"cuda"} == {"device", "python", "torch", "transformers", "date", "command"}
+    assert json.loads(json.dumps(said)) == said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_an_error_not_a_figure() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        measure.time_call(lambda: None, device="cuda")

@@ -1,0 +1,115 @@
+"""The notebooks as a contract: executed in order, blanks that agree with their references, and a filled edition that
+runs, passes every check and prints the same."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
+
+from labkit.course import editions
+from labkit.course.exercises import contents, numbers
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def exercises_of(path: Path) -> dict:
+    return {exercise.id: exercise for exercise in contents(path.name[:2]).exercises}
+
+
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """What a cell printed or showed as text."""
+    parts = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            parts.append(output.text)
+        elif output.output_type in ("execute_result", "display_data"):
+            parts.append(output.data.get("text/plain", ""))
+    return "".join(parts)
+
+
+def test_there_is_one_notebook_per_lab() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == numbers()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_was_executed_top_to_bottom(self, path: Path) -> None:
+        counts = [cell.execution_count for _, cell in editions.code_cells(read(path))]
+        assert counts == list(range(1, len(counts) + 1))
+
+    def test_shows_no_error_no_warning_and_nothing_of_a_machine(self, path: Path) -> None:
+        for _, cell in editions.code_cells(read(path)):
+            assert all(output.output_type != "error" for output in cell.outputs), cell.source
+            assert all(output.get("name") != "stderr" for output in cell.outputs), cell.source
+        assert not re.search(r"/home/|/root/|/Users/|/tmp/|C:\\\\Users", path.read_text(encoding="utf-8"))
+
+    def test_is_clean(self, path: Path) -> None:
+        notebook = read(path)
+        assert notebook.metadata.kernelspec.name == "python3"
+        assert "widgets" not in notebook.metadata
+        assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+    def test_is_mostly_compared(self, path: Path) -> None:
+        cells = [cell for _, cell in editions.code_cells(read(path))]
+        ignored = [cell for cell in cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+        assert len(ignored) < len(cells) / 2
+
+    def test_has_a_blank_for_every_exercise_and_asks_for_all_the_lab_holds(self, path: Path) -> None:
+        notebook, lab = read(path), contents(path.name[:2])
+        assert [blank.exercise for blank in editions.blanks(notebook)] == [exercise.id for exercise in lab.exercises]
+        source = "\n".join(cell.source for _, cell in editions.code_cells(notebook))
+        for prediction in lab.predictions:
+            assert f'lab.predict("{prediction.id}", guess=...)' in source
+            assert f'lab.reveal("{prediction.id}"' in source
+            assert source.index(f'lab.predict("{prediction.id}"') < source.index(f'lab.reveal("{prediction.id}"')
+        for quiz in lab.quizzes:
+            assert f'lab.quiz("{quiz.id}", answer=...)' in source
+        prose = " ".join("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown").split())
+        for quiz in lab.quizzes:
+            for option in quiz.options.values():
+                assert " ".join(option.split()) in prose, f"{quiz.id}: {option!r} is not in the text"
+
+    def test_every_stub_has_its_references_signature_and_docstring(self, path: Path) -> None:
+        notebook, exercises = read(path), exercises_of(path)
+        for blank in editions.blanks(notebook):
+            stub = editions.definition(notebook.cells[blank.cell].source, blank.name)
+            reference = ast.parse(editions.source_of(exercises[blank.exercise].reference)).body[0]
+            assert signatures(stub) == signatures(reference), blank.exercise
+
+    def test_filled_with_references_it_runs_passes_and_prints_the_same(self, path: Path, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv("LABKIT_PROGRESS", str(tmp_path / "progress.json"))
+        stored = read(path)
+        filled = editions.fill(stored, exercises_of(path))
+        ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(filled, {"metadata": {"path": str(tmp_path)}})
+        checked = 0
+        for before, after in zip(stored.cells, filled.cells, strict=True):
+            if before.cell_type != "code":
+                continue
+            tags = before.metadata.get("tags", [])
+            for card in re.findall(r"^\d\d\.\w+ · (pass|pending|not yet)", text_of(after), flags=re.MULTILINE):
+                if "lab.check(" in before.source:
+                    assert card == "pass", text_of(after)
+                    checked += 1
+            if not editions.shows_card(before) and "nbval-ignore-output" not in tags:
+                assert text_of(after) == text_of(before), before.source
+        assert checked == len(exercises_of(path))
+
+
+def signatures(node: ast.AST) -> list[tuple]:
+    """Name, parameters and docstring of a function, or of a class and each of its methods that the stub must have."""
+    if isinstance(node, ast.ClassDef):
+        methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+        return [(node.name, ast.get_docstring(node)), *(part for method in methods for part in signatures(method))]
+    assert isinstance(node, ast.FunctionDef)
+    returns = ast.unparse(node.returns) if node.returns else None
+    return [(node.name, ast.unparse(node.args), returns, ast.get_docstring(node))]
