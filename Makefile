@@ -1,0 +1,90 @@
+# make lab        set up, then open the labs in JupyterLab     PORT= HOST=
+# make test       set up, then lint, tests, notebooks, browser
+# make gpu        the tests and notebooks on a CUDA GPU
+# make notebooks  run the notebooks in place and keep their outputs (authors)
+# make lock       renew requirements.lock with uv (authors)
+# make clean      remove .venv and build leftovers; keeps work/ and the model
+#
+# PYTHON=   the Python that makes .venv, 3.11 to 3.13
+# PIP_ARGS= more arguments for pip, such as --index-url for a build of torch without CUDA
+# PY=       a Python that has everything already (conda, a container): no .venv is made
+
+PYTHON ?= python3
+PY ?= .venv/bin/python
+PIP_ARGS ?=
+WORKERS ?= 2
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+# An installation is fit for exactly these two files; their checksum is part of its stamp's name.
+KEY := $(shell cat pyproject.toml requirements.lock | cksum | tr ' ' '-')
+ifeq ($(PY),.venv/bin/python)
+LAB_READY := .venv/.lab-$(KEY)
+TEST_READY := .venv/.test-$(KEY)
+endif
+
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-startup-timeout=120 \
+	-p tests.nbval_patience -p no:randomly -p no:cacheprovider
+SCRATCH = LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
+
+.PHONY: lab test lint unit notebooks-test browser gpu notebooks lock clean
+
+lab: $(LAB_READY)
+	@$(PY) -m labkit.course.cli open $(ARGS)
+
+test: lint unit notebooks-test browser
+
+lint: $(TEST_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+unit: lint
+	$(PY) -m labkit.course.cli model
+	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(WORKERS)
+
+notebooks-test: unit
+	$(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
+
+browser: notebooks-test
+	@if [ -n "$(CHROMIUM)" ]; then \
+		CHROMIUM="$(CHROMIUM)" $(PY) -m pytest tests/browser; \
+	else \
+		echo "SKIPPED: the browser tests. They need Chromium: install it, or set CHROMIUM= to a browser." >&2; \
+		[ "$$CI" != true ]; \
+	fi
+
+gpu: $(TEST_READY)
+	-LABKIT_DEVICE=cuda $(PY) -m labkit.course.cli doctor
+	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser
+	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
+
+notebooks: $(TEST_READY)
+	LABKIT_DEVICE=cpu LABKIT_PROFILE=quick $(SCRATCH) $(PY) -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(PY) -m nbstripout --keep-output --keep-count --keep-id --extra-keys \
+		'metadata.widgets metadata.language_info.version cell.metadata.execution' notebooks/*.ipynb
+
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \
+		--no-annotate --no-header --no-emit-index-url --output-file .lock.tmp --quiet
+	(echo '# Exact versions, used as constraints: pip install -c requirements.lock -e .    Made by: make lock'; \
+		grep -v -E '^(nvidia|cuda)-' .lock.tmp) > requirements.lock
+	rm .lock.tmp
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: name one, as in  make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.lab-$(KEY): .venv/.made
+	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e .
+	@touch $@
+
+.venv/.test-$(KEY): .venv/.made
+	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
+	@touch $@ .venv/.lab-$(KEY)
