@@ -23,13 +23,15 @@ TEST_READY := .venv/.test-$(KEY)
 endif
 
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-startup-timeout=120 \
-	-p tests.nbval_patience -p no:randomly -p no:cacheprovider
+	-p no:randomly -p no:cacheprovider
+# Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.
+LISTEN = $(if $(filter command%,$(origin HOST)),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 SCRATCH = LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
 .PHONY: lab test lint unit notebooks-test browser gpu notebooks lock clean
 
 lab: $(LAB_READY)
-	@$(PY) -m labkit.course.cli open $(ARGS)
+	@$(PY) -m labkit.course.cli open $(LISTEN) $(ARGS)
 
 test: lint unit notebooks-test browser
 
@@ -68,7 +70,7 @@ lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \
 		--no-annotate --no-header --no-emit-index-url --output-file .lock.tmp --quiet
 	(echo '# Exact versions, used as constraints: pip install -c requirements.lock -e .    Made by: make lock'; \
-		grep -v -E '^(nvidia|cuda)-' .lock.tmp) > requirements.lock
+		grep -v -E "^(nvidia|cuda)-|== '(win32|emscripten|nt)'" .lock.tmp) > requirements.lock
 	rm .lock.tmp
 
 clean:

@@ -6,6 +6,7 @@ OUTPUT_SECONDS = 60  # nbval waits 5 s for an output to arrive, whatever the cel
 
 
 def pytest_collection_modifyitems(items) -> None:
+    """Let each nbval cell wait longer for its outputs."""
     for item in items:
         if hasattr(item, "output_timeout"):
             item.output_timeout = OUTPUT_SECONDS

@@ -29,7 +29,7 @@ from labkit.llama import Llama
 from labkit.measure import device_name, read_bandwidth, synchronize
 
 SPEEDUP = {"float32": 1.1, "bfloat16": 1.5}
-# Contracts, bounded. float32: against Hugging Face's logits, whose magnitude is about 40; sums of at most 1,536 terms in
+# Contracts, bounded. float32: against Hugging Face's logits, whose magnitude is about 40; sums of up to 1,536 terms in
 # another order. bfloat16: both sides round at every layer, so both are judged by their distance from float32 logits.
 LOGIT_BOUND = 1e-4
 BFLOAT16_ERROR_RATIO = 1.5

@@ -1,4 +1,4 @@
-"""The labs as a learner runs them: seconds from start to the first figure, seconds in all, and the kernel's peak memory.
+"""The labs as a learner runs them: seconds to the first figure, seconds in all, and the kernel's peak memory.
 
     python -m benchmarks.labs [--lab 01 02]
 
@@ -21,7 +21,10 @@ from labkit.course.exercises import contents, numbers
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SECONDS, FIRST_FIGURE_SECONDS, GIGABYTES = 90, 20, 4
-PEAK = "import resource, sys\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+PEAK = """
+import resource, sys
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
 
 
 def run(notebook: nbformat.NotebookNode) -> tuple[float, float, int]:
@@ -61,7 +64,10 @@ def main() -> int:
             found = {"first figure s": first, "seconds": seconds, "peak GB": peak / 1e9}
             figures |= {f"{name} {what}": round(value, 2) for what, value in found.items()}
             print(f"{name}: first figure {first:.1f} s, all {seconds:.1f} s, peak {peak / 1e9:.2f} GB")
-            bars += [bar(f"{name} seconds", seconds, "<=", SECONDS), bar(f"{name} peak GB", peak / 1e9, "<=", GIGABYTES)]
+            bars += [
+                bar(f"{name} seconds", seconds, "<=", SECONDS),
+                bar(f"{name} peak GB", peak / 1e9, "<=", GIGABYTES),
+            ]
             bars.append(bar(f"{name} first figure s", first, "<=", FIRST_FIGURE_SECONDS))
     return finish("labs", figures, bars, "cpu", "python -m benchmarks.labs")
 

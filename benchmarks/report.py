@@ -24,5 +24,9 @@ def bar(name: str, value: float, comparison: str, limit: float) -> dict[str, Any
 def finish(benchmark: str, figures: dict[str, float], bars: list[dict[str, Any]], device: Any, command: str) -> int:
     """Print the object; 0 when every bar holds, else 1."""
     said = provenance(device, command)
-    print(json.dumps({"benchmark": benchmark, "device": said.pop("device"), "versions": said, "figures": figures, "bars": bars}))
+    print(
+        json.dumps(
+            {"benchmark": benchmark, "device": said.pop("device"), "versions": said, "figures": figures, "bars": bars}
+        )
+    )
     return 0 if all(entry["holds"] for entry in bars) else 1

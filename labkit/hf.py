@@ -58,7 +58,7 @@ class WrappedLayer(CacheLayerMixin):
         """Forget the newest tokens. transformers gives their number as a negative one."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to forget; got {tokens_to_remove}")
-        self.layer.truncate(max(0, self.layer.seq_len + tokens_to_remove))
+        self.layer.truncate(max(0, self.layer.seq_len + int(tokens_to_remove)))  # some versions give a tensor
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""

@@ -34,8 +34,8 @@ from labkit.packing import packed_linear
 PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
 MOVES = {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "clone", "contiguous", "repeat", "repeat_interleave",
-    "tile", "roll", "flip", "index_select", "gather", "take_along_dim", "pad", "to", "type", "float", "half", "bfloat16",
-    "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter", "__getitem__",
+    "tile", "roll", "flip", "index_select", "gather", "take_along_dim", "pad", "to", "type", "float", "half",
+    "bfloat16", "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter", "__getitem__",
 }  # fmt: skip
 WRITES = {"__setitem__", "copy_", "index_copy_", "scatter_", "index_put_"}
 
@@ -89,12 +89,23 @@ class Ledger(TorchFunctionMode):
     @staticmethod
     def is_property(func: Callable) -> bool:
         """Whether this call only looks at a tensor (`x.shape`, `x.T`), which is no work."""
-        return getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim", "stride", "numel", "item", "data_ptr")
+        return getattr(func, "__name__", "") in (
+            "__get__",
+            "__set__",
+            "size",
+            "dim",
+            "stride",
+            "numel",
+            "item",
+            "data_ptr",
+        )
 
     def count_products(self, func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -> None:
         """Projections, scores and attention's reads."""
         if func is F.scaled_dot_product_attention:
-            query, key, value = (args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+            query, key, value = (
+                args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value"))
+            )
             self.work.scores += query[..., 0].numel() * key.shape[-2]
             self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
         elif func in (F.linear, packed_linear):
@@ -231,4 +242,3 @@ def written_bytes(name: str, args: tuple) -> int:
         return target.nbytes
     source = args[-1]
     return source.nbytes if isinstance(source, Tensor) else 0
-

@@ -52,8 +52,10 @@ def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart(
 
 def test_every_card_is_complete() -> None:
     for exercise in EXERCISES.values():
-        assert exercise.title and exercise.minutes >= 1 and 1 <= exercise.difficulty <= 5, exercise.id
-        assert len(exercise.hints) == 3 and all(exercise.hints), exercise.id
+        assert exercise.title, exercise.id
+        assert exercise.minutes >= 1, exercise.id
+        assert 1 <= exercise.difficulty <= 5, exercise.id
+        assert [bool(hint) for hint in exercise.hints] == [True] * 3, exercise.id
         assert all(need in EXERCISES for need in exercise.needs), exercise.id
 
 

@@ -88,7 +88,9 @@ def test_new_tokens_may_be_changed_in_place_and_a_cache_filled_here_may_be_writt
         made = generate(model, torch.arange(4)[None, :], 3, cache=cache)
         made.tokens[0, 0] = 1
         model(made.tokens[:, -1:], cache)
-        cache.layers[0].append(torch.zeros(1, 2, 1, 8, dtype=torch.float64), torch.zeros(1, 2, 1, 8, dtype=torch.float64))
+        cache.layers[0].append(
+            torch.zeros(1, 2, 1, 8, dtype=torch.float64), torch.zeros(1, 2, 1, 8, dtype=torch.float64)
+        )
         assert cache.layers[0].seq_len == 8
 
 

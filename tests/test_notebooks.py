@@ -90,7 +90,9 @@ class TestNotebook:
         monkeypatch.setenv("LABKIT_PROGRESS", str(tmp_path / "progress.json"))
         stored = read(path)
         filled = editions.fill(stored, exercises_of(path))
-        ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(filled, {"metadata": {"path": str(tmp_path)}})
+        ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(
+            filled, {"metadata": {"path": str(tmp_path)}}
+        )
         checked = 0
         for before, after in zip(stored.cells, filled.cells, strict=True):
             if before.cell_type != "code":

@@ -99,7 +99,7 @@ class PreallocatedCache(DenseCache):
         """Views of the part in use; None when empty."""
         if self.k is None or self.v is None or self._seq_len == 0:
             return None
-        return self.k.narrow(2, 0, self._seq_len), self.v.narrow(2, 0, self._seq_len)
+        return self.k[:, :, : self._seq_len], self.v[:, :, : self._seq_len]
 
     def validate(self, k: Tensor, v: Tensor) -> None:
         """As for every cache, and ValueError when the new tokens do not fit."""

@@ -15,14 +15,22 @@ class RecordingCache(GrowingCache):
     causal: False lets every query see every key held. For experiments: no decoder is trained that way.
     """
 
-    def __init__(self, *, causal: bool = True, **settings) -> None:
-        super().__init__(**settings)
-        if not causal and self.window is not None:
+    def __init__(
+        self,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        if not causal and window is not None:
             raise ValueError("a window looks back from each token: it needs causal=True")
+        super().__init__(scale=scale, window=window, soft_cap=soft_cap)
         self.causal = causal
         self.weights: Tensor | None = None
 
     def attend(self, q: Tensor) -> Tensor:
+        """Attention of the newest tokens' queries over all held, causal or not; `weights` holds what it weighed."""
         k, v = self.read()
         out, self.weights = attention(
             q,
@@ -38,5 +46,6 @@ class RecordingCache(GrowingCache):
         return out
 
     def reset(self) -> None:
+        """Forget everything, the weights included."""
         super().reset()
         self.weights = None

@@ -46,14 +46,15 @@ def printed(verdict: Verdict) -> str:
     lines = verdict.printed.splitlines()
     if not lines:
         return ""
-    return f"\n     (Your code printed {len(lines)} line{'s' * (len(lines) > 1)} during the check, first: {lines[0][:60]!r})"
+    count = f"{len(lines)} line{'s' * (len(lines) > 1)}"
+    return f"\n     (Your code printed {count} during the check, first: {lines[0][:60]!r})"
 
 
 def is_reference(exercise: Exercise) -> str:
     """The card when the reference itself is handed in, as happens when only the check is run again."""
     return (
-        f"{exercise.id} · pending · {exercise.title}\n     This is the reference that stands in for yours: run the cell "
-        f"that defines your own again, with the check in it."
+        f"{exercise.id} · pending · {exercise.title}\n     This is the reference that stands in for yours: run the "
+        f"cell that defines your own again, with the check in it."
     )
 
 
@@ -119,7 +120,10 @@ def quiz(quiz: Quiz, letter: str) -> str:
 
 def summary(contents: LabContents, verdicts: Mapping[str, Verdict]) -> str:
     """One line per exercise, and a count."""
-    status = {exercise.id: verdicts[exercise.id].status if exercise.id in verdicts else "not run" for exercise in contents.exercises}
+    status = {
+        exercise.id: verdicts[exercise.id].status if exercise.id in verdicts else "not run"
+        for exercise in contents.exercises
+    }
     lines = [f"{exercise.id}  {status[exercise.id]:<8}  {exercise.title}" for exercise in contents.exercises]
     passed = sum(state == "pass" for state in status.values())
     return "\n".join([*lines, f"{passed} of {len(lines)} passed in this session."])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -42,10 +44,20 @@ def _parser() -> argparse.ArgumentParser:
     model.set_defaults(run=run_model)
     opener = commands.add_parser("open", help="open the labs in JupyterLab")
     opener.add_argument("--port", default=os.environ.get("PORT") or "8888", help="default: PORT, or 8888")
-    opener.add_argument("--host", default=os.environ.get("HOST") or "127.0.0.1", help="default: HOST, or 127.0.0.1")
+    opener.add_argument(
+        "--host", default=host_from_environment(), help="default: HOST if it is an address, or 127.0.0.1"
+    )
     opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
     opener.set_defaults(run=run_open)
     return parser
+
+
+def host_from_environment() -> str:
+    """`HOST`, where it holds an address: some shells and conda export one that holds a machine's name or type."""
+    host = os.environ.get("HOST", "")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    return host if host == "localhost" else "127.0.0.1"
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -42,10 +42,11 @@ def card() -> str:
     from labkit.lab_model import NAME
 
     lines = checks()
-    seen = {line.name: line.detail for line in lines}
+    seen = {line.name: line.detail for line in lines if line.ok}
     model = os.environ.get("LABKIT_MODEL", "").strip() or NAME
-    top = [f"{seen['Python']} · {seen['torch']}", f"{seen['device']} · {seen['profile']}", f"model {model}"]
-    return "\n".join([*top, *(str(line) for line in lines if not line.ok)])
+    rows = [("Python", "torch"), ("device", "profile")]
+    top = [" · ".join(seen[name] for name in row if name in seen) for row in rows]
+    return "\n".join([*filter(None, top), f"model {model}", *(str(line) for line in lines if not line.ok)])
 
 
 def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Line:

@@ -1,6 +1,6 @@
 """An exercise: its card, its reference, and checks that tell one wrong answer from another.
 
-An `Exercise` is one small class per blank. `examine(answer)` puts the learner's function to the test with the tools below
+An `Exercise` is one small class per blank. `examine(answer)` puts the learner's function to the test with these tools
 (`call`, `same`, ...), which notice what goes wrong in any function: it raises, returns nothing, returns NaN, a wrong
 shape or dtype, changes its arguments, or never ends. What only this exercise can know it says with `fail`.
 """
@@ -90,7 +90,7 @@ class Exercise:
 
     @classmethod
     def call(cls, answer: Callable, *args: Any, **kwargs: Any) -> Any:
-        """`answer(*args, **kwargs)`, with arguments that must come back unchanged and a result that must not be None."""
+        """`answer(*args, **kwargs)`, whose arguments must come back unchanged and whose result must not be None."""
         kept = copy.deepcopy((args, kwargs))
         result = cls.run(lambda: answer(*args, **kwargs))
         if not unchanged(kept, (args, kwargs)):
@@ -140,7 +140,7 @@ class Exercise:
 
     @classmethod
     def like(cls, got: Any, want: Tensor, *, what: str) -> None:
-        """Pass when `got` could be `want`: a tensor of its shape and dtype, without NaN or infinity where it has none."""
+        """Pass when `got` could be `want`: a tensor of its shape and dtype, finite wherever it is."""
         if not isinstance(got, Tensor):
             cls.fail(
                 "not-a-tensor",

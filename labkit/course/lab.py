@@ -1,10 +1,10 @@
 """A lab session: what the first cell of a notebook makes, and every later cell asks.
 
-    lab = Lab("02")
-    lab.predict("02.p1", guess=...)
-    decode_step = lab.check("02.2", decode_step)
-    lab.hint("02.2")
-    lab.reveal("02.p1", 4.2)
+lab = Lab("02")
+lab.predict("02.p1", guess=...)
+decode_step = lab.check("02.2", decode_step)
+lab.hint("02.2")
+lab.reveal("02.p1", 4.2)
 """
 
 from __future__ import annotations

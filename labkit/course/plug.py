@@ -21,6 +21,8 @@ from labkit.cache import Cache, LayerCache
 from labkit.ledger import tensors_in
 from labkit.llama import Attention, Llama, rotate
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 class SmallCache(Protocol):
     """A learner's cache of one layer."""
@@ -39,7 +41,7 @@ class PluggedLayer(LayerCache):
     `nbytes` is what the object keeps in its attributes, each piece of memory counted once.
     """
 
-    def __init__(self, make: Callable[[], SmallCache], attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None):
+    def __init__(self, make: Callable[[], SmallCache], attend: Attend | None = None) -> None:
         super().__init__()
         self.make, self.own_attend = make, attend
         self.own = checked(make())
@@ -52,16 +54,19 @@ class PluggedLayer(LayerCache):
 
     @property
     def seq_len(self) -> int:
+        """Tokens appended."""
         return self._seq_len
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the object keeps."""
         kept: dict[int, int] = {}
         for tensor in tensors_in(vars(self.own)):
             kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.nbytes)
         return sum(kept.values())
 
     def held(self) -> tuple[Tensor, Tensor] | None:
+        """What `read` gives; TypeError or ValueError when that is not K and V."""
         if not self._seq_len:
             return None
         both = self.own.read()
@@ -76,6 +81,7 @@ class PluggedLayer(LayerCache):
         return k, v
 
     def write(self, k: Tensor, v: Tensor) -> None:
+        """Append; ValueError when not every token appended is held."""
         self.own.append(k, v)
         self._seq_len += k.shape[2]
         held = self.held()
@@ -84,16 +90,19 @@ class PluggedLayer(LayerCache):
             raise ValueError(f"{self.name} was given {self._seq_len} tokens; its read() returned {tokens}")
 
     def attend(self, q: Tensor) -> Tensor:
+        """Attention over what `read` gives, the learner's where there is one."""
         if self.own_attend is None:
             return super().attend(q)
         k, v = self.read()
         return self.own_attend(q, k, v)
 
     def truncate(self, seq_len: int) -> None:
+        """A new object with the first `seq_len` tokens."""
         if seq_len < self._seq_len:
             self.rebuild(lambda x: x[:, :, :seq_len])
 
     def select_rows(self, rows: Tensor) -> None:
+        """A new object with these rows."""
         if self._seq_len:
             self.rebuild(lambda x: x.index_select(0, rows.to(x.device)))
 
@@ -105,6 +114,7 @@ class PluggedLayer(LayerCache):
             self.write(k, v)
 
     def reset(self) -> None:
+        """A new, empty object."""
         self.own, self._seq_len = self.make(), 0
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
@@ -123,7 +133,7 @@ def checked(own: Any) -> SmallCache:
 def as_cache(
     num_layers: int,
     make_layer: Callable[[], SmallCache],
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    attend: Attend | None = None,
 ) -> Cache:
     """A model's cache with a learner's object in each layer.
 

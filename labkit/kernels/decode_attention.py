@@ -38,11 +38,11 @@ def decode_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v for one query per head: `[batch, num_heads, 1, head_dim]`, in q's dtype.
 
-    q: `[batch, num_heads, 1, head_dim]`. k, v: `[batch, num_kv_heads, kv_len, head_dim]`, any strides, such as the part
-    in use of a preallocated buffer. float32, float16 or bfloat16; sums are kept in float32.
+    q: `[batch, num_heads, 1, head_dim]`. k, v: `[batch, num_kv_heads, kv_len, head_dim]`, with any strides, such as
+    the part in use of a preallocated buffer. float32, float16 or bfloat16; sums are kept in float32.
     padding: int `[batch]`, left padding of each row; a row that is all padding gives zeros.
     scale: default `head_dim ** -0.5`. window: keys the token sees, itself included.
-    block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on side by side.
+    block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on in parallel.
 
     Raises ValueError when shapes, dtypes or sizes do not fit, RuntimeError where Triton cannot run.
     """
@@ -79,15 +79,16 @@ def decode_attention(
         QUERY_BLOCK=max(16, triton.next_power_of_2(queries_per_kv)),  # 16: the least that tl.dot takes on a GPU
         DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         BLOCK=block_size,
+        num_stages=2,  # more would not fit the shared memory of smaller GPUs in float32
     )
     return merge(parts, lse).to(q.dtype).view(batch, num_heads, 1, head_dim)
 
 
 def merge(parts: Tensor, lse: Tensor) -> Tensor:
-    """The attention over all parts, `[batch, num_kv_heads, queries, head_dim]`, from each part's output and log-sum-exp.
+    """The attention over all parts, `[batch, num_kv_heads, queries, head_dim]`, from what each part gave.
 
-    parts: `[batch, num_kv_heads, num_splits, queries, head_dim]`. lse: the same without head_dim; -inf for a part in
-    which a query saw no key. A query that saw none in any part gives zeros.
+    parts: outputs, `[batch, num_kv_heads, num_splits, queries, head_dim]`. lse: log-sum-exps, without head_dim; -inf
+    for a part in which a query saw no key. A query that saw none in any part gives zeros.
     """
     top = lse.amax(dim=2, keepdim=True)
     weights = torch.exp(lse - top.masked_fill(top == float("-inf"), 0.0))
@@ -177,8 +178,7 @@ if triton is not None:
 
         first = tl.load(first_ptr + row)
         end = tl.minimum((split + 1) * split_len, kv_len)
-        start = split * split_len
-        start += tl.maximum(first - start, 0) // BLOCK * BLOCK  # blocks that are all padding are not read
+        start = tl.maximum(split * split_len, first)  # padding is not read
         top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_BLOCK], tl.float32)
         out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)

@@ -38,7 +38,8 @@ def test_two_kernels_writing_at_once_lose_nothing(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from labkit.course.progress import Progress\n"
         "progress = Progress(Path(sys.argv[1]))\n"
         "for i in range(40):\n"
-        "    progress.count('exercises', '01.1', 'attempts'); progress.record('exercises', f'{sys.argv[2]}.{i}', passed=True)\n"
+        "    progress.count('exercises', '01.1', 'attempts')\n"
+        "    progress.record('exercises', f'{sys.argv[2]}.{i}', passed=True)\n"
     )
     path = tmp_path / "progress.json"
     kernels = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b")]
@@ -111,7 +112,8 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path: Path)
     Progress(path).record("exercises", "01.1", passed=True)
     code = (
         "import json, os, signal, sys; from pathlib import Path; from labkit.course import progress\n"
-        "progress.json.dump = lambda data, file, **_: (file.write('{half'), file.flush(), os.kill(os.getpid(), signal.SIGKILL))\n"
+        "def half(data, file, **_): file.write('{half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "progress.json.dump = half\n"
         "progress.Progress(Path(sys.argv[1])).record('exercises', '01.2', passed=True)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=60).returncode != 0

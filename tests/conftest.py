@@ -1,0 +1,19 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+torch.set_num_threads(1)  # several workers share the cores
+settings.register_profile("labs", deadline=None)
+settings.load_profile("labs")
+
+
+@pytest.fixture(scope="session")
+def lab_model() -> Path:
+    """The lab model's folder; fetched and converted once per machine."""
+    from labkit.lab_model import ensure_lab_model
+
+    return ensure_lab_model(progress=False)

@@ -1,0 +1,455 @@
+"""Wrong and right answers to lab 01's blanks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.course.exercises.lab01 import apply_rope, causal_mask, leaky_attend
+from tests.mutants import Mutant
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+# 01.1
+
+
+def naive_softmax(q: Tensor, k: Tensor) -> Tensor:
+    weights = scores(q, k).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def always_float32(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k), dim=-1, dtype=torch.float32)
+
+
+def scales_in_place(q: Tensor, k: Tensor) -> Tensor:
+    q *= q.shape[-1] ** -0.5
+    return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+
+
+def forgets_to_return(q: Tensor, k: Tensor) -> None:
+    torch.softmax(scores(q, k), dim=-1)
+
+
+def einsum_weights(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("...qd,...kd->...qk", q * q.shape[-1] ** -0.5, k).softmax(-1)
+
+
+def stable_softmax(q: Tensor, k: Tensor) -> Tensor:
+    s = scores(q, k)
+    s = torch.exp(s - s.amax(-1, keepdim=True))
+    return s / s.sum(-1, keepdim=True)
+
+
+def loop_weights(q: Tensor, k: Tensor) -> Tensor:
+    rows = [torch.softmax((k * q[..., i : i + 1, :]).sum(-1) / q.shape[-1] ** 0.5, -1) for i in range(q.shape[-2])]
+    return torch.stack(rows, dim=-2)
+
+
+def fused_weights(q: Tensor, k: Tensor) -> Tensor:
+    identity = torch.eye(k.shape[-2], dtype=q.dtype).expand(*k.shape[:-2], -1, -1)
+    return F.scaled_dot_product_attention(q, k, identity)
+
+
+WEIGHTS = [
+    Mutant("01.1", "no-scale", "no division by sqrt(head_dim)", lambda q, k: torch.softmax(q @ k.mT, -1)),
+    Mutant("01.1", "scale-twice", "divided by head_dim", lambda q, k: torch.softmax(q @ k.mT / q.shape[-1], -1)),
+    Mutant(
+        "01.1",
+        "scale-up",
+        "multiplied by sqrt(head_dim)",
+        lambda q, k: torch.softmax(q @ k.mT * q.shape[-1] ** 0.5, -1),
+    ),
+    Mutant(
+        "01.1",
+        "scale-by-keys",
+        "divided by the root of the number of keys",
+        lambda q, k: torch.softmax(q @ k.mT / math.sqrt(k.shape[-2]), -1),
+    ),
+    Mutant(
+        "01.1",
+        "scale-after",
+        "softmax first, division afterwards",
+        lambda q, k: torch.softmax(q @ k.mT, -1) / math.sqrt(q.shape[-1]),
+    ),
+    Mutant("01.1", "axis", "softmax along the queries", lambda q, k: torch.softmax(scores(q, k), -2)),
+    Mutant("01.1", "axis", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
+    Mutant("01.1", "no-softmax", "the scores themselves", scores),
+    Mutant("01.1", "no-softmax", "the plain product", lambda q, k: q @ k.mT),
+    Mutant("01.1", "swapped", "keys as rows", lambda q, k: torch.softmax(scores(q, k), -1).mT),
+    Mutant(
+        "01.1",
+        "proportional",
+        "shares of the sum, as popular texts draw them",
+        lambda q, k: (q @ k.mT) / (q @ k.mT).sum(-1, keepdim=True),
+    ),
+    Mutant("01.1", "rows", "a sigmoid per score", lambda q, k: torch.sigmoid(scores(q, k))),
+    Mutant("01.1", "overflow", "exp without subtracting the largest score", naive_softmax),
+    Mutant("01.1", "dtype", "softmax in float32, never brought back", always_float32),
+    Mutant("01.1", "arguments-changed", "q is scaled in place", scales_in_place),
+    Mutant("01.1", "returned-none", "no return", forgets_to_return),
+]
+
+# 01.2
+
+
+def pasted_size(new_tokens: int, past: int) -> Tensor:
+    return torch.arange(5)[None, :] <= torch.arange(3)[:, None] + 2
+
+
+MASK = [
+    Mutant(
+        "01.2",
+        "no-offset",
+        "row i taken for position i",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril().bool(),
+        source="rasbt/LLMs-from-scratch#697",
+    ),
+    Mutant(
+        "01.2",
+        "no-past-columns",
+        "a square mask of the new tokens",
+        lambda new_tokens, past: torch.ones(new_tokens, new_tokens).tril().bool(),
+    ),
+    Mutant(
+        "01.2",
+        "old-rows",
+        "a square mask of all tokens",
+        lambda new_tokens, past: torch.ones(past + new_tokens, past + new_tokens).tril().bool(),
+    ),
+    Mutant(
+        "01.2",
+        "not-itself",
+        "a strict comparison",
+        lambda new_tokens, past: torch.arange(past + new_tokens) < torch.arange(new_tokens)[:, None] + past,
+    ),
+    Mutant(
+        "01.2",
+        "sees-next",
+        "the diagonal one too far",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(past + 1).bool(),
+    ),
+    Mutant("01.2", "inverted", "True for hidden", lambda new_tokens, past: ~causal_mask(new_tokens, past)),
+    Mutant(
+        "01.2",
+        "inverted",
+        "triu, as in PyTorch's older attention modules",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).triu(past + 1).bool(),
+    ),
+    Mutant(
+        "01.2",
+        "not-bool",
+        "0 and -inf to add to the scores",
+        lambda new_tokens, past: torch.zeros(new_tokens, past + new_tokens).masked_fill(
+            ~causal_mask(new_tokens, past), float("-inf")
+        ),
+    ),
+    Mutant("01.2", "not-bool", "0 and 1", lambda new_tokens, past: causal_mask(new_tokens, past).int()),
+    Mutant(
+        "01.2",
+        "past-at-the-end",
+        "the past's columns on the right",
+        lambda new_tokens, past: torch.cat(
+            (causal_mask(new_tokens, 0), torch.ones(new_tokens, past, dtype=torch.bool)), dim=1
+        ),
+    ),
+    Mutant(
+        "01.2",
+        "past-hidden",
+        "the past's columns False",
+        lambda new_tokens, past: torch.cat(
+            (torch.zeros(new_tokens, past, dtype=torch.bool), causal_mask(new_tokens, 0)), dim=1
+        ),
+    ),
+    Mutant(
+        "01.2",
+        "all-visible",
+        "ones everywhere",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens, dtype=torch.bool),
+    ),
+    Mutant("01.2", "one-case-only", "sizes copied from an example", pasted_size),
+]
+
+
+def loop_mask(new_tokens: int, past: int) -> Tensor:
+    mask = torch.zeros(new_tokens, past + new_tokens, dtype=torch.bool)
+    for i in range(new_tokens):
+        mask[i, : past + i + 1] = True
+    return mask
+
+
+# 01.3
+
+HEADS = [
+    Mutant(
+        "01.3",
+        "mixed-tokens",
+        "view straight to the final shape",
+        lambda x, num_heads: x.view(x.shape[0], num_heads, x.shape[1], -1),
+    ),
+    Mutant(
+        "01.3",
+        "tokens-first",
+        "no transpose",
+        lambda x, num_heads: x.view(*x.shape[:2], num_heads, -1),
+    ),
+    Mutant(
+        "01.3",
+        "interleaved",
+        "head_dim and num_heads cut in the wrong order",
+        lambda x, num_heads: x.view(*x.shape[:2], -1, num_heads).permute(0, 3, 1, 2),
+    ),
+    Mutant(
+        "01.3",
+        "sizes-swapped",
+        "num_heads taken for head_dim",
+        lambda x, num_heads: x.view(*x.shape[:2], -1, num_heads).transpose(1, 2),
+    ),
+    Mutant(
+        "01.3",
+        "dimensions-last",
+        "transposed as keys are in the product",
+        lambda x, num_heads: x.view(*x.shape[:2], num_heads, -1).permute(0, 2, 3, 1),
+    ),
+    Mutant(
+        "01.3",
+        "not-a-tensor",
+        "a list with one tensor per head",
+        lambda x, num_heads: list(x.chunk(num_heads, dim=-1)),
+    ),
+    Mutant("01.3b", "mixed-tokens", "reshape without swapping back", lambda x: x.reshape(x.shape[0], x.shape[2], -1)),
+    Mutant(
+        "01.3b",
+        "view-of-a-transpose",
+        "view after transpose",
+        lambda x: x.transpose(1, 2).view(x.shape[0], x.shape[2], -1),
+    ),
+    Mutant("01.3b", "interleaved", "heads moved to the last place", lambda x: x.permute(0, 2, 3, 1).flatten(2)),
+    Mutant("01.3b", "heads-blended", "the mean of the heads", lambda x: x.mean(1)),
+    Mutant("01.3b", "heads-blended", "the sum of the heads", lambda x: x.sum(1)),
+    Mutant("01.3b", "along-tokens", "heads joined to tokens", lambda x: x.flatten(1, 2)),
+    Mutant("01.3b", "not-joined", "only swapped", lambda x: x.transpose(1, 2)),
+]
+
+
+# 01.4
+
+
+def halves(x: Tensor, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    angles = positions[:, None] * frequencies
+    return (*x.chunk(2, dim=-1), angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+def interleaved(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    _, _, cos, sin = halves(x, positions, frequencies)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def wrong_sign(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x, positions, frequencies)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def half_turned(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x, positions, frequencies)
+    return torch.cat((a * cos - b * sin, b), dim=-1)
+
+
+def in_place_half(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x.clone(), positions, frequencies)
+    a[:] = a * cos - b * sin
+    b[:] = a * sin + b * cos
+    return torch.cat((a, b), dim=-1)
+
+
+def own_positions(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    return apply_rope(x, torch.arange(x.shape[-2]), frequencies)
+
+
+class Counter:
+    """Keeps its position between calls, as a module attribute does."""
+
+    start = 0
+
+    def __call__(self, x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+        positions = torch.arange(self.start, self.start + x.shape[-2])
+        self.start += x.shape[-2]
+        return apply_rope(x, positions, frequencies)
+
+
+def promoted(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    return apply_rope(x.float(), positions, frequencies)
+
+
+def coarse_angles(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    angles = positions[:, None].to(x.dtype) * frequencies.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
+
+
+def swapped_terms(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x, positions, frequencies)
+    return torch.cat((a * cos - b * cos, a * sin + b * sin), dim=-1)
+
+
+def complex_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    angles = positions[:, None] * frequencies
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+
+def rotate_half_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    angles = torch.cat((positions[:, None] * frequencies,) * 2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return (x * angles.cos() + torch.cat((-b, a), dim=-1) * angles.sin()).to(x.dtype)
+
+
+ROPE = [
+    Mutant("01.4", "interleaved-pairs", "pairs (0, 1), (2, 3), ... as in the paper", interleaved),
+    Mutant("01.4", "wrong-sign", "turned clockwise", wrong_sign),
+    Mutant(
+        "01.4",
+        "starts-at-1",
+        "positions from 1",
+        lambda x, positions, frequencies: apply_rope(x, positions + 1, frequencies),
+    ),
+    Mutant("01.4", "own-positions", "positions counted inside, from 0", own_positions),
+    Mutant(
+        "01.4",
+        "position-not-reset",
+        "a counter that outlives the call",
+        Counter(),
+        source="rasbt/LLMs-from-scratch#925",
+    ),
+    Mutant("01.4", "half-turned", "the second half left as it was", half_turned),
+    Mutant("01.4", "not-a-rotation", "cos and sin exchanged", swapped_terms),
+    Mutant("01.4", "dtype-promoted", "float32 out of bfloat16", promoted),
+    Mutant("01.4", "low-precision", "angles in the dtype of x", coarse_angles),
+    Mutant("01.4", "values", "a is overwritten before b is made from it", in_place_half),
+]
+
+# 01.5
+
+
+def whole_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    allowed = causal_mask(q.shape[-2], 0)
+    return (torch.softmax(scores(q, k).masked_fill(~allowed, float("-inf")), -1) @ v)[:, :, -1:]
+
+
+def masked_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    allowed = torch.ones(1, k.shape[-2]).tril().bool()
+    return torch.softmax(scores(q[:, :, -1:], k).masked_fill(~allowed, float("-inf")), -1) @ v
+
+
+def einsum_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("bhd,bhtd->bht", q[:, :, -1], k) * q.shape[-1] ** -0.5
+    return torch.einsum("bht,bhtd->bhd", s.softmax(-1), v).unsqueeze(2)
+
+
+LAST = [
+    Mutant("01.5", "whole-matrix", "all rows, then the last", whole_matrix),
+    Mutant(
+        "01.5",
+        "whole-matrix",
+        "the fused kernel on all rows, then the last",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:],
+    ),
+    Mutant("01.5", "sees-first-only", "a causal mask on one row, no offset", masked_row),
+    Mutant(
+        "01.5",
+        "sees-first-only",
+        "is_causal on one row, which has no offset either",
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True),
+    ),
+    Mutant("01.5", "first-query", "the wrong end", lambda q, k, v: torch.softmax(scores(q[:, :, :1], k), -1) @ v),
+    Mutant(
+        "01.5",
+        "dimension-lost",
+        "an index where a slice is needed",
+        lambda q, k, v: (torch.softmax(scores(q[:, :, -1:], k), -1) @ v)[:, :, 0],
+    ),
+    Mutant("01.5", "no-scale", "no division", lambda q, k, v: torch.softmax(q[:, :, -1:] @ k.mT, -1) @ v),
+    Mutant(
+        "01.5",
+        "not-itself",
+        "only the tokens before",
+        lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k[:, :, :-1]), -1) @ v[:, :, :-1],
+    ),
+    Mutant(
+        "01.5", "axis", "softmax along the one query", lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k), -2) @ v
+    ),
+]
+
+# 01.6
+
+
+def blend(masked: Tensor, v: Tensor, dim: int = -1) -> Tensor:
+    return torch.softmax(masked, dim=dim) @ v
+
+
+def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(scores(q, k), dim=-1) * causal_mask(q.shape[-2], 0)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def masked(q: Tensor, k: Tensor, value: float) -> Tensor:
+    return scores(q, k).masked_fill(~causal_mask(q.shape[-2], 0), value)
+
+
+LEAK = [
+    Mutant(
+        "01.6",
+        "mask-after-softmax",
+        "untouched",
+        leaky_attend,
+        source="huggingface/pytorch-image-models#2236",
+    ),
+    Mutant("01.6", "renormalised", "rows scaled up again after the mask", renormalised),
+    Mutant("01.6", "no-mask", "the mask removed", lambda q, k, v: blend(scores(q, k), v)),
+    Mutant(
+        "01.6",
+        "zeroed-scores",
+        "scores times the mask, before softmax",
+        lambda q, k, v: blend(scores(q, k) * causal_mask(q.shape[-2], 0), v),
+    ),
+    Mutant("01.6", "weak-mask", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
+    Mutant(
+        "01.6",
+        "inverted",
+        "masked_fill with what may be seen",
+        lambda q, k, v: blend(scores(q, k).masked_fill(causal_mask(q.shape[-2], 0), float("-inf")), v),
+    ),
+    Mutant("01.6", "axis", "softmax along the queries", lambda q, k, v: blend(masked(q, k, float("-inf")), v, dim=-2)),
+]
+
+MUTANTS = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK]
+
+RIGHT = [
+    ("01.1", einsum_weights),
+    ("01.1", stable_softmax),
+    ("01.1", loop_weights),
+    ("01.1", fused_weights),
+    ("01.2", loop_mask),
+    ("01.2", lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(past).bool()),
+    ("01.2", lambda new_tokens, past: torch.ones(past + new_tokens, past + new_tokens).tril().bool()[past:]),
+    ("01.3", lambda x, num_heads: torch.stack(x.chunk(num_heads, dim=-1), dim=1)),
+    ("01.3", lambda x, num_heads: x.reshape(*x.shape[:2], num_heads, -1).permute(0, 2, 1, 3).contiguous()),
+    ("01.3", lambda x, num_heads: x.unflatten(-1, (num_heads, -1)).swapaxes(1, 2)),
+    ("01.3b", lambda x: torch.cat(x.unbind(1), dim=-1)),
+    ("01.3b", lambda x: x.transpose(1, 2).flatten(2)),
+    ("01.4", complex_rope),
+    ("01.4", rotate_half_rope),
+    ("01.5", einsum_last),
+    ("01.5", lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v)),
+    ("01.6", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+    ("01.6", lambda q, k, v: blend(masked(q, k, torch.finfo(q.dtype).min), v)),
+    ("01.6", lambda q, k, v: blend(masked(q, k, -1e9), v)),
+]

@@ -1,0 +1,665 @@
+"""Wrong answers to lab 02, and other right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from labkit.attention import causal_mask, online_attention
+from labkit.attention import fused_attention as attention
+from labkit.cache import Cache
+from labkit.course.exercises.lab02 import GrowingCache, PreallocatedCache
+from tests.mutants import Mutant
+
+# 02.1
+
+
+def growing_along(dim: int) -> type:
+    """A growing cache that joins along another dimension."""
+
+    class Wrong(GrowingCache):
+        def append(self, k, v):
+            if self.seq_len == 0:
+                self.k, self.v = k, v
+            else:
+                self.k, self.v = torch.cat((self.k, k), dim=dim), torch.cat((self.v, v), dim=dim)
+            self.seq_len += k.shape[2]
+
+    return Wrong
+
+
+class NewestOnly(GrowingCache):
+    def append(self, k, v):
+        self.k, self.v = k, v
+        self.seq_len += k.shape[2]
+
+
+class NewBeforeOld(GrowingCache):
+    def append(self, k, v):
+        if self.seq_len:
+            k, v = torch.cat((k, self.k), dim=2), torch.cat((v, self.v), dim=2)
+        self.k, self.v, self.seq_len = k, v, k.shape[2]
+
+
+class SharedLists:
+    ks: list = []  # noqa: RUF012
+    vs: list = []  # noqa: RUF012
+
+    def __init__(self):
+        self.seq_len = 0
+
+    def append(self, k, v):
+        self.ks.append(k)
+        self.vs.append(v)
+        self.seq_len += k.shape[2]
+
+    def read(self):
+        return torch.cat(self.ks, dim=2), torch.cat(self.vs, dim=2)
+
+
+class SwappedOnTheWayOut(GrowingCache):
+    def read(self):
+        return self.v, self.k
+
+
+class CountsAppends(GrowingCache):
+    def append(self, k, v):
+        before = self.seq_len
+        super().append(k, v)
+        self.seq_len = before + 1
+
+
+class ReadReturnsNothing(GrowingCache):
+    def read(self):
+        _ = self.k, self.v
+
+
+class KeysOnly(GrowingCache):
+    def read(self):
+        return self.k
+
+
+class AlwaysFloat32(GrowingCache):
+    def append(self, k, v):
+        super().append(k.float(), v.float())
+
+
+class ListOfParts:
+    """Right: joins when it is read."""
+
+    def __init__(self):
+        self.seq_len = 0
+        self.ks, self.vs = [], []
+
+    def append(self, k, v):
+        self.ks.append(k)
+        self.vs.append(v)
+        self.seq_len += k.shape[2]
+
+    def read(self):
+        return torch.cat(self.ks, dim=2), torch.cat(self.vs, dim=2)
+
+
+class OneTensor:
+    """Right: K and V stacked in one tensor, and seq_len a property."""
+
+    def __init__(self):
+        self.kv = None
+
+    @property
+    def seq_len(self):
+        return 0 if self.kv is None else self.kv.shape[3]
+
+    def append(self, k, v):
+        new = torch.stack((k, v))
+        self.kv = new if self.kv is None else torch.cat((self.kv, new), dim=3)
+
+    def read(self):
+        return self.kv[0], self.kv[1]
+
+
+# 02.2
+
+
+def recompute_everything(x, layer, cache):
+    cache.inputs = torch.cat((cache.inputs, x), dim=1) if cache.seq_len else x
+    q, k, v = layer.project(cache.inputs)
+    k, position = layer.rotate(k, 0), cache.seq_len
+    cache.append(k[:, :, -1:], v[:, :, -1:])
+    return layer.merge(attention(layer.rotate(q[:, :, -1:], position), k, v))
+
+
+def position_after_append(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len + 1
+    cache.append(layer.rotate(k, position), v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def position_zero(x, layer, cache):
+    q, k, v = layer.project(x)
+    cache.append(layer.rotate(k, 0), v)
+    return layer.merge(attention(layer.rotate(q, 0), *cache.read()))
+
+
+def keys_not_rotated(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(k, v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def query_not_rotated(x, layer, cache):
+    q, k, v = layer.project(x)
+    cache.append(layer.rotate(k, cache.seq_len), v)
+    return layer.merge(attention(q, *cache.read()))
+
+
+def query_after_append(x, layer, cache):
+    q, k, v = layer.project(x)
+    cache.append(layer.rotate(k, cache.seq_len), v)
+    return layer.merge(attention(layer.rotate(q, cache.seq_len), *cache.read()))
+
+
+def values_rotated(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), layer.rotate(v, position))
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def position_on_the_model(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = getattr(layer.model, "position", 0)
+    layer.model.position = position + 1
+    cache.append(layer.rotate(k, position), v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def repeated_heads(x, layer, cache):
+    q, k, v = layer.project(x)
+    position, times = cache.seq_len, layer.num_heads // layer.num_kv_heads
+    k, v = layer.rotate(k, position).repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+    cache.append(k, v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def never_appended(x, layer, cache):
+    q, k, v = layer.project(x)
+    return layer.merge(attention(layer.rotate(q, 0), layer.rotate(k, 0), v))
+
+
+def appended_twice(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    cache.append(layer.rotate(k, position), v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
+def read_before_append(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    k = layer.rotate(k, position)
+    keys, values = cache.read() if position else (k, v)
+    cache.append(k, v)
+    return layer.merge(attention(layer.rotate(q, position), keys, values))
+
+
+def cache_unread(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    k = layer.rotate(k, position)
+    cache.append(k, v)
+    return layer.merge(attention(layer.rotate(q, position), k, v))
+
+
+def forgot_merge(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    return attention(layer.rotate(q, position), *cache.read())
+
+
+def step_by_einsum(x, layer, cache):
+    """Right: attention written out, with a group dimension."""
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    q, k = layer.rotate(q, position), layer.rotate(k, position)
+    cache.append(k, v)
+    keys, values = cache.read()
+    grouped = q.unflatten(1, (layer.num_kv_heads, -1))
+    weights = torch.softmax(torch.einsum("bgrqd,bgkd->bgrqk", grouped, keys) / layer.head_dim**0.5, dim=-1)
+    return layer.merge(torch.einsum("bgrqk,bgkd->bgrqd", weights, values).flatten(1, 2))
+
+
+def step_repeating_after_read(x, layer, cache):
+    """Right, if wasteful: heads are repeated for the product only."""
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    times = layer.num_heads // layer.num_kv_heads
+    keys, values = (t.repeat_interleave(times, dim=1) for t in cache.read())
+    return layer.merge(F.scaled_dot_product_attention(layer.rotate(q, position), keys, values))
+
+
+# 02.3
+
+
+def without_the_cache(model, tokens, max_new_tokens, cache):
+    sequence = tokens
+    for _ in range(max_new_tokens):
+        sequence = torch.cat((sequence, model(sequence, last_only=True)[:, -1:].argmax(dim=-1)), dim=1)
+    return sequence[:, tokens.shape[1] :]
+
+
+def whole_sequence_re_fed(model, tokens, max_new_tokens, cache):
+    sequence = tokens
+    for _ in range(max_new_tokens):
+        sequence = torch.cat((sequence, model(sequence, cache, last_only=True)[:, -1:].argmax(dim=-1)), dim=1)
+    return sequence[:, tokens.shape[1] :]
+
+
+def last_prompt_token_again(model, tokens, max_new_tokens, cache):
+    model(tokens, cache)
+    fed, new = tokens[:, -1:], []
+    for _ in range(max_new_tokens):
+        fed = model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)
+        new.append(fed)
+    return torch.cat(new, dim=1)
+
+
+def one_step_too_many(model, tokens, max_new_tokens, cache):
+    logits, new = model(tokens, cache, last_only=True), []
+    for _ in range(max_new_tokens):
+        new.append(logits[:, -1:].argmax(dim=-1))
+        logits = model(new[-1], cache, last_only=True)
+    return torch.cat(new, dim=1)
+
+
+def last_not_kept(model, tokens, max_new_tokens, cache):
+    fed, new = model(tokens, cache, last_only=True)[:, -1:].argmax(dim=-1), []
+    for _ in range(max_new_tokens - 1):
+        new.append(fed)
+        fed = model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)
+    return torch.cat(new, dim=1) if new else tokens[:, :0]
+
+
+def prompt_returned(model, tokens, max_new_tokens, cache):
+    sequence = fed = tokens
+    for _ in range(max_new_tokens):
+        fed = model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)
+        sequence = torch.cat((sequence, fed), dim=1)
+    return sequence
+
+
+def prompt_in_steps(model, tokens, max_new_tokens, cache):
+    for index in range(tokens.shape[1]):
+        logits = model(tokens[:, index : index + 1], cache, last_only=True)
+    new = [logits[:, -1:].argmax(dim=-1)]
+    for _ in range(max_new_tokens - 1):
+        new.append(model(new[-1], cache, last_only=True)[:, -1:].argmax(dim=-1))
+    return torch.cat(new, dim=1)
+
+
+def own_cache(model, tokens, max_new_tokens, cache):
+    return plain_loop(model, tokens, max_new_tokens, Cache.growing(len(cache)))
+
+
+def cache_emptied(model, tokens, max_new_tokens, cache):
+    cache.reset()
+    return plain_loop(model, tokens, max_new_tokens, cache)
+
+
+def first_row(model, tokens, max_new_tokens, cache):
+    fed, new = tokens, []
+    for _ in range(max_new_tokens):
+        fed = model(fed, cache)[:, :1].argmax(dim=-1)
+        new.append(fed)
+    return torch.cat(new, dim=1)
+
+
+def plain_loop(model, tokens, max_new_tokens, cache):
+    """Right: prefill before the loop, a preallocated result."""
+    new = torch.empty(tokens.shape[0], max_new_tokens, dtype=torch.long)
+    new[:, 0] = model(tokens, cache)[:, -1].argmax(dim=-1)
+    for index in range(1, max_new_tokens):
+        new[:, index] = model(new[:, index - 1 : index], cache)[:, -1].argmax(dim=-1)
+    return new
+
+
+# 02.4
+
+
+class AllocatesWith(PreallocatedCache):
+    """A preallocated cache whose memory comes from `allocate(k, capacity)`."""
+
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, self.seq_len : end] = k
+        self.v[:, :, self.seq_len : end] = v
+        self.seq_len = end
+
+    def allocate(self, k):
+        return torch.zeros(k.shape[0], k.shape[1], self.capacity, k.shape[3], dtype=k.dtype, device=k.device)
+
+
+class Float32Memory(AllocatesWith):
+    def allocate(self, k):
+        return torch.zeros(k.shape[0], k.shape[1], self.capacity, k.shape[3], device=k.device)
+
+
+class CpuMemory(AllocatesWith):
+    def allocate(self, k):
+        return torch.zeros(k.shape[0], k.shape[1], self.capacity, k.shape[3], dtype=k.dtype, device="cpu")
+
+
+class LastPlaceRefused(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len + k.shape[2] >= self.capacity:
+            raise ValueError("full")
+        super().append(k, v)
+
+
+class DropsWhatDoesNotFit(AllocatesWith):
+    def append(self, k, v):
+        room = self.capacity - self.seq_len
+        if room:
+            super().append(k[:, :, :room], v[:, :, :room])
+
+
+class NoTestForRoom(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        end = self.seq_len + k.shape[2]
+        self.k[:, :, self.seq_len : end] = k
+        self.v[:, :, self.seq_len : end] = v
+        self.seq_len = end
+
+
+class CountsBeforeItTests(AllocatesWith):
+    def append(self, k, v):
+        start, self.seq_len = self.seq_len, self.seq_len + k.shape[2]
+        if self.seq_len > self.capacity:
+            raise ValueError("full")
+        if start == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, start : self.seq_len] = k
+        self.v[:, :, start : self.seq_len] = v
+
+
+class ReadsSlack(AllocatesWith):
+    def read(self):
+        return self.k, self.v
+
+
+class AlwaysAtTheStart(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, : k.shape[2]] = k
+        self.v[:, :, : k.shape[2]] = v
+        self.seq_len += k.shape[2]
+
+
+class ConcatenatesWithALimit(GrowingCache):
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def append(self, k, v):
+        if self.seq_len + k.shape[2] > self.capacity:
+            raise ValueError("full")
+        super().append(k, v)
+
+
+class ReadClones(AllocatesWith):
+    def read(self):
+        return self.k[:, :, : self.seq_len].clone(), self.v[:, :, : self.seq_len].clone()
+
+
+class MemoryOnTheClass(AllocatesWith):
+    memory: list = []  # noqa: RUF012
+
+    def append(self, k, v):
+        if not self.memory:
+            self.memory.extend((self.allocate(k), self.allocate(v)))
+        end = self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        if self.memory[0].dtype != k.dtype or self.memory[0].device != k.device:
+            self.memory[:] = self.allocate(k), self.allocate(v)
+        self.k, self.v = self.memory
+        self.k[:, :, self.seq_len : end] = k
+        self.v[:, :, self.seq_len : end] = v
+        self.seq_len = end
+
+
+class WritesWithCopy:
+    """Right: narrow and copy_, one tensor for both."""
+
+    def __init__(self, capacity):
+        self.capacity, self.seq_len, self.kv = capacity, 0, None
+
+    def append(self, k, v):
+        if self.seq_len + k.size(2) > self.capacity:
+            raise ValueError("full")
+        if self.kv is None:
+            self.kv = torch.zeros(2, k.size(0), k.size(1), self.capacity, k.size(3), dtype=k.dtype, device=k.device)
+        self.kv[0].narrow(2, self.seq_len, k.size(2)).copy_(k)
+        self.kv[1].narrow(2, self.seq_len, v.size(2)).copy_(v)
+        self.seq_len += k.size(2)
+
+    def read(self):
+        return self.kv[0].narrow(2, 0, self.seq_len), self.kv[1].narrow(2, 0, self.seq_len)
+
+
+# 02.5
+
+
+def longest_common(held, wanted):
+    same = 0
+    while same < len(held) and same < len(wanted) and held[same] == wanted[same]:
+        same += 1
+    return same
+
+
+def equal_anywhere(held, wanted):
+    return min(sum(a == b for a, b in zip(held, wanted, strict=False)), len(wanted) - 1)
+
+
+def all_that_is_held(held, wanted):
+    return min(len(held), len(wanted) - 1)
+
+
+def shared_tokens(held, wanted):
+    return min(len(set(held) & set(wanted)), len(wanted) - 1)
+
+
+def always_one_less(held, wanted):
+    return max(longest_common(held, wanted) - 1, 0)
+
+
+def walks_off_the_end(held, wanted):
+    same = 0
+    while same < len(wanted) - 1 and held[same] == wanted[same]:
+        same += 1
+    return same
+
+
+def the_tokens_themselves(held, wanted):
+    return wanted[: min(longest_common(held, wanted), len(wanted) - 1)]
+
+
+def prefix_by_recursion(held, wanted):
+    """Right: by recursion."""
+    if not held or len(wanted) == 1 or held[0] != wanted[0]:
+        return 0
+    return 1 + prefix_by_recursion(held[1:], wanted[1:])
+
+
+def prefix_by_slices(held, wanted):
+    """Right: the longest slice that agrees."""
+    return max(n for n in range(len(wanted)) if held[:n] == wanted[:n])
+
+
+# 02.6
+
+
+def bytes_with(**changes) -> Callable:
+    """The formula with some factor replaced."""
+
+    def formula(spec, tokens, batch, bytes_per_element):
+        factors = {"kinds": 2, "layers": spec.num_layers, "heads": spec.num_kv_heads, "head_dim": spec.head_dim,
+                   "tokens": tokens, "batch": batch, "bytes": bytes_per_element}  # fmt: skip
+        factors |= {name: change(spec) if callable(change) else change for name, change in changes.items()}
+        total = 1
+        for factor in factors.values():
+            total *= factor
+        return total
+
+    return formula
+
+
+def bytes_by_tensors(spec, tokens, batch, bytes_per_element):
+    """Right: from the shape of a tensor that holds no data."""
+    shape = (2, spec.num_layers, batch, spec.num_kv_heads, tokens, spec.head_dim)
+    return torch.empty(shape, device="meta", dtype=torch.int8).numel() * bytes_per_element
+
+
+# 02.7
+
+
+def chunk_with(mask_of: Callable) -> Callable:
+    """Attention with the mask that `mask_of(new_tokens, kv_len)` gives."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(q.shape[2], k.shape[2]), enable_gqa=True)
+
+    return attend
+
+
+def ones(new: int, kv: int) -> torch.Tensor:
+    """A mask that hides nothing."""
+    return torch.ones(new, kv, dtype=torch.bool)
+
+
+def as_it_stands(q, k, v):
+    new_tokens, kv_len = q.shape[2], k.shape[2]
+    mask = torch.ones(new_tokens, kv_len, dtype=torch.bool, device=q.device).tril() if new_tokens > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def by_is_causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+
+
+def triangle_of_the_new(new: int, kv: int) -> torch.Tensor:
+    """The cached columns are left False."""
+    mask = torch.zeros(new, kv, dtype=torch.bool)
+    mask[:, kv - new :] = torch.ones(new, new, dtype=torch.bool).tril()
+    return mask
+
+
+MUTANTS = [
+    Mutant("02.1", "wrong-dimension", "joins along the heads", growing_along(1)),
+    Mutant("02.1", "wrong-dimension", "joins along head_dim", growing_along(-1)),
+    Mutant("02.1", "wrong-dimension", "joins along the batch", growing_along(0)),
+    Mutant("02.1", "newest-only", "each append replaces what was held", NewestOnly),
+    Mutant("02.1", "new-before-old", "puts the new token in front", NewBeforeOld),
+    Mutant("02.1", "shared-between-caches", "keeps its lists on the class", SharedLists),
+    Mutant("02.1", "k-and-v-swapped", "reads V first", SwappedOnTheWayOut),
+    Mutant("02.1", "seq-len", "counts appends instead of tokens", CountsAppends),
+    Mutant("02.1", "not-a-pair", "read without return", ReadReturnsNothing),
+    Mutant("02.1", "not-a-pair", "reads the keys only", KeysOnly),
+    Mutant("02.1", "dtype", "casts to float32", AlwaysFloat32),
+    Mutant("02.2", "recomputed", "keeps inputs and computes every K and V again", recompute_everything,
+           "a popular judge passes it"),
+    Mutant("02.2", "position-off-by-one", "counts positions from 1", position_after_append),
+    Mutant("02.2", "position-missing", "every token stands at position 0", position_zero),
+    Mutant("02.2", "position-missing", "caches keys before rotation", keys_not_rotated),
+    Mutant("02.2", "query-position", "does not rotate the query", query_not_rotated),
+    Mutant("02.2", "query-position", "rotates the query after the append", query_after_append),
+    Mutant("02.2", "v-changed", "rotates the values too", values_rotated),
+    Mutant("02.2", "state-kept", "the position kept on the model, not reset between prompts", position_on_the_model,
+           "rasbt/LLMs-from-scratch#925"),
+    Mutant("02.2", "repeated-heads", "repeats K and V to all query heads before caching", repeated_heads, "SnapKV#16"),
+    Mutant("02.2", "not-appended", "never appends", never_appended),
+    Mutant("02.2", "appended-too-much", "appends the token twice", appended_twice),
+    Mutant("02.2", "newest-left-out", "reads before it appends", read_before_append),
+    Mutant("02.2", "cache-unread", "attends to the new token alone", cache_unread),
+    Mutant("02.2", "shape", "returns heads, not the hidden state", forgot_merge),
+    Mutant("02.3", "no-cache", "runs the whole sequence each time, cache unused", without_the_cache,
+           "a popular judge passes it"),
+    Mutant("02.3", "re-fed", "feeds the whole sequence through the cache", whole_sequence_re_fed),
+    Mutant("02.3", "last-token-fed-twice", "runs the prompt's last token again", last_prompt_token_again),
+    Mutant("02.3", "one-step-too-many", "runs the last token too", one_step_too_many),
+    Mutant("02.3", "one-short", "the last token is not appended to the result", last_not_kept),
+    Mutant("02.3", "prompt-returned", "returns prompt and answer", prompt_returned),
+    Mutant("02.3", "prefill-in-steps", "feeds the prompt token by token", prompt_in_steps),
+    Mutant("02.3", "other-cache", "makes a cache of its own", own_cache),
+    Mutant("02.3", "cache-emptied", "resets the cache it was given", cache_emptied),
+    Mutant("02.3", "tokens", "takes the first row's logits", first_row),
+    Mutant("02.4", "wrong-dtype", "float32 memory under a bfloat16 model", Float32Memory,
+           "rasbt/LLMs-from-scratch, optimized variant"),
+    Mutant("02.4", "wrong-device", "memory on the CPU under a model that is elsewhere", CpuMemory),
+    Mutant("02.4", "capacity-off-by-one", "refuses the last place", LastPlaceRefused),
+    Mutant("02.4", "overflow", "drops what does not fit", DropsWhatDoesNotFit),
+    Mutant("02.4", "overflow", "lets the write fail", NoTestForRoom),
+    Mutant("02.4", "half-done", "counts before it tests for room", CountsBeforeItTests),
+    Mutant("02.4", "reads-slack", "returns the unwritten memory too", ReadsSlack),
+    Mutant("02.4", "overwritten", "writes always at the start", AlwaysAtTheStart),
+    Mutant("02.4", "grew-again", "concatenates up to a limit", ConcatenatesWithALimit),
+    Mutant("02.4", "read-copies", "clones when it is read", ReadClones),
+    Mutant("02.4", "shared-between-caches", "keeps its memory on the class", MemoryOnTheClass),
+    Mutant("02.5", "nothing-left-to-run", "reuses the whole prompt", longest_common, "nano-vllm#144"),
+    Mutant("02.5", "matches-anywhere", "counts equal tokens behind a difference", equal_anywhere),
+    Mutant("02.5", "matches-anywhere", "counts tokens that both hold", shared_tokens),
+    Mutant("02.5", "assumes-same-beginning", "reuses all that is held", all_that_is_held),
+    Mutant("02.5", "one-too-few", "always holds one token back", always_one_less),
+    Mutant("02.5", "raised", "walks off the end of what is held", walks_off_the_end),
+    Mutant("02.5", "not-a-number", "returns the tokens", the_tokens_themselves),
+    Mutant("02.6", "k-only", "forgets the values", bytes_with(kinds=1)),
+    Mutant("02.6", "query-heads", "counts query heads", bytes_with(heads=lambda spec: spec.num_heads)),
+    Mutant("02.6", "group-size", "takes the group size for the number of KV heads",
+           bytes_with(heads=lambda spec: spec.num_heads // spec.num_kv_heads), "rasbt/LLMs-from-scratch#922"),
+    Mutant("02.6", "hidden-size", "takes hidden_size for the KV heads' dimensions",
+           bytes_with(heads=1, head_dim=lambda spec: spec.hidden_size)),
+    Mutant("02.6", "one-layer", "counts one layer", bytes_with(layers=1)),
+    Mutant("02.6", "one-row", "forgets the batch", bytes_with(batch=1)),
+    Mutant("02.6", "bits", "counts bits", bytes_with(kinds=16)),
+    Mutant("02.6", "factors", "scales to KiB", bytes_with(kinds=2 / 1024)),
+    Mutant("02.7", "mask-offset", "the mask without offset, as it stands in the blank", as_it_stands,
+           "rasbt/LLMs-from-scratch#697"),
+    Mutant("02.7", "mask-offset", "is_causal, whose triangle starts top left", by_is_causal, "executorch#21749"),
+    Mutant("02.7", "sees-the-future", "an offset that is one too large",
+           chunk_with(lambda new, kv: ones(new, kv).tril(kv - new + 1))),
+    Mutant("02.7", "blind-to-itself", "an offset that is one too small",
+           chunk_with(lambda new, kv: ones(new, kv).tril(kv - new - 1))),
+    Mutant("02.7", "sees-everything", "no mask", chunk_with(ones)),
+    Mutant("02.7", "mask-inverted", "True taken for hidden", chunk_with(lambda new, kv: ~causal_mask(new, kv))),
+    Mutant("02.7", "cache-hidden", "the cached columns left False", chunk_with(triangle_of_the_new)),
+]  # fmt: skip
+
+RIGHT: list[tuple[str, Callable]] = [
+    ("02.1", ListOfParts),
+    ("02.1", OneTensor),
+    ("02.2", step_by_einsum),
+    ("02.2", step_repeating_after_read),
+    ("02.3", plain_loop),
+    ("02.4", AllocatesWith),
+    ("02.4", WritesWithCopy),
+    ("02.5", prefix_by_recursion),
+    ("02.5", prefix_by_slices),
+    ("02.6", bytes_by_tensors),
+    ("02.6", lambda spec, tokens, batch, bytes_per_element: bytes_with()(spec, tokens, batch, bytes_per_element)),
+    ("02.7", chunk_with(causal_mask)),
+    ("02.7", lambda q, k, v: online_attention(q, k, v)),
+]

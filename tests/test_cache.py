@@ -1,0 +1,364 @@
+"""The dense caches against a model made of plain lists, and the contracts every cache keeps."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from labkit.attention import attention
+from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache
+from tests.bounds import attention_bound
+
+CAPACITY = 24
+KV_HEADS, HEAD_DIM = 2, 4
+COUNTERS = ("bytes_written", "bytes_copied", "bytes_read")
+
+
+def new_tokens(batch, count, seed, dtype=torch.float32, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, batch, num_kv_heads, count, head_dim, generator=generator).to(dtype).unbind()
+
+
+def kinds() -> list[LayerCache]:
+    return [GrowingCache(), PreallocatedCache(CAPACITY)]
+
+
+def snapshot(cache: LayerCache):
+    """Everything one can see of a layer: bytes of K and V, sizes, counters."""
+    held = cache.held()
+    tensors = None if held is None else [x.clone() for x in held]
+    return tensors, cache.seq_len, cache.nbytes, {name: getattr(cache, name) for name in COUNTERS}
+
+
+def same(before, after) -> bool:
+    (tensors, *rest), (other, *others) = before, after
+    if rest != others or (tensors is None) != (other is None):
+        return False
+    return tensors is None or all(torch.equal(x, y) for x, y in zip(tensors, other, strict=True))
+
+
+class DenseCachesAgainstLists(RuleBasedStateMachine):
+    """Both caches do what a list of rows, each a list of tokens, does; all comparisons are exact."""
+
+    @initialize(batch=st.integers(1, 3))
+    def start(self, batch):
+        self.growing, self.preallocated = kinds()
+        self.rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch)]
+        self.allocated_rows = 0
+        self.written = self.read = self.moved_growing = self.moved_preallocated = 0
+
+    @property
+    def both(self):
+        return self.growing, self.preallocated
+
+    @property
+    def seq_len(self):
+        return len(self.rows[0])
+
+    def bytes_of(self, tokens, rows=None):
+        return 2 * (len(self.rows) if rows is None else rows) * KV_HEADS * tokens * HEAD_DIM * 4
+
+    @rule(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+    def append(self, count, seed):
+        k, v = new_tokens(len(self.rows), count, seed)
+        if self.seq_len + count > CAPACITY:
+            before = snapshot(self.preallocated)
+            with pytest.raises(ValueError, match=f"room for {CAPACITY} tokens and holds {self.seq_len}"):
+                self.preallocated.append(k, v)
+            assert same(before, snapshot(self.preallocated))
+            return
+        for cache in self.both:
+            cache.append(k, v)
+        self.moved_growing += self.bytes_of(self.seq_len)
+        self.written += self.bytes_of(count)
+        self.allocated_rows = self.allocated_rows or len(self.rows)
+        for row, tokens in enumerate(self.rows):
+            tokens.extend((k[row, :, i], v[row, :, i]) for i in range(count))
+
+    @precondition(lambda self: self.seq_len)
+    @rule(seed=st.integers(0, 2**32 - 1), queries=st.integers(1, 3))
+    def attend(self, seed, queries):
+        q, _ = new_tokens(len(self.rows), min(queries, self.seq_len), seed, num_kv_heads=3 * KV_HEADS)
+        growing, preallocated = (cache.attend(q) for cache in self.both)
+        # Bounded: the same numbers at other strides, which PyTorch's kernel may sum in another order.
+        torch.testing.assert_close(growing, preallocated, rtol=0, atol=attention_bound(q, *self.growing.held()))
+        self.read += self.bytes_of(self.seq_len)
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        keep = data.draw(st.integers(0, self.seq_len), label="keep")
+        for cache in self.both:
+            cache.truncate(keep)
+        if 0 < keep < self.seq_len:
+            self.moved_growing += self.bytes_of(keep)
+        self.rows = [row[:keep] for row in self.rows]
+
+    @precondition(lambda self: self.seq_len)
+    @rule(data=st.data())
+    def select_rows(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=4), label="rows")
+        for cache in self.both:
+            cache.select_rows(torch.tensor(rows))
+        self.rows = [list(self.rows[row]) for row in rows]
+        self.allocated_rows = len(rows)
+        self.moved_growing += self.bytes_of(self.seq_len)
+        self.moved_preallocated += self.bytes_of(self.seq_len)
+
+    @rule(batch=st.integers(1, 3))
+    def reset(self, batch):
+        for cache in self.both:
+            cache.reset()
+        self.rows = [[] for _ in range(batch)]
+        self.allocated_rows = 0
+        self.written = self.read = self.moved_growing = self.moved_preallocated = 0
+
+    @invariant()
+    def they_hold_what_the_lists_hold(self):
+        for cache in self.both:
+            assert cache.seq_len == cache.physical_len == self.seq_len
+            if not self.seq_len:
+                assert cache.held() is None
+                continue
+            for held, which in zip(cache.held(), (0, 1), strict=True):
+                expected = torch.stack([torch.stack([token[which] for token in row], dim=1) for row in self.rows])
+                assert torch.equal(held, expected)
+
+    @invariant()
+    def sizes_and_counters_are_what_arithmetic_says(self):
+        assert self.growing.nbytes == self.bytes_of(self.seq_len)
+        assert self.preallocated.nbytes == self.bytes_of(CAPACITY, self.allocated_rows)
+        for cache, moved in zip(self.both, (self.moved_growing, self.moved_preallocated), strict=True):
+            assert (cache.bytes_written, cache.bytes_copied, cache.bytes_read) == (self.written, moved, self.read)
+
+
+DenseCachesAgainstLists.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestDenseCachesAgainstLists = DenseCachesAgainstLists.TestCase
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(1, CAPACITY - 1)))
+def test_any_chunking_holds_the_same_keys_and_values(cuts):
+    k, v = new_tokens(2, CAPACITY, seed=0)
+    for cache in kinds():
+        for start, end in pairwise([0, *sorted(cuts), CAPACITY]):
+            cache.append(k[:, :, start:end], v[:, :, start:end])
+        assert all(torch.equal(held, whole) for held, whole in zip(cache.held(), (k, v), strict=True))  # exact
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_growing_moves_the_sum_over_steps_and_preallocated_moves_nothing(steps):
+    token_bytes = 2 * KV_HEADS * HEAD_DIM * 4
+    growing, preallocated = GrowingCache(), PreallocatedCache(steps)
+    for step in range(steps):
+        for cache in (growing, preallocated):
+            cache.append(*new_tokens(1, 1, seed=step))
+    assert growing.bytes_copied == token_bytes * steps * (steps - 1) // 2
+    assert preallocated.bytes_copied == 0
+    assert growing.bytes_written == preallocated.bytes_written == token_bytes * steps
+
+
+BAD = {
+    "three dimensions": (lambda k, v: (k[0], v[0]), "append takes K and V of one shape"),
+    "K and V of different lengths": (lambda k, v: (k, v[:, :, :1]), "append takes K and V of one shape"),
+    "no tokens": (lambda k, v: (k[:, :, :0], v[:, :, :0]), "zero new tokens"),
+    "V of another dtype": (lambda k, v: (k, v.double()), "they must agree"),
+    "V on another device": (lambda k, v: (k, v.to("meta")), "they must agree"),
+    "another dtype than held": (lambda k, v: (k.bfloat16(), v.bfloat16()), "holds torch.float32 on cpu"),
+    "another device than held": (lambda k, v: (k.to("meta"), v.to("meta")), "holds torch.float32 on cpu"),
+    "another batch": (lambda k, v: (k[:1], v[:1]), "holds batch 2"),
+    "another number of heads": (lambda k, v: (k[:, :1], v[:, :1]), "2 KV heads"),
+    "another head_dim": (lambda k, v: (k[..., :2], v[..., :2]), "head_dim 4"),
+}
+
+
+class TestAFailedAppendChangesNothing:
+    """Exact: every byte, size and counter is as before."""
+
+    @pytest.mark.parametrize("what", BAD)
+    @pytest.mark.parametrize("kind", [0, 1])
+    def test_whatever_is_wrong(self, what, kind):
+        spoil, message = BAD[what]
+        cache = kinds()[kind]
+        cache.append(*new_tokens(2, 3, seed=1))
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=message):
+            cache.append(*spoil(*new_tokens(2, 2, seed=2)))
+        assert same(before, snapshot(cache))
+
+    def test_a_prompt_longer_than_the_capacity_allocates_nothing(self):
+        cache = PreallocatedCache(4)
+        with pytest.raises(ValueError, match="room for 4 tokens and holds 0: 5 more do not fit"):
+            cache.append(*new_tokens(1, 5, seed=0))
+        assert (cache.nbytes, cache.bytes_written, cache.held()) == (0, 0, None)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+class TestLayer:
+    def test_reading_an_empty_cache_is_an_error(self, kind):
+        with pytest.raises(ValueError, match="append before you read"):
+            kinds()[kind].read()
+
+    @pytest.mark.parametrize("keep", [-1, 4])
+    def test_keeping_more_than_is_held_or_less_than_nothing_is_an_error(self, kind, keep):
+        cache = kinds()[kind]
+        cache.append(*new_tokens(2, 3, seed=0))
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=f"cannot keep {keep} tokens of 3"):
+            cache.truncate(keep)
+        assert same(before, snapshot(cache))
+
+    def test_a_row_that_does_not_exist_is_an_error_that_changes_nothing(self, kind):
+        cache = kinds()[kind]
+        cache.append(*new_tokens(2, 3, seed=0))
+        before = snapshot(cache)
+        with pytest.raises((IndexError, RuntimeError)):
+            cache.select_rows(torch.tensor([0, 2]))
+        assert same(before, snapshot(cache))
+
+    def test_what_was_appended_may_change_afterwards(self, kind):
+        cache, (k, v) = kinds()[kind], new_tokens(1, 1, seed=0)
+        kept = k.clone()
+        cache.append(k, v)
+        k.zero_()
+        assert torch.equal(cache.held()[0], kept)  # exact
+
+    def test_it_does_not_keep_the_projection_alive_that_it_got_a_view_of(self, kind):
+        cache, projection = kinds()[kind], torch.randn(1, 10 * KV_HEADS, 1, HEAD_DIM)
+        cache.append(projection[:, :KV_HEADS], projection[:, -KV_HEADS:])
+        assert sum(x.untyped_storage().nbytes() for x in (cache.k, cache.v)) == cache.nbytes
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtype_comes_from_what_is_appended(self, kind, dtype):
+        cache = kinds()[kind]
+        cache.append(*new_tokens(1, 2, seed=0, dtype=dtype))
+        assert cache.held()[0].dtype == dtype
+        tokens = 2 if kind == 0 else CAPACITY
+        assert cache.nbytes == 2 * KV_HEADS * tokens * HEAD_DIM * torch.finfo(dtype).bits // 8
+
+    def test_filled_in_inference_mode_it_goes_on_outside(self, kind):
+        cache, (k, v) = kinds()[kind], new_tokens(2, 6, seed=0)
+        with torch.inference_mode():
+            cache.append(k[:, :, :3], v[:, :, :3])
+            cache.select_rows(torch.tensor([1, 0]))
+            cache.select_rows(torch.tensor([1, 0, 1, 0]))
+            cache.select_rows(torch.tensor([0, 1]))
+        with torch.no_grad():
+            cache.append(k[:, :, 3:], v[:, :, 3:])
+        cache.truncate(5)
+        cache.select_rows(torch.tensor([0, 1]))
+        assert torch.equal(cache.held()[0], k[:, :, :5])  # exact
+
+    def test_window_and_padding_reach_attention(self, kind):
+        settings_ = {"window": 3, "scale": 0.7, "soft_cap": 2.0}
+        cache = GrowingCache(**settings_) if kind == 0 else PreallocatedCache(CAPACITY, **settings_)
+        cache.padding = torch.tensor([0, 4])
+        k, v = new_tokens(2, 6, seed=0)
+        q, _ = new_tokens(2, 6, seed=1)
+        cache.append(k, v)
+        expected = attention(q, k, v, padding=cache.padding, **settings_)
+        torch.testing.assert_close(
+            cache.attend(q), expected, rtol=0, atol=attention_bound(q, k, v, scale=0.7)
+        )  # bounded
+
+
+def test_a_capacity_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="capacity is a number of tokens"):
+        PreallocatedCache(0)
+
+
+def filled(num_layers=3, tokens=4) -> Cache:
+    cache = Cache.growing(num_layers)
+    for index, layer in enumerate(cache.layers):
+        layer.append(*new_tokens(2, tokens, seed=index))
+    return cache
+
+
+class TestCacheOfManyLayers:
+    def test_it_needs_a_layer(self):
+        with pytest.raises(ValueError, match="at least one layer"):
+            Cache([])
+
+    def test_it_makes_layers_of_its_kind_with_the_window_said(self):
+        growing, preallocated = Cache.growing(2, window=5), Cache.preallocated(3, 7, window=5)
+        assert [type(layer) for layer in growing.layers] == [GrowingCache] * 2
+        assert [(type(layer), layer.capacity) for layer in preallocated.layers] == [(PreallocatedCache, 7)] * 3
+        assert {layer.window for layer in [*growing.layers, *preallocated.layers]} == {5}
+        assert (len(preallocated), preallocated[1]) == (3, preallocated.layers[1])
+
+    def test_bytes_are_the_sum_over_layers(self):
+        assert filled(3, 4).nbytes == 3 * 2 * 2 * KV_HEADS * 4 * HEAD_DIM * 4
+
+    def test_layers_of_different_lengths_are_found_out_and_the_remedy_works(self):
+        cache = filled(3, 4)
+        cache[0].append(*new_tokens(2, 2, seed=9))
+        with pytest.raises(RuntimeError, match=r"between 4 and 6 tokens.*truncate\(4\).*reset\(\)"):
+            _ = cache.seq_len
+        cache.truncate(4)
+        assert cache.seq_len == 4
+        assert torch.equal(cache[0].held()[0], filled(3, 4)[0].held()[0])  # exact
+
+    def test_reset_mends_layers_of_different_lengths_too(self):
+        cache = filled(3, 4)
+        cache[2].truncate(1)
+        cache.reset()
+        assert (cache.seq_len, cache.nbytes) == (0, 0)
+
+    @pytest.mark.parametrize("keep", [-1, 5])
+    def test_keeping_what_is_not_there_is_an_error(self, keep):
+        with pytest.raises(ValueError, match=f"cannot keep {keep} tokens of 4"):
+            filled(3, 4).truncate(keep)
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_what_was_appended_before_an_error_is_taken_back(self, error):
+        cache, untouched = filled(3, 4), filled(3, 4)
+
+        def interrupted():
+            with cache.undo_on_error():
+                for layer in cache.layers[:2]:
+                    layer.append(*new_tokens(2, 1, seed=7))
+                raise error
+
+        with pytest.raises(error):
+            interrupted()
+        assert cache.seq_len == 4
+        for layer, other in zip(cache.layers, untouched.layers, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(layer.held(), other.held(), strict=True))  # exact
+
+    def test_padding_said_before_an_error_is_taken_back(self):
+        cache = Cache.growing(2)
+
+        def refused():
+            with cache.undo_on_error():
+                cache.set_padding(torch.tensor([0, 1]))
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            refused()
+        assert cache.padding is None
+        assert {layer.padding for layer in cache.layers} == {None}
+
+    def test_padding_is_said_once_before_the_first_append(self):
+        with pytest.raises(ValueError, match="padding is said once per batch"):
+            filled().set_padding(torch.tensor([0, 1]))
+
+    def test_padding_follows_the_rows_and_goes_with_reset(self):
+        cache = Cache.growing(2)
+        cache.set_padding(torch.tensor([0, 3]))
+        for layer in cache.layers:
+            layer.append(*new_tokens(2, 4, seed=0))
+        cache.select_rows(torch.tensor([1, 1, 0]))
+        assert [layer.padding.tolist() for layer in cache.layers] == [[3, 3, 0]] * 2
+        cache.reset()
+        assert cache.padding is None
+        assert cache[0].padding is None
+
+    def test_it_knows_whether_it_fits_a_model(self):
+        cache = Cache.growing(2, window=5)
+        cache.check_fits(2, 5)
+        with pytest.raises(ValueError, match="the cache has 2 layers, the model 3"):
+            cache.check_fits(3, 5)
+        with pytest.raises(ValueError, match=r"window=5, the model attends with window=None: .*model.cache\(\)"):
+            cache.check_fits(2, None)

@@ -1,0 +1,212 @@
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from labkit import lab_model
+from labkit.course import cli, doctor
+from labkit.course.workspace import WorkspaceError
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    for name in ("PORT", "HOST", "LABKIT_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def taken():
+    """A port on which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def free():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """`labkit open` up to the moment when it would become JupyterLab: the commands it would run."""
+    commands = []
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / cli.FIRST_LAB).write_text("{}")
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(lab_model, "ensure_lab_model", lambda **_: tmp_path)
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: commands.append(command))
+    return commands
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = "import sys, labkit.course.cli as cli\ntry: cli.main(['--help'])\nfinally: print(sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = json.loads(result.stdout.splitlines()[-1].replace("'", '"'))
+    assert "labkit.course.cli" in modules
+    assert not {"torch", "transformers", "matplotlib"} & set(modules)
+
+
+@pytest.mark.parametrize(("well", "status"), [(True, 0), (False, 1)])
+def test_doctor_prints_a_line_per_check_and_fails_if_one_fails(monkeypatch, capsys, well, status):
+    lines = [doctor.Line("Python", True, "fine"), doctor.Line("model", well, "seen", "do this")]
+    monkeypatch.setattr(doctor, "checks", lambda thorough: lines)
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().out.splitlines() == [str(line) for line in lines]
+
+
+def test_model_reports_the_folder_it_verified(monkeypatch, capsys, tmp_path):
+    asked = {}
+    monkeypatch.setattr(lab_model, "ensure_lab_model", lambda **how: asked.update(how) or tmp_path)
+    assert cli.main(["model"]) == 0
+    assert asked == {"thorough": True}
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["model", "open"])
+def test_a_model_that_cannot_be_had_is_one_line_on_stderr(monkeypatch, capsys, command, free):
+    def fail(**_):
+        raise lab_model.ModelError("no network")
+
+    monkeypatch.setattr(lab_model, "ensure_lab_model", fail)
+    monkeypatch.setenv("PORT", str(free))
+    assert cli.main([command]) == 1
+    assert capsys.readouterr() == ("", "labkit: no network\n")
+
+
+def test_open_starts_jupyterlab_on_this_machine_only_in_work_on_lab_01(opened, tmp_path, free, capsys):
+    cli.main(["open", "--port", str(free)])
+    (command,) = opened
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    for flag in (
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={free}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={tmp_path / 'work'}",
+        f"--LabApp.default_url=/lab/tree/{cli.FIRST_LAB}",
+    ):
+        assert flag in command
+    assert "--no-browser" not in command
+    assert (tmp_path / "work" / cli.FIRST_LAB).read_text() == "{}"
+    assert capsys.readouterr().out == f"{cli.FIRST_LAB}: copied\n"
+
+
+@pytest.mark.parametrize(("user", "flagged"), [(0, True), (1000, False)])
+def test_only_root_is_allowed_as_root(opened, monkeypatch, free, user, flagged):
+    monkeypatch.setattr(cli.os, "geteuid", lambda: user)
+    cli.main(["open", "--port", str(free), "--no-browser"])
+    assert ("--allow-root" in opened[0]) == flagged
+    assert "--no-browser" in opened[0]
+
+
+def test_port_and_host_come_from_the_environment_and_flags_win(opened, monkeypatch, free):
+    monkeypatch.setenv("PORT", str(free))
+    monkeypatch.setenv("HOST", "localhost")
+    cli.main(["open"])
+    assert {f"--ServerApp.port={free}", "--ServerApp.ip=localhost"} <= set(opened[0])
+    monkeypatch.setenv("PORT", "1")
+    cli.main(["open", "--port", str(free), "--host", "127.0.0.1"])
+    assert {f"--ServerApp.port={free}", "--ServerApp.ip=127.0.0.1"} <= set(opened[1])
+
+
+def test_a_port_in_use_is_one_line_that_names_another_and_starts_nothing(opened, taken, capsys, tmp_path):
+    assert cli.main(["open", "--port", str(taken)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"port {taken} is in use" in said[0]
+    assert "make lab PORT=" in said[0]
+    assert opened == []
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "", "88 88"])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(cli.AddressError, match="not a port"):
+        cli.check_address("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_refused(host, free, monkeypatch):
+    if host.endswith("invalid"):  # as a resolver says it, without asking one
+        failure = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(failure))
+    with pytest.raises(cli.AddressError, match="HOST="):
+        cli.check_address(host, str(free))
+
+
+def test_a_work_folder_that_cannot_be_used_is_one_line_on_stderr(opened, tmp_path, free, capsys):
+    (tmp_path / "work").write_text("a file")
+    assert cli.main(["open", "--port", str(free)]) == 1
+    assert "work folder" in capsys.readouterr().err
+    assert issubclass(WorkspaceError, RuntimeError)
+    assert opened == []
+
+
+def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_path, free):
+    """The command itself, run: it must listen, refuse a stranger, and serve lab 01's file from `work/`."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / cli.FIRST_LAB).write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    token = secrets.token_hex(8)
+    own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    command = cli.jupyter_command(work, "127.0.0.1", free, no_browser=True)
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **own, "JUPYTER_TOKEN": token}, stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{free}"
+        wait_for(address, server, tmp_path / "log")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/api/contents/{cli.FIRST_LAB}")
+        with urllib.request.urlopen(f"{address}/api/contents/{cli.FIRST_LAB}?token={token}") as response:
+            assert json.load(response)["path"] == cli.FIRST_LAB
+        with urllib.request.urlopen(f"{address}/?token={token}") as response:
+            assert response.url.partition("?")[0] == f"{address}/lab/tree/{cli.FIRST_LAB}"
+            assert '"news": {"disabled": true}' in response.read().decode()
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for(address, server, log):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=2).close()
+            return
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
+def test_the_command_is_installed_as_labkit():
+    program = shutil.which("labkit", path=os.path.dirname(sys.executable))
+    if program is None:
+        pytest.skip("labkit is not installed beside this Python")
+    assert "doctor" in subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("exported", "host"),
+    [
+        (None, "127.0.0.1"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("::1", "::1"),
+        ("localhost", "localhost"),
+        ("x86_64-conda-linux-gnu", "127.0.0.1"),
+        ("a-machines-name", "127.0.0.1"),
+    ],
+)
+def test_an_exported_host_that_is_no_address_is_not_taken_for_one(monkeypatch, exported, host) -> None:
+    if exported is not None:
+        monkeypatch.setenv("HOST", exported)
+    assert cli.host_from_environment() == host

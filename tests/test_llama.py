@@ -1,0 +1,275 @@
+"""The decoder against Hugging Face's, whole, in chunks, token by token, with padding; and what a failed pass leaves."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from labkit.cache import Cache
+from labkit.llama import Llama, rope_frequencies
+from labkit.specs import from_hf_config
+from tests.tiny import VOCAB, hf_model
+
+BAR = 1e-4  # bounded: what the project promises for float32 logits
+PADDING = [0, 3, 7, 1]
+TOKENS = 19
+NAMES = [
+    "llama",
+    "llama, tied head",
+    "llama, wide heads",
+    "llama, llama3 rope",
+    "llama, linear rope",
+    "mistral, window 6",
+    "mistral, no window",
+    "qwen2",
+    "qwen2, window 6",
+]
+CUTS = {"one pass": [], "odd chunks": [1, 6, 7, 16], "token by token": list(range(1, TOKENS))}
+
+
+def ours(model) -> Llama:
+    spec = from_hf_config(model.config.to_dict())
+    return Llama(spec).load(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made = {}
+
+    def pair(name):
+        if name not in made:
+            theirs = hf_model(name)
+            made[name] = theirs, ours(theirs)
+        return made[name]
+
+    return pair
+
+
+def prompt(batch, tokens=TOKENS, vocab=VOCAB, seed=3):
+    return torch.randint(2, vocab, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padding_of(batch):
+    return torch.tensor(PADDING[:batch]) if batch > 1 else None
+
+
+def hf_logits(model, tokens, padding):
+    """Logits of one pass of transformers' model; rows are padded on the left."""
+    padding = torch.zeros(len(tokens), dtype=torch.long) if padding is None else padding
+    real = torch.arange(tokens.shape[1])[None, :] >= padding[:, None]
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(tokens, attention_mask=real.long(), position_ids=positions).logits
+
+
+def run(model, tokens, padding, cuts, cache):
+    """Logits of all tokens, run in pieces."""
+    edges = [0, *cuts, tokens.shape[1]]
+    parts = [
+        model(tokens[:, start:end], cache, padding=padding if start == 0 else None) for start, end in pairwise(edges)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def distance(got, expected, padding):
+    """The largest difference over real tokens; a padding token's logits mean nothing."""
+    if padding is None:
+        return (got - expected).abs().max().item()
+    return max((got[i, left:] - expected[i, left:]).abs().max().item() for i, left in enumerate(padding.tolist()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_logits_are_those_of_transformers(pairs, name, batch):
+    theirs, model = pairs(name)
+    tokens, padding = prompt(batch), padding_of(batch)
+    expected = hf_logits(theirs, tokens, padding)
+    assert expected.std() > 0.5  # the bar is measured against logits of some size
+    assert distance(model(tokens, padding=padding), expected, padding) < BAR
+    for how, cuts in CUTS.items():
+        for cache in (model.cache(), model.cache(capacity=TOKENS)):
+            got = run(model, tokens, padding, cuts, cache)
+            assert distance(got, expected, padding) < BAR, how
+            assert cache.seq_len == TOKENS
+
+
+@pytest.mark.parametrize("name", ["mistral, window 6", "qwen2, window 6"])
+def test_the_window_changes_the_logits_so_the_test_above_can_fail(pairs, name):
+    theirs, model = pairs(name)
+    tokens, without = prompt(1), Llama(replace(model.spec, window=None)).load(theirs.state_dict())
+    assert distance(without(tokens)[:, :6], model(tokens)[:, :6], None) < BAR  # within the window: the same
+    assert distance(without(tokens)[:, 6:], model(tokens)[:, 6:], None) > 100 * BAR
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window 6", "qwen2"])
+def test_last_only_is_the_last_row(pairs, name):
+    _, model = pairs(name)
+    tokens, padding = prompt(4), padding_of(4)
+    last = model(tokens, padding=padding, last_only=True)
+    assert last.shape == (4, 1, VOCAB)
+    assert distance(last, model(tokens, padding=padding)[:, -1:], None) < BAR  # bounded: a product of fewer rows
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("how", ["one pass", "odd chunks"])
+def test_logits_of_the_lab_model_are_those_of_transformers(lab_pair, batch, how):
+    theirs, model = lab_pair
+    tokens, padding = prompt(batch, vocab=model.spec.vocab_size), padding_of(batch)
+    expected = hf_logits(theirs, tokens, padding)
+    assert distance(run(model, tokens, padding, CUTS[how], model.cache(TOKENS)), expected, padding) < BAR
+
+
+def test_the_lab_model_decodes_token_by_token_as_in_one_pass(lab_pair):
+    theirs, model = lab_pair
+    tokens = prompt(1, tokens=8, vocab=model.spec.vocab_size)
+    expected = hf_logits(theirs, tokens, None)
+    assert distance(run(model, tokens, None, range(1, 8), model.cache()), expected, None) < BAR
+    assert distance(model(tokens), expected, None) < BAR
+
+
+@pytest.fixture(scope="module")
+def lab_pair(lab_model):
+    theirs = AutoModelForCausalLM.from_pretrained(lab_model, dtype=torch.float32).eval()
+    return theirs, ours(theirs)
+
+
+class TestWithACache:
+    @pytest.fixture
+    def model(self, pairs):
+        return pairs("mistral, window 6")[1]
+
+    def test_a_cache_with_another_window_is_an_error(self, model):
+        with pytest.raises(
+            ValueError, match=r"made with window=None, the model attends with window=6: .*model.cache\(\)"
+        ):
+            model(prompt(1), Cache.growing(3))
+
+    def test_a_cache_of_another_depth_is_an_error(self, model):
+        with pytest.raises(ValueError, match="the cache has 2 layers, the model 3"):
+            model(prompt(1), Cache.growing(2, window=6))
+
+    def test_padding_after_the_first_tokens_is_an_error(self, model):
+        cache = model.cache()
+        model(prompt(2), cache)
+        with pytest.raises(ValueError, match="padding is said once per batch"):
+            model(prompt(2), cache, padding=torch.tensor([0, 1]))
+        assert cache.seq_len == TOKENS
+
+    def test_a_pass_that_does_not_fit_leaves_the_cache_as_it_was(self, model):
+        cache = model.cache(capacity=TOKENS)
+        with pytest.raises(ValueError, match="more do not fit"):
+            model(prompt(2, tokens=TOKENS + 1), cache, padding=torch.tensor([0, 9]))
+        assert (cache.seq_len, cache.padding, cache.nbytes) == (0, None, 0)
+        again = model(prompt(2), cache)
+        assert torch.equal(again, model(prompt(2), model.cache(capacity=TOKENS)))  # exact
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_interrupt_in_the_middle_of_a_pass_leaves_the_cache_as_it_was(self, model, error, monkeypatch):
+        cache, tokens = model.cache(), prompt(2)
+        model(tokens[:, :10], cache)
+        held = [layer.held()[0].clone() for layer in cache.layers]
+
+        def interrupt(x):
+            raise error
+
+        monkeypatch.setattr(model.blocks[1].mlp, "forward", interrupt)
+        with pytest.raises(error):
+            model(tokens[:, 10:], cache)
+        monkeypatch.undo()
+        assert cache.seq_len == 10
+        assert all(torch.equal(layer.held()[0], keys) for layer, keys in zip(cache.layers, held, strict=True))  # exact
+        whole = model(tokens)
+        assert distance(model(tokens[:, 10:], cache), whole[:, 10:], None) < BAR
+
+    def test_a_truncated_conversation_goes_on_as_if_the_rest_was_never_said(self, model):
+        cache, tokens = model.cache(capacity=64), prompt(2)
+        model(torch.cat((tokens[:, :10], prompt(2, seed=8)), dim=1), cache)
+        cache.truncate(10)
+        assert distance(model(tokens[:, 10:], cache), model(tokens)[:, 10:], None) < BAR
+
+    def test_a_cache_filled_in_inference_mode_goes_on_outside(self, model):
+        tokens = prompt(2)
+        for cache in (model.cache(), model.cache(capacity=TOKENS)):
+            with torch.inference_mode():
+                model(tokens[:, :10], cache)
+            assert distance(model(tokens[:, 10:], cache), model(tokens)[:, 10:], None) < BAR
+
+    def test_bytes_are_what_the_shape_says(self, model):
+        cache = model.cache(capacity=32)
+        model(prompt(4), cache)
+        assert cache.nbytes == 2 * 3 * 4 * 2 * 32 * 8 * 4  # K and V, layers, batch, KV heads, tokens, head_dim, bytes
+
+
+class TestErrors:
+    @pytest.fixture
+    def model(self, pairs):
+        return pairs("llama")[1]
+
+    @pytest.mark.parametrize("tokens", [torch.tensor([1, 2]), torch.zeros(1, 0, dtype=torch.long)])
+    def test_tokens_without_a_batch_or_without_any(self, model, tokens):
+        with pytest.raises(ValueError, match="at least one token"):
+            model(tokens)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_padding_for_another_batch(self, model, cached):
+        with pytest.raises(ValueError, match="one number per row"):
+            model(prompt(2), model.cache() if cached else None, padding=torch.tensor([1]))
+
+    def test_weights_that_miss_one(self, pairs):
+        theirs, model = pairs("llama")
+        weights = {name: w for name, w in theirs.state_dict().items() if "1.self_attn.k_proj" not in name}
+        with pytest.raises(ValueError, match=r"no model.layers.1.self_attn.k_proj.weight"):
+            Llama(model.spec).load(weights)
+
+    def test_weights_of_another_shape(self, pairs):
+        theirs, model = pairs("llama")
+        weights = {**theirs.state_dict(), "model.norm.weight": torch.ones(3)}
+        with pytest.raises(ValueError, match=r"norm.weight is \[48\] here, \[3\]"):
+            Llama(model.spec).load(weights)
+
+    def test_weights_that_this_model_has_no_place_for(self, pairs):
+        biased, (_, model) = pairs("qwen2")[0].state_dict(), pairs("llama")
+        with pytest.raises(ValueError, match=r"no place here for model.layers.0.self_attn.k_proj.bias"):
+            Llama(model.spec).load(biased)
+
+
+def test_positions_of_a_padded_row_start_at_its_first_real_token(pairs):
+    # Logits cannot tell: rotary scores depend on distances only. The keys can.
+    _, model = pairs("llama")
+    tokens, padding = prompt(4), padding_of(4)
+    together = model.cache()
+    model(tokens, together, padding=padding)
+    for row, left in enumerate(PADDING):
+        alone = model.cache()
+        model(tokens[row : row + 1, left:], alone)
+        keys = [cache[0].held()[0] for cache in (together, alone)]
+        assert distance(keys[0][row, :, left:], keys[1][0], None) < BAR
+
+
+def test_a_row_that_is_all_padding_gives_numbers_and_disturbs_no_other(pairs):
+    _, model = pairs("llama")
+    tokens = prompt(2)
+    logits = model(tokens, padding=torch.tensor([TOKENS, 0]))
+    assert logits.isfinite().all()
+    assert distance(logits[1:], model(tokens[1:]), None) < BAR
+
+
+def test_rotary_angles_stay_float32_in_a_bfloat16_model(pairs):
+    _, model = pairs("llama")
+    narrow = Llama(model.spec).to(torch.bfloat16)
+    assert narrow.frequencies.dtype == torch.float32
+    cos, _ = narrow.angles(200, 1, None)
+    exact, _ = model.angles(200, 1, None)
+    assert cos.dtype == torch.bfloat16
+    # Bounded: one rounding to bfloat16, of a number that is at most 1.
+    torch.testing.assert_close(cos.float(), exact, rtol=0, atol=torch.finfo(torch.bfloat16).eps / 2)
+
+
+def test_a_model_built_without_memory_has_its_rotary_frequencies(pairs):
+    spec = pairs("llama, llama3 rope")[1].spec
+    with torch.device("meta"):
+        model = Llama(spec)
+    assert torch.equal(model.frequencies, rope_frequencies(spec))  # exact
+    assert model.frequencies.device.type == "cpu"

@@ -1,0 +1,170 @@
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from labkit.course import workspace
+from labkit.course.workspace import MANIFEST, WorkspaceError, refresh
+
+NAMES = ("01_a.ipynb", "02_b.ipynb")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    notebooks, work = tmp_path / "notebooks", tmp_path / "work"
+    notebooks.mkdir()
+    (notebooks / NAMES[0]).write_text("one")
+    return notebooks, work
+
+
+def test_new_notebooks_are_copied_and_only_notebooks(folders):
+    notebooks, work = folders
+    (notebooks / "notes.txt").write_text("x")
+    assert refresh(notebooks, work) == ["01_a.ipynb: copied"]
+    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, NAMES[0]]
+
+
+def test_a_second_refresh_says_and_writes_nothing(folders):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
+    assert refresh(notebooks, work) == []
+    assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == before
+
+
+def test_an_untouched_notebook_is_brought_up_to_date(folders):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    (notebooks / NAMES[0]).write_text("two")
+    assert refresh(notebooks, work) == ["01_a.ipynb: brought up to date"]
+    assert (work / NAMES[0]).read_text() == "two"
+
+
+def test_a_changed_notebook_is_kept_and_named_only_when_a_newer_version_exists(folders):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    (work / NAMES[0]).write_text("mine")
+    assert refresh(notebooks, work) == []
+    (notebooks / NAMES[0]).write_text("two")
+    (line,) = refresh(notebooks, work)
+    assert "yours is kept" in line
+    assert "rename" in line
+    assert (work / NAMES[0]).read_text() == "mine"
+    (work / NAMES[0]).rename(work / "mine.ipynb")  # as the line says
+    assert refresh(notebooks, work) == ["01_a.ipynb: copied"]
+    assert (work / NAMES[0]).read_text() == "two"
+    assert (work / "mine.ipynb").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[]", '{"01_a.ipynb": 3}'])
+def test_with_its_manifest_lost_or_damaged_nothing_is_overwritten(folders, damage):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    (work / MANIFEST).unlink() if damage is None else (work / MANIFEST).write_text(damage)
+    (notebooks / NAMES[0]).write_text("two")
+    refresh(notebooks, work)
+    assert (work / NAMES[0]).read_text() == "one"
+
+
+def test_a_run_killed_between_manifest_and_copy_is_taken_up_again(folders, monkeypatch):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    (notebooks / NAMES[0]).write_text("two")
+    write = workspace._write
+
+    def killed(path, content):
+        if path.name != MANIFEST:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(workspace, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        refresh(notebooks, work)
+    assert (work / NAMES[0]).read_text() == "one"
+    monkeypatch.undo()
+    assert refresh(notebooks, work) == ["01_a.ipynb: brought up to date"]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file_and_no_leftover(folders, monkeypatch):
+    notebooks, work = folders
+    refresh(notebooks, work)
+    monkeypatch.setattr(workspace.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    (notebooks / NAMES[0]).write_text("two")
+    with pytest.raises(WorkspaceError, match="No space left on device"):
+        refresh(notebooks, work)
+    assert (work / NAMES[0]).read_text() == "one"
+    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, NAMES[0]]
+
+
+def test_a_file_where_the_folder_should_be_is_one_clear_error(folders):
+    notebooks, work = folders
+    work.write_text("not a folder")
+    with pytest.raises(WorkspaceError, match="cannot be used"):
+        refresh(notebooks, work)
+    assert work.read_text() == "not a folder"
+
+
+class LearnerAndUpdates(RuleBasedStateMachine):
+    """Releases, refreshes and a learner's edits in any order: no byte that the learner wrote is ever lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp())
+        self.notebooks, self.work = self.root / "notebooks", self.root / "work"
+        self.notebooks.mkdir()
+        self.versions = itertools.count()
+        self.mine: dict[str, str] = {}  # what the learner wrote, and has not removed
+
+    def teardown(self):
+        shutil.rmtree(self.root)
+
+    @rule(name=st.sampled_from(NAMES))
+    def release(self, name):
+        (self.notebooks / name).write_text(f"release {next(self.versions)}")
+
+    @rule()
+    def refresh(self):
+        refresh(self.notebooks, self.work)
+        for source in self.notebooks.iterdir():
+            if self.mine.get(source.name) == source.read_text():
+                del self.mine[source.name]  # byte for byte what is released: nobody's own
+            if source.name not in self.mine:
+                assert (self.work / source.name).read_text() == source.read_text()
+
+    @rule(name=st.sampled_from(NAMES))
+    def edit(self, name):
+        if self.work.exists():
+            self.mine[name] = f"learner {next(self.versions)}"
+            (self.work / name).write_text(self.mine[name])
+
+    @rule(name=st.sampled_from(NAMES))
+    def remove(self, name):
+        (self.work / name).unlink(missing_ok=True)
+        self.mine.pop(name, None)
+
+    @rule()
+    def lose_manifest(self):
+        (self.work / MANIFEST).unlink(missing_ok=True)
+        # What we cannot prove to be ours counts as the learner's from now on.
+        for path in self.work.glob("*.ipynb"):
+            self.mine.setdefault(path.name, path.read_text())
+
+    @invariant()
+    def the_learners_bytes_are_there(self):
+        for name, text in self.mine.items():
+            assert (self.work / name).read_text() == text
+
+    @invariant()
+    def the_manifest_is_whole(self):
+        if (self.work / MANIFEST).exists():
+            json.loads((self.work / MANIFEST).read_text())
+
+
+TestLearnerAndUpdates = LearnerAndUpdates.TestCase
+TestLearnerAndUpdates.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
