@@ -35,7 +35,8 @@ PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.
 MOVES = {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "clone", "contiguous", "repeat", "repeat_interleave",
     "tile", "roll", "flip", "index_select", "gather", "take_along_dim", "pad", "to", "type", "float", "half",
-    "bfloat16", "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter", "__getitem__",
+    "bfloat16", "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter",
+    "__getitem__",
 }  # fmt: skip
 WRITES = {"__setitem__", "copy_", "index_copy_", "scatter_", "index_put_"}
 

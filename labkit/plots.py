@@ -9,8 +9,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from labkit.measure import Timing
@@ -305,7 +307,7 @@ def time_per_token(
     theory: Mapping[str, Sequence[float]],
     recorded: Sequence[tuple[str, str, int, float]] = (),
 ) -> Figure:
-    """Milliseconds of one step against position, log scale: this machine's points, the least they could be, records.
+    """Milliseconds of one step against position, log scale: this machine's points, the theory as lines, records.
 
     seconds, theory: by "with cache" and "without cache". recorded: (device, name, position, seconds).
     """
@@ -314,14 +316,22 @@ def time_per_token(
         middle = [timing.median * 1e3 for timing in timings]
         spread = [timing.spread * 1e3 for timing in timings]
         axes.errorbar(positions, middle, spread, fmt="o-", markersize=4, capsize=2, color=COLORS[name], label=name)
-        floor = [value * 1e3 for value in theory[name]]
-        axes.plot(positions, floor, ":", color=COLORS[name], label=f"{name}, the least it could be")
+        expected = [value * 1e3 for value in theory[name]]
+        axes.plot(positions, expected, ":", color=COLORS[name], label=f"{name}, theory")
     for index, (device, name, position, value) in enumerate(recorded):
         marker = "s" if name == "with cache" else "D"
         axes.plot(position, value * 1e3, marker, color=COLORS["reference GPU"], label=device if not index else None)
-    axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token", ylim=(None, None))
+    axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token")
+    plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return shape
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, 20, ... on a logarithmic axis, written as people write them."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def against_length(
@@ -341,7 +351,11 @@ def against_length(
         axes.plot(lengths, values, "o-" if len(lengths) < 20 else "-", markersize=4, color=color, label=name)
     if level:
         axes.axhline(level[0], color=COLORS["theory"], linestyle="--", linewidth=1, label=level[1])
-    axes.set(xlabel=xlabel, ylabel=ylabel, **({"xscale": "log", "yscale": "log"} if log else {}))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log:
+        axes.set(xscale="log", yscale="log")
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
     if len(curves) > 1 or level:
         axes.legend(fontsize=8)
     return shape

@@ -205,7 +205,7 @@ def line_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeIsUp` inside the block after `seconds`. Needs the main thread of a Unix process; elsewhere no limit."""
+    """Raise `TimeIsUp` inside the block after `seconds`. Needs the main thread of a Unix process."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -321,6 +321,14 @@ def first_row(model, tokens, max_new_tokens, cache):
     return torch.cat(new, dim=1)
 
 
+def all_rows(model, tokens, max_new_tokens, cache):
+    fed, new = tokens, []
+    for _ in range(max_new_tokens):
+        fed = model(fed, cache).argmax(dim=-1)
+        new.append(fed[:, -1:])
+    return torch.cat(new, dim=1)
+
+
 def plain_loop(model, tokens, max_new_tokens, cache):
     """Right: prefill before the loop, a preallocated result."""
     new = torch.empty(tokens.shape[0], max_new_tokens, dtype=torch.long)
@@ -606,13 +614,14 @@ MUTANTS = [
     Mutant("02.3", "prefill-in-steps", "feeds the prompt token by token", prompt_in_steps),
     Mutant("02.3", "other-cache", "makes a cache of its own", own_cache),
     Mutant("02.3", "cache-emptied", "resets the cache it was given", cache_emptied),
+    Mutant("02.3", "several-fed", "feeds the likeliest token of every row", all_rows),
     Mutant("02.3", "tokens", "takes the first row's logits", first_row),
     Mutant("02.4", "wrong-dtype", "float32 memory under a bfloat16 model", Float32Memory,
            "rasbt/LLMs-from-scratch, optimized variant"),
     Mutant("02.4", "wrong-device", "memory on the CPU under a model that is elsewhere", CpuMemory),
     Mutant("02.4", "capacity-off-by-one", "refuses the last place", LastPlaceRefused),
     Mutant("02.4", "overflow", "drops what does not fit", DropsWhatDoesNotFit),
-    Mutant("02.4", "overflow", "lets the write fail", NoTestForRoom),
+    Mutant("02.4", "overflow", "trusts the write to fail; a slice past the end takes nothing, silently", NoTestForRoom),
     Mutant("02.4", "half-done", "counts before it tests for room", CountsBeforeItTests),
     Mutant("02.4", "reads-slack", "returns the unwritten memory too", ReadsSlack),
     Mutant("02.4", "overwritten", "writes always at the start", AlwaysAtTheStart),

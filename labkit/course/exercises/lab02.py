@@ -593,6 +593,13 @@ class GenerateWithCache(Exercise):
                 cause="the whole sequence is fed again, though the cache holds all but the last token",
                 look="what the second call gets: the newest token, [batch, 1]",
             )
+        if decode and max(decode) > 1:
+            self.fail(
+                "several-fed",
+                seen=f"a decode step ran {max(decode)} tokens; one is new",
+                cause="the likeliest token of every row was taken, not of the last row alone",
+                look="the shape of what is fed: logits[:, -1:].argmax(dim=-1) is [batch, 1]",
+            )
         if ran[0] < prompt.shape[1] and len(calls) > count and prompt.shape[1] > 1:
             self.fail(
                 "prefill-in-steps",
