@@ -2,6 +2,7 @@
 # make test       set up, then lint, tests, notebooks, browser
 # make gpu        the tests and notebooks on a CUDA GPU
 # make notebooks  run the notebooks in place and keep their outputs (authors)
+# make docs       write the kill table and the README's picture anew (authors)
 # make lock       renew requirements.lock with uv (authors)
 # make clean      remove .venv and build leftovers; keeps work/ and the model
 #
@@ -28,7 +29,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-sta
 LISTEN = $(if $(filter command%,$(origin HOST)),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 SCRATCH = LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
-.PHONY: lab test lint unit notebooks-test browser gpu notebooks lock clean
+.PHONY: lab test lint unit notebooks-test browser gpu notebooks docs lock clean
 
 lab: $(LAB_READY)
 	@$(PY) -m labkit.course.cli open $(LISTEN) $(ARGS)
@@ -65,6 +66,10 @@ notebooks: $(TEST_READY)
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(PY) -m nbstripout --keep-output --keep-count --keep-id --extra-keys \
 		'metadata.widgets metadata.language_info.version cell.metadata.execution' notebooks/*.ipynb
+
+docs: $(TEST_READY)
+	$(PY) -m tests.mutants.table
+	$(PY) docs/pictures.py
 
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \

@@ -76,3 +76,9 @@ def test_every_option_of_every_question_has_its_own_answer() -> None:
 
 def test_the_published_kill_table_is_what_the_checks_do_now() -> None:
     assert TABLE.read_text(encoding="utf-8") == kill_table(WRONG, EXERCISES), "run `make docs` to write it anew"
+
+
+@pytest.mark.parametrize("mutant", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
+def test_a_check_says_the_same_when_its_cell_is_run_again(mutant: Mutant) -> None:
+    first = examine(EXERCISES[mutant.exercise], mutant.answer)
+    assert examine(EXERCISES[mutant.exercise], mutant.answer) == first

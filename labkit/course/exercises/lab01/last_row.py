@@ -1,0 +1,116 @@
+"""01.5: the last row alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise, Finding
+from labkit.course.exercises.lab01.tools import TOLERANCE, draw, recognise
+from labkit.ledger import ledger
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention output of the newest token alone, with the work of one row.
+
+    q, k, v: [batch, num_heads, tokens, head_dim], of all tokens; the newest stands last.
+    Returns [batch, num_heads, 1, head_dim].
+    """
+    scores = q[:, :, -1:] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return torch.softmax(scores, dim=-1) @ v
+
+
+class LastRow(Exercise):
+    """The newest token's row, and no other."""
+
+    id = "01.5"
+    title = "Only the last row"
+    minutes = 3
+    needs = ("01.1",)
+    hints = (
+        "Which query asks, and which keys may it see? Is there anything left to hide?",
+        "Cut q before the product, not the result after it; keep the dimension of length 1.",
+        "q[:, :, -1:] is [batch, num_heads, 1, head_dim]: from there it is 01.1, times v. No mask.",
+    )
+    hints_for: ClassVar = {
+        "whole-matrix": "Where in your code does the -1 stand: before the product or after it?",
+        "sees-first-only": "The newest token stands after all others. Which keys would a causal mask hide from it?",
+    }
+    reference = staticmethod(attend_last)
+
+    def examine(self, answer: Callable) -> None:
+        """Value slips first, then the work."""
+        q, k, v = (draw(2, 3, 7, 8, seed=seed) for seed in range(3))
+        want = attend_last(q, k, v)
+        with ledger() as work:
+            got = self.call(answer, q, k, v)
+        recognise(got, self.slips(q, k, v))
+        self.same(got, want, what="the newest token's output", tolerance=TOLERANCE)
+        if work.scores > 2 * 3 * 7:
+            self.fail(
+                "whole-matrix",
+                seen=f"{work.scores} score entries were computed; {2 * 3 * 7} are needed",
+                cause="every row of the matrix is computed and all but the last are thrown away",
+                look="take the last query before the product, not the last row after it",
+            )
+        q, k, v = (draw(1, 2, 1, 8, seed=seed, dtype=torch.float32) for seed in range(3))
+        self.same(self.call(answer, q, k, v), attend_last(q, k, v), what="a single token", tolerance=1e-5)
+
+    @staticmethod
+    def slips(q: Tensor, k: Tensor, v: Tensor) -> Iterable[tuple[Tensor, Finding]]:
+        """Wrong rows."""
+        last, keys = q[:, :, -1:], k.transpose(-2, -1)
+        root = math.sqrt(q.shape[-1])
+        yield (
+            attend_last(q[:, :, :1], k, v),
+            Finding(
+                "first-query",
+                "this is what the first token's query finds",
+                "the wrong end of q was taken",
+                "the newest token stands last: index -1",
+            ),
+        )
+        yield (
+            attend_last(q, k, v)[:, :, 0],
+            Finding(
+                "dimension-lost",
+                "three dimensions came back; the one of length 1 is missing",
+                "an index such as -1 drops a dimension, a slice such as -1: keeps it",
+                "q[:, :, -1:]",
+            ),
+        )
+        yield (
+            v[:, :, :1],
+            Finding(
+                "sees-first-only",
+                "the output is the first token's value: nothing else was seen",
+                "a causal mask for one query and no offset hides every key but the first",
+                "no mask is needed: the newest token may see all",
+            ),
+        )
+        yield (
+            torch.softmax(last @ keys, dim=-1) @ v,
+            Finding("no-scale", "the weights are too sharp", "the division by sqrt(head_dim) is missing", "01.1"),
+        )
+        yield (
+            attend_last(q, k[:, :, :-1], v[:, :, :-1]),
+            Finding(
+                "not-itself",
+                "the newest token does not see itself",
+                "its own key and value were cut off",
+                "k and v are used whole; only q is cut",
+            ),
+        )
+        yield (
+            torch.softmax(last @ keys / root, dim=-2) @ v,
+            Finding(
+                "axis",
+                "the output is the plain sum of all values: every weight is 1",
+                "softmax ran along the queries, of which there is one",
+                "dim=-1: the keys",
+            ),
+        )

@@ -1,0 +1,161 @@
+"""01.1: from queries and keys to weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise, Finding, close
+from labkit.course.exercises.lab01.tools import TOLERANCE, draw, recognise
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Weights of each query over all keys: softmax(q k^T / sqrt(head_dim)), one row per query.
+
+    q: [..., queries, head_dim]. k: [..., keys, head_dim].
+    Returns [..., queries, keys]: nothing negative, each row sums to 1.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return torch.softmax(scores, dim=-1)
+
+
+class Weights(Exercise):
+    """Scores, scaled, through softmax."""
+
+    id = "01.1"
+    title = "Scores and weights"
+    minutes = 3
+    difficulty = 1
+    hints = (
+        "A score is the dot product of one query and one key. Which matrix product gives all of them at once?",
+        "q times k with its last two dimensions swapped, divided by sqrt(head_dim); then softmax along the keys.",
+        "scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), then torch.softmax(scores, dim=...): which dim?",
+    )
+    hints_for: ClassVar = {
+        "axis": "Shape [..., queries, keys]: which of the two dimensions should sum to 1 when you add along it?",
+        "no-scale": "The formula has three steps: multiply, divide, softmax. Count yours.",
+        "overflow": "exp(1000) is infinity here. Softmax may subtract the row's largest score first. Why?",
+    }
+    reference = staticmethod(attention_weights)
+
+    def examine(self, answer: Callable) -> None:
+        """Formula slips first, then other shapes and large scores."""
+        q, k = draw(2, 4, 16), draw(2, 6, 16, seed=1)
+        want = attention_weights(q, k)
+        got = self.call(answer, q, k)
+        recognise(got, self.slips(q, k))
+        self.like(got, want, what="the weights of 4 queries over 6 keys")
+        if not close(got.sum(-1), torch.ones_like(got.sum(-1)), TOLERANCE):
+            self.fail(
+                "rows",
+                seen=f"the first row sums to {got[0, 0].sum():.3g}",
+                cause="something is done to the weights after softmax, or softmax is not the last step",
+                look="the order of the steps: multiply, divide, softmax",
+            )
+        self.same(got, want, what="the weights", tolerance=TOLERANCE)
+        self.large_scores(answer)
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k = draw(3, 1, 16, dtype=dtype), draw(3, 7, 16, seed=1, dtype=dtype)
+            # A weight is at most 1, and a few roundings of the dtype separate two right answers.
+            tolerance = 8 * torch.finfo(dtype).eps
+            self.same(self.call(answer, q, k), attention_weights(q, k), what=f"{dtype} weights", tolerance=tolerance)
+
+    def large_scores(self, answer: Callable) -> None:
+        """Scores of thousands must give weights, not NaN."""
+        q, k = 300 * draw(1, 4, 16), 300 * draw(1, 6, 16, seed=1)
+        got = self.call(answer, q, k)
+        if not torch.isfinite(got).all():
+            self.fail(
+                "overflow",
+                seen="NaN weights where scores are in the thousands",
+                cause="exp() of a large score is infinity, and infinity divided by infinity is NaN",
+                look="torch.softmax, or subtract each row's largest score before exp()",
+            )
+        self.same(got, attention_weights(q, k), what="weights of large scores", tolerance=1e-6)
+
+    @staticmethod
+    def slips(q: Tensor, k: Tensor) -> Iterable[tuple[Tensor, Finding]]:
+        """Wrong values and what each betrays."""
+        raw, root = q @ k.transpose(-2, -1), math.sqrt(q.shape[-1])
+        soft = torch.softmax
+        axis = Finding(
+            "axis",
+            "each column sums to 1; each row should",
+            "softmax ran along the queries: every key hands out 1, instead of every query spending 1",
+            "dim= of softmax: the keys are the last dimension",
+        )
+        no_softmax = Finding(
+            "no-softmax",
+            "scores came back, some of them negative",
+            "the last step is missing",
+            "softmax along the keys turns a row of scores into a row of weights",
+        )
+        yield soft(raw / root, -2), axis
+        yield soft(raw, -2), axis
+        yield raw / root, no_softmax
+        yield raw, no_softmax
+        yield (
+            soft(raw, -1),
+            Finding(
+                "no-scale",
+                "rows sum to 1, but they are sharper than they should be",
+                "the scores were not divided by sqrt(head_dim)",
+                "the step between the product and softmax",
+            ),
+        )
+        yield (
+            soft(raw / root**2, -1),
+            Finding(
+                "scale-twice",
+                "rows sum to 1, but they are flatter than they should be",
+                "the scores were divided by head_dim, not by its square root",
+                "the deviation of a sum of head_dim products grows with sqrt(head_dim)",
+            ),
+        )
+        yield (
+            soft(raw * root, -1),
+            Finding(
+                "scale-up",
+                "rows sum to 1, but nearly all weight sits on one key",
+                "the scores were multiplied by sqrt(head_dim) instead of divided",
+                "the sign of the exponent: head_dim ** -0.5 divides",
+            ),
+        )
+        yield (
+            soft(raw / math.sqrt(k.shape[-2]), -1),
+            Finding(
+                "scale-by-keys",
+                "rows sum to 1, but the scale depends on how many keys there are",
+                "the root was taken of the number of keys, not of head_dim",
+                "which dimension the dot product sums over: the last one of q",
+            ),
+        )
+        yield (
+            soft(raw, -1) / root,
+            Finding(
+                "scale-after",
+                f"rows sum to {1 / root:.2f}, which is 1 / sqrt(head_dim)",
+                "the division came after softmax",
+                "divide the scores, then take softmax: the order matters because softmax is not linear",
+            ),
+        )
+        shares = Finding(
+            "proportional",
+            "rows sum to 1, but some weights are negative",
+            "scores were divided by their sum; a score may be negative, so that is no share",
+            "softmax divides exp(score) by the sum of exp(score)",
+        )
+        yield raw / raw.sum(-1, keepdim=True), shares
+        yield (
+            soft(raw / root, -1).transpose(-2, -1),
+            Finding(
+                "swapped",
+                "one row per key instead of one per query",
+                "the two dimensions of the result are swapped",
+                "queries are rows, keys are columns",
+            ),
+        )

@@ -1,0 +1,44 @@
+"""Lab 02, the cache from scratch: references in one module, one module per exercise for its check."""
+
+from __future__ import annotations
+
+from labkit.course.exercise import LabContents
+from labkit.course.exercises.lab02.chunk import AttendChunk
+from labkit.course.exercises.lab02.decode import DecodeStep
+from labkit.course.exercises.lab02.generation import GenerateWithCache
+from labkit.course.exercises.lab02.growing import Growing
+from labkit.course.exercises.lab02.preallocated import Preallocated
+from labkit.course.exercises.lab02.questions import PREDICTIONS, QUIZZES
+from labkit.course.exercises.lab02.references import (
+    GrowingCache,
+    PreallocatedCache,
+    attend_chunk,
+    cache_bytes,
+    decode_step,
+    generate_with_cache,
+    reusable_prefix,
+)
+from labkit.course.exercises.lab02.reuse import ReusablePrefix
+from labkit.course.exercises.lab02.size import CacheBytes
+
+__all__ = [
+    "CONTENTS",
+    "GrowingCache",
+    "PreallocatedCache",
+    "attend_chunk",
+    "cache_bytes",
+    "decode_step",
+    "generate_with_cache",
+    "reusable_prefix",
+]
+
+
+CONTENTS = LabContents(
+    "02",
+    "The cache from scratch",
+    exercises=(
+        Growing(), DecodeStep(), GenerateWithCache(), Preallocated(), ReusablePrefix(), CacheBytes(), AttendChunk(),
+    ),
+    predictions=PREDICTIONS,
+    quizzes=QUIZZES,
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""02.7: the mask of a chunk, to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.attention import causal_mask
+from labkit.attention import fused_attention as attention
+from labkit.course.exercise import Exercise
+from labkit.course.exercises.lab02.references import (
+    attend_chunk,
+)
+from labkit.course.exercises.lab02.tools import (
+    LOOSE,
+)
+
+
+class AttendChunk(Exercise):
+    """The mask that forgets what is cached."""
+
+    id, title, minutes, difficulty = "02.7", "Debug: an answer that depends on the chunk size", 5, 3
+    reference = staticmethod(attend_chunk)
+    hints = (
+        "Draw the mask for 2 new tokens after 3 cached ones: 2 rows, 5 columns. Which cells should be True?",
+        "Row i is the i-th new token. It stands at position kv_len - new_tokens + i, not at i.",
+        "tril(d) keeps d more diagonals above the main one. How many columns do the cached tokens add?",
+    )
+    hints_for: ClassVar = {
+        "mask-offset": "The triangle is right; it starts in the wrong column. The mask has kv_len - new_tokens columns "
+        "that every row may see.",
+        "sees-the-future": "Check row 0: its last True must be the column of the first new token itself.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Chunks after a cache: each wrong mask gives an output of its own."""
+        torch.manual_seed(7)
+        for new, held, batch in ((3, 4, 1), (1, 6, 1), (5, 0, 2), (2, 7, 2)):
+            q = torch.randn(batch, 6, new, 8)
+            k, v = torch.randn(batch, 2, new + held, 8), torch.randn(batch, 2, new + held, 8)
+            got = self.call(answer, q, k, v)
+            want = attention(q, k, v)
+            self.like(got, want, what="the output")
+            if not torch.allclose(got, want, rtol=0, atol=LOOSE):
+                self.explain(got, q, k, v, new, held)
+
+    def explain(self, got: Tensor, q: Tensor, k: Tensor, v: Tensor, new: int, held: int) -> None:
+        """Find the mask that gives what was seen."""
+
+        def close_to(mask: Tensor) -> bool:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            return torch.allclose(got, out.nan_to_num(0.0), rtol=0, atol=LOOSE)
+
+        where = f"{new} new tokens after {held} cached"
+        every = torch.ones(new, new + held, dtype=torch.bool)
+        right = causal_mask(new, new + held)
+        if held and close_to(every.tril()):
+            self.fail(
+                "mask-offset",
+                seen=f"{where}: the first new token sees 1 key; it should see {held + 1}",
+                cause="row i of the mask was taken for position i, as if nothing were cached",
+                look="tril(): its diagonal starts at column 0. Where does the first new token stand?",
+            )
+        if close_to(every):
+            self.fail(
+                "sees-everything",
+                seen=f"{where}: the first new token sees the ones behind it",
+                cause="no mask at all",
+                look="the mask: new tokens must not see each other's future",
+            )
+        if close_to(every.tril(held + 1)):
+            self.fail(
+                "sees-the-future",
+                seen=f"{where}: every token sees one token too many",
+                cause="the offset is one too large",
+                look="the offset for held = 0: it must be 0",
+            )
+        if close_to(every.tril(held - 1)):
+            self.fail(
+                "blind-to-itself",
+                seen=f"{where}: no token sees itself",
+                cause="the offset is one too small, or `<` stands for `<=`",
+                look="the offset for held = 0: it must be 0",
+            )
+        if close_to(~right):
+            self.fail(
+                "mask-inverted",
+                seen=f"{where}: tokens see what they should not, and nothing else",
+                cause="True was taken for hidden; for PyTorch's attn_mask True means may see",
+                look="the sense of the mask",
+            )
+        own = right.clone()
+        own[:, :held] = False
+        if held and close_to(own):
+            self.fail(
+                "cache-hidden",
+                seen=f"{where}: the new tokens see each other and nothing that is cached",
+                cause="the mask's columns for cached tokens are False",
+                look="the first kv_len - new_tokens columns: True in every row",
+            )
+        self.fail(
+            "mask",
+            seen=f"{where}: the output fits no mask that this check knows",
+            cause="a mask that is right for another case",
+            look="the rule for row i, in words, before code",
+        )

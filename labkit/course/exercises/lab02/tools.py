@@ -1,0 +1,86 @@
+"""What the checks of lab 02 try answers with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise
+from labkit.llama import Llama
+from labkit.specs import ModelSpec
+
+BATCH, HEADS, HEAD_DIM = 2, 3, 4  # of the small tensors that the caches are tried with
+TIGHT = 1e-9  # bounded: float64 sums of fewer than 100 terms of order 1 differ by less than 1e-13 between orders
+LOOSE = 1e-5  # bounded: float32 sums of fewer than 100 terms of order 1
+
+
+def new_tokens(count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random K and V of `count` tokens."""
+    shape = (BATCH, HEADS, count, HEAD_DIM)
+    return torch.randn(shape).to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def tiny_model() -> Llama:
+    """A float64 model of two layers whose attention is sharp enough that a wrong position shows."""
+    spec = ModelSpec(
+        name="tiny", num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, hidden_size=48, intermediate_size=64,
+        vocab_size=97, max_seq_len=128,
+    )  # fmt: skip
+    model = Llama(spec).double()
+    for block in model.blocks:
+        block.attention.qkv.weight.mul_(3)
+    return model
+
+
+def read_pair(exercise: type[Exercise], cache: Any) -> tuple[Tensor, Tensor]:
+    """What `cache.read()` gives, when it is a pair of tensors of one shape."""
+    both = exercise.run(cache.read)
+    if not isinstance(both, (tuple, list)) or len(both) != 2 or not all(isinstance(x, Tensor) for x in both):
+        kind = type(both).__name__
+        exercise.fail(
+            "not-a-pair",
+            seen=f"read() returned {'nothing' if both is None else f'a {kind}'}",
+            cause="no return, or only one of the two",
+            look="the last line of read(): return k, v",
+        )
+    return both[0], both[1]
+
+
+def check_isolation(exercise: type[Exercise], filled: Any, fresh: Any) -> None:
+    """Fail when appending to one cache shows in another."""
+    seen = getattr(fresh, "seq_len", None)
+    shared = {x.data_ptr() for x in tensors(filled)} & {x.data_ptr() for x in tensors(fresh)}
+    if seen not in (None, 0) or shared:
+        exercise.fail(
+            "shared-between-caches",
+            seen="tokens appended to one cache turned up in another one",
+            cause="they are kept on the class (or in a default argument or a global), not on the instance",
+            look="__init__: everything a cache keeps belongs on self",
+        )
+
+
+def tensors(cache: Any) -> list[Tensor]:
+    """The tensors among a cache's attributes and those of its class, also inside lists."""
+    values = [getattr(cache, name, None) for name in {*vars(type(cache)), *vars(cache)} if not name.startswith("__")]
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+def check_seq_len(exercise: type[Exercise], cache: Any, want: int, when: str) -> None:
+    """Fail unless `cache.seq_len` is `want`."""
+    got = getattr(cache, "seq_len", None)
+    if callable(got) or got != want:
+        seen = "there is no seq_len" if got is None else f"seq_len is {'a method' if callable(got) else got}"
+        exercise.fail(
+            "seq-len",
+            seen=f"{when}, {seen}; it should be {want}",
+            cause="the count of tokens is not kept, or counts appends instead of tokens",
+            look="the end of append: seq_len grows by k.shape[2]",
+        )
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    """Whether two float64 tensors of one shape agree within `TIGHT`."""
+    return bool((got - want).abs().max() <= TIGHT)
