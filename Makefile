@@ -23,6 +23,9 @@ LAB_READY := .venv/.lab-$(KEY)
 TEST_READY := .venv/.test-$(KEY)
 endif
 
+# OpenMP threads that wait spin for milliseconds by default: on a busy machine two are then slower than one.
+export GOMP_SPINCOUNT ?= 20000
+
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-startup-timeout=120 \
 	-p no:randomly -p no:cacheprovider
 # Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.

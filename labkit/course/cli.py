@@ -95,6 +95,7 @@ def run_open(options: argparse.Namespace) -> int:
     for line in refresh(ROOT / "notebooks", work):
         print(line)
     command = jupyter_command(work, options.host, port, no_browser=options.no_browser)
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # kernels inherit it; see docs/design.md
     sys.stdout.flush()
     os.execv(command[0], command)
 
