@@ -73,7 +73,7 @@ def number(value: float) -> str:
     """A figure as a person writes it."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def with_unit(prediction: Prediction, value: float) -> str:
@@ -97,14 +97,16 @@ def reveal(prediction: Prediction, guess: float | None, value: float) -> str:
     if guess is None:
         return lead + "You had not guessed."
     said = f"You said {with_unit(prediction, guess)}"
-    if guess == value:
+    if number(guess) == number(value):
         return f"{lead}{said}: exactly."
     if guess <= 0 or value <= 0:
         return f"{lead}{said}."
-    ratio = max(guess / value, value / guess)
+    ratio, side = max(guess / value, value / guess), "high" if guess > value else "low"
     if ratio <= prediction.within:
         return f"{lead}{said}: close."
-    return f"{lead}{said}: {ratio:.2g} times too {'high' if guess > value else 'low'}."
+    if ratio < 2:
+        return f"{lead}{said}: {abs(guess - value) / value:.0%} too {side}."
+    return f"{lead}{said}: {ratio:.2g} times too {side}."
 
 
 def unanswered(quiz: Quiz) -> str:

@@ -47,6 +47,13 @@ class Pending(Exception):
     """A blank that nobody has filled in."""
 
 
+class Mistyped(ValueError):
+    """An id, a guess or a letter that a lab cannot use. A notebook shows the one line that says what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 class TimeIsUp(BaseException):
     """Not an Exception: a learner's `except Exception` must not swallow it."""
 
@@ -96,9 +103,9 @@ class Exercise:
         if not unchanged(kept, (args, kwargs)):
             cls.fail(
                 "arguments-changed",
-                seen="your function changed the tensors it was given",
-                cause="an in-place operation (`+=`, `x[...] = `, a method that ends in `_`) on an argument",
-                look="build a new tensor instead, or clone() first",
+                seen="your function changed the arguments it was given",
+                cause="an in-place operation on one of them: `+=`, `x[...] = `, x.pop(), a method that ends in `_`",
+                look="build a new value instead, or work on a copy",
             )
         if result is None:
             cls.fail(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from labkit import measure
 from labkit.course import cards
-from labkit.course.exercise import Exercise, Verdict, examine
+from labkit.course.exercise import Exercise, Mistyped, Verdict, examine
 from labkit.course.exercises import contents
 from labkit.course.progress import Progress
 from labkit.ledger import Work, ledger
@@ -137,7 +137,7 @@ class Lab:
             print(cards.no_guess(prediction))
             return
         if isinstance(guess, bool) or not isinstance(guess, (int, float)) or not math.isfinite(guess):
-            raise ValueError(f"{id}: a guess is one number, such as guess=10; got {guess!r}")
+            raise Mistyped(f"{id}: a guess is one number, such as guess=10; got {guess!r}")
         self.guesses[id] = float(guess)
         self.progress.record("predictions", id, guess=float(guess))
         print(cards.kept(prediction, guess))
@@ -156,7 +156,7 @@ class Lab:
             return
         letter = str(answer).strip().lower()
         if letter not in quiz.options:
-            raise ValueError(f"{id}: the options are {', '.join(quiz.options)}; got {answer!r}")
+            raise Mistyped(f"{id}: the options are {', '.join(quiz.options)}; got {answer!r}")
         self.progress.record("quizzes", id, answer=letter, right=letter == quiz.right)
         print(cards.quiz(quiz, letter))
 
@@ -165,8 +165,8 @@ class Lab:
         print(cards.summary(self.contents, self.verdicts))
 
     def find(self, known: Mapping[str, Any], id: str, kind: str) -> Any:
-        """The entry called `id`; a ValueError offers the nearest ids when there is none."""
+        """The entry called `id`; Mistyped offers the nearest ids when there is none."""
         if id in known:
             return known[id]
         near = difflib.get_close_matches(str(id), known, n=3, cutoff=0.4) or list(known)[:3]
-        raise ValueError(f"lab {self.number} has no {kind} {id!r}; nearest: {', '.join(near) or 'none'}")
+        raise Mistyped(f"lab {self.number} has no {kind} {id!r}; nearest: {', '.join(near) or 'none'}")

@@ -117,7 +117,10 @@ def test_the_solution_is_the_references_source(lab: Lab, capsys) -> None:
     [
         (8, "You said 8 tokens: exactly."),
         (9, "You said 9 tokens: close."),
+        (8.001, "You said 8 tokens: exactly."),
         (80, "You said 80 tokens: 10 times too high."),
+        (12, "You said 12 tokens: 50% too high."),
+        (5, "You said 5 tokens: 38% too low."),
         (2, "You said 2 tokens: 4 times too low."),
         (-1, "You said -1 tokens."),
         (..., "You had not guessed."),
@@ -164,6 +167,17 @@ def test_every_option_gets_its_own_reply_and_letters_may_be_capital(lab: Lab, ca
 def test_an_unknown_id_is_answered_with_the_nearest(lab: Lab, call, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"nearest: {nearest}"):
         call(lab)
+
+
+def test_a_mistyped_id_shows_one_line_in_a_notebook_and_no_traceback(lab: Lab) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    shell = InteractiveShell()
+    shell.user_ns["lab"] = lab
+    with capture_output() as shown:
+        shell.run_cell('lab.hint("00.2")')
+    assert shown.stdout.strip() == "lab 00 has no exercise '00.2'; nearest: 00.1"
 
 
 @pytest.mark.parametrize("number", ["3O", "lab01", 99, ""])

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 
-from labkit.course.exercise import LabContents
+from labkit.course.exercise import LabContents, Mistyped
 
 
 def numbers() -> list[str]:
@@ -15,10 +15,10 @@ def numbers() -> list[str]:
 
 
 def contents(number: str) -> LabContents:
-    """What lab `number` holds; a ValueError names the labs when there is no such lab."""
+    """What lab `number` holds; Mistyped names the labs when there is no such lab."""
     known = numbers()
     wanted = f"{number:02d}" if isinstance(number, int) else str(number).strip()
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=2, cutoff=0.3) or known
-        raise ValueError(f"there is no lab {wanted!r}; nearest: {', '.join(near)}")
+        raise Mistyped(f"there is no lab {wanted!r}; nearest: {', '.join(near)}")
     return importlib.import_module(f"{__name__}.lab{wanted}").CONTENTS
