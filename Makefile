@@ -93,8 +93,8 @@ clean:
 
 .venv/.lab-$(KEY): .venv/.made
 	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e .
-	@touch $@
+	@rm -f .venv/.lab-* .venv/.test-* && touch $@
 
 .venv/.test-$(KEY): .venv/.made
 	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
-	@touch $@ .venv/.lab-$(KEY)
+	@rm -f .venv/.lab-* .venv/.test-* && touch $@ .venv/.lab-$(KEY)

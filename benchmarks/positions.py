@@ -8,6 +8,9 @@ Lab 02 draws what it finds in `data/results/decode_*.json` beside the learner's 
 from __future__ import annotations
 
 import argparse
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs
 
 import torch
 

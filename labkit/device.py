@@ -13,7 +13,6 @@ import torch
 DEVICES = ("auto", "cpu", "cuda")
 PROFILES = ("quick", "full")
 LEAST_FREE_GPU_BYTES = 4_000_000_000
-DEFAULT_DTYPE = torch.float32
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ The rules. A *weight* is a parameter, or a tensor given to `watch`; anything els
   `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
   values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same.
 - A product with a watched weight counts one projection per row of the activation, times the weight's share.
+- A softmax of three or more dimensions over numbers that no such product gave counts as scores too: somebody multiplied
+  and summed by hand. What was read is then not seen.
 - `bytes_copied` are bytes written by functions that only move data: concatenating, indexing, copying, repeating,
   changing the dtype or the layout.
 - An allocation is a result that shares no memory with what went in.
+
+Not seen: a weight that was copied or converted before its product; which part of a weight a view of it is (it counts as
+the whole); work inside fused modules such as `nn.MultiheadAttention`; moves by `copy.deepcopy`.
 """
 
 from __future__ import annotations
@@ -24,19 +29,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from labkit.packing import packed_linear
 
-PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+PRODUCTS = {
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmm_", "addmv", "baddbmm", "baddbmm_",
+    "addbmm", "einsum", "tensordot", "inner", "dot", "vdot", "vecdot",
+}  # fmt: skip
 MOVES = {
-    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "clone", "contiguous", "repeat", "repeat_interleave",
-    "tile", "roll", "flip", "index_select", "gather", "take_along_dim", "pad", "to", "type", "float", "half",
-    "bfloat16", "double", "reshape", "flatten", "slice_scatter", "select_scatter", "index_copy", "scatter",
-    "__getitem__",
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "clone", "contiguous", "repeat", "tile",
+    "repeat_interleave", "roll", "flip", "index_select", "gather", "take_along_dim", "masked_select", "pad", "to",
+    "type", "float", "half", "bfloat16", "double", "reshape", "flatten", "slice_scatter", "select_scatter",
+    "index_copy", "scatter", "__getitem__",
 }  # fmt: skip
 WRITES = {"__setitem__", "copy_", "index_copy_", "scatter_", "index_put_"}
 
@@ -79,12 +86,15 @@ class Ledger(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.is_property(func):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and getattr(args[0], "_scores", False):  # x.T, x.mT
+                result._scores = True  # type: ignore[attr-defined]
+            return result
         name = getattr(func, "__name__", "")
         before = {memory_of(tensor) for tensor in tensors_in((args, kwargs))}
         result = func(*args, **kwargs)
         self.count_products(func, name, args, kwargs, result)
-        self.count_memory(name, args, before, result)
+        self.count_memory(name, args, kwargs, before, result)
         return result
 
     @staticmethod
@@ -111,23 +121,30 @@ class Ledger(TorchFunctionMode):
             self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
         elif func in (F.linear, packed_linear):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.count_projection(args[0] if args else kwargs["input"], weight)
-        elif func in PRODUCTS or name in ("einsum", "__rmatmul__"):
-            left, right = operands(name, args)
+            activation = args[0] if args else kwargs["input"]
+            self.count_projection(activation, weight, activation.shape[-1])
+        elif name in PRODUCTS:
+            left, right = operands(name, args, kwargs)
             if left is None or right is None:
                 return
             if self.is_weight(right):
-                self.count_projection(left, right)
+                self.count_projection(left, right, left.shape[-1])
             elif self.is_weight(left):
-                self.count_projection(right, left)
+                self.count_projection(right, left, left.shape[-1])
             elif result.numel() and not is_outer(name, left, right):
                 self.count_attention(left, right, result)
         elif isinstance(result, Tensor):
-            # What is computed from scores, entry by entry, still stands for scores: scaled, masked, softmaxed, cut.
-            part = name in ("__getitem__", "narrow", "select")
-            for source in tensors_in(args):
-                if getattr(source, "_scores", False) and (part or source.numel() == result.numel()):
-                    result._scores = True  # type: ignore[attr-defined]
+            self.follow_scores(name, args, kwargs, result)
+
+    def follow_scores(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        """What is made from scores entry by entry still stands for scores: scaled, masked, softmaxed, cut, joined."""
+        part = name in ("__getitem__", "narrow", "select", "cat", "concat", "concatenate", "stack")
+        for source in tensors_in((args, kwargs)):
+            if getattr(source, "_scores", False) and (part or source.numel() == result.numel()):
+                result._scores = True  # type: ignore[attr-defined]
+        if name == "softmax" and result.dim() >= 3 and not getattr(result, "_scores", False):
+            self.work.scores += result.numel()
+            result._scores = True  # type: ignore[attr-defined]
 
     def count_attention(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         """One product of two activations: queries with keys, or weights with values."""
@@ -145,17 +162,18 @@ class Ledger(TorchFunctionMode):
         base = tensor._base if tensor._base is not None else tensor
         return isinstance(base, nn.Parameter) or memory_of(tensor) in self.shares
 
-    def count_projection(self, activation: Tensor, weight: Tensor) -> None:
-        """One projection per row of `activation`, times the watched weight's share."""
-        share = self.shares.get(memory_of(weight))
-        if share:
-            rows = activation.numel() // max(activation.shape[-1], 1) if activation.dim() > 1 else 1
-            self.work.kv_projections += rows * share
+    def count_projection(self, activation: Tensor, weight: Tensor, summed: int) -> None:
+        """One projection per row of `activation`, times the watched weight's share. `summed`: the length of a row."""
+        if share := self.shares.get(memory_of(weight)):
+            self.work.kv_projections += activation.numel() // max(summed, 1) * share
 
-    def count_memory(self, name: str, args: tuple, before: set[int], result: Any) -> None:
+    def count_memory(self, name: str, args: tuple, kwargs: dict, before: set[int], result: Any) -> None:
         """Allocations and bytes moved."""
         if name in WRITES:
-            self.work.bytes_copied += written_bytes(name, args)
+            self.work.bytes_copied += written_bytes(name, args, kwargs)
+            return
+        if kwargs.get("out") is not None and name in MOVES:
+            self.work.bytes_copied += kwargs["out"].nbytes
             return
         for tensor in tensors_in(result):
             if tensor.numel() and memory_of(tensor) not in before:
@@ -221,12 +239,16 @@ def unique_bytes(tensor: Tensor) -> int:
     return entries * tensor.element_size()
 
 
-def operands(name: str, args: tuple) -> tuple[Tensor | None, Tensor | None]:
-    """The two factors of a product, in the order of the call; None where there are not two tensors."""
-    factors = list(tensors_in(args))
-    if len(factors) != 2:
+def operands(name: str, args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """The two factors of a product, in the order of the call; None where there are not two tensors.
+
+    What is added (`addmm(added, left, right)`) stands first and is no factor.
+    """
+    factors = list(tensors_in((args, {key: value for key, value in kwargs.items() if key != "out"})))
+    if len(factors) != (3 if name.startswith(("add", "badd")) else 2):
         return None, None
-    return (factors[1], factors[0]) if name == "__rmatmul__" else (factors[0], factors[1])
+    left, right = factors[-2:]
+    return (right, left) if name == "__rmatmul__" else (left, right)
 
 
 def is_outer(name: str, left: Tensor, right: Tensor) -> bool:
@@ -234,12 +256,12 @@ def is_outer(name: str, left: Tensor, right: Tensor) -> bool:
     return name != "einsum" and (left.dim() == 0 or left.shape[-1] == 1) and not getattr(left, "_scores", False)
 
 
-def written_bytes(name: str, args: tuple) -> int:
+def written_bytes(name: str, args: tuple, kwargs: dict) -> int:
     """Bytes that an in-place write puts into its target."""
     target = args[0]
     if name == "__setitem__":
         return target[args[1]].nbytes if isinstance(target, Tensor) else 0
     if name == "copy_":
         return target.nbytes
-    source = args[-1]
-    return source.nbytes if isinstance(source, Tensor) else 0
+    sources = [tensor for tensor in tensors_in((args[1:], kwargs)) if tensor.dtype == target.dtype]
+    return sources[-1].nbytes if sources else 0

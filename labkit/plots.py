@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,16 +75,17 @@ def lookup(query: Tensor, keys: Tensor, weights: Tensor, names: Sequence[str], f
     cards.set_yticks(range(len(rows)), rows)
     cards.set_title("the query and the key cards", fontsize=10)
     scores = (keys @ query).tolist()
-    for axes, values, title, color in (
-        (bars, scores, "score: query · key", COLORS["key"]),
-        (shares, weights.tolist(), "weight: softmax", COLORS["query"]),
+    for axes, values, title, color, digits in (
+        (bars, scores, "score: query · key", COLORS["key"], ".3g"),
+        (shares, weights.tolist(), "weight: softmax", COLORS["query"], ".2f"),
     ):
         axes.barh(range(len(names)), values, color=color)
         for i, value in enumerate(values):
-            axes.text(max(value, 0), i, f" {value:.3g}", va="center")
+            axes.text(max(value, 0), i, f" {value + 0.0:{digits}}", va="center")  # + 0.0: no "-0"
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(min(0, *values) * 1.1, max(*values, 1e-9) * 1.4)
+        low, high = min(0, *values), max(0, *values)
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.4 * (high - low or 1))
         axes.set_title(title, fontsize=10)
     return shape
 
@@ -121,7 +123,7 @@ def permissions(mask: Tensor, past: int) -> Figure:
         axes.axvline(past, color=COLORS["highlight"], linewidth=3)
         axes.text(past / 2, -0.15, "held", ha="center")
     axes.text(past + new_tokens / 2, -0.15, "new", ha="center")
-    axes.set(xlim=(0, kv_len), ylim=(new_tokens, 0), xlabel="key at position", aspect="equal")
+    axes.set(xlim=(0, kv_len), ylim=(new_tokens, 0), xlabel="key at position (blue: may be seen)", aspect="equal")
     axes.set_xticks([j + 0.5 for j in range(kv_len)], [str(j) for j in range(kv_len)])
     axes.set_yticks([i + 0.5 for i in range(new_tokens)], [f"new {i} (at {past + i})" for i in range(new_tokens)])
     return shape
@@ -148,6 +150,7 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
             [h * tokens + (tokens - 1) / 2 for h in range(num_heads)], [f"head {h}" for h in range(num_heads)]
         )
         axes.set_yticks([])
+        axes.set_xlabel(f"in each head, left to right: places 0 to {tokens - 1}")
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel("head_dim")
     return shape
@@ -156,10 +159,13 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
 def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
     """Rotary positions: how far three pairs have turned by each position, and a score against the distance."""
     shape, (turn, score) = row_of(2, 8.6, 3.0)
-    positions = range(0, 65)
-    for pair, color in ((0, "key"), (8, "query"), (16, "value")):
-        angle = [(p * float(frequencies[pair])) % (2 * 3.141592653589793) for p in positions]
-        turn.plot(positions, angle, ".", markersize=3.5, color=COLORS[color], label=f"pair {pair}")
+    for pair, color, end in ((0, "key", 13), (8, "query", 65), (16, "value", 65)):
+        positions = [step / 10 for step in range(10 * (end - 1) + 1)]
+        angle = [(p * float(frequencies[pair])) % (2 * math.pi) for p in positions]
+        # A line from one whole turn to the start of the next would cross the picture: break it there.
+        line = [b if b >= a else math.nan for a, b in zip([0.0, *angle], angle, strict=False)]
+        turn.plot(positions, line, "-", linewidth=1, color=COLORS[color])
+        turn.plot(positions[::10], angle[::10], ".", markersize=4, color=COLORS[color], label=f"pair {pair}")
     turn.set(xlabel="position", ylabel="angle (radians, one turn = 6.28)")
     turn.legend(loc="upper left", ncols=3, fontsize=8, bbox_to_anchor=(0, 1.17))
     for row, (color, style) in zip(scores, (("highlight", "-"), ("key", "--")), strict=True):
@@ -175,19 +181,21 @@ def key_change(change: Mapping[str, Sequence[float]]) -> Figure:
     for name, color in (("mask off", "highlight"), ("mask on", "key")):
         values = [max(value, 1e-9) for value in change[name]]
         axes.semilogy(range(len(values)), values, "o-", markersize=4, color=COLORS[color], label=name)
-    axes.axhline(1.2e-7, color=COLORS["theory"], linestyle=":", label="float32: distance of 1 from the next number")
+    axes.axhline(1.2e-7, color=COLORS["theory"], linestyle=":", label="spacing of float32 numbers, 1.2e-7")
     axes.set(xlabel="layer", ylabel="relative change of old keys\n(0 drawn at 1e-9)", ylim=(5e-10, 10))
     axes.legend(fontsize=8)
     return shape
 
 
 def last_row(weights: Tensor, words: Sequence[str]) -> Figure:
-    """One attention matrix `[tokens, tokens]`: the row that the next token needs framed, the others pale."""
+    """One attention matrix `[tokens, tokens]`: the row that the next token needs framed, the others faded."""
     tokens = len(words)
-    shape, axes = figure(4.8, 3.9)
+    shape, axes = figure(5.4, 3.9)
     shade = [[float(weights[i, j]) if j <= i else float("nan") for j in range(tokens)] for i in range(tokens)]
-    bare(axes).imshow(shade, cmap="Greys", vmin=0, vmax=1, alpha=0.45)
-    axes.imshow([shade[-1]], cmap=HEAT, vmin=0, vmax=1, extent=(-0.5, tokens - 0.5, tokens - 0.5, tokens - 1.5))
+    image = bare(axes).imshow(shade, cmap=HEAT, vmin=0, vmax=1)
+    veil = plt.Rectangle((-0.5, -0.5), tokens, tokens - 1, facecolor="white", alpha=0.55, linewidth=0)
+    axes.add_patch(veil)
+    shape.colorbar(image, ax=axes, label="weight (rows above: the same scale, faded)", shrink=0.9)
     axes.add_patch(
         plt.Rectangle((-0.5, tokens - 1.5), tokens, 1, fill=False, edgecolor=COLORS["highlight"], linewidth=2.5)
     )
@@ -199,7 +207,8 @@ def last_row(weights: Tensor, words: Sequence[str]) -> Figure:
 
 def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figure:
     """Attention of some layers, mean over heads. `weights` is `[num_layers, num_heads, tokens, tokens]`."""
-    shape, panels = row_of(len(layers), 3.3 * len(layers), 3.7, widths=None)
+    side = max(3.3, 0.6 + 0.12 * len(words))  # inches: room for one label per token
+    shape, panels = row_of(len(layers), side * len(layers), side + 0.4, widths=None)
     for axes, layer in zip(panels, layers, strict=True):
         image = bare(axes).imshow(weights[layer].mean(0).tolist(), cmap=HEAT, vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, mean of {weights.shape[1]} heads", fontsize=10)
@@ -215,9 +224,11 @@ def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
     """Stacked shares of attention by layer: to the first token, the token itself, the one before, all others."""
     shape, axes = figure(7.6, 3.2)
     colors = [COLORS["highlight"], COLORS["query"], COLORS["value"], COLORS["pale"]]
-    layers = range(len(next(iter(shares.values()))))
-    axes.stackplot(layers, *shares.values(), labels=list(shares), colors=colors, step="mid")
-    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), xlim=(0, len(layers) - 1))
+    bottom = [0.0] * len(next(iter(shares.values())))
+    for (name, values), color in zip(shares.items(), colors, strict=True):
+        axes.bar(range(len(bottom)), values, width=1.0, bottom=bottom, color=color, label=name)
+        bottom = [below + value for below, value in zip(bottom, values, strict=True)]
+    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), xlim=(-0.5, len(bottom) - 0.5))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, fontsize=8)
     return shape
 
@@ -229,7 +240,8 @@ def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str)
     axes.bar(range(len(words)), weights.tolist(), color=colors)
     axes.axvspan(query + 0.5, len(words) - 0.5, color=COLORS["pale"], zorder=0)
     axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
-    axes.set(ylabel="weight", ylim=(0, 1), xlim=(-0.6, len(words) - 0.4))
+    top = min(1.0, max(0.05, 1.15 * float(weights.max())))
+    axes.set(ylabel="weight", ylim=(0, top), xlim=(-0.6, len(words) - 0.4))
     axes.set_title(title, fontsize=10)
     return shape
 
@@ -267,8 +279,11 @@ def work_per_step(prompt: int, steps: int) -> Figure:
         name = "with a cache" if cached else "without a cache"
         axes.set(xlim=(0, steps), ylim=(total, 0), xlabel="step", title=f"{name}: {run} tokens run")
         axes.set_xticks([step + 0.5 for step in range(steps)], [str(step + 1) for step in range(steps)])
-        axes.set_yticks([])
+        axes.set_yticks([token + 0.5 for token in range(total)], [str(token) for token in range(total)], fontsize=8)
     panels[0].set_ylabel("position of the token")
+    marks = {"run, without a cache": "without cache", "run, with a cache": "with cache", "kept, not run": "pale"}
+    patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in marks.values()]
+    shape.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
     return shape
 
 
@@ -289,15 +304,16 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
                 state[layer][position] = 2.0
     colors = ListedColormap([COLORS["pale"], COLORS["with cache"], COLORS["highlight"]])
     bare(axes).pcolormesh(state, cmap=colors, vmin=0, vmax=2, edgecolors="white", linewidth=0.5)
-    axes.axvline(prompt, color="black", linestyle="--", linewidth=1)
+    end_of_prompt = axes.axvline(prompt, color="black", linestyle="--", linewidth=1)
     axes.set_xticks([i + 0.5 for i in range(len(words))], words, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks([0.5, num_layers - 0.5], ["0", str(num_layers - 1)])
-    axes.set(ylabel="layer", xlim=(0, len(words)))
+    axes.set(ylabel="layer", xlabel="token", xlim=(0, len(words)))
     phase = "prefill: the prompt's tokens together" if step == 0 else f"decode step {step}: one token"
     axes.set_title(f"{phase}; {layers_done} of {num_layers} layers have appended", fontsize=10)
     marks = [("held", COLORS["with cache"]), ("appended in this step", COLORS["highlight"]), ("empty", COLORS["pale"])]
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in marks]
-    axes.legend(patches, [name for name, _ in marks], loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    handles, names = [*patches, end_of_prompt], [*(name for name, _ in marks), "end of the prompt"]
+    axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return shape
 
 
@@ -321,7 +337,7 @@ def time_per_token(
     for index, (device, name, position, value) in enumerate(recorded):
         marker = "s" if name == "with cache" else "D"
         axes.plot(position, value * 1e3, marker, color=COLORS["reference GPU"], label=device if not index else None)
-    axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token")
+    axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token (log scale)")
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return shape
@@ -348,7 +364,8 @@ def against_length(
     fallback = iter((COLORS["with cache"], COLORS["query"], COLORS["value"]))
     for name, values in curves.items():
         color = COLORS.get(name) or next(fallback)
-        axes.plot(lengths, values, "o-" if len(lengths) < 20 else "-", markersize=4, color=color, label=name)
+        label = name if len(curves) > 1 else None  # one curve is what the axis says
+        axes.plot(lengths, values, "o-" if len(lengths) < 20 else "-", markersize=4, color=color, label=label)
     if level:
         axes.axhline(level[0], color=COLORS["theory"], linestyle="--", linewidth=1, label=level[1])
     axes.set(xlabel=xlabel, ylabel=ylabel)

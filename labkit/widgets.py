@@ -15,6 +15,7 @@ from torch import Tensor
 from labkit import plots
 from labkit.cache import Cache
 from labkit.cache.recording import RecordingCache
+from labkit.course.sentence import MOST, labels
 from labkit.llama import Llama
 
 
@@ -26,7 +27,7 @@ def png(shape: Figure) -> bytes:
     return file.getvalue()
 
 
-def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = 24) -> tuple[list[str], Tensor]:
+def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = MOST) -> tuple[list[str], Tensor]:
     """A sentence's words, one per token, and the weights `[num_layers, num_heads, tokens, tokens]`.
 
     Only the first `limit` tokens are read. Raises ValueError for a sentence of no tokens.
@@ -36,14 +37,19 @@ def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = 24) -> tu
         raise ValueError("type a sentence: there is nothing to read")
     layers = [RecordingCache() for _ in range(model.spec.num_layers)]
     model(tokens, Cache(layers))
-    words = [tokenizer.decode([token]).strip() or "␣" for token in tokens[0].tolist()]
-    return words, torch.stack([layer.weights[0] for layer in layers if layer.weights is not None]).cpu()
+    weights = torch.stack([layer.weights[0] for layer in layers if layer.weights is not None]).cpu()
+    return labels(tokenizer, tokens), weights
 
 
 class AttentionExplorer(ipywidgets.VBox):
-    """Sentence, layer, head and query word in; that query's weights over the words out."""
+    """Sentence, layer, head and query word in; that query's weights over the words out.
 
-    def __init__(self, model: Llama, tokenizer, sentence: str, layer: int = 0, limit: int = 24) -> None:
+    query: the place of the word that asks at first; the last one without it.
+    """
+
+    def __init__(
+        self, model: Llama, tokenizer, sentence: str, layer: int = 0, query: int | None = None, limit: int = MOST
+    ) -> None:
         self.model, self.tokenizer, self.limit = model, tokenizer, limit
         self.reading = True
         spec, wide = model.spec, {"layout": ipywidgets.Layout(width="640px"), "style": {"description_width": "80px"}}
@@ -58,13 +64,13 @@ class AttentionExplorer(ipywidgets.VBox):
         self.image = ipywidgets.Image(format="png").add_class("attention-explorer-image")
         super().__init__([self.sentence, self.layer, self.head, self.query, self.label, self.image])
         self.add_class("attention-explorer")
-        self.read()
+        self.read(query=query)
         self.sentence.observe(self.read, "value")
         for control in (self.layer, self.head, self.query):
             control.observe(self.draw, "value")
 
-    def read(self, change: object = None) -> None:
-        """Run the model on the sentence; ask from its last word."""
+    def read(self, change: object = None, query: int | None = None) -> None:
+        """Run the model on the sentence; ask from the word at `query`, or from the last one."""
         try:
             self.words, self.weights = read_sentence(self.model, self.tokenizer, self.sentence.value, self.limit)
         except ValueError as error:
@@ -72,7 +78,8 @@ class AttentionExplorer(ipywidgets.VBox):
             return
         self.reading = True  # setting options moves the value several times; one picture at the end is enough
         self.query.options = [(f"{i} · {word}", i) for i, word in enumerate(self.words)]
-        self.query.value = len(self.words) - 1
+        last = len(self.words) - 1
+        self.query.value = last if query is None else min(query, last)
         self.reading = False
         self.draw()
 

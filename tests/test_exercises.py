@@ -24,7 +24,6 @@ for number in LABS:
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 def test_check_accepts_its_reference(exercise: Exercise) -> None:
-    # A copy, not the object: the check must judge what it does, not what it is.
     verdict = examine(exercise, exercise.reference)
     assert verdict.status == "pass", verdict.finding
 

@@ -41,11 +41,30 @@ def in_place(q, k, v):
     return torch.matmul(scores.softmax(-1), v)
 
 
+def with_baddbmm(q, k, v):
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    scores = torch.baddbmm(torch.zeros(()), flat[0], flat[1].mT, beta=0)
+    return torch.bmm(scores.softmax(-1), flat[2]).view_as(q)
+
+
+def head_by_head(q, k, v):
+    scores = torch.stack([q[:, head] @ k[:, head].mT for head in range(q.shape[1])], dim=1)
+    return torch.softmax(scores, dim=-1).matmul(other=v)
+
+
+def key_by_key(q, k, v):
+    scores = torch.cat([q @ k[:, :, i : i + 1].mT for i in range(k.shape[2])], dim=-1)
+    return torch.matmul(scores.softmax(-1), v)
+
+
 def row_by_row(q, k, v):
     return torch.cat([torch.softmax(q[:, :, i : i + 1] @ k.mT, -1) @ v for i in range(q.shape[2])], dim=2)
 
 
-@pytest.mark.parametrize("attend", [written_out, with_einsum, in_place, F.scaled_dot_product_attention])
+WAYS = [written_out, with_einsum, in_place, with_baddbmm, head_by_head, key_by_key, F.scaled_dot_product_attention]
+
+
+@pytest.mark.parametrize("attend", WAYS)
 @pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 9), (5, 5), (3, 11)])
 def test_attention_counts_the_same_however_it_is_written(attend, new: int, total: int) -> None:
     q, k, v = torch.randn(2, 3, new, 8), torch.randn(2, 3, total, 8), torch.randn(2, 3, total, 8)
@@ -62,6 +81,28 @@ def test_rows_one_at_a_time_read_the_keys_again_for_each_row() -> None:
         row_by_row(q, k, v)
     assert work.scores == 2 * 6 * 6
     assert work.bytes_read == 6 * (k.nbytes + v.nbytes)
+
+
+def test_scores_made_by_hand_are_counted_when_they_meet_softmax() -> None:
+    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    with ledger() as work:
+        torch.softmax((q * k).sum(-1)[:, :, None], dim=-1) @ v
+    assert work.scores == 2 * 6
+
+
+def test_the_softmax_that_draws_a_token_is_no_attention() -> None:
+    with ledger() as work:
+        torch.softmax(torch.randn(2, 100), dim=-1)
+    assert work.scores == 0
+
+
+def test_weights_from_the_right_read_the_left_operand() -> None:
+    q, k, v = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
+    with ledger() as work:
+        weights = torch.softmax(q @ k.T, dim=-1)
+        before = work.bytes_read
+        v.T @ weights.T
+    assert work.bytes_read - before == v.nbytes
 
 
 def test_broadcast_keys_are_read_once() -> None:
@@ -86,6 +127,9 @@ def test_expanding_keys_to_the_query_heads_shows_as_bytes_copied() -> None:
         lambda x, w: torch.matmul(x, w.mT),
         lambda x, w: torch.einsum("ti,oi->to", x, w),
         lambda x, w: F.linear(x, weight=w),
+        lambda x, w: torch.addmm(torch.zeros(8), x, w.T),
+        lambda x, w: w @ x.T,
+        lambda x, w: torch.stack([torch.mv(w, row) for row in x]),
     ],
 )
 def test_a_projection_is_seen_however_it_is_written(project) -> None:
@@ -143,6 +187,42 @@ def test_moving_is_counted_and_viewing_is_not() -> None:
         x[1:2] = torch.ones(1, 4)
         x[0].copy_(torch.ones(4))
     assert work.bytes_copied == 64 + 32 + 16 + 16
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda held, new: held.index_copy_(1, torch.tensor([2, 3]), new),
+        lambda held, new: held.index_copy_(dim=1, index=torch.tensor([2, 3]), source=new),
+        lambda held, new: held[:, 2:4].copy_(new),
+        lambda held, new: held.__setitem__((slice(None), slice(2, 4)), new),
+        lambda held, new: held.narrow(1, 2, 2).copy_(new),
+        lambda held, new: held.scatter_(1, torch.tensor([[[2] * 5, [3] * 5]] * 3), new),
+    ],
+)
+def test_a_write_in_place_counts_what_is_written(write) -> None:
+    held, new = torch.zeros(3, 6, 5), torch.ones(3, 2, 5)
+    with ledger() as work:
+        write(held, new)
+    assert work.bytes_copied == new.nbytes
+
+
+def test_joining_into_memory_that_is_there_counts_all_that_is_written() -> None:
+    a, b, out = torch.ones(2, 4), torch.ones(1, 4), torch.empty(3, 4)
+    with ledger() as work:
+        torch.cat((a, b), out=out)
+    assert work.bytes_copied == out.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_counts_what_a_cpu_counts() -> None:
+    counts = []
+    for device in ("cpu", "cuda"):
+        model = random(SPEC, device=device)
+        with ledger(model) as work:
+            model(torch.arange(9, device=device)[None, :], model.cache(16))
+        counts.append((work.kv_projections, work.scores, work.bytes_read, work.bytes_copied))
+    assert counts[0] == counts[1]
 
 
 def test_a_hugging_face_model_counts_like_ours() -> None:

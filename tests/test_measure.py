@@ -32,7 +32,13 @@ def test_median_and_spread_are_of_the_samples() -> None:
     assert measure.Timing((5.0,)).spread == 0.0
 
 
-def test_read_bandwidth_is_bytes_over_seconds() -> None:
+def test_read_bandwidth_is_bytes_over_seconds(monkeypatch) -> None:
+    timing = measure.Timing((0.5, 0.25, 1.0))
+    monkeypatch.setattr(measure, "alternate", lambda runs, **options: {name: timing for name in runs})
+    assert measure.read_bandwidth(nbytes=64 * 2**20) == 64 * 2**20 / 0.25  # the best sample: noise only slows
+
+
+def test_read_bandwidth_is_that_of_some_memory() -> None:
     gigabytes = measure.read_bandwidth(nbytes=64 * 2**20, repeats=3) / 1e9
     assert 0.5 < gigabytes < 20_000  # slower than any RAM, faster than any GPU: something else was measured
 

@@ -106,7 +106,7 @@ def reveal(prediction: Prediction, guess: float | None, value: float) -> str:
         return f"{lead}{said}: close."
     if ratio < 2:
         return f"{lead}{said}: {abs(guess - value) / value:.0%} too {side}."
-    return f"{lead}{said}: {ratio:.2g} times too {side}."
+    return f"{lead}{said}: {number(float(f'{ratio:.2g}'))} times too {side}."
 
 
 def unanswered(quiz: Quiz) -> str:

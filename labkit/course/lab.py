@@ -136,11 +136,13 @@ class Lab:
             self.guesses.pop(id, None)
             print(cards.no_guess(prediction))
             return
-        if isinstance(guess, bool) or not isinstance(guess, (int, float)) or not math.isfinite(guess):
-            raise Mistyped(f"{id}: a guess is one number, such as guess=10; got {guess!r}")
-        self.guesses[id] = float(guess)
-        self.progress.record("predictions", id, guess=float(guess))
-        print(cards.kept(prediction, guess))
+        number = as_number(guess)
+        if number is None:
+            raise Mistyped(f"{id}: a guess is one number, such as guess=10; got {str(guess)[:40]!r}")
+        self.guesses[id] = number
+        first = self.progress.get("predictions", id).get("first_guess", number)
+        self.progress.record("predictions", id, guess=number, first_guess=first)
+        print(cards.kept(prediction, number))
 
     def reveal(self, id: str, value: float) -> None:
         """Set the guess beside the figure."""
@@ -157,7 +159,8 @@ class Lab:
         letter = str(answer).strip().lower()
         if letter not in quiz.options:
             raise Mistyped(f"{id}: the options are {', '.join(quiz.options)}; got {answer!r}")
-        self.progress.record("quizzes", id, answer=letter, right=letter == quiz.right)
+        first = self.progress.get("quizzes", id).get("first_answer", letter)  # trying the others is part of it
+        self.progress.record("quizzes", id, first_answer=first, right_at_first=first == quiz.right)
         print(cards.quiz(quiz, letter))
 
     def summary(self) -> None:
@@ -168,5 +171,16 @@ class Lab:
         """The entry called `id`; Mistyped offers the nearest ids when there is none."""
         if id in known:
             return known[id]
-        near = difflib.get_close_matches(str(id), known, n=3, cutoff=0.4) or list(known)[:3]
+        near = difflib.get_close_matches(str(id), known, n=3, cutoff=0.5) or list(known)[:3]
         raise Mistyped(f"lab {self.number} has no {kind} {id!r}; nearest: {', '.join(near) or 'none'}")
+
+
+def as_number(guess: Any) -> float | None:
+    """A guess as a float (a number of Python's, NumPy's or torch's); None for anything else, NaN and infinity."""
+    if isinstance(guess, (bool, str, bytes)):
+        return None
+    try:
+        number = float(guess)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None

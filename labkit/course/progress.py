@@ -16,11 +16,24 @@ from filelock import FileLock, Timeout
 
 FORMAT = 1
 KINDS = ("exercises", "predictions", "quizzes")
+COUNTERS = ("attempts", "hints", "solutions")
 
 
 def default_path() -> Path:
     """`LABKIT_PROGRESS`, or `progress.json` in the kernel's folder, which is the notebook's."""
     return Path(os.environ.get("LABKIT_PROGRESS") or "progress.json").absolute()
+
+
+def well_formed(data: Any) -> bool:
+    """Whether a file's content can be used: the kinds, entries that are dicts, counters that are whole numbers."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        return False
+    if not all(isinstance(data.get(kind), dict) for kind in KINDS):
+        return False
+    entries = [entry for kind in KINDS for entry in data[kind].values()]
+    if not all(isinstance(entry, dict) for entry in entries):
+        return False
+    return all(type(entry.get(counter, 0)) is int for entry in entries for counter in COUNTERS)
 
 
 class Progress:
@@ -85,12 +98,12 @@ class Progress:
         """The file's content. A damaged file is set aside, never overwritten."""
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or not all(isinstance(data[kind], dict) for kind in KINDS):
+            if not well_formed(data):
                 raise ValueError("unknown format")
             return data
         except FileNotFoundError:
             return self.data
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             aside = self.set_aside()
             print(f"{self.path.name} could not be read and is kept as {aside.name}; progress starts anew.")
             return self.data

@@ -119,12 +119,48 @@ def test_an_argument_that_lost_its_shape_is_a_finding_too() -> None:
     assert examine(Double(), changes_shape_of_argument).finding.diagnosis == "arguments-changed"
 
 
-@pytest.mark.parametrize("answer", [hangs, hangs_and_catches_everything])
+def hangs_and_catches_even_more(x):
+    while True:
+        try:
+            time.sleep(0.01)
+        except:  # noqa: E722
+            time.sleep(0.01)
+
+
+def hangs_and_prints(x):
+    while True:
+        print("still here, in a line of some length, again and again")
+
+
+def exits(x):
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize("answer", [hangs, hangs_and_catches_everything, hangs_and_catches_even_more, hangs_and_prints])
 def test_code_that_hangs_is_stopped_at_the_time_limit(answer) -> None:
     start = time.monotonic()
     verdict = examine(Double(), answer, limit=0.3)
     assert verdict.finding.diagnosis == "too-slow"
     assert time.monotonic() - start < 5
+
+
+def test_what_an_endless_loop_prints_is_kept_only_up_to_a_limit() -> None:
+    assert len(examine(Double(), hangs_and_prints, limit=0.5).printed) == 100_000
+
+
+def test_an_answer_that_exits_does_not_end_the_session() -> None:
+    assert examine(Double(), exits).finding.diagnosis == "raised"
+
+
+def test_a_changed_list_is_seen_as_a_changed_tensor_is() -> None:
+    class Last(Double):
+        reference = staticmethod(lambda items: items[-1])
+
+        def examine(self, answer) -> None:
+            self.call(answer, [1, 2, 3])
+
+    assert examine(Last(), lambda items: items.pop()).finding.diagnosis == "arguments-changed"
+    assert examine(Last(), lambda items: items[-1]).status == "pass"
 
 
 def test_a_stopped_check_leaves_no_alarm_behind() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from labkit.course.exercise import LabContents, Prediction, Quiz
 from labkit.course.exercises import contents
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
+from labkit.models import random
+from labkit.specs import ModelSpec
 from tests.course.test_exercise import Double, double
 
 CONTENTS = LabContents(
@@ -133,7 +136,7 @@ def test_a_guess_is_set_beside_the_figure(lab: Lab, capsys, guess, said) -> None
     assert capsys.readouterr().out.strip() == f"00.p1 · it is 8 tokens. {said}"
 
 
-@pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3]])
+@pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3, 4], 10**400, None.__class__])
 def test_a_guess_that_is_no_number_is_refused_with_an_example(lab: Lab, guess) -> None:
     with pytest.raises(ValueError, match=r"one number, such as guess=10"):
         lab.predict("00.p1", guess=guess)
@@ -151,6 +154,43 @@ def test_every_option_gets_its_own_reply_and_letters_may_be_capital(lab: Lab, ca
     ]
     with pytest.raises(ValueError, match="the options are a, b, c"):
         lab.quiz("00.q1", answer="d")
+
+
+@pytest.mark.parametrize("guess", [3, 3.0, numpy.int64(3), torch.tensor(3.0)])
+def test_a_number_of_any_library_is_a_guess(lab: Lab, capsys, guess) -> None:
+    lab.predict("00.p1", guess=guess)
+    assert capsys.readouterr().out.strip() == "00.p1 · kept: 3 tokens. You will see how close it is."
+
+
+def test_hints_and_solutions_are_counted_in_the_progress_file(lab: Lab) -> None:
+    lab.hint("00.1")
+    lab.hint("00.1")
+    lab.solution("00.1")
+    assert lab.progress.get("exercises", "00.1") == {"hints": 2, "solutions": 1}
+
+
+def test_the_ledger_watches_the_labs_model_unless_told_otherwise(lab: Lab) -> None:
+    lab.__dict__["model"] = random(ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64))
+    with lab.ledger() as work:
+        lab.model(torch.arange(5)[None, :])
+    assert work.kv_projections == 2 * 5
+
+
+def test_timing_waits_for_the_labs_device(lab: Lab, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("labkit.measure.synchronize", lambda device: asked.append(str(device)))
+    lab.__dict__["device"] = torch.device("meta")
+    lab.time({"nothing": lambda: None}, repeats=1)
+    assert set(asked) == {"meta"}
+
+
+def test_the_first_answer_and_the_first_guess_are_what_is_remembered(lab: Lab) -> None:
+    lab.quiz("00.q1", answer="b")
+    lab.quiz("00.q1", answer="a")
+    assert lab.progress.get("quizzes", "00.q1") == {"first_answer": "b", "right_at_first": False}
+    lab.predict("00.p1", guess=5)
+    lab.predict("00.p1", guess=8)
+    assert lab.progress.get("predictions", "00.p1") == {"first_guess": 5.0, "guess": 8.0}
 
 
 @pytest.mark.parametrize(

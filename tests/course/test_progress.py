@@ -49,7 +49,19 @@ def test_two_kernels_writing_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(exercises) == 81
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 99, "exercises": {}}', "\x00\xff"])
+WHOLE = '{"format": 1, "exercises": %s, "predictions": {}, "quizzes": {}}'
+MALFORMED = [
+    WHOLE % '{"01.1": 5}',
+    WHOLE % '{"01.1": null}',
+    WHOLE % '{"01.1": {"attempts": "x"}}',
+    WHOLE % "[]",
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 1}', '{"format": 99, "exercises": {}}', "\x00\xff", *MALFORMED]
+)
 def test_a_damaged_file_is_set_aside_and_said_once(content: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "progress.json"
     path.write_text(content, encoding="latin-1")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.course.exercises.lab01 import apply_rope, causal_mask, leaky_attend
+from labkit.course.exercises.lab01 import apply_rope, attention_weights, causal_mask, leaky_attend
 from tests.mutants import Mutant
 
 
@@ -80,6 +80,8 @@ WEIGHTS = [
     ),
     Mutant("01.1", "axis", "softmax along the queries", lambda q, k: torch.softmax(scores(q, k), -2)),
     Mutant("01.1", "axis", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
+    Mutant("01.1", "batch-axis", "softmax(dim=0)", lambda q, k: torch.softmax(scores(q, k), 0)),
+    Mutant("01.1", "fixed-scale", "divided by 8, whatever head_dim is", lambda q, k: torch.softmax(q @ k.mT / 8, -1)),
     Mutant("01.1", "no-softmax", "the scores themselves", scores),
     Mutant("01.1", "no-softmax", "the plain product", lambda q, k: q @ k.mT),
     Mutant("01.1", "swapped", "keys as rows", lambda q, k: torch.softmax(scores(q, k), -1).mT),
@@ -219,6 +221,12 @@ HEADS = [
     ),
     Mutant(
         "01.3",
+        "swapped-before-cut",
+        "transposed first, then reshaped",
+        lambda x, num_heads: x.transpose(1, 2).reshape(x.shape[0], num_heads, x.shape[1], -1),
+    ),
+    Mutant(
+        "01.3",
         "not-a-tensor",
         "a list with one tensor per head",
         lambda x, num_heads: list(x.chunk(num_heads, dim=-1)),
@@ -294,6 +302,16 @@ def coarse_angles(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
 
 
+def stacked_output(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x, positions, frequencies)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def exchanged_names(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, sin, cos = halves(x, positions, frequencies)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
 def swapped_terms(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     a, b, cos, sin = halves(x, positions, frequencies)
     return torch.cat((a * cos - b * cos, a * sin + b * sin), dim=-1)
@@ -333,7 +351,10 @@ ROPE = [
     Mutant("01.4", "not-a-rotation", "cos and sin exchanged", swapped_terms),
     Mutant("01.4", "dtype-promoted", "float32 out of bfloat16", promoted),
     Mutant("01.4", "low-precision", "angles in the dtype of x", coarse_angles),
-    Mutant("01.4", "values", "a is overwritten before b is made from it", in_place_half),
+    Mutant("01.4", "a-overwritten", "a is overwritten before b is made from it", in_place_half),
+    Mutant("01.4", "interleaved-output", "halves taken, pairs given back", stacked_output),
+    Mutant("01.4", "cos-sin-swapped", "cos and sin under each other's name", exchanged_names),
+    Mutant("01.4", "unchanged", "x is returned, not what was made of it", lambda x, positions, frequencies: x),
 ]
 
 # 01.5
@@ -347,6 +368,10 @@ def whole_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def masked_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     allowed = torch.ones(1, k.shape[-2]).tril().bool()
     return torch.softmax(scores(q[:, :, -1:], k).masked_fill(~allowed, float("-inf")), -1) @ v
+
+
+def calls_a_missing_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return weights_of_an_earlier_cell(q[:, :, -1:], k) @ v  # type: ignore[name-defined]  # noqa: F821
 
 
 def einsum_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -369,6 +394,19 @@ LAST = [
         "is_causal on one row, which has no offset either",
         lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True),
     ),
+    Mutant(
+        "01.5",
+        "sees-itself-only",
+        "the last of q, k and v",
+        lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k[:, :, -1:]), -1) @ v[:, :, -1:],
+    ),
+    Mutant(
+        "01.5",
+        "dimension-lost",
+        "the dimension is lost before the product, in a call of 01.1",
+        lambda q, k, v: attention_weights(q[:, :, -1], k) @ v,
+    ),
+    Mutant("01.5", "unknown-name", "a helper of an earlier cell after a restart", calls_a_missing_name),
     Mutant("01.5", "first-query", "the wrong end", lambda q, k, v: torch.softmax(scores(q[:, :, :1], k), -1) @ v),
     Mutant(
         "01.5",
@@ -421,6 +459,7 @@ LEAK = [
         lambda q, k, v: blend(scores(q, k) * causal_mask(q.shape[-2], 0), v),
     ),
     Mutant("01.6", "weak-mask", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
+    Mutant("01.6", "weak-mask", "hidden scores set to -100", lambda q, k, v: blend(masked(q, k, -100.0), v)),
     Mutant(
         "01.6",
         "inverted",

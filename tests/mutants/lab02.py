@@ -87,7 +87,7 @@ class AlwaysFloat32(GrowingCache):
 
 
 class ListOfParts:
-    """Right: joins when it is read."""
+    """Appends to lists and joins at every read."""
 
     def __init__(self):
         self.seq_len = 0
@@ -100,6 +100,44 @@ class ListOfParts:
 
     def read(self):
         return torch.cat(self.ks, dim=2), torch.cat(self.vs, dim=2)
+
+
+class JoinsOnce(ListOfParts):
+    """Right: joins what has come since the last read."""
+
+    def read(self):
+        self.ks[:] = self.ks if len(self.ks) == 1 else [torch.cat(self.ks, dim=2)]
+        self.vs[:] = self.vs if len(self.vs) == 1 else [torch.cat(self.vs, dim=2)]
+        return self.ks[0], self.vs[0]
+
+
+class ValuesFromKeys(GrowingCache):
+    def append(self, k, v):
+        self.k, self.v = (k, v) if self.seq_len == 0 else (torch.cat((self.k, k), dim=2), torch.cat((self.v, k), dim=2))
+        self.seq_len += k.shape[2]
+
+
+class NoReadMethod:
+    seq_len = 0
+
+    def append(self, k, v):
+        self.k, self.v = k, v
+
+
+class LengthAsMethod(GrowingCache):
+    def __init__(self):
+        self.parts = []
+
+    def seq_len(self):
+        return sum(k.shape[2] for k, _ in self.parts)
+
+    def append(self, k, v):
+        self.parts.append((k, v))
+
+
+class LengthForgotten(GrowingCache):
+    def append(self, k, v):
+        self.k, self.v = (k, v) if self.seq_len == 0 else (torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2))
 
 
 class OneTensor:
@@ -223,6 +261,29 @@ def forgot_merge(x, layer, cache):
     return attention(layer.rotate(q, position), *cache.read())
 
 
+def by_is_causal_in_a_step(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    q = layer.rotate(q, position)
+    return layer.merge(F.scaled_dot_product_attention(q, *cache.read(), is_causal=True, enable_gqa=True))
+
+
+def values_as_keys(x, layer, cache):
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    values, keys = cache.read()
+    return layer.merge(attention(layer.rotate(q, position), keys, values))
+
+
+def projected_in_another_order(x, layer, cache):
+    q, v, k = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    return layer.merge(attention(layer.rotate(q, position), *cache.read()))
+
+
 def step_by_einsum(x, layer, cache):
     """Right: attention written out, with a group dimension."""
     q, k, v = layer.project(x)
@@ -311,6 +372,30 @@ def own_cache(model, tokens, max_new_tokens, cache):
 def cache_emptied(model, tokens, max_new_tokens, cache):
     cache.reset()
     return plain_loop(model, tokens, max_new_tokens, cache)
+
+
+def sliced_by_the_cache(model, tokens, max_new_tokens, cache):
+    prompt = tokens.shape[1]
+    for _ in range(max_new_tokens):
+        logits = model(tokens[:, cache.seq_len :], cache, last_only=True)
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(dim=-1)), dim=1)
+    return tokens[:, prompt:]
+
+
+def first_not_kept(model, tokens, max_new_tokens, cache):
+    fed, new = model(tokens, cache, last_only=True)[:, -1:].argmax(dim=-1), []
+    for _ in range(max_new_tokens):
+        fed = model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)
+        new.append(fed)
+    return torch.cat(new, dim=1)
+
+
+def two_at_a_time(model, tokens, max_new_tokens, cache):
+    fed, sequence = tokens, tokens
+    for _ in range(max_new_tokens):
+        sequence = torch.cat((sequence, model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)), dim=1)
+        fed = sequence[:, -2:]
+    return sequence[:, tokens.shape[1] :]
 
 
 def first_row(model, tokens, max_new_tokens, cache):
@@ -450,6 +535,98 @@ class MemoryOnTheClass(AllocatesWith):
         self.seq_len = end
 
 
+class TestsWhetherFull(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len >= self.capacity:
+            raise ValueError("full")
+        NoTestForRoom.append(self, k, v)
+
+
+class TestsFromTheSecondAppend(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len and self.seq_len + k.shape[2] > self.capacity:
+            raise ValueError("full")
+        NoTestForRoom.append(self, k, v)
+
+
+class Asserts(AllocatesWith):
+    def append(self, k, v):
+        assert self.seq_len + k.shape[2] <= self.capacity, "full"
+        super().append(k, v)
+
+
+class RaisesIndexError(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len + k.shape[2] > self.capacity:
+            raise IndexError("full")
+        super().append(k, v)
+
+
+class AllocatesEachTime(AllocatesWith):
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, self.seq_len : end] = k
+        self.v[:, :, self.seq_len : end] = v
+        self.seq_len = end
+
+
+class LengthStaysZero(AllocatesWith):
+    def append(self, k, v):
+        super().append(k, v)
+        self.seq_len = 0
+
+
+class OneMemoryForBoth(AllocatesWith):
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        if self.seq_len == 0:
+            self.k = self.v = self.allocate(k)
+        self.k[:, :, self.seq_len : end] = k
+        self.v[:, :, self.seq_len : end] = v
+        self.seq_len = end
+
+
+class WritesOneToken(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len + k.shape[2] > self.capacity:
+            raise ValueError("full")
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, self.seq_len] = k[:, :, 0]
+        self.v[:, :, self.seq_len] = v[:, :, 0]
+        self.seq_len += k.shape[2]
+
+
+class KeysInBoth(AllocatesWith):
+    def append(self, k, v):
+        super().append(k, k)
+
+
+class WritesAtTheEnd(AllocatesWith):
+    def append(self, k, v):
+        new, end = k.shape[2], self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        self.k[:, :, self.capacity - new :] = k
+        self.v[:, :, self.capacity - new :] = v
+        self.seq_len = end
+
+
+class NoAppend:
+    def __init__(self, capacity):
+        self.capacity, self.seq_len = capacity, 0
+
+    def read(self):
+        return None
+
+
 class WritesWithCopy:
     """Right: narrow and copy_, one tensor for both."""
 
@@ -495,6 +672,15 @@ def always_one_less(held, wanted):
     return max(longest_common(held, wanted) - 1, 0)
 
 
+def tokens_to_run(held, wanted):
+    return len(wanted) - min(longest_common(held, wanted), len(wanted) - 1)
+
+
+def pops_what_it_was_given(held, wanted):
+    wanted.pop()
+    return longest_common(held, wanted)
+
+
 def walks_off_the_end(held, wanted):
     same = 0
     while same < len(wanted) - 1 and held[same] == wanted[same]:
@@ -534,6 +720,18 @@ def bytes_with(**changes) -> Callable:
         return total
 
     return formula
+
+
+def bytes_through_gigabytes(spec, tokens, batch, bytes_per_element):
+    return bytes_with()(spec, tokens, batch, bytes_per_element) / 1
+
+
+def bytes_in_float16(spec, tokens, batch, bytes_per_element):
+    return bytes_with()(spec, tokens, batch, 2)
+
+
+def elements(spec, tokens, batch, bytes_per_element):
+    return bytes_with()(spec, tokens, batch, 1)
 
 
 def bytes_by_tensors(spec, tokens, batch, bytes_per_element):
@@ -588,6 +786,11 @@ MUTANTS = [
     Mutant("02.1", "not-a-pair", "read without return", ReadReturnsNothing),
     Mutant("02.1", "not-a-pair", "reads the keys only", KeysOnly),
     Mutant("02.1", "dtype", "casts to float32", AlwaysFloat32),
+    Mutant("02.1", "read-copies", "keeps a list and joins it at every read", ListOfParts),
+    Mutant("02.1", "v-holds-k", "joins V with the new K", ValuesFromKeys),
+    Mutant("02.1", "missing-method", "has no read", NoReadMethod),
+    Mutant("02.1", "seq-len-method", "seq_len is a method", LengthAsMethod),
+    Mutant("02.1", "seq-len", "never counts", LengthForgotten),
     Mutant("02.2", "recomputed", "keeps inputs and computes every K and V again", recompute_everything,
            "a popular judge passes it"),
     Mutant("02.2", "position-off-by-one", "counts positions from 1", position_after_append),
@@ -603,6 +806,9 @@ MUTANTS = [
     Mutant("02.2", "appended-too-much", "appends the token twice", appended_twice),
     Mutant("02.2", "newest-left-out", "reads before it appends", read_before_append),
     Mutant("02.2", "cache-unread", "attends to the new token alone", cache_unread),
+    Mutant("02.2", "causal-square", "is_causal=True, which lets one row see key 0 only", by_is_causal_in_a_step),
+    Mutant("02.2", "k-and-v-swapped", "unpacks read() as values, keys", values_as_keys),
+    Mutant("02.2", "k-and-v-swapped", "unpacks project() as q, v, k", projected_in_another_order),
     Mutant("02.2", "shape", "returns heads, not the hidden state", forgot_merge),
     Mutant("02.3", "no-cache", "runs the whole sequence each time, cache unused", without_the_cache,
            "a popular judge passes it"),
@@ -616,6 +822,9 @@ MUTANTS = [
     Mutant("02.3", "cache-emptied", "resets the cache it was given", cache_emptied),
     Mutant("02.3", "several-fed", "feeds the likeliest token of every row", all_rows),
     Mutant("02.3", "tokens", "takes the first row's logits", first_row),
+    Mutant("02.3", "cache-not-empty", "slices the prompt by the cache's length", sliced_by_the_cache),
+    Mutant("02.3", "prefill-unused", "does not keep the token that prefill gives", first_not_kept),
+    Mutant("02.3", "held-fed-again", "feeds the last two tokens", two_at_a_time),
     Mutant("02.4", "wrong-dtype", "float32 memory under a bfloat16 model", Float32Memory,
            "rasbt/LLMs-from-scratch, optimized variant"),
     Mutant("02.4", "wrong-device", "memory on the CPU under a model that is elsewhere", CpuMemory),
@@ -628,12 +837,25 @@ MUTANTS = [
     Mutant("02.4", "grew-again", "concatenates up to a limit", ConcatenatesWithALimit),
     Mutant("02.4", "read-copies", "clones when it is read", ReadClones),
     Mutant("02.4", "shared-between-caches", "keeps its memory on the class", MemoryOnTheClass),
+    Mutant("02.4", "room-for-some", "tests whether it is full, not whether all that comes fits", TestsWhetherFull),
+    Mutant("02.4", "room-for-some", "tests for room from the second append on", TestsFromTheSecondAppend),
+    Mutant("02.4", "other-error", "asserts that there is room", Asserts),
+    Mutant("02.4", "other-error", "raises IndexError when it is full", RaisesIndexError),
+    Mutant("02.4", "allocated-again", "allocates at every append", AllocatesEachTime),
+    Mutant("02.4", "seq-len", "never counts", LengthStaysZero),
+    Mutant("02.4", "k-holds-v", "one memory under two names", OneMemoryForBoth),
+    Mutant("02.4", "v-holds-k", "writes K into both", KeysInBoth),
+    Mutant("02.4", "one-written", "writes the first of several new tokens", WritesOneToken),
+    Mutant("02.4", "misplaced", "writes from the end of the memory", WritesAtTheEnd),
+    Mutant("02.4", "missing-method", "has no append", NoAppend),
     Mutant("02.5", "nothing-left-to-run", "reuses the whole prompt", longest_common, "nano-vllm#144"),
     Mutant("02.5", "matches-anywhere", "counts equal tokens behind a difference", equal_anywhere),
     Mutant("02.5", "matches-anywhere", "counts tokens that both hold", shared_tokens),
     Mutant("02.5", "assumes-same-beginning", "reuses all that is held", all_that_is_held),
     Mutant("02.5", "one-too-few", "always holds one token back", always_one_less),
     Mutant("02.5", "raised", "walks off the end of what is held", walks_off_the_end),
+    Mutant("02.5", "counts-what-runs", "returns how many must be run", tokens_to_run),
+    Mutant("02.5", "arguments-changed", "pops the prompt's last token", pops_what_it_was_given),
     Mutant("02.5", "not-a-number", "returns the tokens", the_tokens_themselves),
     Mutant("02.6", "k-only", "forgets the values", bytes_with(kinds=1)),
     Mutant("02.6", "query-heads", "counts query heads", bytes_with(heads=lambda spec: spec.num_heads)),
@@ -644,7 +866,14 @@ MUTANTS = [
     Mutant("02.6", "one-layer", "counts one layer", bytes_with(layers=1)),
     Mutant("02.6", "one-row", "forgets the batch", bytes_with(batch=1)),
     Mutant("02.6", "bits", "counts bits", bytes_with(kinds=16)),
-    Mutant("02.6", "factors", "scales to KiB", bytes_with(kinds=2 / 1024)),
+    Mutant("02.6", "units", "scales to KiB", bytes_with(kinds=2 / 1024)),
+    Mutant("02.6", "elements", "leaves out the bytes per element", elements),
+    Mutant("02.6", "fixed-dtype", "writes 2 bytes down", bytes_in_float16),
+    Mutant("02.6", "one-token", "forgets the tokens", bytes_with(tokens=1)),
+    Mutant("02.6", "hard-coded", "writes the lab model's sizes down", bytes_with(layers=30, heads=3, head_dim=64)),
+    Mutant("02.6", "hard-coded", "writes 30 layers down", bytes_with(layers=30)),
+    Mutant("02.6", "not-whole", "divides with /", bytes_through_gigabytes),
+    Mutant("02.6", "factors", "counts the layers twice", bytes_with(kinds=lambda spec: 2 * spec.num_layers)),
     Mutant("02.7", "mask-offset", "the mask without offset, as it stands in the blank", as_it_stands,
            "rasbt/LLMs-from-scratch#697"),
     Mutant("02.7", "mask-offset", "is_causal, whose triangle starts top left", by_is_causal, "executorch#21749"),
@@ -653,12 +882,19 @@ MUTANTS = [
     Mutant("02.7", "blind-to-itself", "an offset that is one too small",
            chunk_with(lambda new, kv: ones(new, kv).tril(kv - new - 1))),
     Mutant("02.7", "sees-everything", "no mask", chunk_with(ones)),
+    Mutant("02.7", "offset-is-new-tokens", "shifts by the new tokens",
+           chunk_with(lambda new, kv: ones(new, kv).tril(new))),
+    Mutant("02.7", "offset-negative", "subtracts the wrong way round",
+           chunk_with(lambda new, kv: ones(new, kv).tril(new - kv))),
+    Mutant("02.7", "mask-added", "a float mask", chunk_with(lambda new, kv: torch.ones(new, kv).tril(kv - new))),
+    Mutant("02.7", "mask-added", "a float mask without offset", chunk_with(lambda new, kv: torch.ones(new, kv).tril())),
+    Mutant("02.7", "mask-inverted", "triu for tril", chunk_with(lambda new, kv: ones(new, kv).triu(kv - new))),
     Mutant("02.7", "mask-inverted", "True taken for hidden", chunk_with(lambda new, kv: ~causal_mask(new, kv))),
     Mutant("02.7", "cache-hidden", "the cached columns left False", chunk_with(triangle_of_the_new)),
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
-    ("02.1", ListOfParts),
+    ("02.1", JoinsOnce),
     ("02.1", OneTensor),
     ("02.2", step_by_einsum),
     ("02.2", step_repeating_after_read),

@@ -64,6 +64,15 @@ class Split(Exercise):
             ),
         )
         yield (
+            x.transpose(1, 2).reshape(batch, num_heads, tokens, head_dim),
+            Finding(
+                "swapped-before-cut",
+                "the shape is right, but a row of head 0 holds one dimension of several tokens",
+                "tokens and dimensions were swapped first, and reshape then cut across both",
+                "cut the last dimension first, then swap tokens and heads",
+            ),
+        )
+        yield (
             cut,
             Finding(
                 "tokens-first",
@@ -76,7 +85,7 @@ class Split(Exercise):
             x.view(batch, tokens, head_dim, num_heads).permute(0, 3, 1, 2),
             Finding(
                 "interleaved",
-                f"head 0 holds every {num_heads}th number of a token instead of its first {head_dim}",
+                f"head 0 holds one in {num_heads} of a token's numbers instead of its first {head_dim}",
                 "the last dimension was cut as [head_dim, num_heads]",
                 "the order of the cut: num_heads first, head_dim inside it",
             ),

@@ -74,6 +74,15 @@ class Leak(Exercise):
                 cause="softmax ran over all keys, and what the mask left was scaled up afterwards: by then it is 0",
                 look="mask the scores, before softmax",
             )
+        # All visible scores are some hundreds below 0: a hidden score must be far below any score there can be.
+        k = torch.full_like(k, -300.0)
+        if not close(self.call(answer, q, k, v.float()), attend(q, k, v.float()), 1e-3):
+            self.fail(
+                "weak-mask",
+                seen="right for ordinary numbers; where visible scores are near -500, hidden tokens get the weight",
+                cause="hidden scores were set to a number that a visible score can be below",
+                look="the score that no other can be below: -inf",
+            )
 
     @staticmethod
     def slips(q: Tensor, k: Tensor, v: Tensor) -> Iterable[tuple[Tensor, Finding]]:

@@ -125,6 +125,15 @@ class Rope(Exercise):
             "the pairing of the original paper; Llama's weights pair dimension i with i + head_dim / 2",
             "x.chunk(2, dim=-1) gives the two halves",
         )
+        yield (
+            x,
+            Finding(
+                "unchanged",
+                "x came back as it was",
+                "the turned halves are not in what is returned",
+                "the last line: join the two new halves and return them",
+            ),
+        )
         yield paired, pairs
         yield halves, pairs
         yield (
@@ -134,6 +143,34 @@ class Rope(Exercise):
                 "every pair turns the other way",
                 "the signs of the two sine terms are exchanged",
                 "the docstring: (a cos - b sin, a sin + b cos)",
+            ),
+        )
+        first, second = a * cos - b * sin, a * sin + b * cos
+        yield (
+            torch.cat((first, first * sin + b * cos), dim=-1),
+            Finding(
+                "a-overwritten",
+                "the first half is right, the second is not",
+                "a was overwritten with its new value before the second half was made from it",
+                "compute both halves from the old a and b, under new names",
+            ),
+        )
+        yield (
+            torch.stack((first, second), dim=-1).flatten(-2),
+            Finding(
+                "interleaved-output",
+                "the numbers are right, but the two halves alternate",
+                "the halves were stacked pair by pair; pair i belongs at places i and i + head_dim / 2",
+                "torch.cat along the last dimension lays the halves one after the other",
+            ),
+        )
+        yield (
+            torch.cat((a * sin - b * cos, a * cos + b * sin), dim=-1),
+            Finding(
+                "cos-sin-swapped",
+                "at position 0, where nothing should turn, every pair has made a quarter turn",
+                "cos and sin are exchanged: cos(0) is 1, sin(0) is 0",
+                "which of the two is called cos, and the docstring's (a cos - b sin, a sin + b cos)",
             ),
         )
         yield (

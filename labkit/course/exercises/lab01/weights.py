@@ -94,6 +94,14 @@ class Weights(Exercise):
             "the last step is missing",
             "softmax along the keys turns a row of scores into a row of weights",
         )
+        batch_axis = Finding(
+            "batch-axis",
+            "neither rows nor columns sum to 1, but equal places of the two batches do",
+            "softmax ran along dim=0, which is the batch here",
+            "dim= of softmax, counted from the end: the keys are the last dimension, dim=-1",
+        )
+        yield soft(raw / root, 0), batch_axis
+        yield soft(raw, 0), batch_axis
         yield soft(raw / root, -2), axis
         yield soft(raw, -2), axis
         yield raw / root, no_softmax
@@ -114,6 +122,15 @@ class Weights(Exercise):
                 "rows sum to 1, but they are flatter than they should be",
                 "the scores were divided by head_dim, not by its square root",
                 "the deviation of a sum of head_dim products grows with sqrt(head_dim)",
+            ),
+        )
+        yield (
+            soft(raw / 8, -1),
+            Finding(
+                "fixed-scale",
+                f"the scores were divided by 8; head_dim is {q.shape[-1]} here, so its root is {root:g}",
+                "a number was written down that fits a head_dim of 64 alone",
+                "take head_dim from the tensors: q.shape[-1]",
             ),
         )
         yield (

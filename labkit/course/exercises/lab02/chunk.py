@@ -39,11 +39,13 @@ class AttendChunk(Exercise):
     def examine(self, answer: Callable) -> None:
         """Chunks after a cache: each wrong mask gives an output of its own."""
         torch.manual_seed(7)
-        for new, held, batch in ((3, 4, 1), (1, 6, 1), (5, 0, 2), (2, 7, 2)):
+        for new, held, batch in ((3, 6, 1), (1, 6, 1), (5, 0, 2), (2, 7, 2)):
             q = torch.randn(batch, 6, new, 8)
             k, v = torch.randn(batch, 2, new + held, 8), torch.randn(batch, 2, new + held, 8)
             got = self.call(answer, q, k, v)
             want = attention(q, k, v)
+            if isinstance(got, Tensor) and got.shape == want.shape and not got.isfinite().all():
+                self.explain(got.nan_to_num(0.0), q, k, v, new, held)
             self.like(got, want, what="the output")
             if not torch.allclose(got, want, rtol=0, atol=LOOSE):
                 self.explain(got, q, k, v, new, held)
@@ -65,6 +67,28 @@ class AttendChunk(Exercise):
                 cause="row i of the mask was taken for position i, as if nothing were cached",
                 look="tril(): its diagonal starts at column 0. Where does the first new token stand?",
             )
+        if held not in (0, new) and close_to(every.tril(new)):
+            self.fail(
+                "offset-is-new-tokens",
+                seen=f"{where}: the first new token sees {new + 1} keys; it should see {held + 1}",
+                cause=f"the triangle was shifted by the {new} new tokens",
+                look="what the shift has to skip: the cached tokens. How many are they, from kv_len and new_tokens?",
+            )
+        if held and close_to(every.tril(-held)):
+            self.fail(
+                "offset-negative",
+                seen=f"{where}: the first new token sees nothing",
+                cause="the offset has the wrong sign: tril(-n) takes diagonals away",
+                look="the order of the subtraction: a cache can only let a row see more",
+            )
+        if any(close_to(mask.to(q.dtype)) for mask in (right, every.tril(), ~right)):
+            self.fail(
+                "mask-added",
+                seen=f"{where}: nothing is hidden, some keys only weigh more",
+                cause=f"the mask is {str(q.dtype).removeprefix('torch.')}: numbers are added to the scores, and 0.0 "
+                "hides nothing",
+                look="the dtype of the mask: torch.bool says which keys may be seen",
+            )
         if close_to(every):
             self.fail(
                 "sees-everything",
@@ -77,21 +101,21 @@ class AttendChunk(Exercise):
                 "sees-the-future",
                 seen=f"{where}: every token sees one token too many",
                 cause="the offset is one too large",
-                look="the offset for held = 0: it must be 0",
+                look="the offset when nothing is cached, kv_len == new_tokens: it must be 0",
             )
         if close_to(every.tril(held - 1)):
             self.fail(
                 "blind-to-itself",
                 seen=f"{where}: no token sees itself",
                 cause="the offset is one too small, or `<` stands for `<=`",
-                look="the offset for held = 0: it must be 0",
+                look="the offset when nothing is cached, kv_len == new_tokens: it must be 0",
             )
-        if close_to(~right):
+        if close_to(~right) or close_to(every.triu(held)):
             self.fail(
                 "mask-inverted",
-                seen=f"{where}: tokens see what they should not, and nothing else",
-                cause="True was taken for hidden; for PyTorch's attn_mask True means may see",
-                look="the sense of the mask",
+                seen=f"{where}: tokens see the ones behind them and not those before",
+                cause="the mask is upside down: True was taken for hidden, or triu for tril",
+                look="what True means in PyTorch's attn_mask: this key may be seen",
             )
         own = right.clone()
         own[:, :held] = False

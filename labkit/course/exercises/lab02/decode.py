@@ -59,6 +59,7 @@ class DecodeStep(Exercise):
         "recomputed": "The cache is there so that old tokens are never projected again. Project x, nothing else.",
         "position-off-by-one": "Positions count from 0: the first token stands at 0, when the cache holds 0 tokens.",
         "state-kept": "Everything that belongs to one prompt lives in its cache. Ask the cache for the position.",
+        "causal-square": "The mask for one new token is one row. Which of the cached tokens does it have to hide?",
         "repeated-heads": "attention() lets several query heads read one KV head. Nothing needs repeating.",
     }
 
@@ -72,7 +73,7 @@ class DecodeStep(Exercise):
 
     def check_prompt(self, answer: Callable, layer: AttentionLayer, x: Tensor, *, second: bool) -> None:
         """Run one prompt token by token."""
-        cache = Recorder()
+        cache, outputs = Recorder(), []
         q, k, v = layer.project(x)
         rotated = layer.rotate(q, 0), layer.rotate(k, 0), v
         want = layer.merge(attention(*rotated))
@@ -83,7 +84,12 @@ class DecodeStep(Exercise):
             self.check_work(work.kv_projections, index)
             self.check_appended(cache, layer, index)
             self.check_keys(cache, layer, k, v, second=second)
-            self.check_output(got, layer, rotated, want, index)
+            if got is None:
+                self.fail("returned-none", seen="decode_step returned None", cause="no return", look="the last line")
+            self.like(got, want[:, index : index + 1], what="the output")
+            outputs.append(got)
+        for index in (*range(2, x.shape[1]), 1, 0):  # the second token's past is one key: it tells too little apart
+            self.check_output(outputs[index], layer, rotated, want[:, index : index + 1], index)
 
     def check_work(self, projections: float, index: int) -> None:
         """One projection per row and step."""
@@ -122,6 +128,13 @@ class DecodeStep(Exercise):
         self.like(got_k, k, what="the appended K")
         self.like(got_v, v, what="the appended V")
         if (got_k - layer.rotate(k, index)).abs().max() > TIGHT:
+            if close(got_k, v) or close(got_k, layer.rotate(v, index)):
+                self.fail(
+                    "k-and-v-swapped",
+                    seen="what was appended as K is the token's V",
+                    cause="k and v changed places before the append",
+                    look="the order in `q, k, v = layer.project(x)` and in cache.append(k, v)",
+                )
             self.explain_keys(got_k, layer, k, index, second=second)
         if (got_v - v).abs().max() > TIGHT:
             self.fail(
@@ -160,10 +173,6 @@ class DecodeStep(Exercise):
         self, got: Any, layer: AttentionLayer, rotated: tuple[Tensor, Tensor, Tensor], want: Tensor, index: int
     ) -> None:
         """The output of one step, told apart by which keys it saw."""
-        if got is None:
-            self.fail("returned-none", seen="decode_step returned None", cause="no return", look="the last line")
-        want = want[:, index : index + 1]
-        self.like(got, want, what="the output")
         if close(got, want):
             return
         q, k, v = rotated
@@ -181,6 +190,21 @@ class DecodeStep(Exercise):
                 seen="the output depends on the new token alone",
                 cause="attention got the new k and v, not what the cache holds",
                 look="the arguments of attention: keys, values = cache.read()",
+            )
+        if index > 1 and close(got, layer.merge(attention(q, k[:, :, :1], v[:, :, :1]))):
+            self.fail(
+                "causal-square",
+                seen=f"the output of token {index} depends on the first token's K and V alone",
+                cause="a causal triangle that starts in the top left corner, such as is_causal=True: its only row sees "
+                "key 0",
+                look="the mask: everything in the cache is past, so one new token needs none",
+            )
+        if close(got, layer.merge(attention(q, v, k))):
+            self.fail(
+                "k-and-v-swapped",
+                seen="the query met the values, and the keys were blended",
+                cause="keys and values changed places between read and attention",
+                look="the order in `keys, values = cache.read()` and in attention(q, keys, values)",
             )
         self.fail(
             "query-position" if index else "values",

@@ -52,6 +52,8 @@ class GenerateWithCache(Exercise):
         "no-cache": "The answer is right but every step ran the whole sequence. Pass the cache, and feed less.",
         "re-fed": "What the cache holds must not be fed again: it would stand there twice, at later positions.",
         "last-token-fed-twice": "The prefill's logits already name the first new token. Start decoding from that one.",
+        "cache-not-empty": "`tokens` is new, all of it, also when the cache holds an earlier turn. Feed it whole.",
+        "prefill-unused": "After prefill you know one new token already. Keep it, then feed it.",
         "one-step-too-many": "The last new token is only returned. Nobody asks what follows it.",
     }
     prompt_tokens, count = 7, 6
@@ -78,7 +80,8 @@ class GenerateWithCache(Exercise):
         """One generation: what it returns, then the calls it made, then the tokens."""
         watched = Watched(self.model)
         got = self.run(lambda: answer(watched, prompt.clone(), count, cache))
-        want = self.expected(torch.cat((history, prompt), dim=1), count)
+        longer = self.expected(torch.cat((history, prompt), dim=1), count + 1)
+        want = longer[:, :count]
         if isinstance(got, Tensor) and got.shape[-1] == prompt.shape[1] + count:
             self.fail(
                 "prompt-returned",
@@ -93,6 +96,13 @@ class GenerateWithCache(Exercise):
                 cause="the token that prefill gives was not kept, or the last one was not appended",
                 look="the first and the last turn of your loop",
             )
+        if isinstance(got, Tensor) and torch.equal(got, longer[:, 1:]) and not torch.equal(got, want):
+            self.fail(
+                "prefill-unused",
+                seen=f"the tokens come one late: the first that came back is new token 2, {got[0, 0].item()}",
+                cause="prefill's logits name the first new token; it was fed, and not kept",
+                look="what you keep before the first decode step",
+            )
         self.check_calls(watched.calls, prompt, count, cache, history.shape[1])
         if got is None:
             self.fail("returned-none", seen="None came back", cause="no return", look="the last line")
@@ -102,7 +112,7 @@ class GenerateWithCache(Exercise):
                 "tokens",
                 seen=f"the new tokens are {got[0].tolist()}; without a cache they are {want[0].tolist()}",
                 cause="the logits of another row than the last were used, or not the likeliest token",
-                look="logits[:, -1:].argmax(dim=-1)",
+                look="the line that picks a token: which row of the logits speaks of what comes next?",
             )
 
     def check_calls(self, calls: list, prompt: Tensor, count: int, cache: Cache, history: int) -> None:
@@ -114,7 +124,7 @@ class GenerateWithCache(Exercise):
                 "no-cache",
                 seen=f"the model ran {sum(ran)} tokens; with the cache {prompt.shape[1] + count - 1} are enough",
                 cause="model(...) was called without the cache, so every step computes every K and V again",
-                look="model(fed, cache, last_only=True)",
+                look="the arguments of model(...): the docstring shows all three",
             )
         if any(used is not None and used is not cache for _, used, _ in calls):
             self.fail(
@@ -130,6 +140,14 @@ class GenerateWithCache(Exercise):
                 cause="the cache was reset",
                 look="the docstring: the tokens follow whatever the cache holds",
             )
+        if history and not torch.equal(calls[0][0], prompt) and torch.equal(calls[0][0], prompt[:, history:]):
+            self.fail(
+                "cache-not-empty",
+                seen=f"with {history} tokens in the cache already, the first call ran {ran[0]} of the prompt's "
+                f"{prompt.shape[1]} tokens; with an empty cache all was right",
+                cause="`tokens` was sliced by the cache's length, as if the cache held a part of it",
+                look="the docstring: `tokens` follow whatever the cache holds, so all of them are new",
+            )
         if decode and decode[0] >= prompt.shape[1] and (calls[1][0][:, : prompt.shape[1]] == prompt).all():
             self.fail(
                 "re-fed",
@@ -137,12 +155,23 @@ class GenerateWithCache(Exercise):
                 cause="the whole sequence is fed again, though the cache holds all but the last token",
                 look="what the second call gets: the newest token, [batch, 1]",
             )
+        if (
+            decode
+            and 1 < decode[0] <= prompt.shape[1]
+            and torch.equal(calls[1][0][:, :-1], prompt[:, prompt.shape[1] - decode[0] + 1 :])
+        ):
+            self.fail(
+                "held-fed-again",
+                seen=f"step 2 ran {decode[0]} tokens; one is new",
+                cause="the newest token was fed together with a token that the cache holds already",
+                look="what the second call gets: the newest token alone, [batch, 1]",
+            )
         if decode and max(decode) > 1:
             self.fail(
                 "several-fed",
                 seen=f"a decode step ran {max(decode)} tokens; one is new",
                 cause="the likeliest token of every row was taken, not of the last row alone",
-                look="the shape of what is fed: logits[:, -1:].argmax(dim=-1) is [batch, 1]",
+                look="the shape of what is fed after prefill: [batch, 1]",
             )
         if ran[0] < prompt.shape[1] and len(calls) > count and prompt.shape[1] > 1:
             self.fail(

@@ -14,10 +14,13 @@ from labkit.course.exercises.lab02.references import (
 )
 from labkit.course.exercises.lab02.tools import (
     check_isolation,
+    check_kinds,
+    check_methods,
     check_seq_len,
     new_tokens,
     read_pair,
 )
+from labkit.ledger import ledger
 
 
 class Growing(Exercise):
@@ -34,21 +37,26 @@ class Growing(Exercise):
         "wrong-dimension": "Shapes are [batch, num_kv_heads, tokens, head_dim]. Count to the tokens, from 0.",
         "shared-between-caches": "A name assigned in the class body is one for all instances. Assign in __init__.",
         "newest-only": "append must keep what was there: join it with what comes.",
+        "read-copies": "Join when a token arrives, and keep the result. Then read has nothing left to do.",
         "new-before-old": "The order of the tensors in torch.cat is the order of the tokens.",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Appends of several lengths, read back exactly; then a second cache, then another dtype."""
+        """Appends of several lengths, read back exactly; then what reading moves, a second cache, another dtype."""
         cache, fresh = self.run(answer), self.run(answer)
+        check_methods(type(self), cache)
         check_isolation(type(self), cache, fresh)  # what an earlier check left on the class shows here
         check_seq_len(type(self), cache, 0, "before the first append")
         parts = [new_tokens(count) for count in (5, 5, 1, 2)]
         for index, (k, v) in enumerate(parts):
             self.append(cache, k, v)
+            if index == 0:
+                check_seq_len(type(self), cache, k.shape[2], "after the first append")
             self.check_content(cache, parts[: index + 1])
             tokens = sum(k.shape[2] for k, _ in parts[: index + 1])
             check_seq_len(type(self), cache, tokens, f"after append {index + 1}")
         check_isolation(type(self), cache, fresh)
+        self.check_reading(cache)
         for dtype in (torch.bfloat16, torch.float64):
             cache, (k, v) = self.run(answer), new_tokens(3, dtype=dtype)
             self.append(cache, k, v)
@@ -68,18 +76,24 @@ class Growing(Exercise):
                 look="every line that writes into k or v",
             )
 
+    def check_reading(self, cache: Any) -> None:
+        """Fail when a second read, with nothing new appended, still moves what is held."""
+        with ledger() as work:
+            read_pair(type(self), cache)
+        if work.bytes_copied:
+            self.fail(
+                "read-copies",
+                seen=f"read() moved {work.bytes_copied:,} bytes though nothing had been appended since the last read",
+                cause="the tokens are joined, or copied, each time they are read; attention reads at every step",
+                look="read(): it only hands out what append has joined",
+            )
+
     def check_content(self, cache: Any, parts: list[tuple[Tensor, Tensor]]) -> None:
         """Fail unless read() gives all parts in order."""
         k, v = read_pair(type(self), cache)
         want_k, want_v = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
         self.check_shape(k, v, want_k, parts)
-        if torch.equal(k, want_v) and torch.equal(v, want_k):
-            self.fail(
-                "k-and-v-swapped",
-                seen="what read() gives first is V",
-                cause="k and v change places on the way in or out",
-                look="the order in append's parameters and in read's return: k, v",
-            )
+        check_kinds(type(self), (k, v), (want_k, want_v), f"after append {len(parts)}")
         if len(parts) > 1 and torch.equal(k, torch.cat([part[0] for part in reversed(parts)], dim=2)):
             self.fail(
                 "new-before-old",

@@ -39,6 +39,11 @@ class ReusablePrefix(Exercise):
         self.case(answer, [4], [4], 0)
         self.case(answer, [1, 1, 1, 1], [1, 1, 1, 1, 1, 1], 4)
 
+    def counts_the_rest(self, answer: Callable) -> bool:
+        """Whether the answer gives the tokens left to run, also where these differ most from the tokens reused."""
+        pairs = (([1, 2, 3], [9, 2, 3, 4, 5], 5), ([1, 2, 3, 4], [1, 2, 9, 4, 5], 3), ([1, 2], [1, 2, 3, 4, 5, 6], 4))
+        return all(self.call(answer, held, wanted) == rest for held, wanted, rest in pairs)
+
     def case(self, answer: Callable, held: list[int], wanted: list[int], want: int) -> None:
         """One pair of token lists."""
         got = self.call(answer, held, wanted)
@@ -52,6 +57,13 @@ class ReusablePrefix(Exercise):
         if got == want:
             return
         seen = f"held {held}, wanted {wanted}: you reuse {got}; {want} is right"
+        if got == len(wanted) - want and self.counts_the_rest(answer):
+            self.fail(
+                "counts-what-runs",
+                seen=seen,
+                cause="the tokens that must be run were counted, not those that the cache saves",
+                look="the docstring's first line: how many tokens need not be run",
+            )
         same = sum(old == new for old, new in zip(held, wanted, strict=False))
         if got >= len(wanted):
             self.fail(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from itertools import combinations
+from math import prod
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
@@ -27,17 +28,33 @@ class CacheBytes(Exercise):
     )
     hints_for: ClassVar = {
         "query-heads": "The cache holds K and V. How many heads of those does the model have?",
+        "hard-coded": "The check asks about another model than the lab's. Where does a function learn a model's sizes?",
         "k-only": "A key without its value answers nothing.",
     }
     spec = ModelSpec(
-        name="odd", num_layers=5, num_heads=21, num_kv_heads=3, head_dim=22, hidden_size=221, intermediate_size=13,
+        name="odd", num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
         vocab_size=17, max_seq_len=19,
     )  # fmt: skip
+    tokens, batch = 31, 37
 
     def examine(self, answer: Callable) -> None:
-        """A spec whose sizes share no factor, so that a wrong factor can be read off the ratio."""
-        spec, tokens, batch, size = self.spec, 31, 37, 2
-        got = self.call(answer, spec, tokens, batch, size)
+        """A spec whose sizes share no factor, so that a wrong factor can be read off the ratio, in two dtypes."""
+        sizes = (4, 2)
+        got = [self.number(self.call(answer, self.spec, self.tokens, self.batch, size)) for size in sizes]
+        want = [cache_bytes(self.spec, self.tokens, self.batch, size) for size in sizes]
+        if got != want:
+            ratios = got[0] / want[0], got[1] / want[1]
+            self.explain(ratios, f"{got[0]:,.0f} bytes in float32; K and V of this model take {want[0]:,}")
+        if not all(isinstance(value, int) for value in got):
+            self.fail(
+                "not-whole",
+                seen=f"{got[0]!r} came back: the right number, as a float",
+                cause="a division with `/`, or a factor written as a float, such as 2.0",
+                look="the operators: a product of ints is an int, and a count of bytes is whole",
+            )
+
+    def number(self, got: Any) -> int | float:
+        """`got`, when it is a number."""
         if isinstance(got, (bool, Tensor)) or not isinstance(got, (int, float)):
             self.fail(
                 "not-a-number",
@@ -45,32 +62,63 @@ class CacheBytes(Exercise):
                 cause="something other than a count of bytes was returned",
                 look="the return: one int",
             )
-        want = cache_bytes(spec, tokens, batch, size)
-        if got != want:
-            self.explain(got / want)
-        one = self.call(answer, spec, 1, 1, 4)
-        self.same(torch.tensor(one), torch.tensor(cache_bytes(spec, 1, 1, 4)), what="bytes of one token")
+        return got
 
-    def explain(self, ratio: float) -> None:
-        """Name the factor that is missing or wrong."""
+    def explain(self, ratios: tuple[float, float], seen: str) -> None:
+        """Name the factor that is missing or wrong. ratios: of float32, of float16."""
         spec = self.spec
+        group = spec.num_heads // spec.num_kv_heads
         known = {
-            "k-only": (1 / 2, "half the bytes", "K was counted and V was not"),
-            "query-heads": (spec.num_heads / spec.num_kv_heads, "too many", "query heads were counted, not KV heads"),
-            "group-size": (spec.num_heads // spec.num_kv_heads / spec.num_kv_heads, "too many",
-                           "num_heads // num_kv_heads was taken for the number of KV heads"),
-            "hidden-size": (spec.hidden_size / (spec.num_kv_heads * spec.head_dim), "too many",
+            "k-only": (1 / 2, "K was counted and V was not"),
+            "query-heads": (group, "query heads were counted, not KV heads"),
+            "group-size": (group / spec.num_kv_heads, "num_heads // num_kv_heads was taken for the number of KV heads"),
+            "hidden-size": (spec.hidden_size / (spec.num_kv_heads * spec.head_dim),
                             "hidden_size was taken for num_kv_heads * head_dim, which holds only without GQA"),
-            "one-layer": (1 / spec.num_layers, "too few", "one layer was counted"),
-            "one-row": (1 / 37, "too few", "the batch was left out"),
-            "bits": (8, "eight times too many", "bits were counted"),
+            "one-layer": (1 / spec.num_layers, "one layer was counted"),
+            "one-row": (1 / self.batch, "the batch was left out"),
+            "one-token": (1 / self.tokens, "the number of tokens was left out"),
+            "bits": (8, "bits were counted"),
+            **{"units" if i == 0 else f"units {i}": (1 / unit, "the result was scaled to kB, MB, KiB or MiB")
+               for i, unit in enumerate((2**10, 10**3, 2**20, 10**6, 2**30, 10**9))},
         }  # fmt: skip
-        for diagnosis, (factor, amount, cause) in known.items():
-            if abs(ratio - factor) < 1e-9:
-                self.fail(diagnosis, seen=f"{ratio:.3g} times the bytes: {amount}", cause=cause, look="the factors")
+        if ratios[0] != ratios[1]:
+            self.explain_dtype(ratios, seen)
+        for diagnosis, (factor, cause) in known.items():
+            if abs(ratios[0] / factor - 1) < 1e-6:
+                self.fail(diagnosis.split()[0], seen=seen, cause=cause, look="the factors, one by one")
+        self.explain_constants(ratios[0], seen)
         self.fail(
             "factors",
-            seen=f"{ratio:.3g} times the right number of bytes",
-            cause="a factor is missing, doubled, or the result was scaled to kB or GiB",
-            look="2, layers, KV heads, head_dim, tokens, batch, bytes per element: seven factors",
+            seen=seen,
+            cause="a factor is missing, doubled or divided by",
+            look="one layer's K for one token, written down as a shape; then what multiplies it",
         )
+
+    def explain_dtype(self, ratios: tuple[float, float], seen: str) -> None:
+        """The ratio depends on the dtype: its size was left out, or written down."""
+        if abs(ratios[0] * 4 - 1) < 1e-9:
+            self.fail(
+                "elements",
+                seen=seen,
+                cause="the numbers were counted, not their bytes",
+                look="the parameter that the result does not depend on",
+            )
+        self.fail(
+            "fixed-dtype",
+            seen="the result is the same for float32 and float16" if ratios[0] * 2 == ratios[1] else seen,
+            cause="the bytes of one element were written down as a number",
+            look="the last parameter: it says how many bytes an element takes",
+        )
+
+    def explain_constants(self, ratio: float, seen: str) -> None:
+        """The sizes of the lab model in the place of those of `spec`."""
+        lab = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+        for count in (1, 2, 3):
+            for names in combinations(lab, count):
+                if abs(ratio / prod(lab[name] / getattr(self.spec, name) for name in names) - 1) < 1e-9:
+                    self.fail(
+                        "hard-coded",
+                        seen=f"{seen}. The lab model's own {' and '.join(names)} gives exactly this",
+                        cause="a number of the lab model was written into the formula",
+                        look="the parameter `spec`: every size of the model is one of its attributes",
+                    )
