@@ -98,13 +98,7 @@ class Exercise:
         """`answer(*args, **kwargs)`, whose arguments must come back unchanged and whose result must not be None."""
         kept = copy.deepcopy((args, kwargs))
         result = cls.run(lambda: answer(*args, **kwargs))
-        if not unchanged(kept, (args, kwargs)):
-            cls.fail(
-                "arguments-changed",
-                seen="your function changed the arguments it was given",
-                cause="an in-place operation on one of them: `+=`, `x[...] = `, x.pop(), a method that ends in `_`",
-                look="build a new value instead, or work on a copy",
-            )
+        cls.check_unchanged(kept, (args, kwargs))
         if result is None:
             cls.fail(
                 "returned-none",
@@ -113,6 +107,17 @@ class Exercise:
                 look="the last line: return the result",
             )
         return result
+
+    @classmethod
+    def check_unchanged(cls, before: Any, after: Any) -> None:
+        """Fail when arguments, `before` a copy of them, are not what they were."""
+        if not unchanged(before, after):
+            cls.fail(
+                "arguments-changed",
+                seen="your function changed the arguments it was given",
+                cause="an in-place operation on one of them: `+=`, `x[...] = `, x.pop(), a method that ends in `_`",
+                look="build a new value instead, or work on a copy",
+            )
 
     @classmethod
     def run(cls, step: Callable[[], Any]) -> Any:

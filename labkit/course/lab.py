@@ -53,7 +53,13 @@ class Lab:
         """The lab model, a `labkit.llama.Llama` in float32 on this session's device."""
         from labkit import models
 
-        return models.load(device=self.device)
+        model = models.load(device=self.device)
+        if model.spec.window is not None:
+            raise Mistyped(
+                f"{models.source()} attends over a window of {model.spec.window:,} tokens, and the caches of these "
+                f"labs keep everything: set LABKIT_MODEL to a model without a sliding window, or unset it"
+            )
+        return model
 
     @cached_property
     def tokenizer(self):

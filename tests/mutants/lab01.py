@@ -471,7 +471,32 @@ LEAK = [
 
 MUTANTS = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK]
 
+
+def softmax_in_float32(q, k):
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def last_by_hand(q, k, v):
+    scores = (q[:, :, -1:] * k).sum(-1)[:, :, None] / math.sqrt(q.shape[-1])
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def last_head_by_head(q, k, v):
+    heads = [q[:, h, -1:] @ k[:, h].mT / math.sqrt(q.shape[-1]) for h in range(q.shape[1])]
+    return torch.softmax(torch.stack(heads, dim=1), dim=-1) @ v
+
+
+def last_key_by_key(q, k, v):
+    keys = [q[:, :, -1:] @ k[:, :, i : i + 1].mT / math.sqrt(q.shape[-1]) for i in range(k.shape[2])]
+    return torch.softmax(torch.cat(keys, dim=-1), dim=-1) @ v
+
+
 RIGHT = [
+    ("01.1", softmax_in_float32),
+    ("01.5", last_by_hand),
+    ("01.5", last_head_by_head),
+    ("01.5", last_key_by_key),
     ("01.1", einsum_weights),
     ("01.1", stable_softmax),
     ("01.1", loop_weights),

@@ -774,7 +774,50 @@ def triangle_of_the_new(new: int, kv: int) -> torch.Tensor:
     return mask
 
 
+def recompute_by_addmm(x, layer, cache):
+    """As above, with a product that is seldom used."""
+    weight = layer.attention.qkv.weight
+    flat = x.reshape(-1, x.shape[-1])
+    for _ in range(2):
+        torch.addmm(torch.zeros(weight.shape[0], dtype=x.dtype), flat, weight.T)
+    return step_by_einsum(x, layer, cache)
+
+
+class FloatValues(GrowingCache):
+    def append(self, k, v):
+        super().append(k, v.float())
+
+
+def changes_x(x, layer, cache):
+    out = step_by_einsum(x, layer, cache)
+    x.zero_()
+    return out
+
+
+def changes_tokens(model, tokens, max_new_tokens, cache):
+    out = plain_loop(model, tokens, max_new_tokens, cache)
+    tokens.zero_()
+    return out
+
+
+class WritesByIndex(AllocatesWith):
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if end > self.capacity:
+            raise ValueError("full")
+        if self.seq_len == 0:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+        places = torch.arange(self.seq_len, end, device=k.device)
+        self.k.index_copy_(2, places, k)
+        self.v.index_copy_(dim=2, index=places, source=v)
+        self.seq_len = end
+
+
 MUTANTS = [
+    Mutant("02.1", "dtype", "values in float32 under a bfloat16 model", FloatValues),
+    Mutant("02.2", "recomputed", "projects old tokens again, by addmm", recompute_by_addmm),
+    Mutant("02.2", "arguments-changed", "zeroes the hidden state it was given", changes_x),
+    Mutant("02.3", "arguments-changed", "zeroes the prompt it was given", changes_tokens),
     Mutant("02.1", "wrong-dimension", "joins along the heads", growing_along(1)),
     Mutant("02.1", "wrong-dimension", "joins along head_dim", growing_along(-1)),
     Mutant("02.1", "wrong-dimension", "joins along the batch", growing_along(0)),
@@ -900,6 +943,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.2", step_repeating_after_read),
     ("02.3", plain_loop),
     ("02.4", AllocatesWith),
+    ("02.4", WritesByIndex),
     ("02.4", WritesWithCopy),
     ("02.5", prefix_by_recursion),
     ("02.5", prefix_by_slices),

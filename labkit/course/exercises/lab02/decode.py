@@ -81,6 +81,7 @@ class DecodeStep(Exercise):
             new = x[:, index : index + 1].clone()
             with ledger([(layer.attention.qkv.weight, 1.0)]) as work:
                 got = self.run(partial(answer, new, layer, cache))
+            self.check_unchanged(x[:, index : index + 1], new)
             self.check_work(work.kv_projections, index)
             self.check_appended(cache, layer, index)
             self.check_keys(cache, layer, k, v, second=second)

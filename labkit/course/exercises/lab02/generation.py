@@ -79,7 +79,9 @@ class GenerateWithCache(Exercise):
     def check_run(self, answer: Callable, prompt: Tensor, count: int, cache: Cache, history: Tensor) -> None:
         """One generation: what it returns, then the calls it made, then the tokens."""
         watched = Watched(self.model)
-        got = self.run(lambda: answer(watched, prompt.clone(), count, cache))
+        given = prompt.clone()
+        got = self.run(lambda: answer(watched, given, count, cache))
+        self.check_unchanged(prompt, given)
         longer = self.expected(torch.cat((history, prompt), dim=1), count + 1)
         want = longer[:, :count]
         if isinstance(got, Tensor) and got.shape[-1] == prompt.shape[1] + count:

@@ -63,6 +63,7 @@ class Growing(Exercise):
             self.append(cache, k, v)
             got = read_pair(type(self), cache)
             self.same(got[0], torch.cat((k, k), dim=2), what=f"K of a {dtype} cache")
+            self.same(got[1], torch.cat((v, v), dim=2), what=f"V of a {dtype} cache")
 
     def append(self, cache: Any, k: Tensor, v: Tensor) -> None:
         """One append, whose arguments must come back unchanged."""

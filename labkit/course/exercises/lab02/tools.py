@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
+from labkit.ledger import tensors_in
 from labkit.llama import Llama
 from labkit.specs import ModelSpec
 
@@ -102,10 +103,9 @@ def check_isolation(exercise: type[Exercise], filled: Any, fresh: Any) -> None:
 
 
 def tensors(cache: Any) -> list[Tensor]:
-    """The tensors among a cache's attributes and those of its class, also inside lists."""
+    """The tensors among a cache's attributes and those of its class, also inside lists; empty ones aside."""
     values = [getattr(cache, name, None) for name in {*vars(type(cache)), *vars(cache)} if not name.startswith("__")]
-    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
-    return [item for item in flat if isinstance(item, Tensor)]
+    return [tensor for tensor in tensors_in(values) if tensor.numel()]
 
 
 def check_seq_len(exercise: type[Exercise], cache: Any, want: int, when: str) -> None:
