@@ -44,7 +44,7 @@ def opened(monkeypatch, tmp_path):
     (tmp_path / "notebooks" / cli.FIRST_LAB).write_text("{}")
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(lab_model, "ensure_lab_model", lambda **_: tmp_path)
-    monkeypatch.setattr(cli.os, "execv", lambda program, command: commands.append(command))
+    monkeypatch.setattr(cli.os, "execve", lambda program, command, environment: commands.append(command))
     return commands
 
 
@@ -210,3 +210,12 @@ def test_an_exported_host_that_is_no_address_is_not_taken_for_one(monkeypatch, e
     if exported is not None:
         monkeypatch.setenv("HOST", exported)
     assert cli.host_from_environment() == host
+
+
+def test_jupyter_gets_our_settings_after_the_learners_own_and_asks_nothing_about_news() -> None:
+    environment = cli.jupyter_environment({"JUPYTER_CONFIG_PATH": "mine", "GOMP_SPINCOUNT": "5"})
+    assert environment["JUPYTER_CONFIG_PATH"].split(os.pathsep) == ["mine", str(cli.JUPYTER)]
+    assert environment["GOMP_SPINCOUNT"] == "5"
+    assert cli.jupyter_environment({})["JUPYTER_CONFIG_PATH"] == str(cli.JUPYTER)
+    overrides = json.loads((cli.JUPYTER / "labconfig" / "default_setting_overrides.json").read_text())
+    assert overrides["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+JUPYTER = Path(__file__).resolve().parent / "jupyter"  # settings for JupyterLab: no questions about news
 FIRST_LAB = "01_attention_basics.ipynb"
 
 
@@ -95,9 +96,17 @@ def run_open(options: argparse.Namespace) -> int:
     for line in refresh(ROOT / "notebooks", work):
         print(line)
     command = jupyter_command(work, options.host, port, no_browser=options.no_browser)
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # kernels inherit it; see docs/design.md
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, jupyter_environment(dict(os.environ)))
+
+
+def jupyter_environment(environment: dict[str, str]) -> dict[str, str]:
+    """What JupyterLab and its kernels inherit, from what this process has."""
+    # One more place to look for settings: the learner's own come first and stay as they are.
+    places = [environment.get("JUPYTER_CONFIG_PATH"), str(JUPYTER)]
+    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
+    environment.setdefault("GOMP_SPINCOUNT", "20000")  # why: docs/design.md
+    return environment
 
 
 def check_address(host: str, port: str) -> int:
@@ -125,7 +134,6 @@ def jupyter_command(work: Path, host: str, port: int, *, no_browser: bool) -> li
     """JupyterLab on exactly this address, with a token, in `work`, showing the first lab. Its own settings stay."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={host}", f"--ServerApp.port={port}"]
     command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
-    command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     if (work / FIRST_LAB).is_file():
         command.append(f"--LabApp.default_url=/lab/tree/{FIRST_LAB}")
     if no_browser:
