@@ -159,8 +159,9 @@ def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_pa
     token = secrets.token_hex(8)
     own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     command = cli.jupyter_command(work, "127.0.0.1", free, no_browser=True)
+    environment = cli.jupyter_environment({**os.environ, **own, "JUPYTER_TOKEN": token})
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **own, "JUPYTER_TOKEN": token}, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{free}"
         wait_for(address, server, tmp_path / "log")
@@ -170,7 +171,11 @@ def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_pa
             assert json.load(response)["path"] == cli.FIRST_LAB
         with urllib.request.urlopen(f"{address}/?token={token}") as response:
             assert response.url.partition("?")[0] == f"{address}/lab/tree/{cli.FIRST_LAB}"
-            assert '"news": {"disabled": true}' in response.read().decode()
+        settings = f"{address}/lab/api/settings/@jupyterlab/apputils-extension:notification?token={token}"
+        with urllib.request.urlopen(settings, timeout=10) as response:
+            notification = json.load(response)["schema"]["properties"]
+        assert notification["fetchNews"]["default"] == "false"
+        assert notification["checkForUpdates"]["default"] is False
     finally:
         server.terminate()
         server.wait(20)
