@@ -141,8 +141,8 @@ class Llama(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens are int [batch, new_tokens], at least one token; got {list(tokens.shape)}")
-        if padding is not None and padding.shape != tokens.shape[:1]:
-            raise ValueError(f"padding is int [{len(tokens)}], one number per row; got {list(padding.shape)}")
+        if padding is not None and (padding.shape != tokens.shape[:1] or bool((padding < 0).any())):
+            raise ValueError(f"padding is int [{len(tokens)}], one number per row, 0 or more; got {padding.tolist()}")
         if cache is None:
             x = self.run(tokens, 0, [None] * len(self.blocks), padding)
         else:

@@ -217,6 +217,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="one number per row"):
             model(prompt(2), model.cache() if cached else None, padding=torch.tensor([1]))
 
+    def test_negative_padding(self, model):
+        with pytest.raises(ValueError, match="0 or more"):
+            model(prompt(2), padding=torch.tensor([0, -1]))
+
     def test_weights_that_miss_one(self, pairs):
         theirs, model = pairs("llama")
         weights = {name: w for name, w in theirs.state_dict().items() if "1.self_attn.k_proj" not in name}

@@ -4,6 +4,7 @@ runs, passes every check and prints the same."""
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -105,6 +106,23 @@ class TestNotebook:
             if not editions.shows_card(before) and "nbval-ignore-output" not in tags:
                 assert text_of(after) == text_of(before), before.source
         assert checked == len(exercises_of(path))
+
+    def test_cells_run_again_in_another_order_raise_nothing_and_print_the_same(
+        self, path, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.setenv("LABKIT_PROGRESS", str(tmp_path / "progress.json"))
+        notebook = read(path)
+        cells = [cell for _, cell in editions.code_cells(notebook)]
+        again = [copy.deepcopy(cell) for cell in reversed(cells[1:])]
+        for number, cell in enumerate(again):
+            cell.id = f"again-{number}"
+        notebook.cells = [*cells, *again]
+        ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(
+            notebook, {"metadata": {"path": str(tmp_path)}}
+        )
+        for before, after in zip(reversed(cells[1:]), again, strict=True):
+            if "nbval-ignore-output" not in before.metadata.get("tags", []):
+                assert text_of(after) == text_of(before), before.source
 
 
 def signatures(node: ast.AST) -> list[tuple]:
