@@ -76,14 +76,14 @@ def test_a_run_killed_between_manifest_and_copy_is_taken_up_again(folders, monke
     notebooks, work = folders
     refresh(notebooks, work)
     (notebooks / NAMES[0]).write_text("two")
-    write = workspace._write
+    write = workspace.write_whole
 
-    def killed(path, content):
+    def killed(path, content, mode):
         if path.name != MANIFEST:
             raise KeyboardInterrupt
-        write(path, content)
+        write(path, content, mode)
 
-    monkeypatch.setattr(workspace, "_write", killed)
+    monkeypatch.setattr(workspace, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         refresh(notebooks, work)
     assert (work / NAMES[0]).read_text() == "one"

@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.device import first_line
+
 TIME_LIMIT = 20.0  # seconds for one check; the slowest reference needs under 3 on two cores
 
 
@@ -137,7 +139,7 @@ class Exercise:
             where = line_of(error)
             cls.fail(
                 "raised",
-                seen=f"{type(error).__name__}: {first_line(error)}",
+                seen=f"{type(error).__name__}: {short(error)}",
                 cause="your code stopped before it returned",
                 look=f"the line it stopped at: {where}" if where else "the line that the error names",
             )
@@ -206,10 +208,9 @@ def unchanged(before: Any, after: Any) -> bool:
     return type(before).__eq__ is object.__eq__ or bool(before == after)  # what has no == of its own is not compared
 
 
-def first_line(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """What an error says, in one line of at most 160 characters."""
-    text = str(error).strip().split("\n")[0]
-    return textwrap.shorten(text, 160, placeholder=" ...") or "no message"
+    return textwrap.shorten(first_line(error), 160, placeholder=" ...") or "no message"
 
 
 def line_of(error: BaseException) -> str:
@@ -271,7 +272,7 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT) -> Ve
     except NotImplementedError as error:
         if error.args == (exercise.id,) or not error.args:
             return Verdict("pending", printed=printed.getvalue())
-        finding = Finding("raised", f"NotImplementedError: {first_line(error)}", "a part is still a blank", "that part")
+        finding = Finding("raised", f"NotImplementedError: {short(error)}", "a part is still a blank", "that part")
         return Verdict("not yet", finding, printed.getvalue())
     except TimeIsUp:
         finding = Finding(
@@ -284,7 +285,7 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT) -> Ve
     except (Exception, SystemExit) as error:
         finding = Finding(
             "raised",
-            f"{type(error).__name__}: {first_line(error)}",
+            f"{type(error).__name__}: {short(error)}",
             "what your code returned could not be used",
             line_of(error) or "the shapes and types in the docstring",
         )

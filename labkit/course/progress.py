@@ -6,13 +6,15 @@ cannot be used the session goes on in memory, after one line that says so.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from labkit.course.files import write_whole
 
 FORMAT = 1
 KINDS = ("exercises", "predictions", "quizzes")
@@ -117,14 +119,7 @@ class Progress:
         return aside
 
     def write(self) -> None:
-        """Replace the file in one step: a reader sees the old content or the new, never half."""
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.data, file, indent=1, sort_keys=True)
-            if self.path.exists() and not os.access(self.path, os.W_OK):
-                raise PermissionError(13, "the file is read-only")
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        """Replace the file in one step. A file that was made read-only stays as it is."""
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, "the file is read-only")
+        write_whole(self.path, json.dumps(self.data, indent=1, sort_keys=True).encode())

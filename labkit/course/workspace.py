@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
+
+from labkit.course.files import write_whole
 
 MANIFEST = ".labkit-copies.json"
 
@@ -52,9 +53,9 @@ def _refresh_one(source: Path, work: Path, copies: dict[str, list[str]]) -> str 
         said = f"{source.name}: brought up to date" if here != newest else ""
     # The version is written down before the copy: killed in between, the copy is still known as ours.
     copies[source.name] = [version for version in known if version != newest] + [newest]
-    _write(work / MANIFEST, json.dumps(copies, indent=1).encode())
+    write_whole(work / MANIFEST, json.dumps(copies, indent=1).encode(), mode=0o644)
     if said:
-        _write(target, content)
+        write_whole(target, content, mode=0o644)
     return said or None
 
 
@@ -72,21 +73,6 @@ def _read(manifest: Path) -> dict[str, list[str]]:
         return {str(name): [str(version) for version in versions] for name, versions in found.items()}
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write all of a file or nothing of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".labkit-", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _digest(content: bytes) -> str:

@@ -435,9 +435,12 @@ class AllocatesWith(PreallocatedCache):
             raise ValueError("full")
         if self.seq_len == 0:
             self.k, self.v = self.allocate(k), self.allocate(v)
+        self.place(k, v, end)
+        self.seq_len = end
+
+    def place(self, k, v, end):
         self.k[:, :, self.seq_len : end] = k
         self.v[:, :, self.seq_len : end] = v
-        self.seq_len = end
 
     def allocate(self, k):
         return torch.zeros(k.shape[0], k.shape[1], self.capacity, k.shape[3], dtype=k.dtype, device=k.device)
@@ -801,16 +804,10 @@ def changes_tokens(model, tokens, max_new_tokens, cache):
 
 
 class WritesByIndex(AllocatesWith):
-    def append(self, k, v):
-        end = self.seq_len + k.shape[2]
-        if end > self.capacity:
-            raise ValueError("full")
-        if self.seq_len == 0:
-            self.k, self.v = self.allocate(k), self.allocate(v)
+    def place(self, k, v, end):
         places = torch.arange(self.seq_len, end, device=k.device)
         self.k.index_copy_(2, places, k)
         self.v.index_copy_(dim=2, index=places, source=v)
-        self.seq_len = end
 
 
 MUTANTS = [
