@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,6 +163,13 @@ class Cache:
         from labkit.cache.dense import PreallocatedCache
 
         return cls.of(num_layers, lambda: PreallocatedCache(capacity, window=window))
+
+    @classmethod
+    def quantized(cls, num_layers: int, nbits: int | torch.dtype = 4, **options: Any) -> Cache:
+        """A cache of packed K and V; the options are those of `QuantizedCache`. `window`: as in `growing`."""
+        from labkit.cache.quantized import QuantizedCache
+
+        return cls.of(num_layers, lambda: QuantizedCache(nbits, **options))
 
     @property
     def seq_len(self) -> int:

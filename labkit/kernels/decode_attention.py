@@ -121,13 +121,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, window
         raise ValueError(f"window counts the keys a token sees, itself included: at least 1; got {window}")
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
-    if triton is None:
-        raise RuntimeError("Triton is not installed here: use labkit.attention.attention, which gives the same")
-    if q.device.type != "cuda" and not is_interpreted():
-        raise RuntimeError(
-            "on a CPU Triton needs TRITON_INTERPRET=1 set before Python starts; labkit.attention needs none"
-        )
+    check_can_run(q.device, "labkit.attention.attention")
     return queries_per_kv
+
+
+def check_can_run(device: torch.device, twin: str) -> None:
+    """RuntimeError where Triton cannot run; `twin`: what gives the same without it."""
+    if triton is None:
+        raise RuntimeError(f"Triton is not installed here: use {twin}, which gives the same")
+    if device.type != "cuda" and not is_interpreted():
+        raise RuntimeError(f"on a CPU Triton needs TRITON_INTERPRET=1 set before Python starts; {twin} needs none")
 
 
 def is_interpreted() -> bool:

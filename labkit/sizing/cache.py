@@ -79,9 +79,11 @@ class Dense:
 class Quantized:
     """K and V in `nbits`, packed, in groups of `group_size` numbers that share a scale (and a zero point).
 
-    Keys are grouped along the tokens, one channel at a time, values along the channels. So tokens are quantized
-    `group_size` at once, and the newest wait in `dtype`: at least `residual_length`, at most `group_size` - 1 more.
-    metadata: dtype of scale and zero point. symmetric: no zero point. A latent or a state stays in `dtype`.
+    Values are grouped along the channels of a token, keys along the tokens of a channel (key_axis "channel") or as the
+    values are ("token"). Tokens are packed `group_size` at once, and the newest wait in `dtype`: at least
+    `residual_length`, at most `group_size` - 1 more. The first `sink_length` tokens stay in `dtype`.
+    metadata: dtype of scale and zero point. symmetric: no zero point; float8 is 8 bits, symmetric. drops: as of `Dense`.
+    A latent or a state stays in `dtype`.
     """
 
     nbits: int = 4
@@ -90,14 +92,30 @@ class Quantized:
     dtype: str = "float16"
     metadata: str = "bfloat16"
     symmetric: bool = False
+    key_axis: str = "channel"
+    sink_length: int = 0
+    drops: bool = True
 
     def __post_init__(self) -> None:
         if self.nbits not in (2, 4, 8):
             raise SizeError(f"nbits is 2, 4 or 8; got {self.nbits!r}")
         check_count("group_size", self.group_size)
         check_count("residual_length", self.residual_length, least=0)
+        check_count("sink_length", self.sink_length, least=0)
+        if self.key_axis not in ("channel", "token"):
+            raise SizeError(f'key_axis is "channel" or "token"; got {self.key_axis!r}')
         for name in ("dtype", "metadata"):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
+        if self.group_size * self.nbits % 8:
+            raise SizeError(
+                f"groups of {self.group_size} codes of {self.nbits} bits do not fill whole bytes: take a group_size that "
+                f"is a multiple of {8 // self.nbits}"
+            )
+        if self.bits_per_element >= 16:
+            raise SizeError(
+                f"{self.nbits} bits in groups of {self.group_size} take {float(self.bits_per_element):g} bits per "
+                f"element with their metadata, float16 takes 16: take a larger group_size"
+            )
 
     @property
     def bits_per_element(self) -> Fraction:
@@ -105,26 +123,41 @@ class Quantized:
         return self.nbits + (1 if self.symmetric else 2) * bits(self.metadata) / self.group_size
 
     def quantized_tokens(self, tokens: int) -> int:
-        """Tokens of `tokens` that are held in `nbits`; the others wait in full precision."""
-        return max(0, tokens - self.residual_length) // self.group_size * self.group_size
+        """Tokens of `tokens` that are held in `nbits`; the others are held in full precision."""
+        candidates = tokens - self.sink_length - self.residual_length
+        return max(0, candidates) // self.group_size * self.group_size
 
     def fullest(self, tokens: int) -> int:
-        """The length up to `tokens` at which most is held: just before the newest group was packed, if one was."""
+        """The length up to `tokens` at which most is held: this one, or just before the newest group was packed."""
         packed = self.quantized_tokens(tokens)
-        return max(1, packed + self.residual_length - 1) if packed else tokens
+        if not packed:
+            return tokens
+        before = max(1, self.sink_length + packed + self.residual_length - 1)
+        return max(tokens, before, key=self.bits_held)
+
+    def bits_held(self, tokens: int) -> Fraction:
+        """Bits per channel and head that `tokens` tokens take."""
+        packed = self.quantized_tokens(tokens)
+        return packed * self.bits_per_element + (tokens - packed) * bits(self.dtype)
+
+    def check_head_dim(self, k_dim: int, v_dim: int) -> None:
+        """SizeError unless keys and values of these sizes can be packed."""
+        for dim in (k_dim, v_dim):
+            if dim % 8:
+                raise SizeError(f"a head_dim of {dim} is no multiple of 8: it is not packed, take float8")
+        for dim in (v_dim, k_dim if self.key_axis == "token" else v_dim):
+            if dim % self.group_size:
+                raise SizeError(
+                    f"groups of {self.group_size} do not divide a head_dim of {dim}: take a group_size that does, "
+                    f"as in Quantized({self.nbits}, group_size={math.gcd(dim, self.group_size)}), or float8"
+                )
 
     def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:
         """Packed numbers, metadata, and the tokens that wait."""
         if layer.kind not in ("full", "window"):
             return Dense(self.dtype).layer_bytes(layer, tokens, batch)
-        if layer.k_dim % 8:
-            raise SizeError(f"a head_dim of {layer.k_dim} is no multiple of 8: it is not packed, take float8")
-        if layer.v_dim % self.group_size:
-            raise SizeError(
-                f"groups of {self.group_size} do not divide a head_dim of {layer.v_dim}: take a group_size that does, "
-                f"as in Quantized({self.nbits}, group_size={math.gcd(layer.v_dim, self.group_size)}), or float8"
-            )
-        held = layer.tokens_held(tokens)
+        self.check_head_dim(layer.k_dim, layer.v_dim)
+        held = layer.tokens_held(tokens) if self.drops or layer.window is None else tokens
         packed = self.quantized_tokens(held)
         elements = batch * layer.elements_per_token
         return ceil(elements * packed * self.bits_per_element / 8) + to_bytes(elements * (held - packed), self.dtype)

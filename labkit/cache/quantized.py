@@ -1,0 +1,248 @@
+"""K and V in few bits, packed: `nbytes` is what is allocated, and attention reads K and V as they are packed.
+
+Values are quantized in groups along the channels of a token; keys, by default, in groups along the tokens of a channel,
+since some channels of keys are large in every token (KIVI, arXiv:2402.02750). Groups lie where their tokens stand, so
+the stored bits are the same in whatever pieces the tokens came, and no token is quantized twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from labkit import kernels
+from labkit.cache.base import LayerCache
+from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
+from labkit.quantization import FLOAT8, Packed, Quantizer, hadamard
+from labkit.sizing import Quantized
+
+Pair = tuple[Tensor, Tensor]
+
+
+class QuantizedCache(LayerCache):
+    """Packed K and V, and in full precision the first `sink_length` tokens and the newest.
+
+    nbits: 8, 4 or 2, or torch.float8_e4m3fn or torch.float8_e5m2. group_size: numbers that share a scale, and tokens
+    that are packed at once; it divides head_dim. residual_length: newest tokens in full precision, at least; up to
+    `group_size` - 1 more wait until their group is complete. key_axis: "channel" or "token".
+    symmetric: scales without zero points (float8 is). metadata: dtype of both, torch.bfloat16 or torch.float16.
+    rotate_keys: turn packed keys by a Hadamard matrix, which spreads a large channel over all.
+    sink_length: first tokens that stay in full precision; of a row with left padding they would be padding, so such a
+    batch takes 0.
+
+    `format` is what `labkit.sizing` calls this. `k` and `v` hold the packed tokens, None before there are any.
+    A chunk's own queries see its tokens as later queries will: packed, but for the newest.
+    Raises ValueError (SizeError where sizing refuses it too) for what cannot be.
+    """
+
+    def __init__(
+        self,
+        nbits: int | torch.dtype = 4,
+        *,
+        group_size: int = 64,
+        residual_length: int = 64,
+        key_axis: str = "channel",
+        symmetric: bool = False,
+        metadata: torch.dtype = torch.bfloat16,
+        rotate_keys: bool = False,
+        sink_length: int = 0,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__(scale=scale, window=window, soft_cap=soft_cap)
+        if isinstance(nbits, torch.dtype) and nbits not in FLOAT8:
+            known = " or ".join(str(dtype) for dtype in FLOAT8) or "none"
+            raise ValueError(f"nbits is 8, 4 or 2, or a float8 dtype (this torch has {known}); got {nbits}")
+        if metadata not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"metadata is torch.bfloat16 or torch.float16; got {metadata}")
+        self.format = Quantized(
+            nbits=8 if isinstance(nbits, torch.dtype) else nbits,
+            group_size=group_size,
+            residual_length=residual_length,
+            metadata=str(metadata),
+            symmetric=symmetric or isinstance(nbits, torch.dtype),
+            key_axis=key_axis,
+            sink_length=sink_length,
+            drops=False,
+        )
+        self.quantize_keys = Quantizer(nbits, group_size, key_axis, symmetric, metadata)
+        self.quantize_values = Quantizer(nbits, group_size, "token", symmetric, metadata)
+        self.rotate_keys = rotate_keys
+        self.rotation: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, counters included, and free the memory."""
+        self.forget()
+        self.bytes_written = self.bytes_copied = self.bytes_read = 0
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.sinks: Pair | None = None
+        self.k: Packed | None = None
+        self.v: Packed | None = None
+        self.recent: Pair | None = None  # there, if perhaps of no tokens, as soon as anything is held
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens held."""
+        return tokens_of(self.sinks) + self.packed_len + tokens_of(self.recent)
+
+    @property
+    def packed_len(self) -> int:
+        """Tokens held in few bits."""
+        return 0 if self.k is None else self.k.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points, and of the tokens in full precision."""
+        parts = (*(self.sinks or ()), self.k, self.v, *(self.recent or ()))
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def template(self) -> Tensor | None:
+        """The newest keys."""
+        return None if self.recent is None else self.recent[0]
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """K and V dense, as they come back from the codes: for what cannot read them packed."""
+        if self.recent is None:
+            return None
+        parts = [self.sinks, self.dequantized(self.k, self.v), self.recent]
+        k, v = (torch.cat(side, dim=2) for side in zip(*(pair for pair in parts if pair is not None), strict=True))
+        return k, v
+
+    def dequantized(self, k: Packed | None, v: Packed | None) -> Pair | None:
+        """Packed tokens as numbers, the keys turned back."""
+        if k is None or v is None or self.recent is None:
+            return None
+        dtype = self.recent[0].dtype
+        if self.rotation is None:
+            return k.dequantize(dtype), v.dequantize(dtype)
+        turned = k.dequantize(torch.promote_types(dtype, torch.float32))
+        return (turned @ self.rotation.to(turned.dtype).mT).to(dtype), v.dequantize(dtype)
+
+    def validate(self, k: Tensor, v: Tensor) -> None:
+        """As for every cache; ValueError, too, for heads that groups do not divide or a dtype that the device lacks."""
+        super().validate(k, v)
+        if self.recent is not None:
+            return
+        self.format.check_head_dim(k.shape[3], v.shape[3])
+        check_device_has(self.quantize_keys.nbits, k.device)
+        if self.format.sink_length and self.padding is not None and bool(self.padding.any()):
+            raise ValueError("the first tokens of a padded row are padding, no sinks: take sink_length=0 for this batch")
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Keep the new tokens in full precision; pack the oldest of these if their group is complete."""
+        missing = self.format.sink_length - tokens_of(self.sinks)
+        sinks = self.sinks
+        if missing > 0:
+            sinks = self.extended(sinks, (k[:, :, :missing], v[:, :, :missing]))
+            k, v = k[:, :, missing:], v[:, :, missing:]
+        length = tokens_of(sinks) + self.packed_len + tokens_of(self.recent) + k.shape[2]
+        count = self.format.quantized_tokens(length) - self.packed_len
+        if count <= 0:
+            self.recent, self.sinks = self.extended(self.recent, (k, v)), sinks
+            return
+        k, v = (k, v) if self.recent is None else (torch.cat(both, 2) for both in zip(self.recent, (k, v), strict=True))
+        keys, values = self.quantized(k[:, :, :count], v[:, :, :count])
+        if self.k is not None and self.v is not None:
+            self.bytes_copied += self.k.nbytes + self.v.nbytes
+            keys, values = self.k.joined(keys), self.v.joined(values)
+        self.recent = own(k[:, :, count:]), own(v[:, :, count:])
+        self.sinks, self.k, self.v = sinks, keys, values
+
+    def extended(self, held: Pair | None, new: Pair) -> Pair:
+        """Dense tokens with new ones behind them, in memory of their own."""
+        if held is None:
+            return own(new[0]), own(new[1])
+        self.bytes_copied += held[0].nbytes + held[1].nbytes
+        return torch.cat((held[0], new[0]), dim=2), torch.cat((held[1], new[1]), dim=2)
+
+    def quantized(self, k: Tensor, v: Tensor) -> tuple[Packed, Packed]:
+        """Whole groups of tokens, packed."""
+        if self.rotate_keys:
+            if self.rotation is None or self.rotation.device != k.device:
+                self.rotation = hadamard(k.shape[3], device=k.device)
+            k = k.to(torch.promote_types(k.dtype, torch.float32))
+            k = k @ self.rotation.to(k.dtype)
+        return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Causal attention of the newest tokens' queries over all held, read as it is packed.
+
+        On a CUDA GPU a decode step goes to the Triton kernel, everything else to its plain-PyTorch twin.
+        """
+        if self.k is None or self.v is None:
+            return super().attend(q)
+        self.bytes_read += self.nbytes
+        options = {"before": self.sinks, "after": self.recent, "padding": self.padding, "scale": self.scale,
+                   "window": self.window, "rotation": self.rotation}  # fmt: skip
+        if q.is_cuda and q.shape[2] == 1 and self.soft_cap is None and can_run_packed(q, self.quantize_keys.nbits):
+            return packed_decode_attention(q, self.k, self.v, **options)
+        return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
+
+    def truncate(self, seq_len: int) -> None:
+        """Forget the tokens from position `seq_len` on.
+
+        What is left of a group that is cut waits in full precision again, no more exact than it was; it is the one case
+        in which a token can be quantized twice.
+        """
+        self.check_length(seq_len)
+        if seq_len == self.seq_len:
+            return
+        if seq_len == 0 or self.recent is None:
+            self.forget()
+            return
+        first = tokens_of(self.sinks)
+        kept = max(0, seq_len - first - self.packed_len)
+        recent = self.recent[0][:, :, :kept], self.recent[1][:, :, :kept]
+        if self.k is not None and self.v is not None and seq_len < first + self.packed_len:
+            whole, rest = divmod(max(0, seq_len - first), self.format.group_size)
+            cut = self.dequantized(self.k.tiles(whole, whole + 1), self.v.tiles(whole, whole + 1))
+            assert cut is not None
+            recent = cut[0][:, :, :rest], cut[1][:, :, :rest]
+            self.k, self.v = (x.tiles(0, whole).each(own) if whole else None for x in (self.k, self.v))
+        self.recent = own(recent[0]), own(recent[1])
+        if self.sinks is not None and seq_len < first:
+            self.sinks = own(self.sinks[0][:, :, :seq_len]), own(self.sinks[1][:, :, :seq_len])
+        self.bytes_copied += self.nbytes
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Copy the chosen rows."""
+        if self.recent is None:
+            return
+        rows = rows.to(self.recent[0].device)
+        self.recent = self.recent[0].index_select(0, rows), self.recent[1].index_select(0, rows)
+        if self.sinks is not None:
+            self.sinks = self.sinks[0].index_select(0, rows), self.sinks[1].index_select(0, rows)
+        if self.k is not None and self.v is not None:
+            self.k, self.v = self.k.rows(rows), self.v.rows(rows)
+        self.bytes_copied += self.nbytes
+
+
+def tokens_of(pair: Pair | None) -> int:
+    """Tokens in a pair of dense K and V."""
+    return 0 if pair is None else pair[0].shape[2]
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy: a view would keep all of its owner's memory, and change when the owner changes."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def check_device_has(nbits: int | torch.dtype, device: torch.device) -> None:
+    """ValueError when `nbits` is a float8 dtype that PyTorch cannot keep on this device."""
+    if isinstance(nbits, int):
+        return
+    try:
+        torch.ones(1, device=device).to(nbits).to(torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"PyTorch has no {nbits} on {device.type}: take nbits=8") from error
+
+
+def can_run_packed(q: Tensor, nbits: int | torch.dtype) -> bool:
+    """Whether the Triton kernel takes these codes on this GPU: float8 needs compute capability 8.9."""
+    if not kernels.available(q.device) or q.dtype == torch.float64:
+        return False
+    return isinstance(nbits, int) or torch.cuda.get_device_capability(q.device) >= (8, 9)

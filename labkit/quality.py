@@ -1,0 +1,464 @@
+"""What a compressed cache does to a model's answers: perplexity, KL divergence, top-1 agreement, and facts recalled.
+
+Every figure is measured against the same model with its full cache, on the same tokens, by decoding or in chunks. One
+forward pass over a whole text measures nothing: some caches (Hugging Face's QuantizedCache among them) hand the first
+pass the very tensors it gave them, so its figure is the full cache's, and no cache is read back as decoding reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.specs import DATA, unknown
+
+TEXTS = DATA / "texts"
+BLOCK = 32  # successive tokens that count as one observation
+
+Model = Callable[[Tensor, Any], Tensor]
+"""`model(tokens, cache)`: int `[1, new_tokens]` in, logits `[1, new_tokens, vocab_size]` out; a `Llama`, for one."""
+MakeCache = Callable[[], Any]
+"""Makes a new, empty cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """How one cache predicts a text, token by token, beside the full cache. Each tensor is `[tokens]`, on the CPU.
+
+    surprise, full_surprise: -log p(token) in nats, float64, under this cache and under the full one. divergence:
+    KL(full || this) between the two next-token distributions, in nats, float64. agrees: bool, the likeliest token is
+    the same. cache_bytes, full_cache_bytes: `nbytes` after the last token, None where the cache does not tell.
+
+    Each `..._spread` is one standard error, from the means of whole blocks of 32 successive tokens, because neighbours
+    are not independent; NaN with fewer than two blocks. That of `ratio` and `difference` is paired: it comes from what
+    the two caches differ by on the same tokens, not from what the text's tokens differ by.
+    """
+
+    surprise: Tensor
+    full_surprise: Tensor
+    divergence: Tensor
+    agrees: Tensor
+    cache_bytes: int | None = None
+    full_cache_bytes: int | None = None
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Quality]) -> Quality:
+        """Several texts as one sample; bytes add up. Raises ValueError when there is none."""
+        if not parts:
+            raise ValueError("nothing to pool: give at least one Quality")
+
+        def total(values: list[int | None]) -> int | None:
+            known = [value for value in values if value is not None]
+            return sum(known) if len(known) == len(values) else None
+
+        return cls(
+            torch.cat([part.surprise for part in parts]),
+            torch.cat([part.full_surprise for part in parts]),
+            torch.cat([part.divergence for part in parts]),
+            torch.cat([part.agrees for part in parts]),
+            total([part.cache_bytes for part in parts]),
+            total([part.full_cache_bytes for part in parts]),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored: the sample's size."""
+        return len(self.surprise)
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks of 32 tokens, the observations that the spreads come from."""
+        return self.tokens // BLOCK
+
+    @cached_property
+    def perplexity(self) -> float:
+        """exp of the mean surprise."""
+        return self.surprise.mean().exp().item()
+
+    @cached_property
+    def full_perplexity(self) -> float:
+        """The full cache's perplexity on the same tokens."""
+        return self.full_surprise.mean().exp().item()
+
+    @cached_property
+    def ratio(self) -> float:
+        """Perplexity over the full cache's."""
+        return (self.surprise - self.full_surprise).mean().exp().item()
+
+    @property
+    def difference(self) -> float:
+        """Perplexity minus the full cache's."""
+        return self.perplexity - self.full_perplexity
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(full || this) in nats per token, as llama.cpp's `--kl-divergence` gives it."""
+        return self.divergence.mean().item()
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens before which both caches make the same token the likeliest."""
+        return self.agrees.double().mean().item()
+
+    # A function of a mean spreads by its derivative times the mean's spread (the delta method).
+
+    @property
+    def perplexity_spread(self) -> float:
+        """Of this text's perplexity; mostly the text's own unevenness, which both caches share."""
+        return self.perplexity * block_error(self.surprise)
+
+    @property
+    def ratio_spread(self) -> float:
+        """Paired."""
+        return self.ratio * block_error(self.surprise - self.full_surprise)
+
+    @property
+    def difference_spread(self) -> float:
+        """Paired."""
+        return block_error(self.perplexity * self.surprise - self.full_perplexity * self.full_surprise)
+
+    @property
+    def kl_spread(self) -> float:
+        """In nats per token."""
+        return block_error(self.divergence)
+
+    @property
+    def agreement_spread(self) -> float:
+        """As a share."""
+        return block_error(self.agrees.double())
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {plus_minus(self.perplexity, self.perplexity_spread)} on {self.tokens:,} tokens; "
+            f"to the full cache's: ratio {plus_minus(self.ratio, self.ratio_spread)}, "
+            f"difference {plus_minus(self.difference, self.difference_spread)}, "
+            f"KL {plus_minus(self.kl, self.kl_spread)} nats per token, "
+            f"top-1 agreement {plus_minus(self.agreement, self.agreement_spread)}"
+        )
+
+
+def compare(
+    model: Model,
+    tokens: Tensor,
+    caches: Mapping[str, MakeCache],
+    *,
+    full: MakeCache | None = None,
+    chunk: int = 32,
+    context: int = 256,
+) -> dict[str, Quality]:
+    """The `Quality` of each cache on one text, `tokens`, int `[1, seq_len]`, by the names in `caches`.
+
+    full: makes the reference, the full-precision cache; `model.cache` unless said. All caches go through the text in
+    lockstep, so that no distribution is kept longer than its chunk. Every pass feeds at most `chunk` tokens; chunk=1 is
+    decoding. The first `context` tokens are not scored, the `seq_len - context` others are, none from the first pass.
+    Raises ValueError for a call in which chunks would tell no more than one pass over the text: `chunk` may not be
+    longer than `context`, and `context` not than the text.
+    """
+    if not caches:
+        raise ValueError('no caches to compare: give at least one, {"name": function that makes an empty cache}')
+    reference = new_cache("full", full or own_cache(model))
+    compressed = [new_cache(name, make) for name, make in caches.items()]
+    return dict(zip(caches, lockstep(model, tokens, [reference, *compressed], chunk, context)[1:], strict=True))
+
+
+def perplexity(
+    model: Model, tokens: Tensor, make_cache: MakeCache | None = None, *, chunk: int = 32, context: int = 256
+) -> Quality:
+    """The `Quality` of one cache (the model's own unless said) beside itself: what `compare` gives without a reference.
+
+    Its perplexity, surprise and bytes are the cache's; its ratio is 1 and its KL 0 by definition.
+    """
+    cache = new_cache("full", make_cache or own_cache(model))
+    return lockstep(model, tokens, [cache], chunk, context)[0]
+
+
+def lockstep(model: Model, tokens: Tensor, caches: Sequence[Any], chunk: int, context: int) -> list[Quality]:
+    """The `Quality` of each empty cache beside the first of them."""
+    check_tokens(tokens)
+    seq_len = tokens.shape[1]
+    check_passes(seq_len, chunk, context)
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise ValueError("two names got the same cache object: each function has to make a new one when it is called")
+    scores: list[list[Tensor]] = [[] for _ in caches]
+    for start, end in passes(seq_len, chunk, context):
+        first = max(start + 1, context)  # the logits of token t predict token t + 1
+        targets = tokens[0, first : end + 1]
+        reference = None
+        for cache, rows in zip(caches, scores, strict=True):
+            logits = run(model, tokens[:, start:end], cache)
+            if len(targets):
+                logs = logits[first - 1 - start :][: len(targets)].double().log_softmax(dim=-1)
+                reference = logs if reference is None else reference
+                rows.append(score(logs, reference, targets))
+    measured = [torch.cat(rows, dim=1) for rows in scores]
+    held = [getattr(cache, "nbytes", None) for cache in caches]
+    return [
+        Quality(rows[0], measured[0][0], rows[1], rows[2].bool(), nbytes, held[0])
+        for rows, nbytes in zip(measured, held, strict=True)
+    ]
+
+
+def passes(seq_len: int, chunk: int, context: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each forward pass over a text."""
+    starts = [*range(0, context, chunk), *range(context, seq_len, chunk), seq_len]
+    if context == chunk:
+        starts.insert(1, context - 1)  # the token after the context is scored by a second pass
+    return itertools.pairwise(starts)
+
+
+def score(logs: Tensor, full: Tensor, targets: Tensor) -> Tensor:
+    """Surprise, KL(full || this) and agreement of each token, float64 `[3, tokens]`, of two sets of log-probabilities.
+
+    `logs` and `full` are `[tokens, vocab_size]`, `targets` int `[tokens]`.
+    """
+    weights = full.exp()
+    # A token that the full cache rules out (log-probability -inf) adds nothing, where 0 * inf would add NaN.
+    terms = (weights * (full - logs)).masked_fill(weights == 0, 0.0)
+    surprise = -logs.gather(1, targets.to(logs.device)[:, None])[:, 0]
+    return torch.stack((surprise, terms.sum(dim=-1), (logs.argmax(-1) == full.argmax(-1)).double())).cpu()
+
+
+@torch.no_grad()
+def run(model: Model, tokens: Tensor, cache: Any) -> Tensor:
+    """Logits `[new_tokens, vocab_size]` of one pass, int `[1, new_tokens]`, on the model's device."""
+    logits = model(tokens.to(getattr(model, "device", tokens.device)), cache)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model(tokens, cache) gives logits [1, {tokens.shape[1]}, vocab_size]; got {got}. A transformers model: "
+            f"lambda tokens, cache: model(tokens, past_key_values=cache).logits"
+        )
+    return logits[0]
+
+
+def new_cache(name: str, make: MakeCache) -> Any:
+    """What `make()` makes; ValueError when it is no function, or what it makes is not empty."""
+    if not callable(make):
+        raise ValueError(f"{name!r} is a {type(make).__name__}: give a function that makes an empty cache")
+    cache = make()
+    if held := getattr(cache, "seq_len", 0):
+        raise ValueError(f"the cache of {name!r} holds {held} tokens already: its function has to make an empty one")
+    return cache
+
+
+def own_cache(model: Model) -> MakeCache:
+    """`model.cache`; ValueError when the model has none."""
+    if not hasattr(model, "cache"):
+        raise ValueError("this model does not say what its full cache is: give a function that makes one")
+    return model.cache
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raise ValueError unless these are the tokens of one text."""
+    whole = isinstance(tokens, Tensor) and not (tokens.is_floating_point() or tokens.dtype == torch.bool)
+    if not whole or tokens.dim() != 2 or len(tokens) != 1:
+        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens are int [1, seq_len], one text; got {got}. Several texts: one call each, then pooled")
+    if tokens.shape[1] == 0:
+        raise ValueError("there are no tokens: the text is empty")
+
+
+def check_passes(seq_len: int, chunk: int, context: int) -> None:
+    """Raise ValueError unless chunks would tell more than one pass over the text would."""
+    check_chunk(chunk)
+    if chunk >= seq_len:
+        raise ValueError(
+            f"chunk={chunk} would take all {seq_len} tokens in one pass, which does not measure a cache: some hand the "
+            f"first pass its own tensors back, uncompressed. Take chunk=1 (decoding) or a small part of the text"
+        )
+    if context >= seq_len:
+        raise ValueError(f"context={context} leaves none of the {seq_len} tokens to score: make it smaller")
+    if context < max(2, chunk):
+        raise ValueError(
+            f"context={context} is too short for chunk={chunk}: tokens would be scored in the first pass, or see "
+            f"little but their own pass, as if the text came in one. Take a context of at least {max(2, chunk)}"
+        )
+
+
+def check_chunk(chunk: int) -> None:
+    """Raise ValueError unless this is a number of tokens."""
+    if chunk < 1:
+        raise ValueError(f"chunk is a number of tokens per pass, at least 1; got {chunk}")
+
+
+def block_error(values: Tensor) -> float:
+    """Standard error of the mean of `values`, `[tokens]`, from whole blocks of 32; NaN with fewer than two."""
+    return mean_error(values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK).mean(dim=1))
+
+
+def mean_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values; NaN with fewer than two."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def plus_minus(value: float, spread: float) -> str:
+    """Both, to the spread's second digit."""
+    if not 0 < spread < math.inf:
+        return f"{value:.4g} ± {'unknown' if math.isnan(spread) else f'{spread:.2g}'}"
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that `text` (the text itself) says: `question` begins a sentence, `answer` goes on with it."""
+
+    text: str
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        if not self.question.strip() or not self.answer.strip():
+            raise ValueError(f"a fact needs a question and an answer; got {self.question!r} and {self.answer!r}")
+
+    def without_text(self) -> Fact:
+        """The same question with no text before it: the control."""
+        return replace(self, text="")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model with one cache made of one fact.
+
+    hit: every token of the answer is the likeliest one. log_probability: mean over the answer's tokens, in nats.
+    position: of the answer's first token in the text; None where the text does not have it. text_tokens: its length.
+    """
+
+    fact: Fact
+    hit: bool
+    log_probability: float
+    position: int | None
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The answers under one cache."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def facts(self) -> int:
+        """Facts asked for: the sample's size."""
+        return len(self.answers)
+
+    @property
+    def hits(self) -> int:
+        """Facts recalled."""
+        return sum(answer.hit for answer in self.answers)
+
+    @property
+    def share(self) -> float:
+        """Hits per fact."""
+        return self.hits / self.facts
+
+    @property
+    def share_spread(self) -> float:
+        """Half of Wilson's interval at one standard error: unlike sqrt(p (1 - p) / n), not 0 when all or none hit."""
+        return math.sqrt(self.share * (1 - self.share) / self.facts + 0.25 / self.facts**2) / (1 + 1 / self.facts)
+
+    @property
+    def log_probability(self) -> float:
+        """Mean over facts of the answers' log-probability per token, in nats: the finer measure."""
+        return sum(answer.log_probability for answer in self.answers) / self.facts
+
+    @property
+    def log_probability_spread(self) -> float:
+        """One standard error over facts; NaN for a single fact."""
+        return mean_error(torch.tensor([answer.log_probability for answer in self.answers], dtype=torch.float64))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hits} of {self.facts} facts recalled, a share of {plus_minus(self.share, self.share_spread)}; "
+            f"log-probability {plus_minus(self.log_probability, self.log_probability_spread)} nats per answer token"
+        )
+
+
+def recall(
+    model: Model,
+    tokenizer: Any,
+    caches: Mapping[str, MakeCache],
+    facts: Sequence[Fact],
+    *,
+    chunk: int = 256,
+    full: MakeCache | None = None,
+) -> dict[str, Recall]:
+    """Whether facts told in a text are still found through each cache, by the names in `caches`.
+
+    Each cache reads a text once, `chunk` tokens a pass; every question is put to a copy of it, so no cache has to take
+    tokens back. The question comes in one pass, after a line break, then the answer, whatever the model would have
+    said. full: one more cache to measure, first, under the name "full". Raises ValueError for bad input.
+    """
+    check_chunk(chunk)
+    caches = caches if full is None else {"full": full, **caches}
+    if not caches or not facts:
+        raise ValueError(f"recall needs at least one cache and one fact; got {len(caches)} and {len(facts)}")
+    answers: dict[str, list[Answer]] = {name: [] for name in caches}
+    for text in dict.fromkeys(fact.text for fact in facts):
+        tokens = torch.tensor([tokenizer(text).input_ids], dtype=torch.long)
+        asked = [fact for fact in facts if fact.text == text]
+        for name, make in caches.items():
+            cache = new_cache(name, make)
+            for piece in tokens.split(chunk, dim=1) if tokens.numel() else ():
+                run(model, piece, cache)
+            answers[name] += [ask(model, tokenizer, cache, fact, tokens.shape[1]) for fact in asked]
+    return {name: Recall(tuple(found)) for name, found in answers.items()}
+
+
+def ask(model: Model, tokenizer: Any, cache: Any, fact: Fact, text_tokens: int) -> Answer:
+    """Put one question to a copy of `cache`, which has read the fact's text."""
+
+    def encode(text: str) -> Tensor:
+        return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.long)
+
+    question, answer = encode(f"\n{fact.question}"), encode(f" {fact.answer}")
+    fork = copy.deepcopy(cache)
+    logits = [run(model, question, fork)[-1:]]
+    if answer.shape[1] > 1:
+        logits.append(run(model, answer[:, :-1], fork))
+    logs = torch.cat(logits).double().log_softmax(dim=-1).cpu()
+    place = fact.text.lower().find(fact.answer.lower())
+    return Answer(
+        fact,
+        hit=torch.equal(logs.argmax(dim=-1), answer[0]),
+        log_probability=logs.gather(1, answer.T).mean().item(),
+        position=None if place < 0 else len(tokenizer(fact.text[:place].rstrip()).input_ids),
+        text_tokens=text_tokens,
+    )
+
+
+def load_text(name: str | Path) -> str:
+    """One of our own texts by name ("lighthouse"), or that of a UTF-8 file. Raises ValueError when it is neither."""
+    own = {path.stem: path for path in TEXTS.glob("*.txt")}
+    path = own.get(name.removesuffix(".txt")) if isinstance(name, str) else None
+    try:
+        return (path or Path(name).expanduser()).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{unknown('text', str(name), own)}. Or give the path of a text file") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(name)[:60]!r} cannot be read as UTF-8 text: {why}") from None
+
+
+def load_facts(name: str | None = None) -> list[Fact]:
+    """The facts planted in our own texts, or in one of them. For another text, make them: `Fact(text, ...)`.
+
+    Raises ValueError when there is no such text.
+    """
+    facts = json.loads((TEXTS / "facts.json").read_text(encoding="utf-8"))
+    known = list(dict.fromkeys(fact["text"].removesuffix(".txt") for fact in facts))
+    wanted = known if name is None else [str(name).removesuffix(".txt")]
+    if wanted[0] not in known:
+        raise ValueError(f"{unknown('text with facts', str(name), known)}. For your own: Fact(text, question, answer)")
+    texts = {f"{stem}.txt": load_text(stem) for stem in wanted}
+    return [Fact(texts[one["text"]], one["question"], one["answer"]) for one in facts if one["text"] in texts]

@@ -1,0 +1,413 @@
+"""Quality under a cache: figures equal to those made by hand, in passes that a compressed cache cannot dodge."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from labkit import models
+from labkit.cache import Cache, GrowingCache
+from labkit.llama import Llama
+from labkit.quality import (
+    Answer,
+    Fact,
+    Quality,
+    Recall,
+    compare,
+    load_facts,
+    load_text,
+    passes,
+    perplexity,
+    recall,
+)
+from labkit.specs import ModelSpec
+
+SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)
+
+
+class CoarseCache(GrowingCache):
+    """Keeps the signs of K alone, times one size: two levels."""
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        super().write(k.sign() * k.abs().mean(), v)
+
+
+class LateCache(CoarseCache):
+    """Coarse, but its first pass attends to what it was given: as Hugging Face's QuantizedCache does."""
+
+    def attend(self, q: Tensor) -> Tensor:
+        if self.seq_len > q.shape[2]:
+            return super().attend(q)
+        exact = GrowingCache()
+        exact.append(*self.given)
+        return exact.attend(q)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        self.given = k, v
+        super().write(k, v)
+
+
+def make(layer) -> Cache:
+    return Cache.of(SPEC.num_layers, layer)
+
+
+def wide(dtype: torch.dtype = torch.float64) -> Llama:
+    """A random model with weights wide enough that damaged keys show in its logits."""
+    model = models.random(SPEC, dtype=dtype, pack=False)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.mul_(12)
+    return model
+
+
+def text(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, SPEC.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def surprise(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of each token but the first, `[tokens - 1]`, written out."""
+    wanted = logits[0, :-1].double().gather(1, tokens[0, 1:, None])[:, 0]
+    return logits[0, :-1].double().logsumexp(dim=-1) - wanted
+
+
+def quality(seed: int, tokens: int, **bytes_held) -> Quality:
+    draw = torch.rand(3, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return Quality(draw[0], draw[1], draw[2], draw[2] > 0.5, **bytes_held)
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return wide()
+
+
+def test_the_full_cache_beside_itself_has_ratio_one_no_divergence_and_always_agrees(model: Llama) -> None:
+    same = compare(model, text(200), {"full": model.cache}, chunk=16, context=40)["full"]
+    assert same.ratio == 1
+    assert same.difference == 0
+    assert abs(same.kl) <= 1e-12
+    assert same.agreement == 1
+    assert same.ratio_spread == same.difference_spread == same.kl_spread == same.agreement_spread == 0
+
+
+def test_the_full_caches_perplexity_is_that_of_one_pass_without_a_cache(model: Llama) -> None:
+    tokens = text(150)
+    by_hand = surprise(model(tokens), tokens)[39:]
+    measured = perplexity(model, tokens, chunk=16, context=40)
+    torch.testing.assert_close(measured.surprise, by_hand, rtol=0, atol=1e-10)  # bounded: float64, sums below 100 terms
+    assert measured.perplexity == pytest.approx(by_hand.mean().exp().item(), rel=1e-10)
+
+
+def test_chunks_of_any_size_give_the_full_cache_the_same_perplexity() -> None:
+    model = models.random(SPEC, pack=False)
+    by_size = [perplexity(model, text(120), chunk=chunk, context=60).perplexity for chunk in (1, 7, 32, 60)]
+    # Bounded: a float32 logit here is below 1 in size and the end of sums of at most 96 terms, 2 layers deep.
+    assert max(by_size) / min(by_size) - 1 <= 2 * 96 * torch.finfo(torch.float32).eps
+
+
+def test_damaged_keys_cost_what_a_loop_by_hand_says(model: Llama) -> None:
+    tokens, context = text(140), 30
+    measured = compare(model, tokens, {"coarse": lambda: make(CoarseCache)}, chunk=1, context=context)["coarse"]
+    coarse = make(CoarseCache)
+    damaged = torch.cat([model(tokens[:, [at]], coarse) for at in range(140)], dim=1)
+    exact = model(tokens)
+    by_hand = surprise(damaged, tokens)[context - 1 :]
+    assert measured.perplexity == pytest.approx(by_hand.mean().exp().item(), rel=1e-10)
+    p, q = (logits[0, context - 1 : -1].softmax(dim=-1) for logits in (exact, damaged))
+    assert measured.kl == pytest.approx((p * (p / q).log()).sum(dim=-1).mean().item(), rel=1e-8)
+    assert measured.agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert measured.kl > 0.01
+    assert measured.agreement < 1
+
+
+def test_several_caches_in_lockstep_measure_what_each_does_alone(model: Llama) -> None:
+    tokens, ways = text(100), {"coarse": lambda: make(CoarseCache), "late": lambda: make(LateCache)}
+    together = compare(model, tokens, ways, chunk=10, context=20)
+    assert list(together) == ["coarse", "late"]
+    for name, way in ways.items():
+        alone = compare(model, tokens, {name: way}, chunk=10, context=20)[name]
+        assert torch.equal(alone.surprise, together[name].surprise)
+        assert torch.equal(alone.divergence, together[name].divergence)
+
+
+def test_bytes_are_those_after_the_last_token_and_none_where_a_cache_does_not_tell(model: Llama) -> None:
+    half = {"own": model.cache, "silent": list}
+    measured = compare(
+        lambda tokens, cache: model(tokens, None if isinstance(cache, list) else cache),
+        text(50),
+        half,
+        full=model.cache,
+        chunk=5,
+        context=10,
+    )
+    assert measured["own"].cache_bytes == measured["own"].full_cache_bytes == 2 * 2 * 2 * 50 * 8 * 8
+    assert measured["silent"].cache_bytes is None
+
+
+def test_a_cache_that_spares_its_first_pass_looks_perfect_in_one_pass_and_not_in_chunks(model: Llama) -> None:
+    tokens = text(120)
+    late = make(LateCache)
+    assert torch.equal(model(tokens, late), model(tokens, model.cache()))  # one pass: a ratio of exactly 1
+    measured = compare(model, tokens, {"late": lambda: make(LateCache)}, chunk=8, context=40)["late"]
+    assert measured.ratio > 1
+    assert measured.kl > 0.01
+
+
+def test_no_token_is_scored_from_the_first_pass_even_when_the_context_is_one_chunk(model: Llama) -> None:
+    one = compare(model, text(33), {"late": lambda: make(LateCache)}, chunk=32, context=32)["late"]
+    assert one.tokens == 1
+    assert one.kl > 0
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_passes_cover_the_text_in_order_and_every_token_after_the_context_is_scored_once(data) -> None:
+    seq_len = data.draw(st.integers(3, 60))
+    context = data.draw(st.integers(2, seq_len - 1))
+    chunk = data.draw(st.integers(1, context))
+    spans = list(passes(seq_len, chunk, context))
+    assert [at for start, end in spans for at in range(start, end)] == list(range(seq_len))
+    assert all(0 < end - start <= chunk for start, end in spans)
+    assert spans[0][1] < context
+    fed = []
+
+    def uniform(tokens: Tensor, cache: list) -> Tensor:
+        fed.append(tokens.shape[1])
+        return torch.zeros(1, tokens.shape[1], 100)
+
+    measured = perplexity(uniform, text(seq_len), list, chunk=chunk, context=context)
+    assert fed == [end - start for start, end in spans]
+    assert measured.tokens == seq_len - context
+    assert measured.perplexity == pytest.approx(100)
+
+
+def test_spreads_come_from_the_means_of_whole_blocks_of_32_tokens() -> None:
+    blocks = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    values = torch.cat((blocks.repeat_interleave(32), torch.full((5,), 100.0, dtype=torch.float64)))
+    measured = Quality(values, torch.zeros_like(values), values, values > 1.5)
+    assert (measured.tokens, measured.blocks) == (101, 3)
+    error = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2 / 3)  # the mean of the blocks is 3
+    assert measured.kl_spread == pytest.approx(error)
+    assert measured.perplexity_spread == pytest.approx(measured.perplexity * error)
+    assert measured.agreement_spread == pytest.approx(math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2 / 3))
+
+
+def test_the_spread_of_ratio_and_difference_is_paired() -> None:
+    full = torch.rand(320, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 8
+    measured = Quality(full + 0.01, full, torch.zeros_like(full), full > 0)
+    assert measured.ratio == pytest.approx(math.exp(0.01))
+    assert measured.ratio_spread < 1e-12
+    assert measured.difference == pytest.approx(measured.full_perplexity * (math.exp(0.01) - 1))
+    assert 0 < measured.difference_spread < 0.02 * measured.perplexity_spread
+
+
+def test_a_sample_of_one_block_has_an_unknown_spread() -> None:
+    measured = quality(0, 63)
+    assert math.isnan(measured.kl_spread)
+    assert "± unknown" in str(measured)
+
+
+def test_pooled_texts_are_one_sample_and_bytes_add_up() -> None:
+    first, second = quality(1, 64, cache_bytes=10, full_cache_bytes=40), quality(2, 96, cache_bytes=12)
+    pooled = Quality.pooled([first, second])
+    assert pooled.tokens == 160
+    assert pooled.kl == pytest.approx((64 * first.kl + 96 * second.kl) / 160)
+    assert pooled.perplexity == pytest.approx(math.exp(torch.cat((first.surprise, second.surprise)).mean()))
+    assert (pooled.cache_bytes, pooled.full_cache_bytes) == (22, None)
+    with pytest.raises(ValueError, match="nothing to pool"):
+        Quality.pooled([])
+
+
+def test_a_quality_says_everything_in_one_line_with_its_spreads() -> None:
+    said = str(quality(3, 320))
+    assert "\n" not in said
+    assert "320 tokens" in said
+    assert said.count("±") == 5
+
+
+def test_a_token_that_the_full_cache_rules_out_adds_nothing_to_the_divergence() -> None:
+    def masked(tokens: Tensor, cache: list) -> Tensor:
+        logits = torch.zeros(1, tokens.shape[1], 100)
+        logits[..., 99] = -math.inf
+        return logits
+
+    tokens = text(20).clamp(max=98)
+    assert perplexity(masked, tokens, list, chunk=2, context=4).kl == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 60}, "all 60 tokens in one pass.*uncompressed.*chunk=1"),
+        ({"chunk": 500, "context": 0}, "in one pass"),
+        ({"context": 60}, "none of the 60 tokens to score"),
+        ({"context": 0, "chunk": 1}, "first pass.*at least 2"),
+        ({"context": 8, "chunk": 16}, "as if the text came in one.*at least 16"),
+        ({"chunk": 0}, "at least 1; got 0"),
+    ],
+)
+def test_a_call_that_would_tell_no_more_than_one_pass_is_refused_and_says_why(model: Llama, options, message) -> None:
+    for measure in (
+        lambda **o: compare(model, text(60), {"full": model.cache}, **o),
+        lambda **o: perplexity(model, text(60), **o),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(**{"chunk": 8, "context": 16, **options})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "the text is empty"),
+        (torch.zeros(2, 60, dtype=torch.long), r"one text; got torch.int64 \[2, 60\].*pooled"),
+        (torch.zeros(60, dtype=torch.long), r"got torch.int64 \[60\]"),
+        (torch.zeros(1, 60), "torch.float32"),
+        ([1, 2, 3], "got list"),
+    ],
+)
+def test_tokens_that_are_not_one_text_are_refused(model: Llama, tokens, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(model, tokens, {"full": model.cache}, chunk=8, context=16)
+
+
+def test_caches_that_cannot_be_compared_are_refused(model: Llama) -> None:
+    used, one = model.cache(), model.cache()
+    model(text(3), used)
+    for caches, message in (
+        ({}, "no caches"),
+        ({"one": one}, "'one' is a Cache: give a function"),
+        ({"one": lambda: used}, "holds 3 tokens already"),
+        ({"one": lambda: one, "two": lambda: one}, "same cache object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(model, text(60), caches, chunk=8, context=16)
+    with pytest.raises(ValueError, match="give a function that makes one"):
+        compare(lambda tokens, cache: model(tokens, cache), text(60), {"one": model.cache}, chunk=8, context=16)
+
+
+def test_a_model_that_does_not_give_logits_is_told_how(model: Llama) -> None:
+    with pytest.raises(ValueError, match=r"got \[1, 1, 100\].*past_key_values"):
+        perplexity(
+            lambda tokens, cache: model(tokens, cache, last_only=True), text(60), model.cache, chunk=8, context=16
+        )
+
+
+def test_one_of_our_texts_is_found_by_name_and_any_other_by_path(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Señora", encoding="utf-8")
+    assert load_text("lighthouse") == load_text("lighthouse.txt")
+    assert load_text(mine) == load_text(str(mine)) == "Señora"
+    with pytest.raises(ValueError, match=r"no text is called 'lighthous'; nearest: lighthouse.*path of a text file"):
+        load_text("lighthous")
+    mine.write_bytes(b"\xff\xfe")
+    for wrong in (mine, tmp_path, "a text instead of its name " * 300):
+        with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+            load_text(wrong)
+
+
+def test_facts_come_with_their_text_in_the_order_of_the_file() -> None:
+    facts = load_facts("lighthouse")
+    assert len(facts) == 11
+    assert {fact.text for fact in facts} == {load_text("lighthouse")}
+    assert [fact for fact in load_facts() if fact.text == facts[0].text] == facts
+    with pytest.raises(ValueError, match=r"nearest: lighthouse.*Fact\(text, question, answer\)"):
+        load_facts("lighthose")
+    with pytest.raises(ValueError, match="needs a question and an answer"):
+        Fact("text", "question", " ")
+
+
+def test_a_recall_counts_hits_and_its_spread_is_not_zero_when_all_hit() -> None:
+    answers = [Answer(Fact("", "q", "a"), hit, value, None, 0) for hit, value in ((True, -1.0), (True, -3.0))]
+    all_hit = Recall(tuple(answers))
+    assert (all_hit.hits, all_hit.facts, all_hit.share) == (2, 2, 1)
+    assert all_hit.share_spread == pytest.approx((1 / 4) / (1 + 1 / 2))
+    assert (all_hit.log_probability, all_hit.log_probability_spread) == (-2, 1)
+    half = Recall((answers[0], replace(answers[1], hit=False)))
+    assert half.share_spread == pytest.approx(math.sqrt(1 / 8 + 1 / 16) / 1.5)
+    assert str(half).startswith("1 of 2 facts recalled, a share of 0.50 ± 0.29; log-probability -2.0 ± 1.0")
+
+
+class Words:
+    """A tokenizer of words, whose ids are their order of first appearance."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        words = [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
+        return type("Encoding", (), {"input_ids": words})
+
+
+def test_recall_says_what_a_pass_over_the_whole_prompt_says(model: Llama) -> None:
+    words = Words()
+    story = "the cat sat on the red mat and the dog ran to a far hill"
+    facts = [
+        Fact(story, "so the cat sat on", "the red mat"),
+        Fact(story, "it ran to", "nowhere"),
+        Fact("", "why", "cat"),
+    ]
+    found = recall(model, words, {"grown": model.cache}, facts, chunk=4)["grown"]
+    assert [answer.fact for answer in found.answers] == facts
+    assert [answer.position for answer in found.answers] == [4, None, None]
+    assert [answer.text_tokens for answer in found.answers] == [15, 15, 0]
+    for answer in found.answers:
+        prompt = words(f"{answer.fact.text} {answer.fact.question} {answer.fact.answer}").input_ids
+        length = len(words(answer.fact.answer).input_ids)
+        tokens = torch.tensor([prompt])
+        by_hand = -surprise(model(tokens), tokens)[-length:].mean()
+        assert answer.log_probability == pytest.approx(by_hand.item(), rel=1e-10)
+        assert answer.hit == torch.equal(model(tokens)[0, -length - 1 : -1].argmax(-1), tokens[0, -length:])
+
+
+def test_a_copy_of_a_cache_leaves_it_as_it_was(model: Llama) -> None:
+    for layer in (GrowingCache, CoarseCache):
+        cache = make(layer)
+        model(text(10), cache)
+        before, fork = [layer.k.clone() for layer in cache.layers], copy.deepcopy(cache)
+        model(text(5, seed=1), fork)
+        assert cache.seq_len == 10
+        assert all(torch.equal(old, layer.k) for old, layer in zip(before, cache.layers, strict=True))
+
+
+def test_every_question_is_put_to_a_cache_that_has_read_the_text_alone(model: Llama) -> None:
+    words = Words()
+    facts = [Fact("the cat sat on the mat", question, "cat") for question in ("who sat", "what lay there", "who sat")]
+    found = recall(model, words, {"coarse": lambda: make(CoarseCache)}, facts, chunk=3, full=model.cache)
+    assert list(found) == ["full", "coarse"]
+    for answers in found.values():
+        first, other, again = (answer.log_probability for answer in answers.answers)
+        assert first == again != other
+
+
+def test_recall_of_nothing_is_refused(model: Llama) -> None:
+    fact = Fact("a text", "a question", "an answer")
+    for caches, facts, chunk, message in (
+        ({"full": model.cache}, [], 8, "got 1 and 0"),
+        ({}, [fact], 8, "got 0 and 1"),
+        ({"full": model.cache}, [fact], 0, "at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recall(model, Words(), caches, facts, chunk=chunk)
+
+
+def test_the_lab_model_recalls_facts_of_a_text_it_read_and_none_without_it(lab_model, monkeypatch) -> None:
+    monkeypatch.delenv("LABKIT_MODEL", raising=False)
+    model, tokenizer = models.load(device="cpu"), models.tokenizer()
+    start = load_text("lighthouse")[:2200]
+    facts = [replace(fact, text=start) for fact in load_facts("lighthouse") if fact.answer in start]
+    found = recall(model, tokenizer, {"full": model.cache}, facts)["full"]
+    alone = recall(model, tokenizer, {"full": model.cache}, [fact.without_text() for fact in facts])["full"]
+    assert found.facts >= 2
+    assert found.share >= 0.5
+    assert alone.hits == 0
+    assert alone.log_probability < found.log_probability - 1
+    for answer in found.answers:
+        tokens = tokenizer(start).input_ids[answer.position :]
+        assert tokenizer.decode(tokens).lstrip().startswith(answer.fact.answer)
