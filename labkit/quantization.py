@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -122,21 +123,29 @@ class Packed:
         middle = self.quantizer.middle
         return self.scale.float() * -middle if middle else self.zero
 
-    def numbers(self, dtype: torch.dtype) -> Tensor:
-        """The codes as numbers, without scale and zero point: `[batch, heads, tiles, group_size, head_dim]`."""
+    def numbers(self, out: Tensor) -> Tensor:
+        """The codes as numbers, without scale and zero point, written to `out`: wide floats, shaped as the tiles."""
         nbits = self.quantizer.nbits
-        return (unpack(self.codes, nbits) if isinstance(nbits, int) else self.codes).to(dtype)
+        return out.copy_(unpack(self.codes, nbits) if isinstance(nbits, int) else self.codes)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
-        groups = self.quantizer.groups(self.numbers(wide))
-        per_group = [x if self.quantizer.axis == "channel" else x.unsqueeze(5) for x in self.tensors[1:]]
-        numbers = groups.sub_(self.quantizer.middle).mul_(per_group[0].to(wide))
-        if self.zero is not None:
-            numbers = numbers.add_(per_group[1].to(wide))
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`.
+
+        out: memory for the numbers, as `numbers` takes it.
+        """
         batch, heads, tiles, _, head_dim = self.codes.shape
-        return numbers.view(batch, heads, tiles * self.quantizer.group_size, head_dim).to(dtype)
+        size = self.quantizer.group_size
+        if out is None:
+            wide = torch.promote_types(dtype, torch.float32)
+            out = self.codes.new_empty(batch, heads, tiles, size, head_dim, dtype=wide)
+        groups = self.quantizer.groups(self.numbers(out))
+        if self.quantizer.middle:
+            groups.sub_(self.quantizer.middle)
+        per_group = [x if self.quantizer.axis == "channel" else x.unsqueeze(5) for x in self.tensors[1:]]
+        groups.mul_(per_group[0])
+        if self.zero is not None:
+            groups.add_(per_group[1])
+        return out.view(batch, heads, tiles * size, head_dim).to(dtype)
 
     def tiles(self, start: int, stop: int) -> Packed:
         """Tiles `start` to `stop`, as views."""
@@ -177,10 +186,15 @@ def unpack(packed: Tensor, nbits: int) -> Tensor:
     """What `pack` packed: uint8 `[..., rows, head_dim]`. All runs at once: one shift and one mask."""
     if nbits == 8:
         return packed
-    shifts = torch.arange(0, 8, nbits, dtype=torch.uint8, device=packed.device).view(-1, 1, 1)
-    codes = packed.unsqueeze(-3) >> shifts
+    codes = packed.unsqueeze(-3) >> run_shifts(nbits, packed.device)
     codes &= 2**nbits - 1
     return codes.flatten(-3, -2)
+
+
+@cache
+def run_shifts(nbits: int, device: torch.device) -> Tensor:
+    """How far each run's codes are shifted, uint8 `[runs, 1, 1]`."""
+    return torch.arange(0, 8, nbits, dtype=torch.uint8, device=device).view(-1, 1, 1)
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

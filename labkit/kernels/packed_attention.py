@@ -11,9 +11,11 @@ Both take tokens in full precision as well, before the packed ones (sinks) and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -28,6 +30,7 @@ except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
 Dense = tuple[Tensor, Tensor]
+QUERIES_AT_ONCE, BLOCKS_AT_ONCE = 256, 8  # new tokens and blocks whose scores are held at one time
 
 
 def packed_attention(
@@ -42,7 +45,7 @@ def packed_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     rotation: Tensor | None = None,
-    block_size: int = 1024,
+    block_size: int = 2048,
 ) -> Tensor:
     """Causal softmax(q k^T * scale) v over `before`, then the packed tokens, then `after`: shape and dtype of `q`.
 
@@ -58,94 +61,140 @@ def packed_attention(
             soft_cap=soft_cap, rotation=rotation, block_size=block_size,
         )  # fmt: skip
     kv_len = check_packed(q, k, v, before, after)
-    batch, num_heads, new_tokens, head_dim = q.shape
-    rows = q.reshape(batch, k.codes.shape[1], -1, head_dim).to(wide_dtype(q))
-    rows = rows * (head_dim**-0.5 if scale is None else scale)
+    head_dim, new_tokens = q.shape[3], q.shape[2]
+    grouped = q.unflatten(1, (k.codes.shape[1], -1)).to(wide_dtype(q))  # [batch, KV heads, queries per KV, new, dims]
+    grouped = grouped * (head_dim**-0.5 if scale is None else scale)
+    answers = []
+    for start in range(0, new_tokens, QUERIES_AT_ONCE):
+        some = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
+        mask = Mask(kv_len - new_tokens + start, some.shape[3], window, padding)
+        answers.append(answer(some.flatten(2, 3), k, v, before, after, mask, soft_cap, rotation, block_size).view_as(some))
+    out = answers[0] if len(answers) == 1 else torch.cat(answers, dim=3)
+    return out.flatten(1, 2).to(q.dtype)
+
+
+def answer(
+    rows: Tensor,
+    k: Packed,
+    v: Packed,
+    before: Dense | None,
+    after: Dense | None,
+    mask: Mask,
+    soft_cap: float | None,
+    rotation: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """Attention of scaled query rows, `[batch, num_kv_heads, rows, head_dim]`: of a span at a time, spans merged."""
+    count = rows.shape[2]
+    if count % 4 and count < 16:  # MKL multiplies 4 rows in two thirds of the time that 3 take
+        rows = F.pad(rows, (0, 0, 0, -count % 4))
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
-    mask = Mask(kv_len, new_tokens, window, padding)
-    sums = RunningSoftmax(rows)
-    for start, keys, values in segments(k, v, before, after, block_size):
-        scores = packed_scores(turned, keys) if isinstance(keys, Packed) else rows @ keys.to(rows.dtype).mT
-        if soft_cap is not None:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        weights = sums.weigh(mask.hide(scores, start))
-        sums.add(packed_blend(weights, values) if isinstance(values, Packed) else weights @ values.to(rows.dtype))
-    return sums.result().to(q.dtype).view(q.shape)
+    scratch = Scratch(rows, k, block_size)
+    outs, sums = [], []
+    for span in spans(k, v, before, after, block_size, mask.last):
+        scores, hides = [], False
+        for start, keys, _ in span:
+            some = packed_scores(turned, keys, scratch) if isinstance(keys, Packed) else rows @ keys.to(rows.dtype).mT
+            if soft_cap is not None:
+                some = soft_cap * torch.tanh(some / soft_cap)
+            hides |= mask.hide(some, start, count)
+            scores.append(some)
+        weights, lse = softmax(torch.cat(scores, dim=3), hides)
+        out = 0
+        for values, some in zip((values for *_, values in span), weights.split([x.shape[3] for x in scores], 3), strict=True):
+            out = out + (packed_blend(some, values, scratch) if isinstance(values, Packed) else some @ values.to(rows.dtype))
+        outs.append(out)
+        sums.append(lse)
+    out = outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
+    return out[:, :, :count]
 
 
-def packed_scores(rows: Tensor, keys: Packed) -> Tensor:
+def softmax(scores: Tensor, hides: bool) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp of scores; where some are hidden, a row that sees nothing gets weights of 0."""
+    lse = scores.logsumexp(-1)
+    if not hides:
+        return scores.softmax(-1), lse
+    return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)), lse
+
+
+class Scratch:
+    """Memory for one block's numbers, used for every block in turn: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, rows: Tensor, packed: Packed, block_size: int) -> None:
+        batch, heads, tiles, _, head_dim = packed.codes.shape
+        self.size = packed.quantizer.group_size
+        self.memory = rows.new_empty(batch * heads * min(tiles, tiles_per_block(packed, block_size)) * self.size * head_dim)
+
+    def like(self, packed: Packed) -> Tensor:
+        """Room for the numbers of these tiles, `[batch, heads, tiles, group_size, head_dim]`."""
+        batch, heads, tiles, _, head_dim = packed.codes.shape
+        shape = (batch, heads, tiles, self.size, head_dim)
+        return self.memory[: math.prod(shape)].view(shape)
+
+
+def packed_scores(rows: Tensor, keys: Packed, scratch: Scratch) -> Tensor:
     """rows `[batch, heads, rows, head_dim]` times the keys' transpose: `[batch, heads, rows, tokens]`."""
-    if keys.quantizer.axis == "token":
-        return rows @ keys.dequantize(rows.dtype).mT
-    numbers = keys.numbers(rows.dtype).mul_(keys.scale.to(rows.dtype)).flatten(2, 3)
-    scores = rows @ numbers.mT
-    if (offset := keys.offset) is not None:  # the same for all tokens of a tile: one product per tile, not per token
-        per_tile = rows @ offset.squeeze(3).to(rows.dtype).mT
-        scores.unflatten(3, (-1, keys.quantizer.group_size)).add_(per_tile.unsqueeze(4))
-    return scores
+    numbers = scratch.like(keys)
+    if keys.quantizer.axis == "token" or rows.shape[2] > keys.quantizer.group_size:
+        return rows @ keys.dequantize(rows.dtype, numbers).mT
+    # A tile's tokens share their scales: a few queries are cheaper to scale than all of its keys.
+    by_tile, numbers = rows.unsqueeze(2), keys.numbers(numbers).flatten(0, 2)
+    scaled = (by_tile * keys.scale).flatten(0, 2)
+    if (offset := keys.offset) is None:
+        scores = scaled @ numbers.mT
+    else:
+        scores = torch.baddbmm((by_tile * offset).sum(-1, keepdim=True).flatten(0, 2), scaled, numbers.mT)
+    return scores.unflatten(0, keys.codes.shape[:3]).transpose(2, 3).flatten(3)
 
 
-def packed_blend(weights: Tensor, values: Packed) -> Tensor:
+def packed_blend(weights: Tensor, values: Packed, scratch: Scratch) -> Tensor:
     """weights `[batch, heads, rows, tokens]` times the values: `[batch, heads, rows, head_dim]`."""
-    if values.quantizer.axis == "channel" or values.scale.shape[4] > 1:
-        return weights @ values.dequantize(weights.dtype)
-    # One scale per token: it goes to the token's weight, so that the codes are used as they are.
-    numbers = values.numbers(weights.dtype).flatten(2, 3)
-    scale = values.scale.to(weights.dtype).flatten(2, 4)
-    out = (weights * scale.unsqueeze(2)) @ numbers
+    size, numbers = values.quantizer.group_size, scratch.like(values)
+    if values.quantizer.axis == "channel" or weights.shape[2] > size:
+        return weights @ values.dequantize(weights.dtype, numbers)
+    # A token's channels share a scale, group by group: its weight is scaled, and the codes are used as they are.
+    numbers, scale = values.numbers(numbers).flatten(2, 3), values.scale.flatten(2, 3)
+    groups = [
+        (weights * scale[..., group].unsqueeze(2)) @ numbers[..., group * size : (group + 1) * size]
+        for group in range(scale.shape[3])
+    ]
+    out = groups[0] if len(groups) == 1 else torch.cat(groups, dim=3)
     if (offset := values.offset) is not None:
-        out += weights @ offset.to(weights.dtype).flatten(2, 3)
+        constant = weights @ offset.to(weights.dtype).flatten(2, 3)  # [batch, heads, rows, groups]
+        out.unflatten(3, (-1, size)).add_(constant.unsqueeze(4))
     return out
 
 
-class RunningSoftmax:
-    """A softmax-weighted sum over segments: running maximum, sum of weights and output (arXiv:1805.02867)."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.top = rows.new_full((*rows.shape[:3], 1), float("-inf"))
-        self.total = torch.zeros_like(self.top)
-        self.out = torch.zeros_like(rows)
-
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Weights of a segment's scores, `[batch, heads, rows, tokens]`, which are overwritten."""
-        top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
-        safe = top.clamp(min=torch.finfo(top.dtype).min)  # nothing seen yet: keep exp(-inf) = 0
-        shrink = (self.top - safe).exp_()
-        weights = scores.sub_(safe).exp_()
-        self.top, self.total = top, self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        self.out.mul_(shrink)
-        return weights
-
-    def add(self, out: Tensor) -> None:
-        """Add a segment's weighted sum."""
-        self.out.add_(out)
-
-    def result(self) -> Tensor:
-        """The attention, `[batch, heads, rows, head_dim]`; zeros where no key was seen."""
-        return self.out / self.total.masked_fill(self.total == 0, 1.0)
-
-
 class Mask:
-    """Which of `kv_len` keys each of the newest `new_tokens` queries may see: causal, within a window, no padding."""
+    """Which keys each of `new_tokens` queries, the first at position `first`, may see: causal, in a window, no padding."""
 
-    def __init__(self, kv_len: int, new_tokens: int, window: int | None, padding: Tensor | None) -> None:
-        self.kv_len, self.new_tokens, self.window, self.padding = kv_len, new_tokens, window, padding
+    def __init__(self, first: int, new_tokens: int, window: int | None, padding: Tensor | None) -> None:
+        self.first, self.last, self.new_tokens = first, first + new_tokens - 1, new_tokens
+        self.window, self.padding = window, padding
 
-    def hide(self, scores: Tensor, start: int) -> Tensor:
-        """`scores` of a segment whose first key stands at `start`, with -inf where a key may not be seen."""
-        stop, first = start + scores.shape[3], self.kv_len - self.new_tokens
-        future, left = stop - 1 > first, self.window is not None and start <= self.kv_len - 1 - self.window
-        if not future and not left and self.padding is None:
-            return scores
+    def hide(self, scores: Tensor, start: int, rows: int) -> bool:
+        """Write -inf where one of the first `rows` may not see a key, the first of which stands at `start`; whether any."""
+        stop = start + scores.shape[3]
+        if stop - 1 <= self.first and (self.window is None or start > self.last - self.window) and self.padding is None:
+            return False
         key = torch.arange(start, stop, device=scores.device)
-        query = torch.arange(first, self.kv_len, device=scores.device)[:, None]
+        query = torch.arange(self.first, self.last + 1, device=scores.device)[:, None]
         hidden = key > query
         if self.window is not None:
             hidden = hidden | (key <= query - self.window)
         if self.padding is not None:
             hidden = hidden | (key < self.padding[:, None, None, None, None])
-        scores.unflatten(2, (-1, self.new_tokens)).masked_fill_(hidden, float("-inf"))
-        return scores
+        scores[:, :, :rows].unflatten(2, (-1, self.new_tokens)).masked_fill_(hidden, float("-inf"))
+        return True
+
+
+def spans(
+    k: Packed, v: Packed, before: Dense | None, after: Dense | None, block_size: int, last: int
+) -> Iterator[list[tuple[int, Tensor | Packed, Tensor | Packed]]]:
+    """Segments `(position, keys, values)` up to position `last`, `BLOCKS_AT_ONCE` at a time; one packed block each."""
+    every = [segment for segment in segments(k, v, before, after, block_size) if segment[0] <= last]
+    for start in range(0, len(every), BLOCKS_AT_ONCE):
+        yield every[start : start + BLOCKS_AT_ONCE]
 
 
 def segments(
@@ -156,13 +205,17 @@ def segments(
     if before is not None and before[0].shape[2]:
         yield position, *before
         position += before[0].shape[2]
-    size = k.quantizer.group_size
-    per_block = max(1, block_size // size)
+    size, per_block = k.quantizer.group_size, tiles_per_block(k, block_size)
     for tile in range(0, k.codes.shape[2], per_block):
         yield position + tile * size, k.tiles(tile, tile + per_block), v.tiles(tile, tile + per_block)
     position += k.tokens
     if after is not None and after[0].shape[2]:
         yield position, *after
+
+
+def tiles_per_block(packed: Packed, block_size: int) -> int:
+    """Whole tiles in a block of about `block_size` tokens."""
+    return max(1, block_size // packed.quantizer.group_size)
 
 
 def check_packed(q: Tensor, k: Packed, v: Packed, before: Dense | None, after: Dense | None) -> int:
