@@ -5,14 +5,12 @@ lost: along the tokens of one channel (axis "channel"), so that a channel of lar
 channels of one token (axis "token"), so that a large token spoils no other (KIVI, arXiv:2402.02750).
 
 Tensors are `[batch, heads, tokens, head_dim]`. A tile is `group_size` successive tokens of one head of one row of the
-batch; no group and no byte reaches beyond its tile.
+batch; no group and no byte reaches beyond its tile. A group is kept as one row of bytes: codes, scale, zero point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,12 +32,22 @@ class Quantizer:
     group_size: int = 64
     axis: str = "channel"
     symmetric: bool = False
-    metadata: torch.dtype = torch.bfloat16
+    metadata: torch.dtype = torch.float16
 
     @property
     def middle(self) -> int:
         """The code that stands for 0 where codes are whole and symmetric; 0 otherwise."""
         return 2 ** (self.nbits - 1) if isinstance(self.nbits, int) and self.symmetric else 0
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a group's codes."""
+        return self.group_size * (self.nbits if isinstance(self.nbits, int) else 8) // 8
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether groups keep a zero point."""
+        return isinstance(self.nbits, int) and not self.symmetric
 
     def quantize(self, x: Tensor) -> Packed:
         """`x`, `[batch, heads, tokens, head_dim]`, as codes, scales and zero points.
@@ -49,152 +57,133 @@ class Quantizer:
         `metadata` cannot hold, comes back as NaN throughout: an error that shows.
         Raises ValueError unless `group_size` divides the tokens and, for axis "token", head_dim.
         """
-        tiles = self.tiles(x)
-        groups = self.groups(tiles).to(torch.promote_types(x.dtype, torch.float32))
-        along, zero = (3 if self.axis == "channel" else 5), None
-        if isinstance(self.nbits, torch.dtype) or self.symmetric:
-            most = torch.finfo(self.nbits).max if isinstance(self.nbits, torch.dtype) else self.middle - 1
-            least = -most
-            scale = round_up(groups.abs().amax(along, keepdim=True) / most, self.metadata)
-        else:
-            least, most = 0, 2**self.nbits - 1
-            low, high = torch.aminmax(groups, dim=along, keepdim=True)
+        groups = self.groups(x).to(torch.promote_types(x.dtype, torch.float32))
+        zero = None
+        if self.has_zero:
+            least, most = 0, 2 ** int(self.nbits) - 1  # type: ignore[call-overload]
+            low, high = torch.aminmax(groups, dim=-1, keepdim=True)
             zero = round_down(low, self.metadata)
             scale = round_up((high - zero.to(high.dtype)) / most, self.metadata)
             groups = groups - zero.to(groups.dtype)
+        else:
+            most = torch.finfo(self.nbits).max if isinstance(self.nbits, torch.dtype) else self.middle - 1
+            least = -most
+            scale = round_up(groups.abs().amax(-1, keepdim=True) / most, self.metadata)
         lost = ~torch.isfinite(scale) if zero is None else ~(torch.isfinite(scale) & torch.isfinite(zero))
         steps = scale.to(groups.dtype)
-        codes = (groups / steps.masked_fill(steps == 0, 1.0)).masked_fill(lost, 0.0).view_as(tiles)
-        scale = scale.masked_fill(lost, float("nan"))
-        if self.axis == "token":
-            scale, zero = scale.squeeze(5), None if zero is None else zero.squeeze(5)
-        if isinstance(self.nbits, torch.dtype):
-            return Packed(self, codes.clamp(least, most).to(self.nbits), scale, zero)
-        whole = (codes.round().clamp(least, most) + self.middle).to(torch.uint8)
-        return Packed(self, pack(whole, self.nbits), scale, zero)
+        codes = (groups / steps.masked_fill(steps == 0, 1.0)).masked_fill(lost, 0.0)
+        if isinstance(self.nbits, int):
+            packed = pack((codes.round().clamp(least, most) + self.middle).to(torch.uint8), self.nbits)
+        else:
+            packed = codes.clamp(least, most).to(self.nbits).view(torch.uint8)
+        metadata = [scale.masked_fill(lost, float("nan"))] + ([] if zero is None else [zero])
+        return Packed(self, torch.cat((packed, *(part.view(torch.uint8) for part in metadata)), dim=-1))
 
-    def tiles(self, x: Tensor) -> Tensor:
-        """`[batch, heads, tokens, head_dim]` as `[batch, heads, tiles, group_size, head_dim]`."""
-        if x.shape[2] % self.group_size:
-            raise ValueError(f"groups of {self.group_size} do not divide {x.shape[2]} tokens")
-        return x.unflatten(2, (x.shape[2] // self.group_size, self.group_size))
+    def groups(self, x: Tensor) -> Tensor:
+        """`[batch, heads, tokens, head_dim]` as groups, `[tiles, batch, heads, head_dim, group_size]`, contiguous.
 
-    def groups(self, tiles: Tensor) -> Tensor:
-        """Tiles as they are for axis "channel"; for "token" the last dimension becomes (groups, group_size)."""
+        A tile has `head_dim` groups: for axis "channel" one per channel; for "token" head_dim / group_size per token,
+        token after token.
+        """
+        batch, heads, tokens, head_dim = x.shape
+        size = self.group_size
+        if tokens % size:
+            raise ValueError(f"groups of {size} do not divide {tokens} tokens")
         if self.axis == "channel":
-            return tiles
-        if tiles.shape[4] % self.group_size:
-            raise ValueError(f"groups of {self.group_size} do not divide a head_dim of {tiles.shape[4]}")
-        return tiles.unflatten(4, (tiles.shape[4] // self.group_size, self.group_size))
+            return x.unflatten(2, (-1, size)).permute(2, 0, 1, 4, 3).contiguous()
+        if head_dim % size:
+            raise ValueError(f"groups of {size} do not divide a head_dim of {head_dim}")
+        return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).reshape(-1, batch, heads, head_dim, size)
+
+    def tokens(self, groups: Tensor) -> Tensor:
+        """The opposite of `groups`."""
+        tiles, batch, heads, head_dim, size = groups.shape
+        if self.axis == "channel":
+            return groups.permute(1, 2, 0, 4, 3).reshape(batch, heads, tiles * size, head_dim)
+        return groups.permute(1, 2, 0, 3, 4).reshape(batch, heads, tiles * size, head_dim)
 
 
 @dataclass(frozen=True)
 class Packed:
     """Quantized tokens of K or of V.
 
-    codes: uint8 `[batch, heads, tiles, group_size * nbits / 8, head_dim]`, or float8 with `group_size` rows to a tile.
-    scale, zero: `[batch, heads, tiles, 1, head_dim]` for axis "channel", `[batch, heads, tiles, group_size,
-    head_dim / group_size]` for axis "token"; zero is None where there is no zero point.
+    rows: uint8 `[tiles, batch, heads, head_dim, row_bytes]`. A row is a group: its codes, its scale, and its zero point
+    where there is one. Whole rows of 4 or 2 bits with float16 metadata are what PyTorch's quantized embedding bags read.
     """
 
     quantizer: Quantizer
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
+    rows: Tensor
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens held."""
-        return self.codes.shape[2] * self.quantizer.group_size
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that is kept."""
-        return [self.codes, self.scale] if self.zero is None else [self.codes, self.scale, self.zero]
+        return self.rows.shape[0] * self.quantizer.group_size
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(x.nbytes for x in self.tensors)
+        return self.rows.nbytes
 
     @property
-    def offset(self) -> Tensor | None:
-        """What code 0 stands for, shaped as `scale`: the zero point, or for symmetric codes `-middle * scale`."""
-        middle = self.quantizer.middle
-        return self.scale.float() * -middle if middle else self.zero
+    def codes(self) -> Tensor:
+        """The groups' codes, packed: uint8 `[tiles, batch, heads, head_dim, code_bytes]`, a view."""
+        return self.rows[..., : self.quantizer.code_bytes]
 
-    def numbers(self, out: Tensor) -> Tensor:
-        """The codes as numbers, without scale and zero point, written to `out`: wide floats, shaped as the tiles."""
-        nbits = self.quantizer.nbits
-        return out.copy_(unpack(self.codes, nbits) if isinstance(nbits, int) else self.codes)
+    @property
+    def scale(self) -> Tensor:
+        """`[tiles, batch, heads, head_dim, 1]`, a view."""
+        start = self.quantizer.code_bytes
+        return self.rows[..., start : start + 2].view(self.quantizer.metadata)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`.
+    @property
+    def zero(self) -> Tensor:
+        """What code 0 stands for, `[tiles, batch, heads, head_dim, 1]`: kept, or `-middle * scale`."""
+        if self.quantizer.has_zero:
+            return self.rows[..., self.quantizer.code_bytes + 2 :].view(self.quantizer.metadata)
+        return self.scale.float() * -self.quantizer.middle
 
-        out: memory for the numbers, as `numbers` takes it.
-        """
-        batch, heads, tiles, _, head_dim = self.codes.shape
-        size = self.quantizer.group_size
-        if out is None:
-            wide = torch.promote_types(dtype, torch.float32)
-            out = self.codes.new_empty(batch, heads, tiles, size, head_dim, dtype=wide)
-        groups = self.quantizer.groups(self.numbers(out))
-        if self.quantizer.middle:
-            groups.sub_(self.quantizer.middle)
-        per_group = [x if self.quantizer.axis == "channel" else x.unsqueeze(5) for x in self.tensors[1:]]
-        groups.mul_(per_group[0])
-        if self.zero is not None:
-            groups.add_(per_group[1])
-        return out.view(batch, heads, tiles * size, head_dim).to(dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`."""
+        wide, nbits = torch.promote_types(dtype, torch.float32), self.quantizer.nbits
+        groups = (unpack(self.codes, nbits) if isinstance(nbits, int) else self.codes.view(nbits)).to(wide)
+        groups.mul_(self.scale)
+        if isinstance(nbits, int):
+            groups.add_(self.zero)
+        return self.quantizer.tokens(groups).to(dtype)
 
     def tiles(self, start: int, stop: int) -> Packed:
-        """Tiles `start` to `stop`, as views."""
-        return self.each(lambda x: x[:, :, start:stop])
+        """Tiles `start` to `stop`, as a view."""
+        return Packed(self.quantizer, self.rows[start:stop])
 
-    def rows(self, rows: Tensor) -> Packed:
+    def of_rows(self, rows: Tensor) -> Packed:
         """The chosen rows of the batch, copied."""
-        return self.each(lambda x: x[rows])
+        return Packed(self.quantizer, self.rows.index_select(1, rows))
 
     def joined(self, other: Packed) -> Packed:
-        """These tiles, and `other`'s behind them, in new tensors."""
-        both = [torch.cat(pair, dim=2) for pair in zip(self.tensors, other.tensors, strict=True)]
-        return Packed(self.quantizer, both[0], both[1], None if self.zero is None else both[2])
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The same with every tensor changed."""
-        zero = None if self.zero is None else change(self.zero)
-        return Packed(self.quantizer, change(self.codes), change(self.scale), zero)
+        """These tiles, and `other`'s behind them, in new memory."""
+        return Packed(self.quantizer, torch.cat((self.rows, other.rows)))
 
 
 def pack(codes: Tensor, nbits: int) -> Tensor:
-    """uint8 codes of `nbits` bits, `[..., rows, head_dim]`, as bytes `[..., rows * nbits / 8, head_dim]`.
+    """uint8 codes of `nbits` bits, `[..., n]`, as bytes `[..., n * nbits / 8]`; the first code lies lowest.
 
-    The rows are cut into 8 / nbits runs of equal length. Byte i of a column holds the i-th code of each run, the first
-    run lowest. Runs, and not neighbours, so that what is unpacked lies in order without being moved.
+    Raises ValueError when they do not fill whole bytes.
     """
     per_byte = 8 // nbits
-    if codes.shape[-2] % per_byte:
-        raise ValueError(f"{codes.shape[-2]} codes of {nbits} bits do not fill whole bytes")
-    first, *others = codes.chunk(per_byte, dim=-2)
-    packed = first.clone(memory_format=torch.contiguous_format)
-    for run, part in enumerate(others, start=1):
-        packed |= part << (run * nbits)
+    if codes.shape[-1] % per_byte:
+        raise ValueError(f"{codes.shape[-1]} codes of {nbits} bits do not fill whole bytes")
+    packed = codes[..., ::per_byte].clone()
+    for place in range(1, per_byte):
+        packed |= codes[..., place::per_byte] << (place * nbits)
     return packed
 
 
 def unpack(packed: Tensor, nbits: int) -> Tensor:
-    """What `pack` packed: uint8 `[..., rows, head_dim]`. All runs at once: one shift and one mask."""
+    """What `pack` packed: uint8 `[..., n]`."""
     if nbits == 8:
         return packed
-    codes = packed.unsqueeze(-3) >> run_shifts(nbits, packed.device)
-    codes &= 2**nbits - 1
-    return codes.flatten(-3, -2)
-
-
-@cache
-def run_shifts(nbits: int, device: torch.device) -> Tensor:
-    """How far each run's codes are shifted, uint8 `[runs, 1, 1]`."""
-    return torch.arange(0, 8, nbits, dtype=torch.uint8, device=device).view(-1, 1, 1)
+    places = [(packed >> shift) & (2**nbits - 1) for shift in range(0, 8, nbits)]
+    return torch.stack(places, dim=-1).flatten(-2)
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

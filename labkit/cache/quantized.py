@@ -25,7 +25,7 @@ class QuantizedCache(LayerCache):
     nbits: 8, 4 or 2, or torch.float8_e4m3fn or torch.float8_e5m2. group_size: numbers that share a scale, and tokens
     that are packed at once; it divides head_dim. residual_length: newest tokens in full precision, at least; up to
     `group_size` - 1 more wait until their group is complete. key_axis: "channel" or "token".
-    symmetric: scales without zero points (float8 is). metadata: dtype of both, torch.bfloat16 or torch.float16.
+    symmetric: scales without zero points (float8 is). metadata: dtype of both, torch.float16 or torch.bfloat16.
     rotate_keys: turn packed keys by a Hadamard matrix, which spreads a large channel over all.
     sink_length: first tokens that stay in full precision; of a row with left padding they would be padding, so such a
     batch takes 0.
@@ -43,7 +43,7 @@ class QuantizedCache(LayerCache):
         residual_length: int = 64,
         key_axis: str = "channel",
         symmetric: bool = False,
-        metadata: torch.dtype = torch.bfloat16,
+        metadata: torch.dtype = torch.float16,
         rotate_keys: bool = False,
         sink_length: int = 0,
         scale: float | None = None,
@@ -92,7 +92,7 @@ class QuantizedCache(LayerCache):
     @property
     def packed_len(self) -> int:
         """Tokens held in few bits."""
-        return 0 if self.k is None else self.k.tokens
+        return 0 if self.k is None else self.k.num_tokens
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +130,9 @@ class QuantizedCache(LayerCache):
         self.format.check_head_dim(k.shape[3], v.shape[3])
         check_device_has(self.quantize_keys.nbits, k.device)
         if self.format.sink_length and self.padding is not None and bool(self.padding.any()):
-            raise ValueError("the first tokens of a padded row are padding, no sinks: take sink_length=0 for this batch")
+            raise ValueError(
+                "the first tokens of a padded row are padding, no sinks: take sink_length=0 for this batch"
+            )
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Keep the new tokens in full precision; pack the oldest of these if their group is complete."""
@@ -202,7 +204,7 @@ class QuantizedCache(LayerCache):
             cut = self.dequantized(self.k.tiles(whole, whole + 1), self.v.tiles(whole, whole + 1))
             assert cut is not None
             recent = cut[0][:, :, :rest], cut[1][:, :, :rest]
-            self.k, self.v = (x.tiles(0, whole).each(own) if whole else None for x in (self.k, self.v))
+            self.k, self.v = (Packed(x.quantizer, own(x.rows[:whole])) if whole else None for x in (self.k, self.v))
         self.recent = own(recent[0]), own(recent[1])
         if self.sinks is not None and seq_len < first:
             self.sinks = own(self.sinks[0][:, :, :seq_len]), own(self.sinks[1][:, :, :seq_len])
@@ -217,7 +219,7 @@ class QuantizedCache(LayerCache):
         if self.sinks is not None:
             self.sinks = self.sinks[0].index_select(0, rows), self.sinks[1].index_select(0, rows)
         if self.k is not None and self.v is not None:
-            self.k, self.v = self.k.rows(rows), self.v.rows(rows)
+            self.k, self.v = self.k.of_rows(rows), self.v.of_rows(rows)
         self.bytes_copied += self.nbytes
 
 

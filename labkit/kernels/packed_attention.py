@@ -11,11 +11,10 @@ Both take tokens in full precision as well, before the packed ones (sinks) and a
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -30,6 +29,7 @@ except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
 Dense = tuple[Tensor, Tensor]
+Segment = tuple[int, Tensor | Packed, Tensor | Packed]
 QUERIES_AT_ONCE, BLOCKS_AT_ONCE = 256, 8  # new tokens and blocks whose scores are held at one time
 
 
@@ -45,7 +45,7 @@ def packed_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     rotation: Tensor | None = None,
-    block_size: int = 2048,
+    block_size: int = 4096,
 ) -> Tensor:
     """Causal softmax(q k^T * scale) v over `before`, then the packed tokens, then `after`: shape and dtype of `q`.
 
@@ -62,107 +62,119 @@ def packed_attention(
         )  # fmt: skip
     kv_len = check_packed(q, k, v, before, after)
     head_dim, new_tokens = q.shape[3], q.shape[2]
-    grouped = q.unflatten(1, (k.codes.shape[1], -1)).to(wide_dtype(q))  # [batch, KV heads, queries per KV, new, dims]
+    grouped = q.unflatten(1, (k.rows.shape[2], -1)).to(wide_dtype(q))  # [batch, KV heads, queries per KV, new, dims]
     grouped = grouped * (head_dim**-0.5 if scale is None else scale)
     answers = []
     for start in range(0, new_tokens, QUERIES_AT_ONCE):
         some = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         mask = Mask(kv_len - new_tokens + start, some.shape[3], window, padding)
-        answers.append(answer(some.flatten(2, 3), k, v, before, after, mask, soft_cap, rotation, block_size).view_as(some))
+        blocks = segments(k, v, before, after, block_size)
+        out = answer(some.flatten(2, 3), blocks, mask, soft_cap, rotation)
+        answers.append(out.view_as(some))
     out = answers[0] if len(answers) == 1 else torch.cat(answers, dim=3)
     return out.flatten(1, 2).to(q.dtype)
 
 
 def answer(
-    rows: Tensor,
-    k: Packed,
-    v: Packed,
-    before: Dense | None,
-    after: Dense | None,
-    mask: Mask,
-    soft_cap: float | None,
-    rotation: Tensor | None,
-    block_size: int,
+    rows: Tensor, blocks: Iterator[Segment], mask: Mask, soft_cap: float | None, rotation: Tensor | None
 ) -> Tensor:
-    """Attention of scaled query rows, `[batch, num_kv_heads, rows, head_dim]`: of a span at a time, spans merged."""
-    count = rows.shape[2]
-    if count % 4 and count < 16:  # MKL multiplies 4 rows in two thirds of the time that 3 take
-        rows = F.pad(rows, (0, 0, 0, -count % 4))
+    """Attention of scaled query rows, `[batch, num_kv_heads, rows, head_dim]`, over segments with their positions."""
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
-    scratch = Scratch(rows, k, block_size)
+    seen = [block for block in blocks if block[0] <= mask.last]
     outs, sums = [], []
-    for span in spans(k, v, before, after, block_size, mask.last):
+    for first in range(0, len(seen), BLOCKS_AT_ONCE):
+        span = seen[first : first + BLOCKS_AT_ONCE]
         scores, hides = [], False
         for start, keys, _ in span:
-            some = packed_scores(turned, keys, scratch) if isinstance(keys, Packed) else rows @ keys.to(rows.dtype).mT
+            some = packed_scores(turned, keys) if isinstance(keys, Packed) else rows @ keys.to(rows.dtype).mT
             if soft_cap is not None:
                 some = soft_cap * torch.tanh(some / soft_cap)
-            hides |= mask.hide(some, start, count)
+            hides |= mask.hide(some, start)
             scores.append(some)
-        weights, lse = softmax(torch.cat(scores, dim=3), hides)
-        out = 0
-        for values, some in zip((values for *_, values in span), weights.split([x.shape[3] for x in scores], 3), strict=True):
-            out = out + (packed_blend(some, values, scratch) if isinstance(values, Packed) else some @ values.to(rows.dtype))
-        outs.append(out)
+        joined = torch.cat(scores, dim=3)
+        lse = joined.logsumexp(-1) if hides or len(seen) > BLOCKS_AT_ONCE else None
+        if hides:  # a row that sees no key has weights of 0, which softmax would make NaN
+            weights = torch.exp(joined - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1))
+        else:
+            weights = joined.softmax(-1)
+        parts = weights.split([some.shape[3] for some in scores], dim=3)
+        outs.append(functools.reduce(torch.add, map(blend, parts, (values for _, _, values in span))))
         sums.append(lse)
-    out = outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
-    return out[:, :, :count]
+    return outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
 
 
-def softmax(scores: Tensor, hides: bool) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp of scores; where some are hidden, a row that sees nothing gets weights of 0."""
-    lse = scores.logsumexp(-1)
-    if not hides:
-        return scores.softmax(-1), lse
-    return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)), lse
-
-
-class Scratch:
-    """Memory for one block's numbers, used for every block in turn: fresh memory costs more than the arithmetic."""
-
-    def __init__(self, rows: Tensor, packed: Packed, block_size: int) -> None:
-        batch, heads, tiles, _, head_dim = packed.codes.shape
-        self.size = packed.quantizer.group_size
-        self.memory = rows.new_empty(batch * heads * min(tiles, tiles_per_block(packed, block_size)) * self.size * head_dim)
-
-    def like(self, packed: Packed) -> Tensor:
-        """Room for the numbers of these tiles, `[batch, heads, tiles, group_size, head_dim]`."""
-        batch, heads, tiles, _, head_dim = packed.codes.shape
-        shape = (batch, heads, tiles, self.size, head_dim)
-        return self.memory[: math.prod(shape)].view(shape)
-
-
-def packed_scores(rows: Tensor, keys: Packed, scratch: Scratch) -> Tensor:
-    """rows `[batch, heads, rows, head_dim]` times the keys' transpose: `[batch, heads, rows, tokens]`."""
-    numbers = scratch.like(keys)
-    if keys.quantizer.axis == "token" or rows.shape[2] > keys.quantizer.group_size:
-        return rows @ keys.dequantize(rows.dtype, numbers).mT
-    # A tile's tokens share their scales: a few queries are cheaper to scale than all of its keys.
-    by_tile, numbers = rows.unsqueeze(2), keys.numbers(numbers).flatten(0, 2)
-    scaled = (by_tile * keys.scale).flatten(0, 2)
-    if (offset := keys.offset) is None:
-        scores = scaled @ numbers.mT
-    else:
-        scores = torch.baddbmm((by_tile * offset).sum(-1, keepdim=True).flatten(0, 2), scaled, numbers.mT)
-    return scores.unflatten(0, keys.codes.shape[:3]).transpose(2, 3).flatten(3)
-
-
-def packed_blend(weights: Tensor, values: Packed, scratch: Scratch) -> Tensor:
+def blend(weights: Tensor, values: Tensor | Packed) -> Tensor:
     """weights `[batch, heads, rows, tokens]` times the values: `[batch, heads, rows, head_dim]`."""
-    size, numbers = values.quantizer.group_size, scratch.like(values)
-    if values.quantizer.axis == "channel" or weights.shape[2] > size:
-        return weights @ values.dequantize(weights.dtype, numbers)
-    # A token's channels share a scale, group by group: its weight is scaled, and the codes are used as they are.
-    numbers, scale = values.numbers(numbers).flatten(2, 3), values.scale.flatten(2, 3)
-    groups = [
-        (weights * scale[..., group].unsqueeze(2)) @ numbers[..., group * size : (group + 1) * size]
-        for group in range(scale.shape[3])
-    ]
-    out = groups[0] if len(groups) == 1 else torch.cat(groups, dim=3)
-    if (offset := values.offset) is not None:
-        constant = weights @ offset.to(weights.dtype).flatten(2, 3)  # [batch, heads, rows, groups]
-        out.unflatten(3, (-1, size)).add_(constant.unsqueeze(4))
-    return out
+    return packed_blend(weights, values) if isinstance(values, Packed) else weights @ values.to(weights.dtype)
+
+
+def packed_scores(rows: Tensor, keys: Packed) -> Tensor:
+    """rows `[batch, heads, rows, head_dim]` times the keys' transpose: `[batch, heads, rows, tokens]`."""
+    if keys.quantizer.axis == "token" or not can_bag(rows, keys):
+        return rows @ keys.dequantize(rows.dtype).mT
+    tiles, batch, heads, head_dim, _ = keys.rows.shape
+    count = rows.shape[2]
+    # The scores of a query with a tile's tokens are the tile's channels, weighted by the query and summed.
+    out = bag(keys, channel_rows(tiles, batch, heads, count, head_dim), rows.expand(tiles, -1, -1, -1, -1), head_dim)
+    return out.view(tiles, batch, heads, count, -1).permute(1, 2, 3, 0, 4).flatten(3)
+
+
+def packed_blend(weights: Tensor, values: Packed) -> Tensor:
+    """weights `[batch, heads, rows, tokens]` times packed values: `[batch, heads, rows, head_dim]`."""
+    if values.quantizer.axis == "channel" or not can_bag(weights, values):
+        return weights @ values.dequantize(weights.dtype)
+    tiles, batch, heads, head_dim, _ = values.rows.shape
+    size, count = values.quantizer.group_size, weights.shape[2]
+    # Each group of channels is summed over the tokens by itself, weighted by the tokens.
+    each = weights.unsqueeze(3).expand(-1, -1, -1, head_dim // size, -1)
+    out = bag(values, token_rows(tiles, batch, heads, count, head_dim, size), each, weights.shape[3])
+    return out.view(batch, heads, count, head_dim)
+
+
+@functools.lru_cache(maxsize=8)  # the same for all layers of a model, and for as many steps as a tile has tokens
+def channel_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int) -> Tensor:
+    """The rows of a tile of keys for `count` queries: int32, flat, of shape [tiles, batch, heads, count, head_dim]."""
+    rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32).view(tiles, batch, heads, 1, head_dim)
+    return rows.expand(-1, -1, -1, count, -1).flatten()
+
+
+@functools.lru_cache(maxsize=8)
+def token_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int, size: int) -> Tensor:
+    """The rows of all tokens' groups of values: int32, flat, of shape [batch, heads, count, groups, tokens]."""
+    rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32)
+    rows = rows.view(tiles, batch, heads, size, head_dim // size).permute(1, 2, 4, 0, 3).unsqueeze(2)
+    return rows.expand(-1, -1, count, -1, -1, -1).flatten()
+
+
+def can_bag(rows: Tensor, packed: Packed) -> bool:
+    """Whether sums of a few weighted groups can be left to PyTorch's quantized embedding bags, which read them packed.
+
+    They sum in float32 on a CPU, read float16 metadata, and go through the codes once per query: a matrix product pays
+    for more queries.
+    """
+    quantizer = packed.quantizer
+    few = rows.shape[2] <= 8 and rows.device.type == "cpu" and rows.dtype == torch.float32
+    return few and isinstance(quantizer.nbits, int) and (quantizer.nbits == 8 or quantizer.metadata == torch.float16)
+
+
+def bag(packed: Packed, index: Tensor, weights: Tensor, length: int) -> Tensor:
+    """Weighted sums of groups as they come back, float32 `[sums, group_size]`: one for every `length` of `index`.
+
+    index: int32, rows of `packed.rows`, flat. weights: as many numbers. The codes are dequantized in registers
+    (FBGEMM, arXiv:2101.05615), on one thread.
+    """
+    nbits, rows = packed.quantizer.nbits, packed.rows
+    if nbits == 8:  # this bag wants its metadata in float32
+        rows = torch.cat(
+            (packed.codes, *(part.float().view(torch.uint8) for part in (packed.scale, packed.zero))), dim=-1
+        )
+    elif not packed.quantizer.has_zero:
+        rows = torch.cat((rows, packed.zero.half().view(torch.uint8)), dim=-1)
+    bags = torch.ops.quantized
+    run = {8: bags.embedding_bag_byte_rowwise_offsets, 4: bags.embedding_bag_4bit_rowwise_offsets,
+           2: bags.embedding_bag_2bit_rowwise_offsets}[nbits]  # fmt: skip
+    offsets = torch.arange(0, len(index) + 1, length, dtype=torch.int32)
+    return run(rows.flatten(0, 3), index, offsets, False, 0, False, weights.reshape(-1), None, True)
 
 
 class Mask:
@@ -172,8 +184,8 @@ class Mask:
         self.first, self.last, self.new_tokens = first, first + new_tokens - 1, new_tokens
         self.window, self.padding = window, padding
 
-    def hide(self, scores: Tensor, start: int, rows: int) -> bool:
-        """Write -inf where one of the first `rows` may not see a key, the first of which stands at `start`; whether any."""
+    def hide(self, scores: Tensor, start: int) -> bool:
+        """Write -inf where a query may not see a key, the first of which stands at `start`; whether there may be any."""
         stop = start + scores.shape[3]
         if stop - 1 <= self.first and (self.window is None or start > self.last - self.window) and self.padding is None:
             return False
@@ -184,50 +196,35 @@ class Mask:
             hidden = hidden | (key <= query - self.window)
         if self.padding is not None:
             hidden = hidden | (key < self.padding[:, None, None, None, None])
-        scores[:, :, :rows].unflatten(2, (-1, self.new_tokens)).masked_fill_(hidden, float("-inf"))
+        scores.unflatten(2, (-1, self.new_tokens)).masked_fill_(hidden, float("-inf"))
         return True
 
 
-def spans(
-    k: Packed, v: Packed, before: Dense | None, after: Dense | None, block_size: int, last: int
-) -> Iterator[list[tuple[int, Tensor | Packed, Tensor | Packed]]]:
-    """Segments `(position, keys, values)` up to position `last`, `BLOCKS_AT_ONCE` at a time; one packed block each."""
-    every = [segment for segment in segments(k, v, before, after, block_size) if segment[0] <= last]
-    for start in range(0, len(every), BLOCKS_AT_ONCE):
-        yield every[start : start + BLOCKS_AT_ONCE]
-
-
-def segments(
-    k: Packed, v: Packed, before: Dense | None, after: Dense | None, block_size: int
-) -> Iterator[tuple[int, Tensor | Packed, Tensor | Packed]]:
+def segments(k: Packed, v: Packed, before: Dense | None, after: Dense | None, block_size: int) -> Iterator[Segment]:
     """Position of the first token, keys and values of each segment in turn; packed ones of about `block_size` tokens."""
     position = 0
     if before is not None and before[0].shape[2]:
         yield position, *before
         position += before[0].shape[2]
-    size, per_block = k.quantizer.group_size, tiles_per_block(k, block_size)
-    for tile in range(0, k.codes.shape[2], per_block):
-        yield position + tile * size, k.tiles(tile, tile + per_block), v.tiles(tile, tile + per_block)
-    position += k.tokens
+    per_block = max(1, block_size // k.quantizer.group_size)
+    for tile in range(0, len(k.rows), per_block):
+        block = k.tiles(tile, tile + per_block)
+        yield position, block, v.tiles(tile, tile + per_block)
+        position += block.num_tokens
     if after is not None and after[0].shape[2]:
         yield position, *after
 
 
-def tiles_per_block(packed: Packed, block_size: int) -> int:
-    """Whole tiles in a block of about `block_size` tokens."""
-    return max(1, block_size // packed.quantizer.group_size)
-
-
 def check_packed(q: Tensor, k: Packed, v: Packed, before: Dense | None, after: Dense | None) -> int:
     """Tokens held in all, or a ValueError that names what does not fit."""
-    batch, num_kv_heads, tiles, _, head_dim = k.codes.shape
+    _, batch, num_kv_heads, head_dim, _ = k.rows.shape
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim) or q.shape[1] % num_kv_heads:
         raise ValueError(
             f"q {list(q.shape)} does not fit packed keys of batch {batch}, {num_kv_heads} KV heads, head_dim {head_dim}"
         )
-    if (*v.codes.shape[:3], v.codes.shape[4]) != (batch, num_kv_heads, tiles, head_dim):
-        raise ValueError(f"packed values {list(v.codes.shape)} do not fit packed keys {list(k.codes.shape)}")
-    kv_len = k.tokens + sum(part[0].shape[2] for part in (before, after) if part is not None)
+    if v.rows.shape[:4] != k.rows.shape[:4] or v.quantizer.group_size != k.quantizer.group_size:
+        raise ValueError(f"packed values {list(v.rows.shape)} do not fit packed keys {list(k.rows.shape)}")
+    kv_len = k.num_tokens + sum(part[0].shape[2] for part in (before, after) if part is not None)
     if q.shape[2] > kv_len:
         raise ValueError(f"{q.shape[2]} queries but only {kv_len} keys: append the new tokens' keys first")
     return kv_len
@@ -262,14 +259,14 @@ def packed_decode_attention(
     check_can_run(q.device, "packed_attention")
     batch, _, _, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    rows = q.reshape(batch, k.codes.shape[1], -1, head_dim).float()
+    rows = q.reshape(batch, k.rows.shape[2], -1, head_dim).float()
     first = torch.zeros(batch, dtype=torch.int32, device=q.device) if padding is None else padding.int()
     if window is not None:
         first = first.clamp(min=kv_len - window)
     start = 0 if before is None else before[0].shape[2]
     turned = rows if rotation is None else rows @ rotation
     parts = [launch(turned, k, v, first - start, scale, block_size, num_splits)]
-    for place, dense in ((0, before), (start + k.tokens, after)):
+    for place, dense in ((0, before), (start + k.num_tokens, after)):
         if dense is not None and dense[0].shape[2]:
             parts.append(dense_part(rows, *dense, first - place, scale))
     out = merge(torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2))
@@ -291,12 +288,16 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The kernel over all packed tokens: outputs and log-sum-exps, with a split dimension, as `merge` takes them."""
     batch, num_kv_heads, queries, head_dim = rows.shape
-    num_splits = default_splits(k.tokens) if num_splits is None else max(1, min(num_splits, k.tokens))
-    split_len = triton.cdiv(triton.cdiv(k.tokens, num_splits), block_size) * block_size  # whole blocks
-    num_splits = triton.cdiv(k.tokens, split_len)
+    tokens = k.num_tokens
+    num_splits = default_splits(tokens) if num_splits is None else max(1, min(num_splits, tokens))
+    split_len = triton.cdiv(triton.cdiv(tokens, num_splits), block_size) * block_size  # whole blocks
+    num_splits = triton.cdiv(tokens, split_len)
     parts = rows.new_empty(batch, num_kv_heads, num_splits, queries, head_dim)
     lse = rows.new_empty(batch, num_kv_heads, num_splits, queries)
-    packed = [x.contiguous() for side in (k, v) for x in (side.codes, side.scale, side.scale if side.zero is None else side.zero)]
+    quantizer, packed = k.quantizer, []
+    for side in (k.rows.contiguous(), v.rows.contiguous()):  # one memory, seen as codes and as scales
+        codes = side if isinstance(quantizer.nbits, int) else side.view(quantizer.nbits)
+        packed += [codes, side.view(quantizer.metadata)]
     _packed_decode_kernel[(batch * num_kv_heads, num_splits)](
         rows.contiguous(),
         *packed,
@@ -305,18 +306,19 @@ def launch(
         lse,
         scale,
         num_kv_heads,
-        k.tokens,
+        tokens,
         split_len,
         QUERIES=queries,
         HEAD_DIM=head_dim,
         QUERY_BLOCK=max(16, triton.next_power_of_2(queries)),  # 16: the least that tl.dot takes on a GPU
         DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         BLOCK=block_size,
-        GROUP=k.quantizer.group_size,
-        NBITS=k.quantizer.nbits if isinstance(k.quantizer.nbits, int) else 0,
-        MIDDLE=k.quantizer.middle,
-        HAS_ZERO=k.zero is not None,
-        K_PER_CHANNEL=k.quantizer.axis == "channel",
+        GROUP=quantizer.group_size,
+        NBITS=quantizer.nbits if isinstance(quantizer.nbits, int) else 0,
+        MIDDLE=quantizer.middle,
+        HAS_ZERO=quantizer.has_zero,
+        ROW_BYTES=k.rows.shape[4],
+        K_PER_CHANNEL=quantizer.axis == "channel",
         V_PER_CHANNEL=v.quantizer.axis == "channel",
         num_stages=2,  # more would not fit the shared memory of smaller GPUs in float32
     )
@@ -327,30 +329,29 @@ if triton is not None:
 
     @triton.jit
     def _numbers(
-        codes_ptr, scale_ptr, zero_ptr, row_head, num_tiles, token, dim, wanted,
+        codes_ptr, scale_ptr, row_head, row_heads, token, dim, wanted,
         HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, NBITS: tl.constexpr, MIDDLE: tl.constexpr,
-        HAS_ZERO: tl.constexpr, PER_CHANNEL: tl.constexpr,
+        HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ):  # fmt: skip
         """Dequantized numbers of a block, float32 `[tokens, dims]`; NBITS 0: codes are float8."""
         at, column = token[:, None].to(tl.int64), dim[None, :]
-        tile = row_head * num_tiles + at // GROUP
-        within = at % GROUP
-        if NBITS == 0:
-            codes = tl.load(codes_ptr + (tile * GROUP + within) * HEAD_DIM + column, mask=wanted, other=0.0)
-            numbers = codes.to(tl.float32)
-        else:
-            bytes_per_column: tl.constexpr = GROUP * NBITS // 8
-            byte = (tile * bytes_per_column + within % bytes_per_column) * HEAD_DIM + column
-            codes = tl.load(codes_ptr + byte, mask=wanted, other=0).to(tl.int32)
-            shift = (within // bytes_per_column * NBITS).to(tl.int32)
-            numbers = (((codes >> shift) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32)
+        tile = (at // GROUP * row_heads + row_head) * HEAD_DIM
         if PER_CHANNEL:
-            group = tile * HEAD_DIM + column
+            row, place = tile + column, at % GROUP + column * 0
         else:
-            group = (tile * GROUP + within) * (HEAD_DIM // GROUP) + column // GROUP
-        numbers *= tl.load(scale_ptr + group, mask=wanted, other=0.0).to(tl.float32)
+            row, place = tile + at % GROUP * (HEAD_DIM // GROUP) + column // GROUP, column % GROUP + at * 0
+        if NBITS == 0:
+            CODE_BYTES: tl.constexpr = GROUP
+            numbers = tl.load(codes_ptr + row * ROW_BYTES + place, mask=wanted, other=0.0).to(tl.float32)
+        else:
+            CODE_BYTES: tl.constexpr = GROUP * NBITS // 8
+            byte = tl.load(codes_ptr + row * ROW_BYTES + place * NBITS // 8, mask=wanted, other=0).to(tl.int32)
+            shift = (place * NBITS % 8).to(tl.int32)
+            numbers = (((byte >> shift) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32)
+        metadata = scale_ptr + (row * ROW_BYTES + CODE_BYTES) // 2
+        numbers *= tl.load(metadata, mask=wanted, other=0.0).to(tl.float32)
         if HAS_ZERO:
-            numbers += tl.load(zero_ptr + group, mask=wanted, other=0.0).to(tl.float32)
+            numbers += tl.load(metadata + 1, mask=wanted, other=0.0).to(tl.float32)
         return numbers
 
     @triton.jit(do_not_specialize=["kv_len", "split_len"])
@@ -358,10 +359,8 @@ if triton is not None:
         q_ptr,
         k_codes_ptr,
         k_scale_ptr,
-        k_zero_ptr,
         v_codes_ptr,
         v_scale_ptr,
-        v_zero_ptr,
         first_ptr,
         parts_ptr,
         lse_ptr,
@@ -378,11 +377,13 @@ if triton is not None:
         NBITS: tl.constexpr,
         MIDDLE: tl.constexpr,
         HAS_ZERO: tl.constexpr,
+        ROW_BYTES: tl.constexpr,
         K_PER_CHANNEL: tl.constexpr,
         V_PER_CHANNEL: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the packed sequence (axis 1)."""
         row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
+        row_heads = tl.num_programs(0)
         split = tl.program_id(1)
         query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
         here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
@@ -399,12 +400,12 @@ if triton is not None:
             seen = token < end
             wanted = seen[:, None] & (dim[None, :] < HEAD_DIM)
             k = _numbers(
-                k_codes_ptr, k_scale_ptr, k_zero_ptr, row_head, kv_len // GROUP, token, dim, wanted,
-                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, K_PER_CHANNEL,
+                k_codes_ptr, k_scale_ptr, row_head, row_heads, token, dim, wanted,
+                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, K_PER_CHANNEL,
             )  # fmt: skip
             v = _numbers(
-                v_codes_ptr, v_scale_ptr, v_zero_ptr, row_head, kv_len // GROUP, token, dim, wanted,
-                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, V_PER_CHANNEL,
+                v_codes_ptr, v_scale_ptr, row_head, row_heads, token, dim, wanted,
+                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, V_PER_CHANNEL,
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))

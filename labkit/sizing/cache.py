@@ -90,7 +90,7 @@ class Quantized:
     group_size: int = 64
     residual_length: int = 64
     dtype: str = "float16"
-    metadata: str = "bfloat16"
+    metadata: str = "float16"
     symmetric: bool = False
     key_axis: str = "channel"
     sink_length: int = 0
@@ -106,10 +106,10 @@ class Quantized:
             raise SizeError(f'key_axis is "channel" or "token"; got {self.key_axis!r}')
         for name in ("dtype", "metadata"):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
-        if self.group_size * self.nbits % 8:
+        if self.group_size * self.nbits % 16:
             raise SizeError(
-                f"groups of {self.group_size} codes of {self.nbits} bits do not fill whole bytes: take a group_size that "
-                f"is a multiple of {8 // self.nbits}"
+                f"groups of {self.group_size} codes of {self.nbits} bits do not fill whole 16-bit words, as packing "
+                f"needs: take a group_size that is a multiple of {16 // self.nbits}"
             )
         if self.bits_per_element >= 16:
             raise SizeError(
