@@ -59,8 +59,10 @@ class Quantizer:
         """
         groups = self.groups(x).to(torch.promote_types(x.dtype, torch.float32))
         zero = None
-        if self.has_zero:
-            least, most = 0, 2 ** int(self.nbits) - 1  # type: ignore[call-overload]
+        least: float
+        most: float
+        if isinstance(self.nbits, int) and not self.symmetric:
+            least, most = 0, 2**self.nbits - 1
             low, high = torch.aminmax(groups, dim=-1, keepdim=True)
             zero = round_down(low, self.metadata)
             scale = round_up((high - zero.to(high.dtype)) / most, self.metadata)
@@ -108,7 +110,7 @@ class Packed:
     """Quantized tokens of K or of V.
 
     rows: uint8 `[tiles, batch, heads, head_dim, row_bytes]`. A row is a group: its codes, its scale, and its zero point
-    where there is one. Whole rows of 4 or 2 bits with float16 metadata are what PyTorch's quantized embedding bags read.
+    where there is one. Rows of 4 or 2 bits with float16 metadata are what PyTorch's quantized embedding bags read.
     """
 
     quantizer: Quantizer
@@ -202,7 +204,7 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
 def hadamard(size: int, *, device: torch.device | str | None = None) -> Tensor:
     """An orthogonal matrix that spreads each channel over many, float32 `[size, size]`, symmetric: its own inverse.
 
-    Sylvester's matrix of the largest power of 2 that divides `size`, scaled to length 1, once per block of the diagonal.
+    Sylvester's matrix of the largest power of 2 that divides `size`, with rows of length 1, in blocks on the diagonal.
     Queries and keys that are both turned by it have the same products as before (QuaRot, arXiv:2404.00456).
     """
     block = size & -size

@@ -7,6 +7,8 @@ the stored bits are the same in whatever pieces the tokens came, and no token is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -131,7 +133,7 @@ class QuantizedCache(LayerCache):
         check_device_has(self.quantize_keys.nbits, k.device)
         if self.format.sink_length and self.padding is not None and bool(self.padding.any()):
             raise ValueError(
-                "the first tokens of a padded row are padding, no sinks: take sink_length=0 for this batch"
+                "the first tokens of a padded row are no sinks but padding: take sink_length=0 for this batch"
             )
 
     def write(self, k: Tensor, v: Tensor) -> None:
@@ -178,8 +180,14 @@ class QuantizedCache(LayerCache):
         if self.k is None or self.v is None:
             return super().attend(q)
         self.bytes_read += self.nbytes
-        options = {"before": self.sinks, "after": self.recent, "padding": self.padding, "scale": self.scale,
-                   "window": self.window, "rotation": self.rotation}  # fmt: skip
+        options: dict[str, Any] = {
+            "before": self.sinks,
+            "after": self.recent,
+            "padding": self.padding,
+            "scale": self.scale,
+            "window": self.window,
+            "rotation": self.rotation,
+        }
         if q.is_cuda and q.shape[2] == 1 and self.soft_cap is None and can_run_packed(q, self.quantize_keys.nbits):
             return packed_decode_attention(q, self.k, self.v, **options)
         return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)

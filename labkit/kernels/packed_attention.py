@@ -92,14 +92,13 @@ def answer(
             hides |= mask.hide(some, start)
             scores.append(some)
         joined = torch.cat(scores, dim=3)
-        lse = joined.logsumexp(-1) if hides or len(seen) > BLOCKS_AT_ONCE else None
-        if hides:  # a row that sees no key has weights of 0, which softmax would make NaN
-            weights = torch.exp(joined - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1))
-        else:
-            weights = joined.softmax(-1)
+        weights = joined.softmax(-1)
+        if hides:  # a query that sees no key of the span weighs none
+            weights = weights.masked_fill((joined == float("-inf")).all(-1, keepdim=True), 0.0)
         parts = weights.split([some.shape[3] for some in scores], dim=3)
         outs.append(functools.reduce(torch.add, map(blend, parts, (values for _, _, values in span))))
-        sums.append(lse)
+        if len(seen) > BLOCKS_AT_ONCE:
+            sums.append(joined.logsumexp(-1))
     return outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
 
 
@@ -163,29 +162,29 @@ def bag(packed: Packed, index: Tensor, weights: Tensor, length: int) -> Tensor:
     index: int32, rows of `packed.rows`, flat. weights: as many numbers. The codes are dequantized in registers
     (FBGEMM, arXiv:2101.05615), on one thread.
     """
-    nbits, rows = packed.quantizer.nbits, packed.rows
-    if nbits == 8:  # this bag wants its metadata in float32
-        rows = torch.cat(
-            (packed.codes, *(part.float().view(torch.uint8) for part in (packed.scale, packed.zero))), dim=-1
-        )
-    elif not packed.quantizer.has_zero:
-        rows = torch.cat((rows, packed.zero.half().view(torch.uint8)), dim=-1)
-    bags = torch.ops.quantized
-    run = {8: bags.embedding_bag_byte_rowwise_offsets, 4: bags.embedding_bag_4bit_rowwise_offsets,
-           2: bags.embedding_bag_2bit_rowwise_offsets}[nbits]  # fmt: skip
+    rows, bags = packed.rows, torch.ops.quantized
+    if packed.quantizer.nbits == 8:  # this bag wants its metadata in float32
+        metadata = [part.float().view(torch.uint8) for part in (packed.scale, packed.zero)]
+        rows, run = torch.cat((packed.codes, *metadata), dim=-1), bags.embedding_bag_byte_rowwise_offsets
+    else:
+        run = bags.embedding_bag_4bit_rowwise_offsets
+        if packed.quantizer.nbits == 2:
+            run = bags.embedding_bag_2bit_rowwise_offsets
+        if not packed.quantizer.has_zero:
+            rows = torch.cat((rows, packed.zero.half().view(torch.uint8)), dim=-1)
     offsets = torch.arange(0, len(index) + 1, length, dtype=torch.int32)
     return run(rows.flatten(0, 3), index, offsets, False, 0, False, weights.reshape(-1), None, True)
 
 
 class Mask:
-    """Which keys each of `new_tokens` queries, the first at position `first`, may see: causal, in a window, no padding."""
+    """Which keys each of `new_tokens` queries, the first at position `first`, may see: earlier, near, no padding."""
 
     def __init__(self, first: int, new_tokens: int, window: int | None, padding: Tensor | None) -> None:
         self.first, self.last, self.new_tokens = first, first + new_tokens - 1, new_tokens
         self.window, self.padding = window, padding
 
     def hide(self, scores: Tensor, start: int) -> bool:
-        """Write -inf where a query may not see a key, the first of which stands at `start`; whether there may be any."""
+        """Write -inf where a query may not see a key, the first of which stands at `start`; whether any may be."""
         stop = start + scores.shape[3]
         if stop - 1 <= self.first and (self.window is None or start > self.last - self.window) and self.padding is None:
             return False
@@ -201,7 +200,7 @@ class Mask:
 
 
 def segments(k: Packed, v: Packed, before: Dense | None, after: Dense | None, block_size: int) -> Iterator[Segment]:
-    """Position of the first token, keys and values of each segment in turn; packed ones of about `block_size` tokens."""
+    """Position of the first token, keys and values of each segment; packed ones of about `block_size` tokens."""
     position = 0
     if before is not None and before[0].shape[2]:
         yield position, *before
@@ -340,11 +339,10 @@ if triton is not None:
             row, place = tile + column, at % GROUP + column * 0
         else:
             row, place = tile + at % GROUP * (HEAD_DIM // GROUP) + column // GROUP, column % GROUP + at * 0
+        CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
         if NBITS == 0:
-            CODE_BYTES: tl.constexpr = GROUP
             numbers = tl.load(codes_ptr + row * ROW_BYTES + place, mask=wanted, other=0.0).to(tl.float32)
         else:
-            CODE_BYTES: tl.constexpr = GROUP * NBITS // 8
             byte = tl.load(codes_ptr + row * ROW_BYTES + place * NBITS // 8, mask=wanted, other=0).to(tl.int32)
             shift = (place * NBITS % 8).to(tl.int32)
             numbers = (((byte >> shift) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32)

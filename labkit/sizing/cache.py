@@ -82,8 +82,8 @@ class Quantized:
     Values are grouped along the channels of a token, keys along the tokens of a channel (key_axis "channel") or as the
     values are ("token"). Tokens are packed `group_size` at once, and the newest wait in `dtype`: at least
     `residual_length`, at most `group_size` - 1 more. The first `sink_length` tokens stay in `dtype`.
-    metadata: dtype of scale and zero point. symmetric: no zero point; float8 is 8 bits, symmetric. drops: as of `Dense`.
-    A latent or a state stays in `dtype`.
+    metadata: dtype of scale and zero point. symmetric: no zero point; float8 is 8 bits, symmetric. drops: as of
+    `Dense`. A latent or a state stays in `dtype`.
     """
 
     nbits: int = 4
