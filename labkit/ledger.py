@@ -10,7 +10,8 @@ The rules. A *weight* is a parameter, or a tensor given to `watch`; anything els
 
 - A product of two activations is attention. A first product (queries with keys) gives scores: each entry counts one to
   `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
-  values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same.
+  values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same, and so does
+  labkit's attention over packed K and V, whose bytes are the packed ones.
 - A product with a watched weight counts one projection per row of the activation, times the weight's share.
 - A softmax of three or more dimensions over numbers that no such product gave counts as scores too: somebody multiplied
   and summed by hand. What was read is then not seen.
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from labkit.kernels.packed_attention import packed_attention
 from labkit.packing import packed_linear
 
 PRODUCTS = {
@@ -119,6 +121,12 @@ class Ledger(TorchFunctionMode):
             )
             self.work.scores += query[..., 0].numel() * key.shape[-2]
             self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
+        elif func is packed_attention:
+            query, key, value = args
+            dense = [x for pair in (kwargs["before"], kwargs["after"]) if pair is not None for x in pair]
+            tokens = key.num_tokens + sum(x.shape[2] for x in dense) // 2
+            self.work.scores += query[..., 0].numel() * tokens
+            self.work.bytes_read += key.nbytes + value.nbytes + sum(x.nbytes for x in dense)
         elif func in (F.linear, packed_linear):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             activation = args[0] if args else kwargs["input"]

@@ -1,5 +1,6 @@
 """Predicted bytes against tensors that exist: equal, to the byte, for every way to keep K and V."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 import labkit.cache
 from labkit import sizing, specs
-from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache
+from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache, QuantizedCache
 from labkit.cache.recording import RecordingCache
+from labkit.quantization import FLOAT8
 from labkit.sizing import Dense, Paged, Quantized, SizeError, bytes_per_token, cache_bytes, mha_bytes_per_token
 from labkit.specs import LayerGroup
 from tests.sizing.models import dense_shapes, mixed_shapes, shape
@@ -21,7 +23,9 @@ MAKE = {
     GrowingCache: (lambda: GrowingCache(), lambda dtype: Dense(dtype, drops=False)),
     PreallocatedCache: (lambda: PreallocatedCache(CAPACITY), lambda dtype: Dense(dtype, CAPACITY, drops=False)),
     RecordingCache: (lambda: RecordingCache(), lambda dtype: Dense(dtype, drops=False)),
-}
+    QuantizedCache: (lambda: QuantizedCache(4, group_size=8, residual_length=5, sink_length=2),
+                     lambda dtype: Quantized(4, 8, 5, dtype, sink_length=2, drops=False)),
+}  # fmt: skip
 
 
 def subclasses(cls: type) -> set[type]:
@@ -40,12 +44,38 @@ def test_every_cache_class_of_the_project_has_a_prediction():
 )
 def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype, cuts):
     make, kept = MAKE[kind]
+    if kind is QuantizedCache:
+        model = replace(model, head_dim=8 * model.head_dim)
     cache = Cache.of(model.num_layers, make)
     for layer in cache.layers:
         for begin in range(0, tokens, cuts):
             new = min(cuts, tokens - begin)
             layer.append(*torch.zeros(2, batch, model.num_kv_heads, new, model.head_dim, dtype=dtype))
     assert cache.nbytes == cache_bytes(model, tokens, batch, kept(dtype))
+
+
+@given(
+    tokens=st.integers(1, 150),
+    nbits=st.sampled_from([2, 4, 8, *FLOAT8]),
+    group=st.sampled_from([8, 16, 32]),
+    residual=st.integers(0, 40),
+    sinks=st.integers(0, 5),
+    symmetric=st.booleans(),
+    key_axis=st.sampled_from(["channel", "token"]),
+    metadata=st.sampled_from([torch.float16, torch.bfloat16]),
+    dtype=DTYPES,
+    cuts=st.integers(1, 70),
+)
+def test_every_way_to_quantize_takes_what_is_predicted(
+    tokens, nbits, group, residual, sinks, symmetric, key_axis, metadata, dtype, cuts
+):
+    options = {"group_size": group, "residual_length": residual, "sink_length": sinks, "key_axis": key_axis}
+    layer = QuantizedCache(nbits, symmetric=symmetric, metadata=metadata, **options)
+    whole = isinstance(nbits, int)
+    kept = Quantized(nbits if whole else 8, dtype=dtype, metadata=metadata, symmetric=symmetric or not whole, **options)
+    for begin in range(0, tokens, cuts):
+        layer.append(*torch.zeros(2, 2, 3, min(cuts, tokens - begin), 32, dtype=dtype))
+    assert layer.nbytes == cache_bytes(shape(num_layers=1, head_dim=32), tokens, 2, kept)
 
 
 @given(model=mixed_shapes(), tokens=st.integers(0, 90), batch=st.integers(1, 3), dtype=DTYPES)
@@ -197,6 +227,11 @@ class TestFormats:
             (lambda: cache_bytes(shape(), 65, 1, Dense(capacity=64)), "65 tokens do not fit a capacity of 64"),
             (lambda: Quantized(3), "nbits is 2, 4 or 8; got 3"),
             (lambda: Quantized(4, group_size=0), "group_size must be a whole number"),
+            (lambda: Quantized(4, residual_length=-1), "residual_length must be a whole number, at least 0; got -1"),
+            (lambda: Quantized(4, sink_length=-1), "sink_length must be a whole number"),
+            (lambda: Quantized(4, key_axis="head"), 'key_axis is "channel" or "token"; got'),
+            (lambda: Quantized(4, group_size=6), "do not fill whole 16-bit words.* multiple of 4"),
+            (lambda: Quantized(8, group_size=2), "take 24 bits per element with their metadata"),
             (lambda: cache_bytes(shape(head_dim=14), 100, 1, "int4"), "a head_dim of 14 is no multiple of 8"),
             (lambda: cache_bytes(shape(head_dim=96), 9, 1, "int4"), r"do not divide a head_dim of 96: .*group_size=32"),
             (lambda: cache_bytes("llama-3-8b", 9), r"take labkit\.specs\.model\('llama-3-8b'\)"),

@@ -1,0 +1,163 @@
+"""The packed decode kernel against its plain-PyTorch twin, and both against attention in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit import kernels
+from labkit.attention import attention
+from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
+from labkit.quantization import FLOAT8, Quantizer, hadamard
+from tests.bounds import attention_bound
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CODES = [8, 4, 2, *FLOAT8]
+needs_triton = pytest.mark.skipif(not kernels.available(DEVICE), reason="Triton is not installed here")
+
+
+def case(batch, kv_heads, per_kv, tokens, head_dim, dtype, quantizers, *, before=0, seed=0, rotate=False):
+    """q, packed k and v of all whole tiles, the tokens before and after them, and K and V as they come back."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, kv_heads * per_kv, 1, head_dim, generator=generator).to(DEVICE, dtype)
+    kv = torch.randn(2, batch, kv_heads, tokens, head_dim, generator=generator).to(DEVICE, dtype)
+    size = quantizers[0].group_size
+    end = before + (tokens - before) // size * size
+    rotation = hadamard(head_dim, device=DEVICE) if rotate else None
+    k = kv[0, :, :, before:end].float()
+    packed_k = quantizers[0].quantize(k if rotation is None else k @ rotation)
+    packed_v = quantizers[1].quantize(kv[1, :, :, before:end])
+    back = packed_k.dequantize(torch.float64)
+    back = back if rotation is None else back @ rotation.double().mT
+    wide = kv.double()
+    wide[0, :, :, before:end], wide[1, :, :, before:end] = back, packed_v.dequantize(torch.float64)
+    options = {"before": tuple(kv[:, :, :, :before]), "after": tuple(kv[:, :, :, end:]), "rotation": rotation}
+    return q, packed_k, packed_v, options, wide
+
+
+def quantizers(nbits, group=16, axis="channel", symmetric=False, metadata=torch.float16):
+    return Quantizer(nbits, group, axis, symmetric, metadata), Quantizer(nbits, group, "token", symmetric, metadata)
+
+
+def assert_agrees(q, k, v, options, wide, **more):
+    shared = {name: more.pop(name) for name in ("padding", "scale", "window") if name in more}
+    expected = attention(q.double(), *wide, **shared)
+    # Bounded: float32 sums of numbers that are codes times scale plus zero, up to three times as large as what they add
+    # up to, and one rounding to the queries' dtype.
+    bound = 4 * attention_bound(q, *wide, scale=shared.get("scale"), sums=torch.float32, result=q.dtype)
+    for run, extra in ((packed_decode_attention, more), (packed_attention, {})):
+        got = run(q, k, v, **options, **shared, **extra)
+        assert got.dtype == q.dtype
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("nbits", CODES, ids=str)
+def test_any_head_dim_and_dtype(nbits, head_dim, dtype):
+    assert_agrees(*case(1, 2, 3, 75, head_dim, dtype, quantizers(nbits), before=2), block_size=32)
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [17, 31, 97, 333, 1000])
+@pytest.mark.parametrize("nbits", [8, 4, 2])
+def test_lengths_that_divide_nothing(nbits, tokens):
+    assert_agrees(*case(2, 1, 3, tokens, 64, torch.float32, quantizers(nbits, 16), before=1))
+
+
+@needs_triton
+@pytest.mark.parametrize("per_kv", range(1, 9))
+@pytest.mark.parametrize("nbits", [4, 2])
+def test_any_number_of_queries_per_kv_head(nbits, per_kv):
+    assert_agrees(*case(1, 2, per_kv, 50, 32, torch.float32, quantizers(nbits)), block_size=16)
+
+
+@needs_triton
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_any_structure(data):
+    draw = data.draw
+    group = draw(st.sampled_from([8, 16, 32]))
+    tokens, batch = draw(st.integers(group + 4, 150)), draw(st.integers(1, 3))
+    scheme = quantizers(
+        draw(st.sampled_from(CODES)), group, draw(st.sampled_from(["channel", "token"])), draw(st.booleans()),
+        draw(st.sampled_from([torch.float16, torch.bfloat16])),
+    )  # fmt: skip
+    padding = draw(st.none() | st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    assert_agrees(
+        *case(
+            batch, draw(st.integers(1, 3)), draw(st.integers(1, 8)), tokens, group * draw(st.integers(1, 3)),
+            draw(st.sampled_from(DTYPES)), scheme, before=draw(st.integers(0, 4)), rotate=draw(st.booleans()),
+            seed=draw(st.integers(0, 99)),
+        ),
+        padding=None if padding is None else torch.tensor(padding, device=DEVICE),
+        window=draw(st.none() | st.integers(1, tokens + 3)),
+        scale=draw(st.none() | st.floats(0.05, 1.0)),
+        block_size=draw(st.sampled_from([16, 32, 64])),
+        num_splits=draw(st.none() | st.integers(1, 9)),
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 1000])
+def test_any_split_of_the_sequence_gives_the_same(num_splits):
+    assert_agrees(*case(1, 2, 3, 200, 32, torch.float32, quantizers(4)), num_splits=num_splits, block_size=16)
+
+
+@needs_triton
+def test_a_row_that_is_all_padding_gives_zeros():
+    q, k, v, options, _ = case(2, 2, 3, 90, 16, torch.float32, quantizers(4), before=2)
+    for run in (packed_decode_attention, packed_attention):
+        out = run(q, k, v, **options, padding=torch.tensor([90, 0], device=DEVICE))
+        assert torch.equal(out[0], torch.zeros_like(out[0]))  # exact
+        assert out[1].abs().min() > 0
+
+
+@needs_triton
+@pytest.mark.parametrize("nbits", CODES, ids=str)
+def test_a_group_that_is_nan_shows_in_its_head_only(nbits):
+    quantizer, values = quantizers(nbits)
+    k = torch.randn(1, 2, 48, 16, device=DEVICE)
+    k[0, 1, 20, 3] = float("nan")
+    k, v = quantizer.quantize(k), values.quantize(torch.randn(1, 2, 48, 16, device=DEVICE))
+    for run in (packed_decode_attention, packed_attention):
+        out = run(torch.randn(1, 4, 1, 16, device=DEVICE), k, v)
+        assert out[:, 2:].isnan().all()
+        assert not out[:, :2].isnan().any()
+
+
+class TestErrors:
+    def arguments(self, **changes):
+        q, k, v, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(4))
+        return {"q": q, "k": k, "v": v} | changes
+
+    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    def test_queries_that_do_not_fit(self, run):
+        for q in (torch.zeros(1, 6, 1, 16), torch.zeros(2, 5, 1, 16), torch.zeros(2, 6, 1, 8)):
+            with pytest.raises(ValueError, match="does not fit packed keys of batch 2, 2 KV heads, head_dim 16"):
+                run(**self.arguments(q=q.to(DEVICE)))
+
+    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    def test_values_that_do_not_fit_the_keys(self, run):
+        v = self.arguments()["v"].tiles(0, 1)
+        with pytest.raises(ValueError, match=r"packed values .* do not fit packed keys"):
+            run(**self.arguments(v=v))
+
+    def test_more_queries_than_keys(self):
+        with pytest.raises(ValueError, match="49 queries but only 48 keys"):
+            packed_attention(**self.arguments(q=torch.zeros(2, 6, 49, 16, device=DEVICE)))
+
+    def test_more_than_one_new_token(self):
+        with pytest.raises(ValueError, match="takes one new token; got 3"):
+            packed_decode_attention(**self.arguments(q=torch.zeros(2, 6, 3, 16, device=DEVICE)))
+
+    def test_a_dtype_it_does_not_take(self):
+        with pytest.raises(ValueError, match=r"float32, float16 or bfloat16; got torch\.float64"):
+            packed_decode_attention(**self.arguments(q=torch.zeros(2, 6, 1, 16, device=DEVICE).double()))
+
+    @pytest.mark.parametrize("block_size", [8, 24])
+    def test_a_block_size_that_is_no_power_of_two_or_too_small(self, block_size):
+        with pytest.raises(ValueError, match="power of 2, at least 16"):
+            packed_decode_attention(**self.arguments(), block_size=block_size)
