@@ -2,17 +2,23 @@
 
     model.generate(ids, past_key_values=wrap(Cache.growing(num_layers)))
 
-transformers keeps to its own attention: it appends to a layer and reads K and V back. What it attends to (scale,
-window, padding) comes from its model and its `attention_mask`, not from the labkit layer. It appends keys after RoPE,
-as `labkit.llama` does.
+transformers then keeps to its own attention: it appends to a layer and reads K and V back, a quantized cache's as
+numbers. `wrap(cache, model)` lets the model attend through the labkit layers instead, which read K and V as they are
+kept. Either way what is attended to (scale, window, padding) comes from the model and its `attention_mask`, not from
+the labkit layer. Keys are appended after RoPE, as `labkit.llama` does.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
+from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from labkit.cache import Cache, LayerCache
 
@@ -25,18 +31,24 @@ class WrappedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False  # a labkit layer takes its shape from the first tokens appended
 
-    def __init__(self, layer: LayerCache) -> None:
+    def __init__(self, layer: LayerCache, attends: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.attends = layer, attends
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: `append` initializes."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append the new tokens; K and V of all that is held."""
+        """Append the new tokens; K and V of all that is held, or what `labkit_attention` takes for them."""
         self.layer.append(key_states, value_states)
-        return self.layer.read()
+        if not self.attends:
+            return self.layer.read()
+        batch, heads, _, head_dim = key_states.shape
+        # One NaN, seen in every place: any attention but labkit's shows that it cannot read this cache.
+        keys = key_states.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, self.layer.physical_len, head_dim)
+        keys.labkit_layer = self.layer  # type: ignore[attr-defined]
+        return keys, keys
 
     def get_seq_length(self) -> int:
         """Logical length, in tokens."""
@@ -82,8 +94,8 @@ class WrappedLayer(CacheLayerMixin):
 class WrappedCache(transformers.Cache):
     """A labkit cache, `source`, that `generate()` and `forward()` of a transformers model take as `past_key_values`."""
 
-    def __init__(self, source: Cache) -> None:
-        super().__init__(layers=[WrappedLayer(layer) for layer in source.layers])
+    def __init__(self, source: Cache, attends: bool = False) -> None:
+        super().__init__(layers=[WrappedLayer(layer, attends) for layer in source.layers])
         self.source = source
 
     def update(
@@ -95,11 +107,46 @@ class WrappedCache(transformers.Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def wrap(cache: Cache) -> WrappedCache:
+def labkit_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: the labkit layer's `attend` where there is one, PyTorch's fused one elsewhere.
+
+    query `[batch, num_heads, new_tokens, head_dim]`; returns `[batch, new_tokens, num_heads, head_dim]`.
+    """
+    layer: LayerCache | None = getattr(key, "labkit_layer", None)
+    if layer is None:
+        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    layer.scale, layer.window, layer.soft_cap = scaling, sliding_window, softcap
+    layer.padding = None
+    if (
+        attention_mask is not None
+    ):  # bool [batch, 1, new_tokens, kv_len]: keys before the first that is seen are padding
+        layer.padding = attention_mask[:, 0].any(dim=1).int().argmax(dim=1)
+    return layer.attend(query).transpose(1, 2), None
+
+
+def wrap(cache: Cache, model: transformers.PreTrainedModel | None = None) -> WrappedCache:
     """`cache` as transformers' `past_key_values`. It is the same cache: what one side appends, the other sees.
 
+    model: with a transformers model its attention goes through the cache's own `attend`, so that a quantized cache is
+    read packed. The model's attention implementation becomes "labkit", which serves other caches as "sdpa" does.
     Raises ValueError when padding was said to `cache`: transformers takes it as `attention_mask`.
     """
     if cache.padding is not None:
         raise ValueError("give transformers an attention_mask instead of padding: reset() the cache first")
-    return WrappedCache(cache)
+    if model is not None:
+        AttentionInterface.register("labkit", labkit_attention)
+        AttentionMaskInterface.register("labkit", sdpa_mask)
+        model.set_attn_implementation("labkit")
+    return WrappedCache(cache, attends=model is not None)

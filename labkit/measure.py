@@ -15,7 +15,18 @@ import torch
 
 from labkit.ledger import Ledger, Work, ledger
 
-__all__ = ["Ledger", "Timing", "Work", "alternate", "ledger", "memory", "provenance", "read_bandwidth", "time_call"]
+__all__ = [
+    "Ledger",
+    "Timing",
+    "Work",
+    "alternate",
+    "ledger",
+    "memory",
+    "peak_memory",
+    "provenance",
+    "read_bandwidth",
+    "time_call",
+]
 
 
 @dataclass(frozen=True)
@@ -106,3 +117,21 @@ def provenance(device: torch.device | str = "cpu", command: str = "") -> dict[st
         "date": date.today().isoformat(),
         **({"command": command} if command else {}),
     }
+
+
+def peak_memory(run: Callable[[], Any], *, device: torch.device | str = "cpu") -> int:
+    """Bytes of tensors that `run()` holds at its peak beyond what was held before; what it returns is let go."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    # The allocator's own events: each a number of bytes, negative when they are given back.
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

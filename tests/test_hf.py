@@ -205,3 +205,48 @@ class TestErrors:
 def test_the_installed_transformers_is_one_that_labkit_supports():
     major, minor = map(int, transformers.__version__.split(".")[:2])
     assert (5, 15) <= (major, minor) < (6, 0)
+
+
+class TestAttentionThroughTheCache:
+    def logits(self, model, cache, ids, mask, chunk):
+        parts = []
+        for start in range(0, ids.shape[1], chunk):
+            stop = start + chunk
+            parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+        return torch.cat(parts, dim=1)
+
+    @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral, window 6"])
+    @pytest.mark.parametrize("chunk", [1, 4, 30])
+    @pytest.mark.parametrize("padded", [False, True])
+    @torch.no_grad()
+    def test_logits_are_those_of_transformers_own_attention(self, name, chunk, padded):
+        model, ids = hf_model(name), prompt(2, 30)
+        mask = torch.ones_like(ids)
+        mask[1, : 7 if padded else 0] = 0
+        expected = self.logits(model, DynamicCache(config=model.config), ids, mask, chunk)
+        got = self.logits(model, wrap(Cache.growing(LAYERS), model), ids, mask, chunk)
+        real = mask.bool()
+        # Bounded: float32, three layers of wide weights, sums of at most 80 terms in another order.
+        torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
+    def test_a_quantized_cache_read_packed_makes_the_tokens_that_its_numbers_make(self, mode):
+        def cache():
+            return Cache.quantized(LAYERS, 4, group_size=8, residual_length=3)
+
+        ids = prompt(2, 40)
+        expected = generate(hf_model("llama"), ids, wrap(cache()), **MODES[mode])
+        packed, model = cache(), hf_model("llama")
+        assert torch.equal(generate(model, ids, wrap(packed, model), **MODES[mode]), expected)
+        assert packed[0].packed_len == 56  # of the 59 tokens held, whole groups of 8 that leave 3
+
+    @torch.no_grad()
+    def test_a_model_that_attends_otherwise_shows_it_cannot_read_the_cache(self):
+        model, other = hf_model("llama"), hf_model("llama")
+        assert other(prompt(), past_key_values=wrap(Cache.growing(LAYERS), model)).logits.isnan().all()
+
+    @torch.no_grad()
+    def test_the_model_still_takes_other_caches(self):
+        model, plain = hf_model("llama"), hf_model("llama")
+        wrap(Cache.growing(LAYERS), model)
+        assert torch.equal(generate(model, prompt(), DynamicCache()), generate(plain, prompt(), DynamicCache()))

@@ -1,0 +1,48 @@
+"""Lab 05, quantizing the cache: references in one module, one module per exercise for its check."""
+
+from __future__ import annotations
+
+from labkit.course.exercise import LabContents
+from labkit.course.exercises.lab05.axes import QuantizeCache
+from labkit.course.exercises.lab05.bits import BitsPerElement
+from labkit.course.exercises.lab05.one_pass import MeanSurprise
+from labkit.course.exercises.lab05.one_token_groups import GroupsToQuantize
+from labkit.course.exercises.lab05.packing import Pack
+from labkit.course.exercises.lab05.quantizing import Quantize
+from labkit.course.exercises.lab05.questions import PREDICTIONS, QUIZZES
+from labkit.course.exercises.lab05.references import (
+    QuantizedLayer,
+    bits_per_element,
+    groups_to_quantize,
+    mean_surprise,
+    pack,
+    packed_scores,
+    quantize,
+    quantize_cache,
+)
+from labkit.course.exercises.lab05.residual import QuantizedLayerExercise
+from labkit.course.exercises.lab05.scores import PackedScores
+
+__all__ = [
+    "CONTENTS",
+    "QuantizedLayer",
+    "bits_per_element",
+    "groups_to_quantize",
+    "mean_surprise",
+    "pack",
+    "packed_scores",
+    "quantize",
+    "quantize_cache",
+]
+
+
+CONTENTS = LabContents(
+    "05",
+    "Quantizing the cache",
+    exercises=(
+        Quantize(), Pack(), QuantizeCache(), BitsPerElement(), QuantizedLayerExercise(), PackedScores(),
+        GroupsToQuantize(), MeanSurprise(),
+    ),
+    predictions=PREDICTIONS,
+    quizzes=QUIZZES,
+)  # fmt: skip

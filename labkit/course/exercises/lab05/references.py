@@ -13,14 +13,14 @@ from torch import Tensor
 def quantize(x: Tensor, nbits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of groups of numbers; a group is the last dimension of x, float [..., group].
 
-    Codes are whole numbers from 0 to 2**nbits - 1, uint8 [..., group]; scale and zero are float [..., 1]. The least
-    number of a group gets code 0, the greatest the last code, and codes * scale + zero is within half a scale of x.
-    A group of equal numbers comes back exactly, with no NaN.
+    Codes are whole numbers from 0 to 2**nbits - 1, uint8 [..., group]; scale and zero are [..., 1], of x's dtype. The
+    least number of a group gets code 0, the greatest the last code, and codes * scale + zero is within half a scale of
+    x. A group of equal numbers comes back exactly, with no NaN.
     """
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (high - low) / (2**nbits - 1)
     steps = (x - low) / torch.where(scale == 0, 1.0, scale)
-    return steps.round().to(torch.uint8), scale, low
+    return steps.round().clamp(0, 2**nbits - 1).to(torch.uint8), scale, low
 
 
 def pack(codes: Tensor, nbits: int) -> Tensor:
@@ -64,8 +64,9 @@ class QuantizedLayer:
     """K and V of one layer: whole groups of tokens quantized, the newest tokens as they came.
 
     quantize_group(k, v) is given K and V of group_size tokens and returns both in a form of its own; restore(packed)
-    gives such a pair of K and V back. Tokens wait in full precision until group_size of them can be quantized while at
-    least residual_length newer ones stay. Each token is given to quantize_group once, whatever the pieces it came in.
+    gives such a pair of K and V back; only restore knows the form. Tokens wait in full precision, in a copy of their own,
+    until group_size of them can be quantized while at least residual_length newer ones stay. Each token is given to
+    quantize_group once, whatever the pieces it came in.
     """
 
     def __init__(self, group_size: int, residual_length: int, quantize_group: Callable, restore: Callable) -> None:

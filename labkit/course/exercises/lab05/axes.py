@@ -1,0 +1,190 @@
+"""05.3: keys per channel, values per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise
+from labkit.course.exercises.lab05.references import quantize, quantize_cache
+from labkit.course.exercises.lab05.tools import name_it
+
+SIZES = (2, 3, 24, 16)  # batch, KV heads, tokens, head_dim: the groups of 4 and 8 are none of them
+PLACE = (1, 1, 13, 6)  # the number that is made large, in the middle of everything
+TOLERANCE = 1e-3  # bounded: a wrong code is off by a scale, 0.01 or more; an eps of 1e-6 in a scale by under 3e-4
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+class QuantizeCache(Exercise):
+    """KIVI's choice of groups (Liu and others, arXiv:2402.02750)."""
+
+    id, title, minutes, difficulty = "05.3", "Keys per channel, values per token", 8, 3
+    needs = ("05.1",)
+    reference = staticmethod(quantize_cache)
+    hints = (
+        "`quantize` makes a group of the last dimension. Which dimension must come last for keys, which for values?",
+        "Values: head_dim is last already; unflatten(-1, (-1, group_size)) cuts it into groups. Keys: swap tokens and "
+        "head_dim first (k.mT), cut the tokens, and undo both in the opposite order.",
+        "groups = k.mT.unflatten(-1, (-1, group_size))\ncodes, scale, zero = quantize(groups, nbits)\n"
+        "keys = (codes * scale + zero).flatten(-2).mT\n# values: the same without .mT",
+    )
+    hints_for: ClassVar = {
+        "keys-per-token": "Some channels of keys are large in every token. With whom should such a channel share a "
+        "scale: with other channels, or with itself at other tokens?",
+        "values-per-channel": "Values have no large channels, but whole tokens are large or small. And a new token's "
+        "values can be quantized at once if they share a scale with nobody.",
+        "axes-swapped": "`quantize` groups the last dimension. Which of k and v has to be turned for it?",
+        "group-size-ignored": "unflatten(-1, (-1, group_size)) makes of n numbers n / group_size groups.",
+        "strided-groups": "unflatten(-1, (-1, group_size)) or (group_size, -1): in which are neighbours in one group?",
+        "rearranged": "Undo the steps in the opposite order: the last one first.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Two group sizes and two widths, one group of tokens, another dtype."""
+        for sizes, nbits, group_size in ((SIZES, 4, 8), (SIZES, 2, 4), ((1, 2, 8, 32), 8, 8)):
+            k, v = torch.randn(2, *sizes, dtype=torch.float64)
+            k[..., 5] *= 30.0  # a channel that is large in every token
+            v[:, :, 3] *= 30.0  # a token that is large in every channel
+            got = self.pair(answer, k, v, nbits, group_size)
+            want = quantize_cache(k, v, nbits, group_size)
+            if not all(agree(*sides) for sides in zip(got, want, strict=True)):
+                self.explain_values(got, want, (k, v), nbits, group_size)
+                self.explain_groups(answer, [not agree(*sides) for sides in zip(got, want, strict=True)], group_size)
+        half = torch.randn(2, 1, 2, 8, 4).to(torch.bfloat16)
+        for side, got_half in zip("KV", self.pair(answer, half[0], half[1], 4, 4), strict=True):
+            self.like(got_half, half[0], what=f"{side} of bfloat16 tensors")
+
+    def pair(self, answer: Callable, k: Tensor, v: Tensor, nbits: int, group_size: int) -> Pair:
+        """K and V as the answer gives them back, when they have the shapes that came in."""
+        got = self.call(answer, k, v, nbits, group_size)
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            self.fail("not-a-pair", seen=f"a {type(got).__name__} came back, not K and V",
+                      cause="one of the two is missing, or codes and scales were returned",
+                      look="the return: two tensors of numbers, shaped as k and v")  # fmt: skip
+        for side, part in zip("KV", got, strict=True):
+            if isinstance(part, Tensor):
+                name_it(type(self), {
+                    "not-turned-back": (part.shape == k.mT.shape != k.shape, "tokens and head_dim are still swapped",
+                                        "the last step for keys: .mT once more"),
+                    "groups-left": (part.dim() == k.dim() + 1, "the groups still have a dimension of their own",
+                                    "the opposite of unflatten: .flatten(-2)"),
+                }, f"{side} came back as {list(part.shape)}; it went in as {list(k.shape)}")  # fmt: skip
+            self.like(part, k, what=side)
+        return got[0], got[1]
+
+    def explain_values(self, got: Pair, want: Pair, given: Pair, nbits: int, group_size: int) -> None:
+        """Name what else than the groups can make other numbers."""
+        if agree(got[0], want[1]) and agree(got[1], want[0]):
+            self.fail("swapped", seen="V came back first", cause="the two changed places", look="the return: K, V")
+        for mine, other in ((0, 1), (1, 0)):
+            if (got[mine] - given[other]).abs().mean() < 0.5 * (got[mine] - given[mine]).abs().mean():
+                name = "KV"[mine]
+                self.fail("one-for-the-other", seen=f"{name}, as it came back, is {'KV'[other]}",
+                          cause="a name was written twice",
+                          look=f"the lines for {name}: which of k and v?")  # fmt: skip
+        for name, back, right, raw, turn in zip("KV", got, want, given, (True, False), strict=True):
+            groups = (raw.mT if turn else raw).unflatten(-1, (-1, group_size))
+            codes, scale, zero = quantize(groups, nbits)
+            without = [part.flatten(-2) for part in (codes * scale, (codes - zero) * scale, codes.double())]
+            without = [part.mT if turn else part for part in without]
+            worst = int((back - right).abs().argmax())
+            shown = [f"{part.flatten()[worst].item():.3f}" for part in (raw, back, right)]
+            others = [quantize_cache(*given, bits, group_size)["KV".index(name)] for bits in (8, 4, 2) if bits != nbits]
+            name_it(type(self), {
+                "not-quantized": (agree(back, raw), "it went through unchanged", f"the line that quantizes {name}"),
+                "codes-returned": (agree(back, without[2]), "the codes were returned", "codes * scale + zero"),
+                "zero-not-added": (agree(back, without[0]) or agree(back, without[1]),
+                                   "the zero point was not added", "codes * scale + zero"),
+                "fixed-bits": (any(agree(back, other) for other in others), "another number of bits was written down",
+                               "the parameter nbits"),
+                "rearranged": (not agree(back, right) and agree(back.flatten().sort()[0], right.flatten().sort()[0]),
+                               "the numbers are right, their places are not: the way back is not the way there",
+                               "the dimensions before and after; a reshape does not swap dimensions, .mT does"),
+            }, "{} in {} bits: a number of {} became {}; it should be {}".format(name, nbits, *shown))  # fmt: skip
+
+    def explain_groups(self, answer: Callable, wrong: list[bool], group_size: int) -> None:
+        """Make one number large, see which others change: they share its scale. Name the groups from that."""
+        spoilt = [self.changed_by_one(answer, side, group_size) for side in range(2)]
+        axes = [spread(mask) for mask in spoilt]
+        if all(wrong) and axes[0] == {3} and axes[1] == {2}:
+            self.fail("axes-swapped", seen=f"{described('key', spoilt[0])}. {described('value', spoilt[1])}",
+                      cause="keys were quantized per token and values per channel",
+                      look="which of the two is turned so that its tokens come last: keys")  # fmt: skip
+        for side, (noun, axis) in enumerate((("key", 2), ("value", 3))):
+            if wrong[side]:
+                self.name_groups(noun, axis, spoilt[side], group_size)
+        self.fail("values", seen="every group holds the numbers it should, yet other numbers come back",
+                  cause="codes, scale and zero were combined in another way", look="codes * scale + zero")  # fmt: skip
+
+    def name_groups(self, noun: str, axis: int, spoilt: Tensor, group_size: int) -> None:
+        """One side whose groups are not what they should be."""
+        along, places = spread(spoilt), spoilt.nonzero()[:, axis]
+        start = PLACE[axis] // group_size * group_size
+        right_places = list(range(start, start + group_size))
+        whole = len(places) == spoilt.shape[axis]
+        per = {"key": "group_size successive tokens of one channel", "value": "group_size successive channels of one "
+               "token"}[noun]  # fmt: skip
+        name_it(type(self), {
+            "rows-mixed": (0 in along, "rows of the batch share a scale: what one user sends changes another's cache",
+                           f"the dimensions that were joined before the groups were cut; {per}"),
+            "heads-mixed": (1 in along, "heads share a scale, whose sizes have nothing to do with each other",
+                            f"the dimensions that were joined before the groups were cut; {per}"),
+            "tile-shares-a-scale": ({2, 3} <= along, "a block of tokens and channels has one scale",
+                                    f"the shape that quantize gets: its last dimension is {per}"),
+            "keys-per-token": (axis == 2 and along == {3}, "channels of one token share a scale: the default of many "
+                               "libraries, or k reshaped where it should be transposed",
+                               "k.mT before the groups are cut: the tokens of a channel come last"),
+            "values-per-channel": (axis == 3 and along == {2}, "tokens of one channel share a scale, as is right for "
+                                   "keys", "the values' last dimension is head_dim as it is: no .mT"),
+            "group-size-ignored": (along == {axis} and whole, "group_size was not used: all of them share a scale",
+                                   "unflatten(-1, (-1, group_size)) before quantize"),
+            "strided-groups": (along == {axis} and len(places) == group_size and places.tolist() != right_places,
+                               "a group holds numbers that are not successive", "the order in unflatten: "
+                               "(-1, group_size), groups first"),
+            "group-size": (len(places) != group_size, "a group has another size than group_size", per),
+        }, described(noun, spoilt))  # fmt: skip
+
+    def changed_by_one(self, answer: Callable, side: int, group_size: int) -> Tensor:
+        """Which numbers of K (side 0) or V (1) come back otherwise when the one at PLACE is large; bool, itself too.
+
+        The least of a group stays when another is made large, the greatest when another is made small: try both.
+        """
+        given = torch.rand(2, *SIZES, dtype=torch.float64)
+        before = self.pair(answer, given[0], given[1], 4, group_size)[side]
+        changed = torch.zeros(SIZES, dtype=torch.bool)
+        for size in (1000.0, -1000.0):
+            other = given.clone()
+            other[(side, *PLACE)] = size
+            changed |= (self.pair(answer, other[0], other[1], 4, group_size)[side] - before).abs() > TOLERANCE
+        changed[PLACE] = True
+        return changed
+
+
+def agree(got: Tensor, want: Tensor) -> bool:
+    """Whether two tensors of one shape agree within TOLERANCE."""
+    return bool((got - want).abs().max() <= TOLERANCE)
+
+
+def spread(mask: Tensor) -> set[int]:
+    """The dimensions along which the chosen numbers lie at more than one place."""
+    return {dim for dim, places in enumerate(mask.nonzero().unbind(1)) if len(places.unique()) > 1}
+
+
+def described(noun: str, mask: Tensor) -> str:
+    """What one large number changes, in words."""
+    places = [dim.unique().tolist() for dim in mask.nonzero().unbind(1)]
+    names = ("row", "head", "token", "channel")
+    where = ", ".join(f"{name}{'s' * (len(at) > 1)} {listed(at)}" for name, at in zip(names, places, strict=True))
+    return f"one large {noun}, at token {PLACE[2]}, channel {PLACE[3]}, changes {int(mask.sum())}: {where}"
+
+
+def listed(at: list[int]) -> str:
+    """Whole numbers in few characters: a range, or the list."""
+    if len(at) > 2 and at == list(range(at[0], at[-1] + 1)):
+        return f"{at[0]} to {at[-1]}"
+    return " ".join(map(str, at))

@@ -1,0 +1,140 @@
+"""05.4: what a number of a quantized cache takes, everything counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import ClassVar
+
+from labkit.course.exercise import Exercise
+from labkit.course.exercises.lab05.references import bits_per_element
+from labkit.course.exercises.lab05.tools import name_it
+
+CASES = (  # tokens, nbits, group_size, residual_length, full_bits
+    (1000, 4, 64, 128, 16),
+    (2048, 2, 32, 0, 16),
+    (500, 4, 20, 50, 16),
+    (127, 4, 64, 64, 16),
+    (100, 2, 32, 128, 16),
+    (192, 8, 64, 64, 16),
+    (300, 2, 16, 96, 32),
+    (90, 4, 32, 64, 32),
+)
+Rule = Callable[[int, int, int, int, int], float]
+
+
+def rule(packed: Callable | None = None, per: Callable | None = None, full: Callable | None = None) -> Rule:
+    """The right rule with a part replaced: tokens packed (tokens, group, residual), bits (nbits, group), full bits."""
+
+    def bits(tokens: int, nbits: int, group: int, residual: int, full_bits: int) -> float:
+        count = packed(tokens, group, residual) if packed else whole_groups(tokens, group, residual)
+        each = per(nbits, group, full_bits) if per else nbits + 32 / group
+        return (count * each + (tokens - count) * (full(full_bits) if full else full_bits)) / tokens
+
+    return bits
+
+
+def whole_groups(tokens: int, group: int, residual: int) -> int:
+    """Tokens packed."""
+    return max(0, tokens - residual) // group * group
+
+
+def per_packed(tokens: int, nbits: int, group: int, residual: int, full_bits: int) -> float:
+    """The right total over the packed tokens alone; where none are, nothing to tell."""
+    count = whole_groups(tokens, group, residual)
+    return bits_per_element(tokens, nbits, group, residual, full_bits) * tokens / (count or tokens)
+
+
+META = "what each group keeps beside its codes: 2 numbers of 16 bits, shared by group_size codes"
+PACKED = "the number of packed tokens: max(0, tokens - residual_length) // group_size * group_size"
+KNOWN: dict[str, tuple[tuple[Rule, ...], str, str]] = {
+    "total": ((lambda *a: bits_per_element(*a) * a[0],), "the bits of all tokens were returned",
+              "the average: divide by tokens"),
+    "bytes": ((lambda *a: bits_per_element(*a) / 8,), "bytes were returned", "the name: bits"),
+    "ratio": ((lambda *a: bits_per_element(*a) / a[4], lambda *a: a[4] / bits_per_element(*a)),
+              "a ratio to full precision was returned", "the docstring: bits that one number takes"),
+    "not-a-fraction": ((lambda *a: int(bits_per_element(*a)), lambda *a: round(bits_per_element(*a))),
+                       "the result was made whole", "an average of bits has a fraction: `/`, and no rounding"),
+    "no-metadata": ((rule(per=lambda n, g, f: n),), "scale and zero point were not counted", META),
+    "scale-only": ((rule(per=lambda n, g, f: n + 16 / g),), "one of scale and zero point was not counted", META),
+    "metadata-in-bytes": ((rule(per=lambda n, g, f: n + 4 / g), rule(per=lambda n, g, f: n + 2 / g)),
+                          "scale and zero point were counted in bytes, the codes in bits", META),
+    "metadata-per-number": ((rule(per=lambda n, g, f: n + 32),), "every number was given a scale and a zero point of "
+                            "its own", META),
+    "metadata-twice": ((rule(per=lambda n, g, f: n + 64 / g),), "scale and zero point were counted twice, as for K "
+                       "and V: this is an average over numbers, of whichever they are", META),
+    "metadata-in-full-bits": ((rule(per=lambda n, g, f: n + 2 * f / g),), "scale and zero point were counted with "
+                              "full_bits each", "the docstring: 16 bits each, whatever the cache's dtype"),
+    "floor-division": ((rule(per=lambda n, g, f: n + 32 // g),), "2 * 16 // group_size drops a fraction of a bit",
+                       "the division: `/`"),
+    "no-residual": ((rule(lambda t, g, r: t), rule(lambda t, g, r: t // g * g)),
+                    "residual_length was left out: every token was counted as packed, or every whole group", PACKED),
+    "no-whole-groups": ((rule(lambda t, g, r: max(0, t - r)), rule(lambda t, g, r: t - r)),
+                        "all tokens but the residual were packed; an incomplete group waits", PACKED),
+    "rounded-up": ((rule(lambda t, g, r: -(-max(0, t - r) // g) * g), rule(lambda t, g, r: -(-(t - r) // g) * g)),
+                   "an incomplete group was counted as a whole one", PACKED),
+    "negative": ((rule(lambda t, g, r: (t - r) // g * g), rule(lambda t, g, r: int((t - r) / g) * g)),
+                 "with fewer tokens than residual_length, less than none were packed", "max(0, ...)"),
+    "residual-at-a-time": ((rule(lambda t, g, r: t // r * r if r else t // g * g),),
+                           "the residual was taken to be packed as a whole when it is full, as some libraries do",
+                           "the docstring: group_size at a time, at least the newest residual_length stay"),
+    "fixed-full-bits": ((rule(full=lambda f: 16),), "16 was written down for full precision", "full_bits"),
+    "parts-swapped": ((rule(lambda t, g, r: t - whole_groups(t, g, r)),),
+                      "packed tokens were counted in full, and the others packed", "which count goes with which size"),
+    "packed-alone": ((per_packed,), "the bits of all tokens were divided by the packed tokens alone",
+                     "an average over all tokens: divide by tokens"),
+}  # fmt: skip
+
+
+class BitsPerElement(Exercise):
+    """Why 4 bits are not a quarter of 16."""
+
+    id, title, minutes, difficulty = "05.4", "Bits per element, everything counted", 4, 2
+    reference = staticmethod(bits_per_element)
+    hints = (
+        "Split the tokens in two: those that are packed and those that are not. What does one number of each take?",
+        "Packed tokens come in whole groups from what is older than the residual. A packed number takes nbits, and its "
+        "share of a scale and a zero point.",
+        "packed = max(0, tokens - residual_length) // group_size * group_size\nper_packed = nbits + 2 * 16 / group_size"
+        "\nreturn (packed * per_packed + (tokens - packed) * full_bits) / tokens",
+    )
+    hints_for: ClassVar = {
+        "no-metadata": "64 codes of 4 bits are 256 bits. What else is kept for these 64 numbers?",
+        "scale-only": "codes * scale + zero: how many numbers does a group need to come back?",
+        "no-whole-groups": "70 tokens may be packed, 64 at a time. How many are, and what do the others take?",
+        "rounded-up": "70 tokens may be packed, 64 at a time. Is the second group complete?",
+        "negative": "100 tokens, a residual of 128: how many are packed?",
+        "metadata-in-full-bits": "A cache in 32 bits does not make its scales any wider.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Groups that divide and that do not, no residual, too few tokens to pack, another full precision."""
+        got = []
+        for case in CASES:
+            value = self.call(answer, *case)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                self.fail("not-a-number", seen=f"{type(value).__name__} {str(value)[:40]} came back",
+                          cause="something other than one number was returned", look="the return: a float")  # fmt: skip
+            got.append(float(value))
+        wrong = [not same(value, bits_per_element(*case)) for value, case in zip(got, CASES, strict=True)]
+        if any(wrong):
+            self.explain(got, wrong.index(True))
+
+    def explain(self, got: list[float], at: int) -> None:
+        """Name the rule that gives what was seen in every case; `at` is the first that is wrong."""
+        tokens, nbits, group_size, residual_length, full_bits = CASES[at]
+        want = bits_per_element(*CASES[at])
+        seen = (f"{tokens} tokens, {nbits} bits in groups of {group_size}, residual {residual_length}, full_bits "
+                f"{full_bits}: you get {got[at]:.4g}; {want:.4g} is right")  # fmt: skip
+        known = {
+            diagnosis: (any(all(map(same, got, [rule(*case) for case in CASES])) for rule in rules), cause, look)
+            for diagnosis, (rules, cause, look) in KNOWN.items()
+        }
+        name_it(type(self), known, seen)
+        self.fail("count", seen=seen, cause="a part is missing, or one too many",
+                  look="this case by hand: tokens packed, bits of a packed number, bits of the others")  # fmt: skip
+
+
+def same(got: float, want: float) -> bool:
+    """Equal but for the order in which floats were added."""
+    return abs(got - want) <= 1e-9 * abs(want)

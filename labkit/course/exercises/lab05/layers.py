@@ -1,0 +1,100 @@
+"""What 05.5 and 05.7 try answers with: tokens that can be told apart, and a quantizer that keeps a list."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise
+from labkit.ledger import memory_of, tensors_in
+
+BATCH, HEADS, HEAD_DIM = 2, 3, 5
+STEP, VALUES = 64.0, 32.0  # from one token's numbers to the next one's; from keys to values
+CHANGE = 0.25  # what one round through the quantizer adds to every number
+
+
+def numbered(tokens: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Keys [batch, heads, tokens, head_dim] in which every number says whose it is: whole, no two alike."""
+    places = torch.arange(BATCH * HEADS * HEAD_DIM).view(BATCH, HEADS, 1, HEAD_DIM)
+    return (places + STEP * torch.tensor(list(tokens)).view(1, 1, -1, 1)).to(dtype)
+
+
+def numbered_pair(first: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """K and V of tokens `first` to `first + count - 1`."""
+    k = numbered(range(first, first + count), dtype)
+    return k, k + VALUES
+
+
+def ids(x: Tensor) -> list[int]:
+    """Which tokens a tensor of numbered keys or values holds."""
+    return [int(number // STEP) for number in x[0, 0, :, 0].tolist()]
+
+
+def is_values(x: Tensor) -> bool:
+    """Whether these are values, not keys."""
+    return bool((x % STEP >= VALUES).all()) and x.numel() > 0
+
+
+def fits(x: Any) -> bool:
+    """Whether `x` is a tensor of the numbered tokens' batch, heads and head_dim."""
+    return isinstance(x, Tensor) and x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (BATCH, HEADS, HEAD_DIM)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A quantized group. It has no parts that an answer could use."""
+
+    exercise: type[Exercise]
+    k: Tensor
+    v: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.exercise.fail(
+            "opens-the-form",
+            seen="what quantize_group returned was taken apart",
+            cause="it was taken for a pair of K and V; it is one object, in a form that only restore knows",
+            look="where quantize_group is called: keep what it returns, whole, and give it to restore in read",
+        )
+        yield self.k
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return next(iter(self))
+
+
+class Recorder:
+    """quantize_group and restore of one layer. Each round adds `CHANGE`; `given` is what was to be quantized."""
+
+    def __init__(self, exercise: type[Exercise]) -> None:
+        self.exercise = exercise
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def quantize_group(self, k: Tensor, v: Tensor) -> Form:
+        """Keep what was given, and return it as a form."""
+        self.given.append((k.clone(), v.clone()))
+        return Form(self.exercise, k.clone(), v.clone())
+
+    def restore(self, packed: Form) -> tuple[Tensor, Tensor]:
+        """The group as it comes back, every number changed."""
+        if not isinstance(packed, Form):
+            self.exercise.fail(
+                "restores-something-else",
+                seen=f"restore was given a {type(packed).__name__}, not what quantize_group returned",
+                cause="waiting tokens, or a list of groups, went through restore",
+                look="read(): restore each group, one by one; waiting tokens are K and V already",
+            )
+        return packed.k + CHANGE, packed.v + CHANGE
+
+
+def tensors_held(cache: Any) -> list[Tensor]:
+    """The tensors among an object's attributes, also inside lists, tuples, dicts and deques."""
+    return list(tensors_in([list(value) if isinstance(value, deque) else value for value in vars(cache).values()]))
+
+
+def bytes_behind(tensors: Sequence[Tensor]) -> int:
+    """Bytes of memory that these tensors keep alive, each counted once. A slice keeps all that it was cut from."""
+    return sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())

@@ -1,0 +1,150 @@
+"""05.8: the surprise of a quantized cache measured in one pass, to mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise
+from labkit.course.exercises.lab05.passes import FIRST, PART, LossyCache, Passes, all_rows, known_means, surprise
+from labkit.course.exercises.lab05.references import mean_surprise
+
+TIGHT = 1e-9  # bounded: float64 means of fewer than 200 numbers of order 1
+
+
+class MeanSurprise(Exercise):
+    """A measurement that never meets what it measures."""
+
+    id, title, minutes, difficulty = "05.8", "Debug: a quantized cache as good as none", 5, 3
+    reference = staticmethod(mean_surprise)
+    hints = (
+        "During the first pass the cache is empty. Which keys does attention see then: restored ones, or those just "
+        "computed?",
+        "Pass 32 tokens at a time with the same cache. The last logits of a part predict the first token of the next "
+        "part; only the last logits of all predict nothing.",
+        "for start in range(0, tokens.shape[1], 32):\n    logits = model(tokens[:, start : start + 32], cache)[0]\n"
+        "    targets = tokens[0, start + 1 : start + 33]\n"
+        "    surprises.append(F.cross_entropy(logits[: len(targets)], targets, reduction='none'))\n"
+        "return torch.cat(surprises)[63:].mean().item()",
+    )
+    hints_for: ClassVar = {
+        "one-pass": "How many tokens does the cache hold when the one pass begins?",
+        "boundary-skipped": "The last logits of a part predict a token too: where is it?",
+        "tokens-fed-twice": "The target of a part's last logits need not be in the part: take it from `tokens`.",
+        "mean-of-means": "Parts of 32 and of 5 tokens should not count alike. Join first, then take the mean.",
+        "predicts-itself": "Logits at position i say what token i + 1 is.",
+        "new-cache": "A cache made for each part is empty each time.",
+        "starts-beside-64": "Surprise j of the joined list is about token j + 1.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Which passes were made and with what; then the number."""
+        for count in (150, 128, 161, 66):
+            tokens = torch.randint(0, Passes.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(count))
+            model, cache, kept = Passes(), LossyCache(), tokens.clone()
+            got = self.run(partial(answer, model, tokens, cache))
+            self.check_unchanged(kept, tokens)
+            self.check_cache(model, cache, got, tokens)
+            self.check_tokens(model, tokens[0].tolist())
+            self.check_parts([len(part) for part, *_ in model.passes], count)
+            self.check_number(got, tokens)
+
+    def check_cache(self, model: Passes, cache: LossyCache, got: Any, tokens: Tensor) -> None:
+        """More than one pass, all with the cache that was given, which goes on filling."""
+        count = tokens.shape[1]
+        if not model.passes:
+            self.fail("model-not-run", seen="the model was never called", cause="a return before the loop, or an empty "
+                      "range", look="the loop over range(0, tokens.shape[1], 32)")  # fmt: skip
+        if len(model.passes) == 1 and len(model.passes[0].tokens) >= count - 1:
+            figure = f": {got:.4f}; a user of this cache gets {mean_surprise(Passes(), tokens, LossyCache()):.4f}"
+            self.fail(
+                "one-pass",
+                seen=f"one pass over {count} tokens{figure if isinstance(got, float) else ''}",
+                cause="the pass began with an empty cache, and attention saw K and V as they were computed: nothing "
+                "quantized was ever read",
+                look="the call of the model: parts of 32 tokens, one after another, with the same cache",
+            )
+        if any(each.cache is not cache for each in model.passes):
+            self.fail(
+                "new-cache",
+                seen="a pass was made with another cache than the one given, or with none",
+                cause="the cache was copied or made anew for a part, or left out of the call",
+                look="the call: model(part, cache), the same cache each time",
+            )
+        held = 0
+        for each in model.passes:
+            if each.held != held:
+                self.fail("cache-emptied", seen=f"a pass began with {each.held} tokens in the cache; {held} had gone "
+                          "through the model", cause="the cache was reset between parts",
+                          look="the loop: the cache is left alone")  # fmt: skip
+            held += len(each.tokens)
+
+    def check_tokens(self, model: Passes, tokens: list[int]) -> None:
+        """Each token goes through the model once, in order. The last one predicts nothing and may be left out."""
+        fed = [token for each in model.passes for token in each.tokens]
+        if fed in (tokens, tokens[:-1]):
+            return
+        parts = [len(each.tokens) for each in model.passes]
+        if len(fed) > len(tokens):
+            self.fail(
+                "tokens-fed-twice",
+                seen=f"{len(fed)} tokens went through the model, of {len(tokens)}, in parts of {parts[:3]} and so on",
+                cause="parts overlap, by one token or by all before; the cache then holds tokens twice",
+                look="the slice: tokens[:, start : start + 32]",
+            )
+        self.fail(
+            "tokens-skipped",
+            seen=f"{len(fed)} tokens went through the model, of {len(tokens)}, in parts of {parts[:3]} and so on",
+            cause="the first tokens, the last part or one token of each part were left out, or the order changed; "
+            "tokens that are not scored are still context",
+            look="the range and the slice: every token once",
+        )
+
+    def check_parts(self, parts: list[int], count: int) -> None:
+        """All parts but the last have 32 tokens."""
+        if all(part == PART for part in parts[:-1]) and parts[-1] <= PART:
+            return
+        if parts[0] > PART and all(part <= PART for part in parts[1:]):
+            self.fail(
+                "first-part-longer",
+                seen=f"{count} tokens in parts of {parts[:3]} and so on",
+                cause="the tokens that are not scored went through in one pass and saw each other unquantized",
+                look="the loop: it starts at 0, with parts of 32",
+            )
+        self.fail(
+            "part-length",
+            seen=f"{count} tokens in parts of {parts[:3]} and so on",
+            cause="another part length measures something too: the shorter the parts, the more is read from the cache; "
+            "figures compare only when the lengths agree",
+            look="the step of the range and the end of the slice: 32",
+        )
+
+    def check_number(self, got: Any, tokens: Tensor) -> None:
+        """The mean, told apart by what was averaged."""
+        if isinstance(got, bool) or not isinstance(got, (int, float)):
+            kind = "nothing" if got is None else f"a {type(got).__name__}"
+            self.fail("not-a-number", seen=f"{kind} came back", cause="a tensor, or no return",
+                      look="the last line: .item() makes a number of a tensor of one")  # fmt: skip
+        rows, targets = all_rows(tokens), tokens[0]
+        surprises = surprise(rows[:-1], targets[1:])  # number j is about token j + 1
+        want = surprises[FIRST - 1 :].mean().item()
+        seen = f"{len(targets)} tokens: {got:.4f}; the mean is {want:.4f}"
+        if abs(got - want) <= TIGHT:
+            return
+        if math.isnan(got):
+            self.fail(
+                "not-finite",
+                seen=f"{len(targets)} tokens: NaN",
+                cause="a mean over no tokens: the last part may hold a token and no target",
+                look="join all surprises first, then one mean",
+            )
+        for diagnosis, (values, cause, look) in known_means(rows, targets, surprises).items():
+            if any(abs(got - value) <= TIGHT for value in values):
+                self.fail(diagnosis, seen=seen, cause=cause, look=look)
+        self.fail("values", seen=seen, cause="the passes are right; other logits, other targets or another average",
+                  look="for one part of 32: which logits meet which targets")  # fmt: skip

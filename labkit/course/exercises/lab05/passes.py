@@ -1,0 +1,126 @@
+"""05.8: a small model that keeps a list of its passes, a cache that loses something, and what can be made of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+PART, FIRST = 32, 64  # tokens a pass; the first position that is scored
+
+
+class LossyCache:
+    """Holds one row for each token; what it holds comes back rounded. What is just being appended does not."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        self.rows = torch.zeros(0, Passes.VOCABULARY, dtype=torch.float64)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens held."""
+        return len(self.rows)
+
+    def append(self, new: Tensor) -> Tensor:
+        """All rows: those held already rounded, `new` as it came."""
+        held = self.rows.round()
+        self.rows = torch.cat((self.rows, new))
+        return torch.cat((held, new))
+
+
+class Pass(NamedTuple):
+    """One call of the model: its tokens, its cache, and how many tokens that held."""
+
+    tokens: list[int]
+    cache: Any
+    held: int
+
+
+class Passes:
+    """model(part, cache): logits that depend on each token and on the mean of what the cache gives of all up to it."""
+
+    VOCABULARY: ClassVar[int] = 13
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(2)
+        self.table = torch.randn(self.VOCABULARY, self.VOCABULARY, generator=random, dtype=torch.float64)
+        self.passes: list[Pass] = []
+
+    def __call__(self, part: Tensor, cache: LossyCache | None = None) -> Tensor:
+        """Logits, float64 [1, part, vocabulary]."""
+        if part.dim() != 2 or part.shape[0] != 1 or part.shape[1] == 0:
+            raise ValueError(f"the model was given tokens of shape {list(part.shape)}; it takes [1, at least one]")
+        rows = self.table[part[0]]
+        held = cache.seq_len if cache is not None else 0
+        self.passes.append(Pass(part[0].tolist(), cache, held))
+        seen = cache.append(rows) if cache is not None else rows
+        means = seen.cumsum(0) / torch.arange(1, len(seen) + 1, dtype=torch.float64)[:, None]
+        return (rows + 4 * means[held:])[None]
+
+
+def all_rows(tokens: Tensor) -> Tensor:
+    """Logits of every token, float64 [tokens, vocabulary], from parts of 32."""
+    model, cache = Passes(), LossyCache()
+    return torch.cat([model(part, cache)[0] for part in tokens.split(PART, dim=1)])
+
+
+def surprise(rows: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, in nats."""
+    return -rows.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def known_means(rows: Tensor, targets: Tensor, surprises: Tensor) -> Mapping[str, tuple[list[float], str, str]]:
+    """What mistakes make of the same passes: the values each can give, the cause, and where to look."""
+    scored = surprises[FIRST - 1 :]
+    mean = scored.mean().item()
+    about = torch.arange(1, len(targets))  # the token that each surprise is about
+    inside = surprises[about % PART != 0]
+    means = [[part.mean() for part in kind if len(part)] for kind in (
+        [surprises[start : start + PART] for start in range(0, len(surprises), PART)],
+        [surprises[max(start, FIRST - 1) : start + PART] for start in range(0, len(surprises), PART)],
+        [surprises[start : start + PART] for start in range(FIRST, len(surprises), PART)],
+    )]  # fmt: skip
+    wrapped = torch.cat((scored, surprise(rows[-1:], targets[:1])))
+    return {
+        "perplexity": ([math.exp(mean)], "exp was applied: that is perplexity", "the return: the mean itself"),
+        "bits": ([mean / math.log(2)], "a logarithm to base 2 was taken", "the docstring: nats, the natural logarithm"),
+        "negative": ([-mean], "the sign: log p instead of -log p", "the sign of the logarithm"),
+        "sum-not-mean": ([scored.sum().item()], "surprises were added up", "mean(), or a division by their number"),
+        "scored-from-the-start": (
+            [surprises.mean().item()],
+            "the first 64 tokens are scored too; they have little context, and no cache is read for the first 32",
+            "the slice before the mean: positions from 64 on",
+        ),
+        "starts-beside-64": (
+            [surprises[start:].mean().item() for start in (FIRST - 2, FIRST) if start < len(surprises)],
+            "the first token scored is not that at position 64: logits at position 63 predict it",
+            "the slice before the mean: [63:], when surprise 0 is about token 1",
+        ),
+        "predicts-itself": (
+            [surprise(rows, targets)[start:].mean().item() for start in (FIRST - 1, FIRST)],
+            "logits at a position were compared with the token at that position, which the model was given",
+            "the targets: from start + 1 to start + 32",
+        ),
+        "boundary-skipped": (
+            [kind.mean().item() for kind in
+             (surprises[(about >= FIRST) & (about % PART != 0)], inside, inside[FIRST - 2 :], inside[FIRST - 1 :])],
+            "logits[:-1] against targets[1:] within a part: the first token of every part is predicted by nobody",
+            "the targets: tokens[0, start + 1 : start + 33], one beyond the part",
+        ),
+        "mean-of-means": (
+            [torch.stack(kind).mean().item() for kind in means if kind],
+            "a mean was taken in each part, and of these another, as if all parts were of one length",
+            "join all surprises, then one mean",
+        ),
+        "wraps-round": (
+            [wrapped.mean().item()],
+            "the last logits were scored against the first token, as torch.roll does",
+            "the last part: it has one target fewer than logits",
+        ),
+    }  # fmt: skip

@@ -1,0 +1,192 @@
+"""05.1: numbers as codes, a scale and a zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.exercise import Exercise
+from labkit.course.exercises.lab05.references import quantize
+from labkit.course.exercises.lab05.tools import NaNAs255, broken, name_it, near
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+class Quantize(Exercise):
+    """Asymmetric quantization of groups, rounded to the nearest code."""
+
+    id, title, minutes, difficulty = "05.1", "Numbers as codes", 6, 2
+    reference = staticmethod(quantize)
+    hints = (
+        "Codes are evenly spaced marks from the least number of a group to the greatest. With 16 marks, how many steps "
+        "lie between the first and the last?",
+        "zero is the least number of the group, scale the range divided by the number of steps. A code says how many "
+        "steps a number lies above zero, to the nearest. A range of 0 must not be divided by.",
+        "low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)\nscale = (high - low) / (2**nbits - 1)\n"
+        "steps = (x - low) / torch.where(scale == 0, 1.0, scale)\n# round, then uint8; zero is low",
+    )
+    hints_for: ClassVar = {
+        "truncated": "`.to(torch.uint8)` cuts off what is behind the point. Which code is nearest to 6.9?",
+        "one-level-too-many": "A fence of 16 posts has how many gaps?",
+        "symmetric": "A group from 4 to 10 uses how many of its codes if code 0 stands for 0?",
+        "abs-max": "In a group from 4 to 10, how far is it from the least number to the greatest?",
+        "zero-is-a-code": "The docstring's formula is codes * scale + zero. What must zero be for code 0 to give the "
+        "least number?",
+        "constant-group": "What is the scale of a group of equal numbers, and what is 0 / 0?",
+        "small-group": "What does your eps do to a group whose scale is smaller than eps?",
+        "one-scale-for-all": "`x.min()` sees every group at once. Which method takes a dimension?",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Groups to follow by hand, random ones in 4, 8 and 2 bits, equal numbers, small numbers, other dtypes."""
+        by_hand = torch.tensor([[-2.0, -0.65, -0.48, 1.0], [4.0, 10.0, 5.1, 7.25]])
+        self.judge(answer, by_hand, 4)
+        for nbits in (4, 8, 2):
+            x = torch.randn(2, 3, 9)
+            x[0, 0, 4] = 40.0
+            x[1] += torch.tensor([20.0, -20.0, 3.0])[:, None]
+            self.judge(answer, x, nbits)
+        self.judge(answer, torch.randn(11), 4)
+        self.judge_equal_numbers(answer)
+        self.judge_small_numbers(answer)
+        for dtype in (torch.float64, torch.bfloat16):
+            self.judge(answer, torch.randn(5, 12).to(dtype), 4)
+
+    def judge(self, answer: Callable, x: Tensor, nbits: int) -> None:
+        """The properties that the docstring promises of groups of different numbers."""
+        got = self.parts(answer, x, nbits)
+        if (wrong := broken(x, got, nbits)).any():
+            self.explain(x, got, nbits, int(wrong.flatten().int().argmax()))
+
+    def parts(self, answer: Callable, x: Tensor, nbits: int) -> Parts:
+        """Codes, scale and zero, when they are tensors of the right kind; a finding otherwise."""
+        got = self.call(answer, x, nbits)
+        if not isinstance(got, (tuple, list)) or len(got) != 3:
+            self.fail("not-three", seen=f"a {type(got).__name__} came back, not three tensors",
+                      cause="codes alone, or the numbers as they come back, were returned",
+                      look="the return: codes, scale, zero")  # fmt: skip
+        codes, scale, zero = got
+        if any(isinstance(part, Tensor) and part.dtype == torch.uint8 and part.shape == x.shape for part in got[1:]):
+            if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+                self.fail("swapped", seen="the codes did not come first", cause="another order of the three results",
+                          look="the return: codes, scale, zero")  # fmt: skip
+        if isinstance(codes, Tensor) and codes.shape == x.shape and codes.dtype != torch.uint8:
+            self.fail("codes-dtype", seen=f"the codes are {codes.dtype}; they should be torch.uint8",
+                      cause="round() gives floats, and int8 has no code above 127: the codes were not made uint8",
+                      look="the last step: .to(torch.uint8)")  # fmt: skip
+        want = quantize(x, nbits)
+        self.like(codes, want[0], what="the codes")
+        for name, part, right in (("scale", scale, want[1]), ("zero", zero, want[2])):
+            self.check_metadata(name, part, right, x)
+        return codes, scale, zero
+
+    def check_metadata(self, name: str, part: Any, want: Tensor, x: Tensor) -> None:
+        """One scale or zero point per group, of the dtype of x."""
+        if isinstance(part, Tensor):
+            shape, along = part.shape, range(x.dim() - 1)
+            others = [x.amin(dim, keepdim=keep).shape for dim in along for keep in (True, False)]
+            known = {
+                "zero-is-a-code": (name == "zero" and not part.is_floating_point(),
+                                   "the zero point was rounded to the code that stands for 0",
+                                   "the docstring's formula: codes * scale + zero, so zero is one of the numbers"),
+                "one-scale-for-all": (part.numel() == 1 < want.numel(), "min and max were taken of the whole tensor",
+                                      "amin and amax of the last dimension: dim=-1"),
+                "no-keepdim": (shape == want.shape[:-1] != want.shape, "the group's dimension was dropped",
+                               "keepdim=True: codes [..., group] and scale [..., 1] must broadcast"),
+                "wrong-dimension": (shape != want.shape and shape in others,
+                                    "min and max were taken along another dimension", "a group is the last: dim=-1"),
+            }  # fmt: skip
+            name_it(type(self), known, f"{name} of {part.dtype} {list(shape)} for x {list(x.shape)}")
+        self.like(part, want, what=f"{name} for {x.dtype} numbers")
+
+    def explain(self, x: Tensor, got: Parts, nbits: int, which: int) -> None:
+        """Name the rule that gives these codes, scales and zero points. `which`: the group to show."""
+        codes, scale, zero = got[0].long(), got[1].double(), got[2].double()
+        x, last, half = x.double(), 2**nbits - 1, 2 ** (nbits - 1)
+        low, high, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
+        right = (high - low) / last
+        one, shown = [part.flatten(0, -2)[which] if part.dim() > 1 else part for part in (x, codes)]
+        where = f"a group from {one.min().item():.3g} to {one.max().item():.3g} in {nbits} bits"
+        values = [part.flatten()[which].item() for part in (scale, zero, right, low)]
+        seen = "{}: scale {:.3g}, zero {:.3g}; scale {:.3g}, zero {:.3g} is right".format(where, *values)
+        cuts = {steps: near(scale, (high - low) / steps) for steps in (last + 1, 15, half, half - 1) if steps}
+        by_largest = near(scale, high / last)
+        by_largest |= any(near(scale, largest / n) for n in (last, last + 1, last / 2, half, half - 1) if n)
+        no_zero = bool((zero == 0).all())
+        everything = near(scale, ((x.max() - x.min()) / last).expand_as(scale))
+        steps_of = "the scale: (high - low) / (2**nbits - 1), the number of steps between the first code and the last"
+        name_it(type(self), {
+            "swapped": (near(zero, right) and near(scale, low), "scale and zero changed places", "the return"),
+            "one-scale-for-all": (x.dim() > 1 and everything, "min and max were taken of the whole tensor",
+                                  "amin and amax of the last dimension: dim=-1"),
+            "fixed-bits": (nbits != 4 and cuts[15], "15, the last code of 4 bits, was written down", "2**nbits - 1"),
+            "one-level-too-many": (cuts[last + 1], f"the range was cut into {last + 1} steps, so that the greatest "
+                                   f"number gets code {last + 1}, which {nbits} bits do not have", steps_of),
+            "symmetric": (no_zero and by_largest, "scale from the largest absolute value, no zero point: codes of "
+                          "numbers that do not occur are wasted", "the docstring: the least number gets code 0"),
+            "abs-max": (by_largest, "the scale was taken from the largest absolute value, or from the greatest number",
+                        steps_of),
+            "half-the-codes": (any(cuts.get(steps) for steps in (half, half - 1)),
+                               "the range was cut as for signed codes, half of which lie below 0", steps_of),
+            "scale-inverted": (near(scale, 1 / right), "steps per number in place of numbers per step",
+                               "the docstring's formula: codes are multiplied by scale"),
+        }, seen)  # fmt: skip
+        if near(scale.abs(), right):
+            as_codes = [sign * low / right for sign in (1, -1)]
+            name_it(type(self), {
+                "zero-is-a-code": (any(near(zero, code) or near(zero, code.round()) for code in as_codes),
+                                   "the zero point was given in steps", "the docstring: codes * scale + zero; zero is "
+                                   "one of the numbers, not a code"),
+                "zero-sign": (near(zero, -low), "zero was made to be subtracted", "the docstring: + zero"),
+                "reversed": (near(zero, high), "codes were counted down from the greatest number",
+                             "the docstring: the least number gets code 0"),
+                "no-zero": (no_zero, "zero was left at 0", "what code 0 stands for: the least number"),
+            }, seen)  # fmt: skip
+        self.explain_codes(x, codes, right, low, f"{where}: codes {str(shown.tolist())[:60]}", last)
+
+    def explain_codes(self, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, seen: str, last: int) -> None:
+        """Scale and zero are right, or unknown; name the rule that gives these codes."""
+        unsubtracted = (x / scale).round().long()
+        name_it(type(self), {
+            "truncated": (torch.equal(codes, ((x - low) / scale + 1e-5).long()),
+                          "fractions were cut off, so that errors reach a whole scale", "round() before uint8"),
+            "zero-not-subtracted": (any(torch.equal(codes, c) for c in (unsubtracted % 256, unsubtracted.clamp(0, 255),
+                                                                        unsubtracted.clamp(0, last))),
+                                    "x was divided as it is: numbers below 0 have no code", "x - low, then divide"),
+            "not-divided": (torch.equal(codes, (x - low).round().long()), "x - low was rounded without the scale",
+                            "how many steps of one scale lie between low and x?"),
+            "code-too-large": (bool((codes > last).any()), f"{last} is the last code", "the scale, or a clamp"),
+        }, seen)  # fmt: skip
+        self.fail("error", seen=f"{seen}; some number is more than half a scale off, or an end has another code",
+                  cause="a step of the rule does something else than the docstring says",
+                  look="x - low, divided by scale, rounded; by hand for one group")  # fmt: skip
+
+    def judge_equal_numbers(self, answer: Callable) -> None:
+        """Groups without a range come back to the bit, and no NaN stood in for a code."""
+        x = torch.tensor([0.1, -3.7, 0.0])[:, None].repeat(1, 6)
+        with NaNAs255():
+            codes, scale, zero = self.call(answer, x, 4)
+        back = codes * scale + zero
+        seen, cause = f"{back[0, 0].item():.3g}", "the special case for a scale of 0 does not give the number back"
+        if nan := bool((codes > 15).any() | back.isnan().any()):
+            seen, cause = (
+                "NaN on the way",
+                "the scale is 0, and 0 / 0 is NaN: uint8 has no code for it, and what comes ",
+            )
+            cause += "out differs between machines"
+        if nan or not torch.equal(back, x):
+            self.fail("constant-group", seen=f"a group of six times {x[0, 0].item():.2g}: {seen}", cause=cause,
+                      look="the division: by 1 where the scale is 0, say")  # fmt: skip
+
+    def judge_small_numbers(self, answer: Callable) -> None:
+        """An eps that is as large as the numbers spoils them."""
+        x = torch.rand(3, 8) * 1e-4
+        got = self.parts(answer, x, 8)
+        if broken(x, got, 8).any():
+            self.fail("small-group", seen=f"numbers of 0 to 0.0001 in 8 bits: the greatest code used is "
+                      f"{int(got[0].max())} of 255, scale {got[1].max().item():.1g}",
+                      cause="an eps, added to the scale or its least value, is larger than the scale",
+                      look="treat a scale of 0 apart: torch.where(scale == 0, ...)")  # fmt: skip

@@ -1,0 +1,625 @@
+"""Wrong answers to the first half of lab 05, and other right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from labkit.course.exercises.lab05.references import bits_per_element, pack, quantize, quantize_cache
+from labkit.sizing import Quantized
+from tests.mutants import Mutant
+
+# 05.1
+
+
+def ends(x, dim=-1):
+    return x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+
+
+def guarded(scale):
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def by(levels, *, clamp=False, finish=torch.round, span=None):
+    """The right rule with its number of steps, its rounding or its range replaced."""
+
+    def wrong(x, nbits):
+        least, most = ends(x)
+        scale = (span(x) if span else most - least) / levels(nbits)
+        codes = finish((x - least) / guarded(scale))
+        return (codes.clamp(0, 2**nbits - 1) if clamp else codes).to(torch.uint8), scale, least
+
+    return wrong
+
+
+def last(nbits):
+    return 2**nbits - 1
+
+
+def largest(x):
+    return x.abs().amax(-1, keepdim=True)
+
+
+def then(change):
+    """The reference's three results, changed."""
+    return lambda x, nbits: change(*quantize(x, nbits), x, nbits)
+
+
+def symmetric_in_signed_codes(x, nbits):
+    scale = largest(x) / (2 ** (nbits - 1) - 1)
+    return (x / guarded(scale)).round().to(torch.int8), scale, torch.zeros_like(scale)
+
+
+def symmetric_without_zero(x, nbits):
+    scale = largest(x) / (2**nbits - 1)
+    return (x / guarded(scale)).round().clamp(0, 2**nbits - 1).to(torch.uint8), scale, torch.zeros_like(scale)
+
+
+def zero_as_a_code(x, nbits):
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    zero = (-low / guarded(scale)).round()
+    return ((x / guarded(scale)).round() + zero).clamp(0, 2**nbits - 1).to(torch.uint8), scale, zero
+
+
+def zero_as_a_byte(x, nbits):
+    codes, scale, zero = zero_as_a_code(x, nbits)
+    return codes, scale, zero.clamp(0, 255).to(torch.uint8)
+
+
+def one_scale(x, nbits):
+    low, high = x.min(), x.max()
+    scale = (high - low) / (2**nbits - 1)
+    return ((x - low) / guarded(scale)).round().to(torch.uint8), scale, low
+
+
+def one_scale_spread_out(x, nbits):
+    codes, scale, low = one_scale(x, nbits)
+    return codes, scale.expand(*x.shape[:-1], 1), low.expand(*x.shape[:-1], 1)
+
+
+def along_the_first(x, nbits):
+    low, high = ends(x, 0)
+    scale = (high - low) / (2**nbits - 1)
+    return ((x - low) / guarded(scale)).round().to(torch.uint8), scale, low
+
+
+def unguarded(x, nbits):
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    return ((x - low) / scale).round().to(torch.uint8), scale, low
+
+
+def one_for_equal_numbers(x, nbits):
+    """Where the range is 0 the scale becomes 1, and the code 1."""
+    codes, scale, low = quantize(x, nbits)
+    return torch.where(scale == 0, 1, codes).to(torch.uint8), guarded(scale), low
+
+
+def eps_added(x, nbits):
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1) + 1e-5
+    return ((x - low) / scale).round().to(torch.uint8), scale, low
+
+
+def zero_not_subtracted(x, nbits):
+    _, scale, low = quantize(x, nbits)
+    return (x / guarded(scale)).round().to(torch.int64).to(torch.uint8), scale, low
+
+
+def counted_from_the_greatest(x, nbits):
+    codes, scale, low = quantize(-x, nbits)
+    return codes, -scale, -low
+
+
+def negative_codes_from_the_greatest(x, nbits):
+    codes, scale, low = quantize(-x, nbits)
+    return codes, scale, -low
+
+
+def in_place(x, nbits):
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    x -= low
+    x /= guarded(scale)
+    return x.round().to(torch.uint8), scale, low
+
+
+def without_keepdim(x, nbits):
+    codes, scale, low = quantize(x, nbits)
+    return codes, scale.squeeze(-1), low.squeeze(-1)
+
+
+def broadcasts_wrongly(x, nbits):
+    low, high = x.amin(-1), x.amax(-1)
+    scale = (high - low) / (2**nbits - 1)
+    return ((x - low) / guarded(scale)).round().to(torch.uint8), scale, low
+
+
+def quantize_by_aminmax(x, nbits):
+    """Right: aminmax, a clamp and nan_to_num."""
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    scale = (high - low) / (2**nbits - 1)
+    return ((x - low) / scale).nan_to_num(0.0).round().clamp(0, 2**nbits - 1).to(torch.uint8), scale, low
+
+
+def quantize_mended_afterwards(x, nbits):
+    """Right: divides 0 by 0, and replaces the codes that came of it."""
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    codes = ((x - low) / scale).round().to(torch.uint8)
+    return torch.where(high == low, 0, codes).to(torch.uint8), scale, low
+
+
+def quantize_with_a_least_scale(x, nbits):
+    """Right: a tiny least scale, and half added before the fraction is cut off."""
+    low = x.min(dim=-1, keepdim=True).values
+    scale = ((x.max(dim=-1, keepdim=True).values - low) / (2**nbits - 1)).clamp(min=1e-12)
+    return ((x - low) / scale + 0.5).floor().byte(), scale, low
+
+
+def quantize_by_the_nearest_mark(x, nbits):
+    """Right: the distance to every mark, and the nearest."""
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    marks = torch.arange(2**nbits, dtype=x.dtype) * scale + low
+    return (x[..., None] - marks[..., None, :]).abs().argmin(-1).to(torch.uint8), scale, low
+
+
+def quantize_by_reciprocal(x, nbits):
+    """Right: in float32, multiplied by steps per number."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    low, high = ends(wide)
+    steps = torch.where(high > low, (2**nbits - 1) / (high - low), 0.0)
+    return ((wide - low) * steps).round().to(torch.uint8), ((high - low) / (2**nbits - 1)).to(x.dtype), low.to(x.dtype)
+
+
+# 05.2
+
+
+def packed(parts, shift, start=lambda codes, per: torch.zeros_like(codes[..., : codes.shape[-1] // per])):
+    """Codes of a byte, from `parts(codes, per_byte, place)`, shifted by `shift(place, nbits)` and joined."""
+
+    def wrong(codes, nbits):
+        per_byte = 8 // nbits
+        out = start(codes, per_byte)
+        for place in range(per_byte):
+            out |= parts(codes, per_byte, place) << shift(place, nbits)
+        return out
+
+    return wrong
+
+
+def neighbour(codes, per_byte, place):
+    return codes[..., place::per_byte]
+
+
+def piece(codes, per_byte, place):
+    return codes.chunk(per_byte, dim=-1)[place]
+
+
+def up(place, nbits):
+    return place * nbits
+
+
+def down(place, nbits):
+    return 8 - nbits - place * nbits
+
+
+def pairs_always(codes, nbits):
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def pairs_or_bytes(codes, nbits):
+    return codes if nbits == 8 else pairs_always(codes, nbits)
+
+
+def no_case_for_eight(codes, nbits):
+    return pack(codes, nbits) if nbits < 8 else codes[..., ::2] | codes[..., 1::2]
+
+
+def shifted_eight(codes, nbits):
+    return pack(codes, nbits) if nbits < 8 else codes >> 4
+
+
+def summed(codes, nbits):
+    weights = 2 ** (nbits * torch.arange(8 // nbits))
+    return (codes.unflatten(-1, (-1, 8 // nbits)) * weights).sum(-1)
+
+
+def shifts_codes_themselves(codes, nbits):
+    for place in range(1, 8 // nbits):
+        codes[..., place :: 8 // nbits] <<= place * nbits
+    return codes.unflatten(-1, (-1, 8 // nbits)).sum(-1, dtype=torch.uint8)
+
+
+def writes_into_the_buffer(codes, nbits):
+    out = torch.zeros_like(codes)
+    got = pack(codes, nbits)
+    out[..., : got.shape[-1]] = got
+    return out[..., : got.shape[-1]]
+
+
+def buffer_and_all(codes, nbits):
+    out = torch.zeros_like(codes)
+    got = pack(codes, nbits)
+    out[..., : got.shape[-1]] = got
+    return out
+
+
+def along_the_first_dimension(codes, nbits):
+    return pack(codes.movedim(0, -1), nbits).movedim(-1, 0)
+
+
+def by_another_view(codes, nbits):
+    pairs = codes.view(torch.int16) if nbits == 4 else None
+    return pack(codes, nbits) if pairs is None else (pairs & 15 | pairs >> 4).to(torch.uint8)
+
+
+def pack_by_weights(codes, nbits):
+    """Right: weights, and a sum in uint8."""
+    weights = 2 ** (nbits * torch.arange(8 // nbits, dtype=torch.uint8))
+    return (codes.unflatten(-1, (-1, 8 // nbits)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def pack_from_the_last(codes, nbits):
+    """Right: shifts what it has before each code it adds."""
+    places = codes.unflatten(-1, (-1, 8 // nbits)).unbind(-1)
+    out = places[-1]
+    for part in reversed(places[:-1]):
+        out = out * 2**nbits + part
+    return out
+
+
+def pack_in_int64(codes, nbits):
+    """Right: wide numbers between, and a case for each width."""
+    wide = codes.long()
+    if nbits == 8:
+        return codes
+    if nbits == 4:
+        return (wide[..., ::2] + 16 * wide[..., 1::2]).to(torch.uint8)
+    return (wide[..., ::4] + 4 * wide[..., 1::4] + 16 * wide[..., 2::4] + 64 * wide[..., 3::4]).to(torch.uint8)
+
+
+# 05.3
+
+
+def there_and_back(groups, nbits):
+    codes, scale, zero = quantize(groups, nbits)
+    return codes * scale + zero
+
+
+def regrouped(x, nbits, places):
+    """Numbers that share a scale as `places` says: it arranges any tensor of x's shape so that groups come last."""
+    order = places(torch.arange(x.numel()).view_as(x))
+    out = torch.empty(x.numel(), dtype=x.dtype)
+    out[order] = there_and_back(x.flatten()[order], nbits)
+    return out.view_as(x)
+
+
+def cache_by(keys, values):
+    """Groups of keys and of values: functions of a tensor and the group size."""
+
+    def wrong(k, v, nbits, group_size):
+        return (
+            regrouped(k, nbits, lambda x: keys(x, group_size)),
+            regrouped(v, nbits, lambda x: values(x, group_size)),
+        )
+
+    return wrong
+
+
+def channel(x, size):
+    return x.mT.unflatten(-1, (-1, size))
+
+
+def token(x, size):
+    return x.unflatten(-1, (-1, size))
+
+
+def every_nth(places):
+    """The same dimension, strided."""
+    return lambda x, size: places(x, places(x, 1).shape[-2] // size).mT
+
+
+def whole_channel(x, size):
+    return x.mT
+
+
+def whole_token(x, size):
+    return x
+
+
+def tile(x, size):
+    return x.unflatten(2, (-1, size)).flatten(-2)
+
+
+def per_head(x, size):
+    return x.flatten(-2)
+
+
+def heads_within_tokens(x, size):
+    """Tokens and heads flattened, tokens outside."""
+    return x.transpose(1, 2).flatten(1, 2).mT.unflatten(-1, (-1, size))
+
+
+def token_of_all_heads(x, size):
+    return x.transpose(1, 2).flatten(2)
+
+
+def rows_within_tokens(x, size):
+    return x.permute(1, 3, 2, 0).flatten(-2).unflatten(-1, (-1, size))
+
+
+def all_rows(x, size):
+    return x.permute(1, 2, 0, 3).flatten(-2)
+
+
+def changed(change_k, change_v=lambda v, *_: v):
+    """The right pair, changed."""
+
+    def wrong(k, v, nbits, group_size):
+        keys, values = quantize_cache(k, v, nbits, group_size)
+        return change_k(keys, k, nbits, group_size), change_v(values, v, nbits, group_size)
+
+    return wrong
+
+
+def without_zero(x, nbits, group_size, turn):
+    codes, scale, _ = quantize((x.mT if turn else x).unflatten(-1, (-1, group_size)), nbits)
+    return (codes * scale).flatten(-2).mT if turn else (codes * scale).flatten(-2)
+
+
+def codes_of_values(_, v, nbits, group_size):
+    return quantize(v.unflatten(-1, (-1, group_size)), nbits)[0].flatten(-2).to(v.dtype)
+
+
+def twice_the_keys(k, v, nbits, group_size):
+    return quantize_cache(k, k, nbits, group_size)
+
+
+def reshaped_keys(k, v, nbits, group_size):
+    """A reshape where a transpose is needed: the groups are those of a token."""
+    keys = there_and_back(k.reshape(*k.shape[:2], k.shape[3], k.shape[2]).unflatten(-1, (-1, group_size)), nbits)
+    return keys.reshape(k.shape), quantize_cache(k, v, nbits, group_size)[1]
+
+
+def cache_by_loops(k, v, nbits, group_size):
+    """Right: group after group, each written to its place."""
+    keys, values = torch.empty_like(k), torch.empty_like(v)
+    for start in range(0, k.shape[2], group_size):
+        part = k[:, :, start : start + group_size]
+        keys[:, :, start : start + group_size] = there_and_back(part.mT, nbits).mT
+    for start in range(0, v.shape[3], group_size):
+        values[..., start : start + group_size] = there_and_back(v[..., start : start + group_size], nbits)
+    return keys, values
+
+
+def cache_by_reshape(k, v, nbits, group_size):
+    """Right: reshape and permute, with all sizes written out."""
+    batch, heads, tokens, head_dim = k.shape
+    keys = k.reshape(batch, heads, tokens // group_size, group_size, head_dim).transpose(-1, -2)
+    keys = there_and_back(keys, nbits).transpose(-1, -2).reshape(k.shape)
+    return keys, there_and_back(v.reshape(-1, group_size), nbits).view(v.shape)
+
+
+def cache_along_a_dimension(k, v, nbits, group_size):
+    """Right: no turning, scales taken along dimension 3 of five; an eps in the scale."""
+
+    def along(x, dim):
+        groups = x.unflatten(dim, (-1, group_size))
+        low, high = ends(groups, dim + 1)
+        scale = (high - low) / (2**nbits - 1) + 1e-8
+        return (((groups - low) / scale).round() * scale + low).flatten(dim, dim + 1)
+
+    return along(k, 2), along(v, 3)
+
+
+# 05.4
+
+
+def counted(*, packed=None, per=None, full=None, total=lambda bits, tokens, packed: bits / tokens):
+    """The right sum, with some of its parts replaced."""
+
+    def wrong(tokens, nbits, group_size, residual_length, full_bits):
+        older = max(0, tokens - residual_length)
+        count = packed(tokens, group_size, residual_length) if packed else older // group_size * group_size
+        each = per(nbits, group_size, full_bits) if per else nbits + 32 / group_size
+        return total(count * each + (tokens - count) * (full or full_bits), tokens, count)
+
+    return wrong
+
+
+def rounded_up(tokens, group_size, residual_length):
+    return -(-max(0, tokens - residual_length) // group_size) * group_size
+
+
+def swapped_parts(tokens, nbits, group_size, residual_length, full_bits):
+    packed = max(0, tokens - residual_length) // group_size * group_size
+    return (packed * full_bits + (tokens - packed) * (nbits + 32 / group_size)) / tokens
+
+
+def ratio(*case):
+    return case[-1] / bits_per_element(*case)
+
+
+def as_a_tensor(*case):
+    return torch.tensor(bits_per_element(*case))
+
+
+def bits_by_sizing(tokens, nbits, group_size, residual_length, full_bits):
+    """Right: the package's own arithmetic, a Fraction."""
+    dtype = {16: "float16", 32: "float32"}[full_bits]
+    kept = Quantized(nbits=nbits, group_size=group_size, residual_length=residual_length, dtype=dtype)
+    return kept.bits_held(tokens) / tokens
+
+
+def bits_token_by_token(tokens, nbits, group_size, residual_length, full_bits):
+    """Right: a queue that packs its oldest group when enough newer tokens wait."""
+    waiting = groups = 0
+    for _ in range(tokens):
+        waiting += 1
+        if waiting >= group_size + residual_length:
+            waiting, groups = waiting - group_size, groups + 1
+    return (groups * (group_size * nbits + 16 + 16) + waiting * full_bits) / tokens
+
+
+def bits_by_shares(tokens, nbits, group_size, residual_length, full_bits):
+    """Right: the share of packed tokens, and a case for a young cache."""
+    if tokens < residual_length + group_size:
+        return full_bits
+    older = tokens - residual_length
+    share = (older - older % group_size) / tokens
+    return share * (nbits + 16 * 2 / group_size) + (1 - share) * full_bits
+
+
+def bits_by_group(tokens, nbits, group_size, residual_length, full_bits):
+    """Right: a group's bits, group after group."""
+    groups = max((tokens - residual_length) // group_size, 0)
+    return groups * (nbits * group_size + 32) / tokens + full_bits * (1 - groups * group_size / tokens)
+
+
+MUTANTS = [
+    Mutant("05.1", "truncated", "cuts fractions off", by(last, finish=torch.floor)),
+    Mutant("05.1", "one-level-too-many", "divides by 2**nbits; the greatest of 8 bits wraps to 0",
+           by(lambda nbits: 2**nbits)),
+    Mutant("05.1", "one-level-too-many", "divides by 2**nbits, and clamps", by(lambda nbits: 2**nbits, clamp=True)),
+    Mutant("05.1", "fixed-bits", "writes 15 down", by(lambda nbits: 15)),
+    Mutant("05.1", "half-the-codes", "takes signed codes' range", by(lambda nbits: 2 ** (nbits - 1) - 1, clamp=True)),
+    Mutant("05.1", "symmetric", "no zero point: numbers below 0 are lost", symmetric_without_zero),
+    Mutant("05.1", "codes-dtype", "symmetric, in int8", symmetric_in_signed_codes),
+    Mutant("05.1", "codes-dtype", "leaves the codes floats", then(lambda c, s, z, x, n: (c.float(), s, z))),
+    Mutant("05.1", "abs-max", "scale from the largest absolute value", by(last, span=largest)),
+    Mutant("05.1", "abs-max", "scale from the greatest number", by(last, span=lambda x: ends(x)[1])),
+    Mutant("05.1", "zero-is-a-code", "rounds the zero point to a code", zero_as_a_code),
+    Mutant("05.1", "zero-is-a-code", "keeps the zero point as a byte", zero_as_a_byte),
+    Mutant("05.1", "zero-sign", "a zero point to subtract", then(lambda c, s, z, x, n: (c, s, -z))),
+    Mutant("05.1", "no-zero", "returns 0 for zero", then(lambda c, s, z, x, n: (c, s, torch.zeros_like(z)))),
+    Mutant("05.1", "one-scale-for-all", "one range for the tensor", one_scale),
+    Mutant("05.1", "one-scale-for-all", "one range, repeated for each group", one_scale_spread_out),
+    Mutant("05.1", "wrong-dimension", "groups along the first dimension", along_the_first),
+    Mutant("05.1", "no-keepdim", "drops the group's dimension", without_keepdim),
+    Mutant("05.1", "raised", "drops it before it subtracts", broadcasts_wrongly),
+    Mutant("05.1", "constant-group", "divides 0 by 0", unguarded),
+    Mutant("05.1", "constant-group", "gives equal numbers code 1 and scale 1", one_for_equal_numbers),
+    Mutant("05.1", "small-group", "adds 1e-5 to the scale", eps_added),
+    Mutant("05.1", "zero-not-subtracted", "divides x as it is", zero_not_subtracted),
+    Mutant("05.1", "not-divided", "rounds without the scale",
+           then(lambda c, s, z, x, n: ((x - z).round().to(torch.uint8), s, z))),
+    Mutant("05.1", "scale-inverted", "returns steps per number",
+           then(lambda c, s, z, x, n: (c, 1 / guarded(s), z))),
+    Mutant("05.1", "reversed", "counts from the greatest number down", negative_codes_from_the_greatest),
+    Mutant("05.1", "reversed", "counts down with a negative scale", counted_from_the_greatest),
+    Mutant("05.1", "error", "rounds up", by(last, finish=torch.ceil)),
+    Mutant("05.1", "swapped", "returns scale first", then(lambda c, s, z, x, n: (s, z, c))),
+    Mutant("05.1", "swapped", "returns zero before scale", then(lambda c, s, z, x, n: (c, z, s))),
+    Mutant("05.1", "not-three", "returns the codes alone", then(lambda c, s, z, x, n: c)),
+    Mutant("05.1", "arguments-changed", "subtracts in place", in_place),
+    Mutant("05.1", "dtype", "returns scales in float32",
+           then(lambda c, s, z, x, n: (c, s.float(), z.float()))),
+    Mutant("05.1", "code-too-large", "adds one to every code", then(lambda c, s, z, x, n: (c + 1, s, z))),
+    Mutant("05.2", "not-packed", "keeps a byte for each code", lambda codes, nbits: codes.clone(),
+           "sgl-project/sglang#22777"),
+    Mutant("05.2", "not-packed", "packs into the front of a tensor as long as before", buffer_and_all),
+    Mutant("05.2", "memory-kept", "returns a slice of a tensor as long as before", writes_into_the_buffer),
+    Mutant("05.2", "first-code-high", "puts the first code highest", packed(neighbour, down)),
+    Mutant("05.2", "halves", "packs the first half with the second", packed(piece, up)),
+    Mutant("05.2", "halves", "packs halves, the first highest", packed(piece, down)),
+    Mutant("05.2", "unshifted", "forgets the shift", packed(neighbour, lambda place, nbits: 0)),
+    Mutant("05.2", "fixed-bits", "packs pairs, whatever nbits", pairs_or_bytes),
+    Mutant("05.2", "fixed-bits", "shifts by 4, whatever nbits", packed(neighbour, lambda place, nbits: min(7, 4 * place)
+                                                                      if place < 2 else 8)),
+    Mutant("05.2", "wrong-shift", "shifts by the place alone", packed(neighbour, lambda place, nbits: place)),
+    Mutant("05.2", "codes-lost", "keeps one code in each byte",
+           lambda codes, nbits: codes[..., :: 8 // nbits].clone()),
+    Mutant("05.2", "fixed-bits", "packs 8-bit codes by twos", no_case_for_eight),
+    Mutant("05.2", "eight-bits", "shifts 8-bit codes", shifted_eight),
+    Mutant("05.2", "dtype", "sums, which widens", summed),
+    Mutant("05.2", "arguments-changed", "shifts the codes in place", shifts_codes_themselves),
+    Mutant("05.2", "arguments-changed", "starts from a view of the codes",
+           packed(neighbour, up, lambda codes, per: codes[..., ::per])),
+    Mutant("05.2", "wrong-dimension", "forgets the dots in codes[..., place::per_byte]", along_the_first_dimension),
+    Mutant("05.2", "groups-left", "leaves a byte's codes side by side",
+           lambda codes, nbits: codes.unflatten(-1, (-1, 8 // nbits)).clone()),
+    Mutant("05.2", "values", "ORs over 255", lambda codes, nbits: pack(codes, nbits) ^ 255),
+    Mutant("05.2", "raised", "reads pairs as int16, which needs codes in order", by_another_view),
+    Mutant("05.3", "keys-per-token", "keys as values", cache_by(token, token), "llama.cpp, --cache-type-k q4_0"),
+    Mutant("05.3", "keys-per-token", "one scale for each token's keys", cache_by(whole_token, token)),
+    Mutant("05.3", "keys-per-token", "reshapes keys where they should be transposed", reshaped_keys),
+    Mutant("05.3", "values-per-channel", "values as keys", cache_by(channel, channel)),
+    Mutant("05.3", "axes-swapped", "keys per token, values per channel", cache_by(token, channel)),
+    Mutant("05.3", "group-size-ignored", "one scale for each channel's keys", cache_by(whole_channel, token)),
+    Mutant("05.3", "group-size-ignored", "one scale for each token's values", cache_by(channel, whole_token)),
+    Mutant("05.3", "group-size", "always groups of 8", cache_by(lambda x, size: channel(x, 8), token)),
+    Mutant("05.3", "strided-groups", "every third token's key", cache_by(every_nth(channel), token)),
+    Mutant("05.3", "strided-groups", "every second channel's value", cache_by(channel, every_nth(token))),
+    Mutant("05.3", "heads-mixed", "flattens tokens and heads, then groups keys", cache_by(heads_within_tokens, token),
+           "sgl-project/sglang#22777"),
+    Mutant("05.3", "heads-mixed", "one scale for a token's values in all heads", cache_by(channel, token_of_all_heads)),
+    Mutant("05.3", "rows-mixed", "flattens rows and tokens, then groups keys", cache_by(rows_within_tokens, token)),
+    Mutant("05.3", "rows-mixed", "one scale for all rows' values", cache_by(channel, all_rows)),
+    Mutant("05.3", "tile-shares-a-scale", "one scale for a block of tokens", cache_by(tile, token)),
+    Mutant("05.3", "tile-shares-a-scale", "one scale for each head", cache_by(channel, per_head)),
+    Mutant("05.3", "not-turned-back", "leaves keys transposed", changed(lambda keys, *_: keys.mT)),
+    Mutant("05.3", "groups-left", "leaves values in groups",
+           changed(lambda keys, *_: keys, lambda values, v, n, size: values.unflatten(-1, (-1, size)))),
+    Mutant("05.3", "rearranged", "reshapes keys back", changed(lambda keys, k, *_: keys.mT.reshape(k.shape))),
+    Mutant("05.3", "not-quantized", "leaves values as they are", changed(lambda keys, *_: keys, lambda q, v, *_: v)),
+    Mutant("05.3", "zero-not-added", "forgets zero", changed(lambda _, k, n, size: without_zero(k, n, size, True))),
+    Mutant("05.3", "codes-returned", "returns values' codes", changed(lambda keys, *_: keys, codes_of_values)),
+    Mutant("05.3", "fixed-bits", "always 4 bits", lambda k, v, nbits, size: quantize_cache(k, v, 4, size)),
+    Mutant("05.3", "one-for-the-other", "quantizes K twice", twice_the_keys),
+    Mutant("05.3", "swapped", "returns V first", lambda *args: quantize_cache(*args)[::-1]),
+    Mutant("05.3", "not-a-pair", "returns the keys", lambda *args: quantize_cache(*args)[0]),
+    Mutant("05.3", "dtype", "computes in float32",
+           lambda k, v, nbits, size: quantize_cache(k.float(), v.float(), nbits, size)),
+    Mutant("05.3", "values", "clips what comes back", changed(lambda keys, *_: keys.clamp(max=1.0))),
+    Mutant("05.4", "no-metadata", "counts codes only", counted(per=lambda n, g, f: n)),
+    Mutant("05.4", "scale-only", "counts the scale only", counted(per=lambda n, g, f: n + 16 / g)),
+    Mutant("05.4", "metadata-in-bytes", "adds 4 bytes to bits", counted(per=lambda n, g, f: n + 4 / g)),
+    Mutant("05.4", "metadata-per-number", "adds a scale to each number", counted(per=lambda n, g, f: n + 32)),
+    Mutant("05.4", "metadata-twice", "counts scales for K and for V", counted(per=lambda n, g, f: n + 2 * 32 / g)),
+    Mutant("05.4", "metadata-in-full-bits", "counts scales in full_bits", counted(per=lambda n, g, f: n + 2 * f / g)),
+    Mutant("05.4", "floor-division", "divides whole numbers with //", counted(per=lambda n, g, f: n + 32 // g)),
+    Mutant("05.4", "no-residual", "packs every whole group", counted(packed=lambda t, g, r: t // g * g)),
+    Mutant("05.4", "no-residual", "packs every token", counted(packed=lambda t, g, r: t)),
+    Mutant("05.4", "no-whole-groups", "packs all but the residual", counted(packed=lambda t, g, r: max(0, t - r))),
+    Mutant("05.4", "rounded-up", "packs a group that is not complete", counted(packed=rounded_up)),
+    Mutant("05.4", "negative", "packs less than nothing", counted(packed=lambda t, g, r: (t - r) // g * g)),
+    Mutant("05.4", "residual-at-a-time", "packs the residual when it is full",
+           counted(packed=lambda t, g, r: t // (r or g) * (r or g)), "jy-yuan/KIVI, its keys"),
+    Mutant("05.4", "fixed-full-bits", "writes 16 down", counted(full=16)),
+    Mutant("05.4", "parts-swapped", "swaps the two sizes", swapped_parts),
+    Mutant("05.4", "total", "forgets to divide", counted(total=lambda bits, tokens, packed: bits)),
+    Mutant("05.4", "bytes", "returns bytes", counted(total=lambda bits, tokens, packed: bits / tokens / 8)),
+    Mutant("05.4", "ratio", "returns how many times smaller", ratio),
+    Mutant("05.4", "not-a-fraction", "divides the sum with //",
+           counted(total=lambda bits, tokens, packed: bits // tokens)),
+    Mutant("05.4", "no-residual", "counts the packed tokens only",
+           lambda tokens, nbits, group_size, *_: nbits + 32 / group_size),
+    Mutant("05.4", "packed-alone", "divides by the packed tokens where there are any",
+           counted(total=lambda bits, tokens, packed: bits / (packed or tokens))),
+    Mutant("05.4", "raised", "divides by the packed tokens",
+           counted(total=lambda bits, tokens, packed: bits / packed)),
+    Mutant("05.4", "not-a-number", "returns a tensor", as_a_tensor),
+    Mutant("05.4", "count", "counts three numbers for each group", counted(per=lambda n, g, f: n + 48 / g)),
+]  # fmt: skip
+
+RIGHT: list[tuple[str, Callable]] = [
+    ("05.1", quantize_by_aminmax),
+    ("05.1", quantize_mended_afterwards),
+    ("05.1", quantize_with_a_least_scale),
+    ("05.1", quantize_by_the_nearest_mark),
+    ("05.1", quantize_by_reciprocal),
+    ("05.2", pack_by_weights),
+    ("05.2", pack_from_the_last),
+    ("05.2", pack_in_int64),
+    ("05.3", cache_by_loops),
+    ("05.3", cache_by_reshape),
+    ("05.3", cache_along_a_dimension),
+    ("05.4", bits_by_sizing),
+    ("05.4", bits_token_by_token),
+    ("05.4", bits_by_shares),
+    ("05.4", bits_by_group),
+]

@@ -1,0 +1,871 @@
+"""Wrong answers to 05.5 to 05.8, and other right ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from labkit.course.exercises.lab05.references import (
+    QuantizedLayer,
+    groups_to_quantize,
+    packed_scores,
+)
+from tests.mutants import Mutant
+
+# 05.5
+
+
+def joined(old, k, v):
+    return (k, v) if old is None else tuple(torch.cat(pair, dim=2) for pair in zip(old, (k, v), strict=True))
+
+
+class RequantizesAll(QuantizedLayer):
+    """All that is old enough is restored, joined with what has become old, and quantized anew."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        if k.shape[2] > self.residual_length + (0 if self.groups else self.group_size - 1):
+            if self.groups:
+                k, v = joined(self.restore(self.groups.pop()), k, v)
+            old = k.shape[2] - self.residual_length
+            self.groups = [self.quantize_group(k[:, :, :old], v[:, :, :old])]
+            k, v = k[:, :, old:], v[:, :, old:]
+        self.waiting = k.clone(), v.clone()
+
+
+class QuantizesAllAgain(QuantizedLayer):
+    """Keeps everything and quantizes the whole groups of it at every append."""
+
+    def append(self, k, v):
+        self.all = joined(getattr(self, "all", None), k, v)
+        self.groups, self.waiting = [], None
+        super().append(*self.all)
+
+
+class ForgetsToCut(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        if k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+        self.waiting = k, v
+
+
+class WhateverComes(QuantizedLayer):
+    """The last append waits; the one before it is a group."""
+
+    def append(self, k, v):
+        if self.waiting is not None:
+            self.groups.append(self.quantize_group(*self.waiting))
+        self.waiting = k.clone(), v.clone()
+
+
+class AllButTheNewest(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        old = k.shape[2] - self.residual_length
+        if old >= self.group_size:
+            self.groups.append(self.quantize_group(k[:, :, :old], v[:, :, :old]))
+            k, v = k[:, :, old:], v[:, :, old:]
+        self.waiting = k.clone(), v.clone()
+
+
+class WithTheRest(QuantizedLayer):
+    """Whole groups, and a short one of what is left over before the residual."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        while k.shape[2] > self.residual_length + self.group_size - 1 or k.shape[2] == self.residual_length + 2:
+            size = min(self.group_size, k.shape[2] - self.residual_length)
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k, v = k[:, :, size:], v[:, :, size:]
+        self.waiting = k.clone(), v.clone()
+
+
+class NewestGroup(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        while k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, -size:], v[:, :, -size:]))
+            k, v = k[:, :, :-size], v[:, :, :-size]
+        self.waiting = k.clone(), v.clone()
+
+
+class NewBeforeWaiting(QuantizedLayer):
+    def append(self, k, v):
+        if self.waiting is not None:
+            k, v = joined((k, v), *self.waiting)
+            self.waiting = None
+        super().append(k, v)
+
+
+class NoResidual(QuantizedLayer):
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        super().__init__(group_size, 0, quantize_group, restore)
+
+
+class FlushedWhenFull(QuantizedLayer):
+    """The residual grows up to a group and is then quantized whole."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        if k.shape[2] >= self.group_size:
+            size = k.shape[2] // self.group_size * self.group_size
+            for start in range(0, size, self.group_size):
+                end = start + self.group_size
+                self.groups.append(self.quantize_group(k[:, :, start:end], v[:, :, start:end]))
+            k, v = k[:, :, size:], v[:, :, size:]
+        self.waiting = k.clone(), v.clone()
+
+
+class OneIf(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        if k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k, v = k[:, :, size:], v[:, :, size:]
+        self.waiting = k.clone(), v.clone()
+
+
+class Strictly(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        while k.shape[2] > size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k, v = k[:, :, size:], v[:, :, size:]
+        self.waiting = k.clone(), v.clone()
+
+
+class NeverQuantizes(QuantizedLayer):
+    def append(self, k, v):
+        self.waiting = joined(self.waiting, k.clone(), v.clone())
+
+
+class DropsTheWaiting(QuantizedLayer):
+    def append(self, k, v):
+        self.waiting = None
+        super().append(k, v)
+
+
+class RefusesTheRest(QuantizedLayer):
+    def append(self, k, v):
+        if k.shape[2] % self.group_size:
+            raise ValueError("tokens must be a multiple of group_size")
+        super().append(k, v)
+
+
+def calling(call) -> type:
+    """quantize_group called in another way."""
+
+    class Wrong(QuantizedLayer):
+        def __init__(self, group_size, residual_length, quantize_group, restore):
+            super().__init__(group_size, residual_length, lambda k, v: call(quantize_group, k, v), restore)
+
+    return Wrong
+
+
+class TakenApart(QuantizedLayer):
+    def append(self, k, v):
+        super().append(k, v)
+        if self.groups:
+            codes, _metadata = self.groups[-1]
+            self.groups[-1] = codes
+
+
+class RestoresWaiting(QuantizedLayer):
+    def read(self):
+        parts = [self.restore(part) for part in [*self.groups, self.waiting]]
+        return tuple(torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+
+
+class WaitingFirst(QuantizedLayer):
+    def read(self):
+        parts = [self.waiting, *(self.restore(group) for group in self.groups)]
+        return tuple(torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+
+
+class NewestGroupFirst(QuantizedLayer):
+    def read(self):
+        parts = [*(self.restore(group) for group in reversed(self.groups)), self.waiting]
+        return tuple(torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+
+
+class WaitingOnly(QuantizedLayer):
+    def read(self):
+        return self.waiting
+
+
+class GroupsOnly(QuantizedLayer):
+    def read(self):
+        if not self.groups:
+            return self.waiting
+        k, v = (torch.cat(side, dim=2) for side in zip(*map(self.restore, self.groups), strict=True))
+        return k, v
+
+
+class CountsOnAGroup(QuantizedLayer):
+    def read(self):
+        k, v = (torch.cat(side, dim=2) for side in zip(*map(self.restore, self.groups), strict=True))
+        return joined((k, v), *self.waiting)
+
+
+class SwappedInRead(QuantizedLayer):
+    def read(self):
+        k, v = super().read()
+        return v, k
+
+
+class ReadsOriginals(QuantizedLayer):
+    """Groups are made and never read."""
+
+    def append(self, k, v):
+        super().append(k, v)
+        self.all = joined(getattr(self, "all", None), k.clone(), v.clone())
+
+    def read(self):
+        return self.all
+
+
+class KeepsOriginals(ReadsOriginals):
+    """Reads what is restored, as fake quantization does, and keeps the rest."""
+
+    def read(self):
+        return QuantizedLayer.read(self)
+
+
+class QuantizesWhenRead(QuantizedLayer):
+    def append(self, k, v):
+        self.waiting = joined(self.waiting, k.clone(), v.clone())
+
+    def read(self):
+        new = torch.empty(*self.waiting[0].shape[:2], 0, self.waiting[0].shape[3])
+        super().append(new, new)
+        return super().read()
+
+
+class Aliased(QuantizedLayer):
+    """What waits is a slice of what came."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        while k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k, v = k[:, :, size:], v[:, :, size:]
+        self.waiting = k, v
+
+
+class SliceOfItsOwn(Aliased):
+    """No memory of the caller's, but all of the prompt's."""
+
+    def append(self, k, v):
+        super().append(k.clone(), v.clone())
+
+
+class SharedGroups(QuantizedLayer):
+    shared: list = []  # noqa: RUF012
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.groups = self.shared
+
+
+class FromTheEnd(QuantizedLayer):
+    """Cuts off the residual with a negative index."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        old, size = k[:, :, : -self.residual_length], self.group_size
+        count = old.shape[2] // size * size
+        for start in range(0, count, size):
+            self.groups.append(self.quantize_group(k[:, :, start : start + size], v[:, :, start : start + size]))
+        self.waiting = k[:, :, count:].clone(), v[:, :, count:].clone()
+
+
+class AlwaysFloat32(QuantizedLayer):
+    def append(self, k, v):
+        super().append(k.float(), v.float())
+
+
+class NoRead:
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        pass
+
+    def append(self, k, v):
+        pass
+
+
+class ByCounting(QuantizedLayer):
+    """Right: how many groups there should be, from the number of tokens."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        count = max(0, k.shape[2] - self.residual_length) // self.group_size
+        for index in range(count):
+            part = slice(index * self.group_size, (index + 1) * self.group_size)
+            self.groups.append(self.quantize_group(k[:, :, part], v[:, :, part]))
+        rest = slice(count * self.group_size, None)
+        self.waiting = k[:, :, rest].contiguous().clone(), v[:, :, rest].contiguous().clone()
+
+
+class TokenByToken:
+    """Right: a queue of single tokens."""
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        self.size, self.keep, self.quantize, self.restore = group_size, residual_length, quantize_group, restore
+        self.queue, self.groups = deque(), []
+
+    def append(self, k, v):
+        for token in range(k.shape[2]):
+            self.queue.append((k[:, :, token].clone(), v[:, :, token].clone()))
+            if len(self.queue) == self.size + self.keep:
+                group = [self.queue.popleft() for _ in range(self.size)]
+                self.groups.append(self.quantize(*(torch.stack(side, dim=2) for side in zip(*group, strict=True))))
+
+    def read(self):
+        parts = [self.restore(group) for group in self.groups]
+        parts += [(k[:, :, None], v[:, :, None]) for k, v in self.queue]
+        return tuple(torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+
+
+class InABuffer:
+    """Right: what waits lies in memory that is allocated once."""
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        self.size, self.keep, self.quantize, self.restore = group_size, residual_length, quantize_group, restore
+        self.groups, self.count, self.buffer = [], 0, None
+
+    def append(self, k, v):
+        if self.buffer is None:
+            self.buffer = k.new_empty(2, *k.shape[:2], self.size + self.keep, k.shape[3])
+        for pair in torch.stack((k, v)).split(1, dim=3):
+            self.buffer[:, :, :, self.count] = pair[:, :, :, 0]
+            self.count += 1
+            if self.count == self.size + self.keep:
+                self.groups.append(self.quantize(*self.buffer[:, :, :, : self.size]))
+                self.buffer[:, :, :, : self.keep] = self.buffer[:, :, :, self.size :].clone()
+                self.count = self.keep
+
+    def read(self):
+        parts = [*map(self.restore, self.groups), self.buffer[:, :, :, : self.count]]
+        return torch.cat([part[0] for part in parts], dim=2), torch.cat([part[1] for part in parts], dim=2)
+
+
+# 05.6
+
+
+def scores_from(formula) -> Callable:
+    """formula(q, codes as numbers, scale, zero)."""
+
+    def wrong(q, codes, scale, zero):
+        return formula(q, codes.to(q.dtype), scale, zero)
+
+    return wrong
+
+
+def zeros(q, zero):
+    return (q * zero).sum(-1, keepdim=True)
+
+
+def dequantizes(q, codes, scale, zero):
+    return q @ (codes * scale + zero).mT
+
+
+def dequantizes_in_place(q, codes, scale, zero):
+    return q @ (codes.to(q.dtype).mul_(scale).add_(zero)).mT
+
+
+def scales_codes(q, codes, scale, zero):
+    return q @ (codes * scale).mT + zeros(q, zero)
+
+
+def folds_zero_into_codes(q, codes, scale, zero):
+    return (q * scale) @ (codes + zero / scale).mT
+
+
+def writes_out_products(q, codes, scale, zero):
+    return ((q * scale)[..., :, None, :] * codes[..., None, :, :]).sum(-1) + zeros(q, zero)
+
+
+def converts_twice(q, codes, scale, zero):
+    return (q * scale) @ codes.to(q.dtype).mT.contiguous() + zeros(q, zero)
+
+
+def not_converted(q, codes, scale, zero):
+    return (q * scale) @ codes.mT + zeros(q, zero)
+
+
+def converts_q(q, codes, scale, zero):
+    return ((q * scale).to(codes.dtype) @ codes.mT).to(q.dtype) + zeros(q, zero)
+
+
+def always_float32(q, codes, scale, zero):
+    return (q.float() * scale.float()) @ codes.float().mT + zeros(q.float(), zero.float())
+
+
+def through_int8(q, codes, scale, zero):
+    return (q * scale) @ codes.to(torch.int8).to(q.dtype).mT + zeros(q, zero)
+
+
+def scores_by_einsum(q, codes, scale, zero):
+    """Right: einsum for both terms."""
+    products = torch.einsum("...qd,...td->...qt", q * scale, codes.to(q.dtype))
+    return products + torch.einsum("...qd,...od->...qo", q, zero)
+
+
+def scores_by_two_products(q, codes, scale, zero):
+    """Right: the zero point's term as a product with one key."""
+    return (q * scale).matmul(codes.to(q.dtype).transpose(-1, -2)) + q.matmul(zero.transpose(-1, -2))
+
+
+def scores_by_token(q, codes, scale, zero):
+    """Right: each token's codes converted when they are needed."""
+    scaled = q * scale
+    columns = [scaled @ codes[..., token : token + 1, :].to(q.dtype).mT for token in range(codes.shape[-2])]
+    return torch.cat(columns, dim=-1) + zeros(q, zero)
+
+
+def scores_in_place(q, codes, scale, zero):
+    """Right: the second term added where the first one is."""
+    scores = torch.matmul(codes.to(q.dtype), (q * scale).mT).mT
+    scores += torch.sum(q * zero, dim=-1).unsqueeze(-1)
+    return scores
+
+
+# 05.7
+
+
+def as_they_came(waiting, new, group_size):
+    """The notebook's function to mend."""
+    groups = [torch.cat((waiting, new), dim=2)]
+    return groups, new[:, :, :0]
+
+
+def each_new_token(waiting, new, group_size):
+    groups = [new[:, :, token : token + 1] for token in range(new.shape[2])]
+    return groups, waiting
+
+
+def all_when_enough(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    return ([tokens], tokens[:, :, :0]) if tokens.shape[2] >= group_size else ([], tokens)
+
+
+def by_split(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    if tokens.shape[2] < group_size:
+        return [], tokens
+    return list(tokens.split(group_size, dim=2)), tokens[:, :, :0]
+
+
+def split_of_nothing(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    whole = tokens.shape[2] // group_size * group_size
+    return list(tokens[:, :, :whole].split(group_size, dim=2)), tokens[:, :, whole:]
+
+
+def one_if(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    if tokens.shape[2] < group_size:
+        return [], tokens
+    return [tokens[:, :, :group_size]], tokens[:, :, group_size:]
+
+
+def while_more(waiting, new, group_size):
+    tokens, groups = torch.cat((waiting, new), dim=2), []
+    while tokens.shape[2] > group_size:
+        groups.append(tokens[:, :, :group_size])
+        tokens = tokens[:, :, group_size:]
+    return groups, tokens
+
+
+def from_the_end(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    first = tokens.shape[2] % group_size
+    groups = [tokens[:, :, start : start + group_size] for start in range(first, tokens.shape[2], group_size)]
+    return groups, tokens[:, :, :first]
+
+
+def new_alone(waiting, new, group_size):
+    groups, rest = groups_to_quantize(waiting[:, :, :0], new, group_size)
+    return groups, torch.cat((waiting, rest), dim=2)
+
+
+def new_in_front(waiting, new, group_size):
+    return groups_to_quantize(new, waiting, group_size)
+
+
+def ignores_waiting(waiting, new, group_size):
+    return groups_to_quantize(waiting[:, :, :0], new, group_size)
+
+
+def forgets_the_rest(waiting, new, group_size):
+    groups, rest = groups_to_quantize(waiting, new, group_size)
+    return groups, rest[:, :, :0]
+
+
+def waits_for_ever(waiting, new, group_size):
+    return groups_to_quantize(waiting, new, group_size)[0], torch.cat((waiting, new), dim=2)
+
+
+def stacked(waiting, new, group_size):
+    groups, rest = groups_to_quantize(waiting, new, group_size)
+    return torch.stack(groups) if groups else torch.empty(0), rest
+
+
+def along_heads(waiting, new, group_size):
+    groups, rest = groups_to_quantize(waiting, new, group_size)
+    return [group[:, 0] for group in groups], rest
+
+
+def padded(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    short = -tokens.shape[2] % group_size
+    return list(F.pad(tokens, (0, 0, 0, short)).split(group_size, dim=2)), tokens[:, :, :0]
+
+
+def newest_group_first(waiting, new, group_size):
+    groups, rest = groups_to_quantize(waiting, new, group_size)
+    return groups[::-1], rest
+
+
+def right_by_while(waiting, new, group_size):
+    """Right: one group after another is cut off."""
+    tokens, groups = torch.cat((waiting, new), dim=2), []
+    while tokens.shape[2] >= group_size:
+        groups.append(tokens[:, :, :group_size])
+        tokens = tokens[:, :, group_size:]
+    return groups, tokens
+
+
+def right_by_unflatten(waiting, new, group_size):
+    """Right: a dimension for the groups."""
+    tokens = torch.cat((waiting, new), dim=2)
+    count = tokens.shape[2] // group_size
+    grouped = tokens[:, :, : count * group_size].unflatten(2, (count, group_size))
+    return list(grouped.unbind(2)), tokens[:, :, count * group_size :].clone()
+
+
+def right_by_pieces(waiting, new, group_size):
+    """Right: split, then the last piece looked at."""
+    pieces = list(torch.cat((waiting, new), dim=2).split(group_size, dim=2))
+    rest = pieces.pop() if pieces[-1].shape[2] < group_size else new[:, :, :0]
+    return tuple(pieces), rest
+
+
+# 05.8
+
+
+def one_pass(model, tokens, cache):
+    """The notebook's function to mend."""
+    logits = model(tokens, cache)[0]
+    return F.cross_entropy(logits[63:-1], tokens[0, 64:]).item()
+
+
+def by_32(tokens):
+    return tokens.split(32, dim=1)
+
+
+def mean_from_64(surprises):
+    return surprises[63:].mean().item()
+
+
+def with_the_cache(model, part, cache):
+    return model(part, cache)
+
+
+def measured(parts=by_32, targets=1, average=mean_from_64, call=with_the_cache) -> Callable:
+    """Logits of all parts joined, then compared with the tokens `targets` further on."""
+
+    def answer(model, tokens, cache):
+        rows = torch.cat([call(model, part, cache)[0] for part in parts(tokens)])
+        wanted = tokens[0, targets:]
+        return average(F.cross_entropy(rows[: len(wanted)], wanted, reduction="none"))
+
+    return answer
+
+
+def fed(slices) -> Callable:
+    """Parts cut otherwise; the figure does not matter."""
+
+    def answer(model, tokens, cache):
+        rows = [model(tokens[:, part], cache)[0] for part in slices(tokens.shape[1])]
+        return rows[0].mean().item()
+
+    return answer
+
+
+def starts(count):
+    return range(0, count, 32)
+
+
+def half_and_rest(tokens):
+    return tokens[:, :64], *tokens[:, 64:].split(32, dim=1)
+
+
+def with_a_copy(model, part, cache):
+    return model(part, copy.deepcopy(cache))
+
+
+def without_cache(model, part, cache):
+    return model(part)
+
+
+def after_reset(model, part, cache):
+    cache.reset()
+    return model(part, cache)
+
+
+def by_parts(of_part, end) -> Callable:
+    """Each part on its own, then what `end` makes of the list."""
+
+    def answer(model, tokens, cache):
+        found = []
+        for start in range(0, tokens.shape[1], 32):
+            part = tokens[:, start : start + 32]
+            found.append(of_part(model(part, cache)[0], part[0], tokens[0, start + 1 : start + 33], start))
+        return end(found)
+
+    return answer
+
+
+def surprises_of(rows, targets):
+    return F.cross_entropy(rows[: len(targets)], targets, reduction="none")
+
+
+def within(rows, part, targets, start):
+    return surprises_of(rows[:-1], part[1:])
+
+
+def mean_of(rows, part, targets, start):
+    return surprises_of(rows, targets).mean() if start >= 64 else None
+
+
+def masked_mean_of(rows, part, targets, start):
+    surprises = surprises_of(rows, targets)[max(0, 63 - start) :]
+    return surprises.mean() if len(surprises) else None
+
+
+def plain_mean(found):
+    found = [mean for mean in found if mean is not None]
+    return (sum(found) / len(found)).item()
+
+
+def rolled(model, tokens, cache):
+    rows = torch.cat([model(part, cache)[0] for part in tokens.split(32, dim=1)])
+    return F.cross_entropy(rows[63:], tokens[0].roll(-1)[63:]).item()
+
+
+def weighed_means(model, tokens, cache):
+    """Weighs parts by their length, and meets a part without targets."""
+    total = torch.zeros(())
+    for start in range(0, tokens.shape[1], 32):
+        targets = tokens[0, start + 1 : start + 33]
+        surprises = surprises_of(model(tokens[:, start : start + 32], cache)[0], targets)[max(0, 63 - start) :]
+        if start + 32 >= 64:
+            total = total + surprises.mean() * len(surprises)
+    return (total / (tokens.shape[1] - 64)).item()
+
+
+def never_runs(model, tokens, cache):
+    return 0.0
+
+
+def surprise_by_total(model, tokens, cache):
+    """Right: a running total, with probabilities looked up one by one."""
+    total = count = 0
+    for start in range(0, tokens.shape[1], 32):
+        logp = model(tokens[:, start : start + 32], cache)[0].log_softmax(-1)
+        for row, position in enumerate(range(start + 1, min(start + 33, tokens.shape[1]))):
+            if position >= 64:
+                total -= logp[row, tokens[0, position]].item()
+                count += 1
+    return total / count
+
+
+def surprise_without_last(model, tokens, cache):
+    """Right: the last token, which predicts nothing, is not run."""
+    rows = torch.cat([model(part, cache)[0] for part in tokens[:, :-1].split(32, dim=1)])
+    return float(F.cross_entropy(rows[63:], tokens[0, 64:]))
+
+
+def surprise_carried(model, tokens, cache):
+    """Right: the last logits of a part are kept for the next one."""
+    surprises, last = [], None
+    for part in tokens.split(32, dim=1):
+        rows = model(part, cache)[0]
+        if last is not None:
+            surprises.append(surprises_of(last, part[0, :1]))
+        surprises.append(surprises_of(rows[:-1], part[0, 1:]))
+        last = rows[-1:]
+    return torch.cat(surprises)[63:].mean().item()
+
+
+MUTANTS = [
+    Mutant("05.5", "quantized-twice", "restores what was quantized and quantizes it with what is new", RequantizesAll,
+           "transformers, QuantizedLayer"),
+    Mutant("05.5", "quantized-again", "quantizes all whole groups at every append", QuantizesAllAgain),
+    Mutant("05.5", "tokens-twice", "leaves quantized tokens among those that wait", ForgetsToCut),
+    Mutant("05.5", "groups-as-they-came", "takes the append before this one for a group", WhateverComes),
+    Mutant("05.5", "long-group", "quantizes all but the residual in one call", AllButTheNewest),
+    Mutant("05.5", "short-group", "quantizes tokens behind the last whole group", WithTheRest),
+    Mutant("05.5", "not-the-oldest", "quantizes the newest group", NewestGroup),
+    Mutant("05.5", "read-order", "puts new tokens before those that wait", NewBeforeWaiting),
+    Mutant("05.5", "residual-not-kept", "quantizes every whole group at once", NoResidual),
+    Mutant("05.5", "residual-not-kept", "lets the residual grow to a group and quantizes it whole", FlushedWhenFull,
+           "KIVI"),
+    Mutant("05.5", "one-group-per-append", "an `if` for a `while`", OneIf),
+    Mutant("05.5", "waits-too-long", "`>` for `>=`", Strictly),
+    Mutant("05.5", "waits-too-long", "quantizes nothing", NeverQuantizes),
+    Mutant("05.5", "tokens-lost", "drops what waited", DropsTheWaiting),
+    Mutant("05.5", "raised", "refuses a length that is no multiple of the group", RefusesTheRest,
+           "transformers, QuantizedCache"),
+    Mutant("05.5", "quantizes-k-as-v", "gives V as K", calling(lambda quantize, k, v: quantize(v, k))),
+    Mutant("05.5", "quantizes-k-as-v", "gives K twice", calling(lambda quantize, k, v: quantize(k, k))),
+    Mutant("05.5", "group-shape", "quantizes the first batch row",
+           calling(lambda quantize, k, v: quantize(k[0], v[0]))),
+    Mutant("05.5", "group-shape", "quantizes batch row 0 alone",
+           calling(lambda quantize, k, v: quantize(k[:1], v[:1]))),
+    Mutant("05.5", "opens-the-form", "takes a quantized group for a pair", TakenApart),
+    Mutant("05.5", "restores-something-else", "restores what waits", RestoresWaiting),
+    Mutant("05.5", "read-order", "reads what waits first", WaitingFirst),
+    Mutant("05.5", "read-order", "reads the newest group first", NewestGroupFirst),
+    Mutant("05.5", "groups-unread", "reads what waits only", WaitingOnly),
+    Mutant("05.5", "waiting-unread", "reads groups only", GroupsOnly),
+    Mutant("05.5", "read-before-a-group", "cannot read before there is a group", CountsOnAGroup),
+    Mutant("05.5", "k-and-v-swapped", "reads V as K", SwappedInRead),
+    Mutant("05.5", "reads-originals", "reads a copy in full precision", ReadsOriginals, "sglang#22777"),
+    Mutant("05.5", "keeps-originals", "keeps a copy in full precision", KeepsOriginals, "sglang#22777"),
+    Mutant("05.5", "quantizes-in-read", "quantizes when it is read", QuantizesWhenRead),
+    Mutant("05.5", "callers-tensor", "keeps the caller's tensor", Aliased),
+    Mutant("05.5", "slice-keeps-all", "keeps a slice of the whole prompt", SliceOfItsOwn),
+    Mutant("05.5", "shared-between-caches", "keeps groups on the class", SharedGroups),
+    Mutant("05.5", "no-residual", "cuts the residual off with [:-residual_length]", FromTheEnd),
+    Mutant("05.5", "dtype", "keeps float32 whatever comes", AlwaysFloat32),
+    Mutant("05.5", "missing-method", "has no read", NoRead),
+    Mutant("05.6", "dequantized", "makes the keys", dequantizes),
+    Mutant("05.6", "dequantized", "makes the keys in place", dequantizes_in_place),
+    Mutant("05.6", "dequantized", "scales the codes", scales_codes),
+    Mutant("05.6", "dequantized", "folds the zero point into the codes", folds_zero_into_codes),
+    Mutant("05.6", "large-tensors", "writes out every product", writes_out_products),
+    Mutant("05.6", "large-tensors", "copies the converted codes to transpose them", converts_twice),
+    Mutant("05.6", "zero-forgotten", "leaves out the zero point", scores_from(lambda q, c, s, z: (q * s) @ c.mT)),
+    Mutant("05.6", "scale-forgotten", "leaves out the scale", scores_from(lambda q, c, s, z: q @ c.mT + zeros(q, z))),
+    Mutant("05.6", "zero-scaled", "multiplies the zero point by the scale",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + zeros(q * s, z))),
+    Mutant("05.6", "zero-subtracted", "subtracts the zero point, scaled",
+           scores_from(lambda q, c, s, z: (q * s) @ (c - z).mT)),
+    Mutant("05.6", "zero-subtracted", "subtracts the zero point",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT - zeros(q, z))),
+    Mutant("05.6", "zero-unweighted", "adds the zero points without q",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + z.sum(-1, keepdim=True))),
+    Mutant("05.6", "zero-not-per-channel", "multiplies sums",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + q.sum(-1, keepdim=True) * z.sum(-1, keepdim=True))),
+    Mutant("05.6", "zero-not-per-channel", "takes the mean zero point",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + q.sum(-1, keepdim=True) * z.mean(-1, keepdim=True))),
+    Mutant("05.6", "zero-of-all-queries", "sums q * zero over everything",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + (q * z).sum())),
+    Mutant("05.6", "one-scale", "applies the mean scale to the sums",
+           scores_from(lambda q, c, s, z: (q @ c.mT) * s.mean(-1, keepdim=True) + zeros(q, z))),
+    Mutant("05.6", "scale-inverted", "divides q by the scale",
+           scores_from(lambda q, c, s, z: (q / s) @ c.mT + zeros(q, z))),
+    Mutant("05.6", "raised", "applies the scale to the scores",
+           scores_from(lambda q, c, s, z: (q @ c.mT) * s + zeros(q, z))),
+    Mutant("05.6", "raised", "does not keep the summed dimension",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + (q * z).sum(-1))),
+    Mutant("05.6", "raised", "does not transpose", scores_from(lambda q, c, s, z: (q * s) @ c + zeros(q, z))),
+    Mutant("05.6", "transposed", "puts tokens before queries",
+           scores_from(lambda q, c, s, z: (c @ (q * s).mT) + zeros(q, z).mT)),
+    Mutant("05.6", "codes-not-converted", "multiplies by uint8", not_converted),
+    Mutant("05.6", "codes-signed", "converts through int8", through_int8),
+    Mutant("05.6", "q-rounded", "converts q to uint8", converts_q),
+    Mutant("05.6", "dtype", "computes in float32", always_float32),
+    Mutant("05.6", "divided-by-root", "divides by sqrt(head_dim)",
+           lambda q, c, s, z: packed_scores(q, c, s, z) * q.shape[-1] ** -0.5),
+    Mutant("05.6", "softmax", "returns weights", lambda q, c, s, z: packed_scores(q, c, s, z).softmax(-1)),
+    Mutant("05.7", "one-token-groups", "makes a group of whatever comes", as_they_came, "VeloxQuant-MLX#162"),
+    Mutant("05.7", "one-token-groups", "makes a group of each new token", each_new_token),
+    Mutant("05.7", "groups-as-they-came", "makes one group of all as soon as there is a whole one", all_when_enough),
+    Mutant("05.7", "short-group", "quantizes the rest too", by_split),
+    Mutant("05.7", "empty-group", "splits no tokens into one piece", split_of_nothing),
+    Mutant("05.7", "one-group-only", "an `if` for a `while`", one_if),
+    Mutant("05.7", "whole-group-waits", "`>` for `>=`", while_more),
+    Mutant("05.7", "remainder-in-front", "counts groups from the end", from_the_end),
+    Mutant("05.7", "older-tokens-wait", "cuts groups from the new tokens first", new_alone),
+    Mutant("05.7", "order", "puts new tokens first", new_in_front),
+    Mutant("05.7", "order", "returns the newest group first", newest_group_first),
+    Mutant("05.7", "waiting-dropped", "looks at new tokens only", ignores_waiting),
+    Mutant("05.7", "tokens-lost", "drops the rest", forgets_the_rest),
+    Mutant("05.7", "tokens-twice", "keeps quantized tokens waiting", waits_for_ever),
+    Mutant("05.7", "not-groups-and-rest", "stacks the groups", stacked),
+    Mutant("05.7", "not-groups-and-rest", "returns the groups only",
+           lambda waiting, new, group_size: groups_to_quantize(waiting, new, group_size)[0]),
+    Mutant("05.7", "shape", "loses the heads", along_heads),
+    Mutant("05.7", "keys-changed", "fills the last group with zeros", padded),
+    Mutant("05.8", "one-pass", "one pass over everything", one_pass, "ran"),
+    Mutant("05.8", "first-part-longer", "runs what is not scored in one pass", measured(parts=half_and_rest)),
+    Mutant("05.8", "first-part-longer", "runs all but the last part in one pass",
+           measured(parts=lambda tokens: (tokens[:, :-32], tokens[:, -32:]))),
+    Mutant("05.8", "part-length", "one token at a time", measured(parts=lambda tokens: tokens.split(1, dim=1))),
+    Mutant("05.8", "part-length", "64 tokens at a time", measured(parts=lambda tokens: tokens.split(64, dim=1))),
+    Mutant("05.8", "new-cache", "copies the cache for each part", measured(call=with_a_copy)),
+    Mutant("05.8", "new-cache", "runs without a cache", measured(call=without_cache)),
+    Mutant("05.8", "cache-emptied", "resets the cache before each part", measured(call=after_reset)),
+    Mutant("05.8", "tokens-fed-twice", "feeds 33 tokens to get the last target",
+           fed(lambda count: [slice(start, start + 33) for start in starts(count)])),
+    Mutant("05.8", "tokens-fed-twice", "feeds all before each part again",
+           fed(lambda count: [slice(0, start + 32) for start in starts(count)])),
+    Mutant("05.8", "tokens-skipped", "feeds scored tokens only",
+           fed(lambda count: [slice(start, start + 32) for start in range(64, count, 32)])),
+    Mutant("05.8", "tokens-skipped", "feeds 31 of each 32",
+           fed(lambda count: [slice(start, start + 31) for start in starts(count)])),
+    Mutant("05.8", "model-not-run", "returns before the loop", never_runs),
+    Mutant("05.8", "boundary-skipped", "takes targets within a part, and the 64th number on",
+           by_parts(within, lambda found: torch.cat(found)[63:].mean().item())),
+    Mutant("05.8", "boundary-skipped", "takes targets within a part, from the third on",
+           by_parts(within, lambda found: torch.cat(found[2:]).mean().item())),
+    Mutant("05.8", "predicts-itself", "compares logits with the token they were given",
+           measured(targets=0, average=lambda surprises: surprises[64:].mean().item())),
+    Mutant("05.8", "values", "takes targets two tokens on", measured(targets=2)),
+    Mutant("05.8", "scored-from-the-start", "scores everything",
+           measured(average=lambda surprises: surprises.mean().item())),
+    Mutant("05.8", "starts-beside-64", "begins at position 65",
+           measured(average=lambda surprises: surprises[64:].mean().item())),
+    Mutant("05.8", "sum-not-mean", "adds up", measured(average=lambda surprises: surprises[63:].sum().item())),
+    Mutant("05.8", "perplexity", "returns perplexity",
+           measured(average=lambda surprises: math.exp(surprises[63:].mean().item()))),
+    Mutant("05.8", "bits", "takes logarithms to base 2",
+           measured(average=lambda surprises: surprises[63:].mean().item() / math.log(2))),
+    Mutant("05.8", "negative", "forgets the minus", measured(average=lambda surprises: -surprises[63:].mean().item())),
+    Mutant("05.8", "not-a-number", "returns a tensor", measured(average=lambda surprises: surprises[63:].mean())),
+    Mutant("05.8", "mean-of-means", "averages the parts' means", by_parts(mean_of, plain_mean)),
+    Mutant("05.8", "mean-of-means", "averages the parts' means of what is scored",
+           by_parts(masked_mean_of, plain_mean)),
+    Mutant("05.8", "not-finite", "weighs the means of the parts, one of which has no target",
+           weighed_means),
+    Mutant("05.8", "wraps-round", "scores the last logits against the first token", rolled),
+]  # fmt: skip
+
+RIGHT: list[tuple[str, Callable]] = [
+    ("05.5", ByCounting),
+    ("05.5", TokenByToken),
+    ("05.5", InABuffer),
+    ("05.6", scores_by_einsum),
+    ("05.6", scores_by_two_products),
+    ("05.6", scores_by_token),
+    ("05.6", scores_in_place),
+    ("05.7", right_by_while),
+    ("05.7", right_by_unflatten),
+    ("05.7", right_by_pieces),
+    ("05.8", surprise_by_total),
+    ("05.8", surprise_without_last),
+    ("05.8", surprise_carried),
+]
