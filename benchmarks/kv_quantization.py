@@ -160,7 +160,7 @@ def measure_time(rounds: int) -> dict[str, dict[int, float]]:
         room = length + (rounds + 1) * STEPS
         makers = {"full": lambda room=room: PreallocatedCache(room), **OURS, **HF}
         makers = {name: make for name, make in makers.items() if not name.startswith("HF quanto")}
-        # quanto takes its best axes only at lengths that are multiples of 64: it starts at one, and packs 128 at a time.
+        # quanto takes its best axes at multiples of 64 only: it starts at one, and packs 128 tokens at a time.
         steps = {name: stepper(make(), length) for name, make in makers.items()}
         whole = length // 64 * 64
         steps |= {name: stepper(make(), whole) for name, make in HF.items() if name.startswith("HF quanto")}

@@ -45,14 +45,15 @@ def packed_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     rotation: Tensor | None = None,
-    block_size: int = 4096,
+    block_size: int = 2048,
 ) -> Tensor:
     """Causal softmax(q k^T * scale) v over `before`, then the packed tokens, then `after`: shape and dtype of `q`.
 
     q: `[batch, num_heads, new_tokens, head_dim]`, the queries of the newest tokens. before, after: K and V, both
     `[batch, num_kv_heads, tokens, head_dim]`. padding, scale, window, soft_cap: as in `labkit.attention.attention`.
     rotation: orthogonal, `[head_dim, head_dim]`; the packed keys are keys times it.
-    block_size: packed tokens that are numbers at one time, rounded to whole tiles. Sums are kept in float32, or in
+    block_size: packed tokens worked on at one time, in whole tiles; what is made of them stays smaller than their K and
+    V would be in the dtype of the sums. Sums are kept in float32, or in
     float64 for float64 queries. Raises ValueError when the shapes do not fit.
     """
     if has_torch_function((q,)):  # the work ledger sees one operation, as it does of PyTorch's fused attention
@@ -68,8 +69,11 @@ def packed_attention(
     for start in range(0, new_tokens, QUERIES_AT_ONCE):
         some = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         mask = Mask(kv_len - new_tokens + start, some.shape[3], window, padding)
-        blocks = segments(k, v, before, after, block_size)
-        out = answer(some.flatten(2, 3), blocks, mask, soft_cap, rotation)
+        rows = some.flatten(2, 3)
+        # Numbers are made with copies of theirs, bags make none: half a block keeps the former within one.
+        bags = can_bag(rows, k) and can_bag(rows, v)
+        blocks = segments(k, v, before, after, block_size if bags else block_size // 2)
+        out = answer(rows, blocks, mask, soft_cap, rotation)
         answers.append(out.view_as(some))
     out = answers[0] if len(answers) == 1 else torch.cat(answers, dim=3)
     return out.flatten(1, 2).to(q.dtype)

@@ -12,7 +12,7 @@ from tests.browser.conftest import ROOT, Server
 
 IDLE = "Python 3 (ipykernel) | Idle"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-LABELS = ".attention-explorer-label, .cache-stepper-label, .planner-label"
+LABELS = ".attention-explorer-label, .cache-stepper-label, .planner-label, .quantizing-label"
 RUN_SECONDS = 180
 
 
