@@ -5,7 +5,7 @@ from __future__ import annotations
 from labkit.course.exercise import Prediction, Quiz
 
 PREDICTIONS = (
-    Prediction("05.p1", "Error of the other numbers of a group with one outlier of 20, over that without", "times", 1.4),
+    Prediction("05.p1", "Error of the other numbers of a group with an outlier of 20, over that without", "times", 1.4),
     Prediction("05.p2", "float16 over 2 bits in groups of 32, scales and zero points counted", "times", 1.1),
     Prediction("05.p3", "Error of keys quantized per token, over that of keys quantized per channel", "times", 1.3),
     Prediction("05.p4", "Perplexity with a 2-bit cache, over the full cache's", "times", 1.15),
@@ -88,7 +88,7 @@ QUIZZES = (
         {"a": "15 GB of weights are read either way; the cache is 0.02 GB. 4 bits pay where many tokens are held.",
          "b": "That is what is left of the cache, 4.5 / 16. The step also reads the weights.",
          "c": "The cache shrinks by that. Put it beside 15 GB of weights.",
-         "d": "That would take several hundred thousand tokens held."},
+         "d": "That would take some 140,000 tokens held."},
         "a",
     ),
 )  # fmt: skip
