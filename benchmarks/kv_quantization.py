@@ -199,11 +199,14 @@ def same_bits(trials: int = 20) -> int:
 
 
 def step_memory(make: Callable[[], QuantizedCache], length: int) -> int:
-    """Bytes that one decode step makes beside what the cache holds, at their peak."""
+    """Bytes that a decode step makes beside what the cache holds, at their peak: the most of a group's steps.
+
+    The steps are those that follow `length` tokens, the one among them that packs a group.
+    """
     with torch.inference_mode():
-        step = stepper(make(), length)
-        step()
-        return peak_memory(step)
+        layer = make()
+        step = stepper(layer, length)
+        return max(peak_memory(step) for _ in range(layer.format.group_size))
 
 
 def main() -> int:

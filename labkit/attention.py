@@ -44,10 +44,7 @@ def allowed_keys(q: Tensor, k: Tensor, *, causal: bool, padding: Tensor | None, 
     batch, new_tokens, kv_len = q.shape[0], q.shape[-2], k.shape[-2]
     if window is not None and not causal:
         raise ValueError("a window looks back from each token: it needs causal=True")
-    if window is not None and window < 1:
-        raise ValueError(f"window counts the keys a token sees, itself included: at least 1; got {window}")
-    if padding is not None and (padding.shape != (batch,) or padding.is_floating_point()):
-        raise ValueError(f"padding is int [{batch}], one number per row; got {padding.dtype} {list(padding.shape)}")
+    check_mask(batch, padding, window)
     mask = None
     if causal and (new_tokens > 1 or window is not None):
         mask = causal_mask(new_tokens, kv_len, window=window, device=q.device)
@@ -56,6 +53,14 @@ def allowed_keys(q: Tensor, k: Tensor, *, causal: bool, padding: Tensor | None, 
         real = real[:, None, None, :]
         mask = real if mask is None else mask & real
     return mask
+
+
+def check_mask(batch: int, padding: Tensor | None, window: int | None) -> None:
+    """ValueError unless `window` and `padding` can be."""
+    if window is not None and window < 1:
+        raise ValueError(f"window counts the keys a token sees, itself included: at least 1; got {window}")
+    if padding is not None and (padding.shape != (batch,) or padding.is_floating_point()):
+        raise ValueError(f"padding is int [{batch}], one number per row; got {padding.dtype} {list(padding.shape)}")
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

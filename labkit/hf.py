@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from labkit.attention import causal_mask
 from labkit.cache import Cache, LayerCache
 
 
@@ -63,8 +64,9 @@ class WrappedLayer(CacheLayerMixin):
         return -1 if self.layer.capacity is None else self.layer.capacity
 
     def reset(self) -> None:
-        """Forget everything, counters included."""
+        """Forget everything, counters and padding included."""
         self.layer.reset()
+        self.layer.padding = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
@@ -127,13 +129,31 @@ def labkit_attention(
     if layer is None:
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("labkit's caches know no learned attention sinks (s_aux): use wrap(cache) without the model")
     layer.scale, layer.window, layer.soft_cap = scaling, sliding_window, softcap
-    layer.padding = None
-    if (
-        attention_mask is not None
-    ):  # bool [batch, 1, new_tokens, kv_len]: keys before the first that is seen are padding
-        layer.padding = attention_mask[:, 0].any(dim=1).int().argmax(dim=1)
+    layer.padding = None if attention_mask is None else left_padding(attention_mask, sliding_window)
     return layer.attend(query).transpose(1, 2), None
+
+
+def left_padding(attention_mask: Tensor, window: int | None) -> Tensor:
+    """Padding of each row, int `[batch]`, of a mask, bool `[batch, 1, new_tokens, kv_len]`.
+
+    Raises ValueError when the mask hides anything else than the future, what has left the window, and left padding.
+    """
+    mask = attention_mask[:, 0]
+    batch, new_tokens, kv_len = mask.shape
+    seen = mask.any(dim=1)
+    padding = torch.where(seen.any(dim=1), seen.int().argmax(dim=1), kv_len)  # the keys before the first that is seen
+    position = torch.arange(kv_len, device=mask.device)
+    expected = causal_mask(new_tokens, kv_len, window=window, device=mask.device) & (position >= padding[:, None, None])
+    real = position[-new_tokens:] >= padding[:, None]  # what padding itself sees is nobody's business
+    if not torch.equal(mask[real], expected[real]):
+        raise ValueError(
+            "this attention_mask hides more than the future and padding at the left, which is all that a labkit cache "
+            "can hide: use wrap(cache) without the model"
+        )
+    return padding
 
 
 def wrap(cache: Cache, model: transformers.PreTrainedModel | None = None) -> WrappedCache:

@@ -10,8 +10,8 @@ The rules. A *weight* is a parameter, or a tensor given to `watch`; anything els
 
 - A product of two activations is attention. A first product (queries with keys) gives scores: each entry counts one to
   `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
-  values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same, and so does
-  labkit's attention over packed K and V, whose bytes are the packed ones.
+  values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same, and
+  so does labkit's over packed K and V, with the bytes they are packed in.
 - A product with a watched weight counts one projection per row of the activation, times the weight's share.
 - A softmax of three or more dimensions over numbers that no such product gave counts as scores too: somebody multiplied
   and summed by hand. What was read is then not seen.

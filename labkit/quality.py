@@ -246,7 +246,8 @@ def new_cache(name: str, make: MakeCache) -> Any:
     if not callable(make):
         raise ValueError(f"{name!r} is a {type(make).__name__}: give a function that makes an empty cache")
     cache = make()
-    if held := getattr(cache, "seq_len", 0):
+    held = getattr(cache, "seq_len", None) or (cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0)
+    if held:
         raise ValueError(f"the cache of {name!r} holds {held} tokens already: its function has to make an empty one")
     return cache
 

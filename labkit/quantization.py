@@ -34,6 +34,12 @@ class Quantizer:
     symmetric: bool = False
     metadata: torch.dtype = torch.float16
 
+    def __post_init__(self) -> None:
+        if self.nbits not in (8, 4, 2, *FLOAT8):
+            raise ValueError(f"nbits is 8, 4 or 2, or a float8 dtype that this torch has; got {self.nbits}")
+        if self.axis not in ("channel", "token"):
+            raise ValueError(f'axis is "channel" or "token"; got {self.axis!r}')
+
     @property
     def middle(self) -> int:
         """The code that stands for 0 where codes are whole and symmetric; 0 otherwise."""
@@ -71,7 +77,8 @@ class Quantizer:
             most = torch.finfo(self.nbits).max if isinstance(self.nbits, torch.dtype) else self.middle - 1
             least = -most
             scale = round_up(groups.abs().amax(-1, keepdim=True) / most, self.metadata)
-        lost = ~torch.isfinite(scale) if zero is None else ~(torch.isfinite(scale) & torch.isfinite(zero))
+        offset = scale * -self.middle if zero is None else zero
+        lost = ~(torch.isfinite(scale) & torch.isfinite(offset))
         steps = scale.to(groups.dtype)
         codes = (groups / steps.masked_fill(steps == 0, 1.0)).masked_fill(lost, 0.0)
         if isinstance(self.nbits, int):

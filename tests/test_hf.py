@@ -250,3 +250,24 @@ class TestAttentionThroughTheCache:
         model, plain = hf_model("llama"), hf_model("llama")
         wrap(Cache.growing(LAYERS), model)
         assert torch.equal(generate(model, prompt(), DynamicCache()), generate(plain, prompt(), DynamicCache()))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("hole", [slice(10, 14), slice(26, 30)])
+    def test_a_mask_that_hides_more_than_left_padding_is_refused(self, hole):
+        model, ids = hf_model("llama"), prompt(2, 30)
+        mask = torch.ones_like(ids)
+        mask[1, hole] = 0
+        with pytest.raises(ValueError, match=r"use wrap\(cache\) without the model"):
+            model(ids, attention_mask=mask, past_key_values=wrap(Cache.growing(LAYERS), model))
+
+    @torch.no_grad()
+    def test_sinks_of_a_padded_batch_are_refused_and_the_next_batch_is_taken(self):
+        model, ids = hf_model("llama"), prompt(2, 30)
+        mask = torch.ones_like(ids)
+        mask[1, :7] = 0
+        cache = wrap(Cache.quantized(LAYERS, 4, group_size=8, residual_length=3, sink_length=4), model)
+        with pytest.raises(ValueError, match="take sink_length=0"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        cache.reset()
+        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+        assert cache.get_seq_length() == 30

@@ -170,6 +170,35 @@ class TestAttention:
         assert out[:, :2].isnan().all()
         assert not out[:, 2:].isnan().any()
 
+    @pytest.mark.parametrize("nbits", [8, 4, 2])
+    def test_gradients_of_queries_are_those_of_attention_over_what_is_read_back(self, nbits):
+        cache = filled(QuantizedCache(nbits, group_size=16, residual_length=4), *kv(1, 100), [100])
+        q = torch.randn(1, 4, 1, HEAD_DIM, requires_grad=True)
+        weight = torch.randn(1, 4, 1, HEAD_DIM)
+        (mine,) = torch.autograd.grad((cache.attend(q) * weight).sum(), q)
+        (other,) = torch.autograd.grad((attention(q, *cache.read()) * weight).sum(), q)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)  # bounded: float32 sums of 100 terms, twice
+
+    @pytest.mark.parametrize("nbits", [4, 2])
+    def test_symmetric_numbers_too_large_for_their_metadata_are_nan_on_every_path(self, nbits):
+        k, v = kv(1, 64)
+        v[..., 0, 3] = 60_000.0
+        cache = filled(QuantizedCache(nbits, symmetric=True, group_size=16, residual_length=0), k, v, [64])
+        for new in (1, 9):
+            out = cache.attend(torch.randn(1, 2 * new, new, HEAD_DIM))
+            assert out[..., :16].isnan().all()
+            assert out[..., 16:].isfinite().all()
+
+    def test_a_window_reads_nothing_that_has_left_it(self):
+        k, v = kv(1, 200)
+        k[:, :, :64] = float("nan")
+        cache = filled(QuantizedCache(4, group_size=16, residual_length=0, window=20), k, v, [200])
+        q = torch.randn(1, 4, 1, HEAD_DIM)
+        from labkit.kernels.packed_attention import packed_attention
+
+        out = packed_attention(q, cache.k, cache.v, after=cache.recent, window=20, block_size=16)
+        assert out.isfinite().all()
+
     def test_the_ledger_sees_packed_bytes_and_every_score(self):
         cache = filled(QuantizedCache(4, group_size=16, residual_length=4), *kv(1, 100), [100])
         q = torch.randn(1, 6, 1, HEAD_DIM)
@@ -241,11 +270,12 @@ class TestRows:
         assert all(torch.equal(x, y) for x, y in zip(cache.read(), before, strict=True))
 
     def test_reset_forgets_everything(self):
-        cache = filled(QuantizedCache(4, group_size=16), *kv(1, 100), [100])
+        cache = filled(QuantizedCache(4, group_size=16, rotate_keys=True), *kv(1, 100), [100])
         cache.attend(torch.randn(1, 2, 1, HEAD_DIM))
         cache.reset()
         assert (cache.seq_len, cache.nbytes, cache.bytes_written, cache.bytes_read) == (0, 0, 0, 0)
-        cache.append(*kv(3, 5, heads=1))
+        cache.append(*kv(3, 100, heads=1, head_dim=64))
+        assert cache.packed_len > 0
 
 
 class TestErrors:
@@ -278,6 +308,22 @@ class TestErrors:
             cache.append(*kv(1, 5, head_dim=head_dim))
         assert (cache.seq_len, cache.nbytes, cache.bytes_written) == (0, 0, 0)
         cache.append(*kv(1, 5, head_dim=64))
+
+    def test_an_append_that_runs_out_of_memory_changes_nothing(self, monkeypatch):
+        cache = filled(QuantizedCache(4, group_size=16, residual_length=3), *kv(2, 50), [50])
+        before = [x.clone() for x in stored(cache)]
+        joined = type(cache.k).joined
+
+        def full(held, new):
+            if held.quantizer is cache.quantize_values:
+                raise MemoryError
+            return joined(held, new)
+
+        monkeypatch.setattr(type(cache.k), "joined", full)
+        with pytest.raises(MemoryError):
+            cache.append(*kv(2, 40))
+        assert cache.seq_len == 50
+        assert all(torch.equal(x, y) for x, y in zip(stored(cache), before, strict=True))
 
     def test_tokens_that_do_not_fit_change_nothing(self):
         cache = filled(QuantizedCache(4, group_size=16, residual_length=3), *kv(2, 50), [50])

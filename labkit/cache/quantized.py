@@ -2,7 +2,7 @@
 
 Values are quantized in groups along the channels of a token; keys, by default, in groups along the tokens of a channel,
 since some channels of keys are large in every token (KIVI, arXiv:2402.02750). Groups lie where their tokens stand, so
-the stored bits are the same in whatever pieces the tokens came, and no token is quantized twice.
+the stored bits are the same in whatever pieces the tokens came, and no append quantizes a token twice.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ class QuantizedCache(LayerCache):
         self.quantize_keys = Quantizer(nbits, group_size, key_axis, symmetric, metadata)
         self.quantize_values = Quantizer(nbits, group_size, "token", symmetric, metadata)
         self.rotate_keys = rotate_keys
-        self.rotation: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -81,6 +80,7 @@ class QuantizedCache(LayerCache):
 
     def forget(self) -> None:
         """Hold nothing."""
+        self.rotation: Tensor | None = None
         self.sinks: Pair | None = None
         self.k: Packed | None = None
         self.v: Packed | None = None
@@ -131,6 +131,10 @@ class QuantizedCache(LayerCache):
             return
         self.format.check_head_dim(k.shape[3], v.shape[3])
         check_device_has(self.quantize_keys.nbits, k.device)
+        self.check_sinks()
+
+    def check_sinks(self) -> None:
+        """ValueError when the first tokens of a row are padding and should be kept as sinks."""
         if self.format.sink_length and self.padding is not None and bool(self.padding.any()):
             raise ValueError(
                 "the first tokens of a padded row are no sinks but padding: take sink_length=0 for this batch"
@@ -150,11 +154,23 @@ class QuantizedCache(LayerCache):
             return
         k, v = (k, v) if self.recent is None else (torch.cat(both, 2) for both in zip(self.recent, (k, v), strict=True))
         keys, values = self.quantized(k[:, :, :count], v[:, :, :count])
-        if self.k is not None and self.v is not None:
-            self.bytes_copied += self.k.nbytes + self.v.nbytes
-            keys, values = self.k.joined(keys), self.v.joined(values)
-        self.recent = own(k[:, :, count:]), own(v[:, :, count:])
-        self.sinks, self.k, self.v = sinks, keys, values
+        recent = own(k[:, :, count:]), own(v[:, :, count:])
+        self.join(keys, values)
+        self.sinks, self.recent = sinks, recent
+
+    def join(self, keys: Packed, values: Packed) -> None:
+        """Add packed tokens behind those held, both or none; the old keys are let go before the values are copied."""
+        if self.k is None or self.v is None:
+            self.k, self.v = keys, values
+            return
+        held = len(self.k.rows)
+        self.bytes_copied += self.k.nbytes + self.v.nbytes
+        self.k = self.k.joined(keys)
+        try:
+            self.v = self.v.joined(values)
+        except BaseException:
+            self.k = self.k.tiles(0, held)
+            raise
 
     def extended(self, held: Pair | None, new: Pair) -> Pair:
         """Dense tokens with new ones behind them, in memory of their own."""
@@ -166,8 +182,9 @@ class QuantizedCache(LayerCache):
     def quantized(self, k: Tensor, v: Tensor) -> tuple[Packed, Packed]:
         """Whole groups of tokens, packed."""
         if self.rotate_keys:
-            if self.rotation is None or self.rotation.device != k.device:
-                self.rotation = hadamard(k.shape[3], device=k.device)
+            if self.rotation is None:
+                with torch.inference_mode(False):  # made inside, it could not be used where gradients are wanted
+                    self.rotation = hadamard(k.shape[3], device=k.device)
             k = k.to(torch.promote_types(k.dtype, torch.float32))
             k = k @ self.rotation.to(k.dtype)
         return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
@@ -177,6 +194,7 @@ class QuantizedCache(LayerCache):
 
         On a CUDA GPU a decode step goes to the Triton kernel, everything else to its plain-PyTorch twin.
         """
+        self.check_sinks()
         if self.k is None or self.v is None:
             return super().attend(q)
         self.bytes_read += self.nbytes
@@ -188,7 +206,14 @@ class QuantizedCache(LayerCache):
             "window": self.window,
             "rotation": self.rotation,
         }
-        if q.is_cuda and q.shape[2] == 1 and self.soft_cap is None and can_run_packed(q, self.quantize_keys.nbits):
+        wants_gradient = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward pass
+        if (
+            q.is_cuda
+            and not wants_gradient
+            and q.shape[2] == 1
+            and self.soft_cap is None
+            and can_run_packed(q, self.quantize_keys.nbits)
+        ):
             return packed_decode_attention(q, self.k, self.v, **options)
         return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
 

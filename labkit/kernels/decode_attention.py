@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.attention import check_shapes
+from labkit.attention import check_mask, check_shapes
 
 try:
     import triton
@@ -113,12 +113,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, window
         raise ValueError(
             f"q, k and v must share one dtype of float32, float16, bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if padding is not None and (padding.shape != q.shape[:1] or padding.is_floating_point()):
-        raise ValueError(
-            f"padding is int [{q.shape[0]}], one number per row; got {padding.dtype} {list(padding.shape)}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window counts the keys a token sees, itself included: at least 1; got {window}")
+    check_mask(q.shape[0], padding, window)
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
     check_can_run(q.device, "labkit.attention.attention")

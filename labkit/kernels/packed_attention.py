@@ -12,13 +12,15 @@ Both take tokens in full precision as well, before the packed ones (sinks) and a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from labkit.attention import wide_dtype
+from labkit.attention import check_mask, wide_dtype
 from labkit.kernels.decode_attention import DTYPES, check_can_run, default_splits, merge
 from labkit.quantization import Packed
 
@@ -52,16 +54,16 @@ def packed_attention(
     q: `[batch, num_heads, new_tokens, head_dim]`, the queries of the newest tokens. before, after: K and V, both
     `[batch, num_kv_heads, tokens, head_dim]`. padding, scale, window, soft_cap: as in `labkit.attention.attention`.
     rotation: orthogonal, `[head_dim, head_dim]`; the packed keys are keys times it.
-    block_size: packed tokens worked on at one time, in whole tiles; what is made of them stays smaller than their K and
-    V would be in the dtype of the sums. Sums are kept in float32, or in
-    float64 for float64 queries. Raises ValueError when the shapes do not fit.
+    block_size: packed tokens worked on at one time, in whole tiles. With groups of 32 or more, what is made of them is
+    smaller than their K and V would be in the dtype of the sums: float32, or float64 for float64 queries.
+    Raises ValueError when shapes or sizes do not fit.
     """
     if has_torch_function((q,)):  # the work ledger sees one operation, as it does of PyTorch's fused attention
         return handle_torch_function(
             packed_attention, (q,), q, k, v, before=before, after=after, padding=padding, scale=scale, window=window,
             soft_cap=soft_cap, rotation=rotation, block_size=block_size,
         )  # fmt: skip
-    kv_len = check_packed(q, k, v, before, after)
+    kv_len = check_packed(q, k, v, before, after, padding, window)
     head_dim, new_tokens = q.shape[3], q.shape[2]
     grouped = q.unflatten(1, (k.rows.shape[2], -1)).to(wide_dtype(q))  # [batch, KV heads, queries per KV, new, dims]
     grouped = grouped * (head_dim**-0.5 if scale is None else scale)
@@ -84,7 +86,7 @@ def answer(
 ) -> Tensor:
     """Attention of scaled query rows, `[batch, num_kv_heads, rows, head_dim]`, over segments with their positions."""
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
-    seen = [block for block in blocks if block[0] <= mask.last]
+    seen = [block for block in blocks if mask.meets(*block[:2])]
     outs, sums = [], []
     for first in range(0, len(seen), BLOCKS_AT_ONCE):
         span = seen[first : first + BLOCKS_AT_ONCE]
@@ -134,14 +136,25 @@ def packed_blend(weights: Tensor, values: Packed) -> Tensor:
     return out.view(batch, heads, count, head_dim)
 
 
-@functools.lru_cache(maxsize=8)  # the same for all layers of a model, and for as many steps as a tile has tokens
+def kept_if_small(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep the few last results of `make`, at most 1 MB each: they serve all layers of a model, and a tile's steps."""
+    kept = functools.lru_cache(maxsize=8)(make)
+
+    @functools.wraps(make)
+    def get(*sizes: int) -> Tensor:
+        return (kept if math.prod(sizes[:5]) <= 2**18 else make)(*sizes)
+
+    return get
+
+
+@kept_if_small
 def channel_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int) -> Tensor:
     """The rows of a tile of keys for `count` queries: int32, flat, of shape [tiles, batch, heads, count, head_dim]."""
     rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32).view(tiles, batch, heads, 1, head_dim)
     return rows.expand(-1, -1, -1, count, -1).flatten()
 
 
-@functools.lru_cache(maxsize=8)
+@kept_if_small
 def token_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int, size: int) -> Tensor:
     """The rows of all tokens' groups of values: int32, flat, of shape [batch, heads, count, groups, tokens]."""
     rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32)
@@ -157,6 +170,8 @@ def can_bag(rows: Tensor, packed: Packed) -> bool:
     """
     quantizer = packed.quantizer
     few = rows.shape[2] <= 8 and rows.device.type == "cpu" and rows.dtype == torch.float32
+    if torch.is_grad_enabled() and rows.requires_grad:  # bags have no backward pass
+        return False
     return few and isinstance(quantizer.nbits, int) and (quantizer.nbits == 8 or quantizer.metadata == torch.float16)
 
 
@@ -186,6 +201,11 @@ class Mask:
     def __init__(self, first: int, new_tokens: int, window: int | None, padding: Tensor | None) -> None:
         self.first, self.last, self.new_tokens = first, first + new_tokens - 1, new_tokens
         self.window, self.padding = window, padding
+
+    def meets(self, start: int, keys: Tensor | Packed) -> bool:
+        """Whether any query may see any of these keys, the first of which stands at `start`."""
+        stop = start + (keys.num_tokens if isinstance(keys, Packed) else keys.shape[2])
+        return start <= self.last and (self.window is None or stop - 1 > self.first - self.window)
 
     def hide(self, scores: Tensor, start: int) -> bool:
         """Write -inf where a query may not see a key, the first of which stands at `start`; whether any may be."""
@@ -218,7 +238,15 @@ def segments(k: Packed, v: Packed, before: Dense | None, after: Dense | None, bl
         yield position, *after
 
 
-def check_packed(q: Tensor, k: Packed, v: Packed, before: Dense | None, after: Dense | None) -> int:
+def check_packed(
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    before: Dense | None,
+    after: Dense | None,
+    padding: Tensor | None,
+    window: int | None,
+) -> int:
     """Tokens held in all, or a ValueError that names what does not fit."""
     _, batch, num_kv_heads, head_dim, _ = k.rows.shape
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim) or q.shape[1] % num_kv_heads:
@@ -227,9 +255,20 @@ def check_packed(q: Tensor, k: Packed, v: Packed, before: Dense | None, after: D
         )
     if v.rows.shape[:4] != k.rows.shape[:4] or v.quantizer.group_size != k.quantizer.group_size:
         raise ValueError(f"packed values {list(v.rows.shape)} do not fit packed keys {list(k.rows.shape)}")
-    kv_len = k.num_tokens + sum(part[0].shape[2] for part in (before, after) if part is not None)
+    kv_len = k.num_tokens
+    for pair in (before, after):
+        if pair is None:
+            continue
+        tokens = pair[0].shape[2]
+        if any(x.shape != (batch, num_kv_heads, tokens, head_dim) for x in pair):
+            raise ValueError(
+                f"K {list(pair[0].shape)} and V {list(pair[1].shape)} do not fit packed keys of batch {batch}, "
+                f"{num_kv_heads} KV heads, head_dim {head_dim}"
+            )
+        kv_len += tokens
     if q.shape[2] > kv_len:
         raise ValueError(f"{q.shape[2]} queries but only {kv_len} keys: append the new tokens' keys first")
+    check_mask(batch, padding, window)
     return kv_len
 
 
@@ -244,23 +283,28 @@ def packed_decode_attention(
     scale: float | None = None,
     window: int | None = None,
     rotation: Tensor | None = None,
-    block_size: int = 64,
+    block_size: int | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """`packed_attention` of one new token per row as a Triton kernel; its twin's arguments, but for `soft_cap`.
 
-    block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the packed sequence worked on in
-    parallel. Raises ValueError when shapes, dtypes or sizes do not fit, RuntimeError where Triton cannot run.
+    block_size: keys read at a time, a power of 2, at least 16; by default as many as fit the shared memory of small
+    GPUs. num_splits: parts of the packed sequence worked on in parallel. Raises ValueError when shapes, dtypes, formats
+    or sizes do not fit, RuntimeError where Triton cannot run. It has no backward pass.
     """
-    kv_len = check_packed(q, k, v, before, after)
+    kv_len = check_packed(q, k, v, before, after, padding, window)
+    if replace(v.quantizer, axis=k.quantizer.axis) != k.quantizer:
+        raise ValueError(f"the kernel takes K and V of one format; got {k.quantizer} and {v.quantizer}")
     if q.shape[2] != 1:
         raise ValueError(f"packed_decode_attention takes one new token; got {q.shape[2]}. packed_attention takes any")
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be float32, float16 or bfloat16; got {q.dtype}")
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
     check_can_run(q.device, "packed_attention")
     batch, _, _, head_dim = q.shape
+    if block_size is None:  # 32 KiB for K and V each, as float32: what a T4 has for a program
+        block_size = max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
     scale = head_dim**-0.5 if scale is None else scale
     rows = q.reshape(batch, k.rows.shape[2], -1, head_dim).float()
     first = torch.zeros(batch, dtype=torch.int32, device=q.device) if padding is None else padding.int()
@@ -323,7 +367,7 @@ def launch(
         ROW_BYTES=k.rows.shape[4],
         K_PER_CHANNEL=quantizer.axis == "channel",
         V_PER_CHANNEL=v.quantizer.axis == "channel",
-        num_stages=2,  # more would not fit the shared memory of smaller GPUs in float32
+        num_stages=1,  # the numbers are made in registers: there is nothing to fetch ahead into shared memory
     )
     return parts, lse
 

@@ -144,12 +144,12 @@ class Quantized:
         """SizeError unless keys and values of these sizes can be packed."""
         for dim in (k_dim, v_dim):
             if dim % 8:
-                raise SizeError(f"a head_dim of {dim} is no multiple of 8: it is not packed, take float8")
+                raise SizeError(f"a head_dim of {dim} is no multiple of 8: keep it dense, in float16 or float8")
         for dim in (v_dim, k_dim if self.key_axis == "token" else v_dim):
             if dim % self.group_size:
                 raise SizeError(
                     f"groups of {self.group_size} do not divide a head_dim of {dim}: take a group_size that does, "
-                    f"as in Quantized({self.nbits}, group_size={math.gcd(dim, self.group_size)}), or float8"
+                    f"as in Quantized({self.nbits}, group_size={math.gcd(dim, self.group_size)}), or a dense float8"
                 )
 
     def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:

@@ -161,3 +161,25 @@ class TestErrors:
     def test_a_block_size_that_is_no_power_of_two_or_too_small(self, block_size):
         with pytest.raises(ValueError, match="power of 2, at least 16"):
             packed_decode_attention(**self.arguments(), block_size=block_size)
+
+    def test_keys_and_values_of_two_formats(self):
+        q, k, _, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(8))
+        for other in (quantizers(4)[1], quantizers(8, symmetric=True)[1], quantizers(8, metadata=torch.bfloat16)[1]):
+            v = other.quantize(torch.randn(2, 2, 48, 16, device=DEVICE))
+            with pytest.raises(ValueError, match="K and V of one format"):
+                packed_decode_attention(q, k, v)
+
+    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"window": 0}, "at least 1; got 0"),
+            ({"padding": torch.tensor([1.5, 2.0])}, "one number per row"),
+            ({"padding": torch.tensor([1])}, "one number per row"),
+            ({"before": (torch.zeros(2, 1, 3, 16), torch.zeros(2, 1, 3, 16))}, "do not fit packed keys of batch 2"),
+            ({"after": (torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))}, "do not fit packed keys of batch 2"),
+        ],
+    )
+    def test_masks_and_dense_tokens_that_do_not_fit(self, run, changes, message):
+        with pytest.raises(ValueError, match=message):
+            run(**self.arguments(**changes))
