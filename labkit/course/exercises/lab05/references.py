@@ -64,7 +64,7 @@ class QuantizedLayer:
     """K and V of one layer: whole groups of tokens quantized, the newest tokens as they came.
 
     quantize_group(k, v) is given K and V of group_size tokens and returns both in a form of its own; restore(packed)
-    gives such a pair of K and V back; only restore knows the form. Tokens wait in full precision, in a copy of their own,
+    gives such a pair of K and V back; only restore knows the form. Tokens wait in full precision, as copies,
     until group_size of them can be quantized while at least residual_length newer ones stay. Each token is given to
     quantize_group once, whatever the pieces it came in.
     """
