@@ -199,14 +199,17 @@ def same_bits(trials: int = 20) -> int:
 
 
 def step_memory(make: Callable[[], QuantizedCache], length: int) -> int:
-    """Bytes that a decode step makes beside what the cache holds, at their peak: the most of a group's steps.
+    """Bytes that decode steps make beside what the cache holds when they begin, at their peak.
 
-    The steps are those that follow `length` tokens, the one among them that packs a group.
+    As many steps as a group has tokens, so that one of them packs; the tokens they add are in the figure.
     """
+
+    def steps(step: Callable[[], None]) -> None:
+        for _ in range(make().format.group_size):
+            step()
+
     with torch.inference_mode():
-        layer = make()
-        step = stepper(layer, length)
-        return max(peak_memory(step) for _ in range(layer.format.group_size))
+        return peak_memory(steps, lambda: stepper(make(), length))
 
 
 def main() -> int:

@@ -142,7 +142,7 @@ def left_padding(attention_mask: Tensor, window: int | None) -> Tensor:
     Raises ValueError when the mask hides anything else than the future, what has left the window, and left padding.
     """
     mask = attention_mask[:, 0]
-    batch, new_tokens, kv_len = mask.shape
+    new_tokens, kv_len = mask.shape[1:]
     seen = mask.any(dim=1)
     padding = torch.where(seen.any(dim=1), seen.int().argmax(dim=1), kv_len)  # the keys before the first that is seen
     position = torch.arange(kv_len, device=mask.device)

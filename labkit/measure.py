@@ -119,19 +119,29 @@ def provenance(device: torch.device | str = "cpu", command: str = "") -> dict[st
     }
 
 
-def peak_memory(run: Callable[[], Any], *, device: torch.device | str = "cpu") -> int:
-    """Bytes of tensors that `run()` holds at its peak beyond what was held before; what it returns is let go."""
+def peak_memory(
+    run: Callable[[Any], Any], setup: Callable[[], Any] = lambda: None, *, device: torch.device | str = "cpu"
+) -> int:
+    """Bytes of tensors that `run(setup())` holds at its peak beyond what there was when `run` began."""
     if torch.device(device).type == "cuda":
+        made = setup()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
+        run(made)
         return torch.cuda.max_memory_allocated(device) - before
+    # `setup` runs inside: the profiler knows the size of what is given back only if it saw it taken.
     with torch.profiler.profile(profile_memory=True) as profile:
-        run()
+        made = setup()
+        with torch.profiler.record_function(PEAK_BEGINS):
+            run(made)
     held = peak = 0
-    # The allocator's own events: each a number of bytes, negative when they are given back.
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore
-        if event.name() == "[memory]":
-            held += event.nbytes()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore
+    begins = next(event.start_ns() for event in events if event.name() == PEAK_BEGINS)
+    for event in events:
+        if event.name() == "[memory]" and event.start_ns() >= begins:
+            held += event.nbytes()  # negative when memory is given back
             peak = max(peak, held)
     return peak
+
+
+PEAK_BEGINS = "labkit.measure.peak_memory"

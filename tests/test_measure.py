@@ -66,3 +66,16 @@ def test_provenance_names_device_versions_and_date_but_no_host() -> None:
 def test_a_device_that_is_not_there_is_an_error_not_a_figure() -> None:
     with pytest.raises((RuntimeError, AssertionError)):
         measure.time_call(lambda: None, device="cuda")
+
+
+def test_peak_memory_counts_what_is_held_at_once_and_not_what_was_there_or_was_let_go() -> None:
+    size = 1_000_000
+
+    def run(made: list[torch.Tensor]) -> None:
+        made.append(made[0] * 2)  # one more
+        made.pop(0)  # one that was there before goes
+        for _ in range(3):
+            made[0] + 1  # one at a time, and gone again
+
+    peak = measure.peak_memory(run, lambda: [torch.zeros(size // 4)])
+    assert size <= peak < 1.1 * size
