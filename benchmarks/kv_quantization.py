@@ -159,19 +159,17 @@ def measure_time(rounds: int) -> dict[str, dict[int, float]]:
     for length in LENGTHS:
         room = length + (rounds + 1) * STEPS
         makers = {"full": lambda room=room: PreallocatedCache(room), **OURS, **HF}
-        makers = {name: make for name, make in makers.items() if not name.startswith("HF quanto")}
         # quanto takes its best axes at multiples of 64 only: it starts at one, and packs 128 tokens at a time.
-        steps = {name: stepper(make(), length) for name, make in makers.items()}
-        whole = length // 64 * 64
-        steps |= {name: stepper(make(), whole) for name, make in HF.items() if name.startswith("HF quanto")}
+        start = {name: length // 64 * 64 if name.startswith("HF quanto") else length for name in makers}
+        steps = {name: stepper(make(), start[name]) for name, make in makers.items()}
         samples: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(rounds + 1):
             for name, step in steps.items():
-                start = time.perf_counter()
+                begun = time.perf_counter()
                 for _ in range(STEPS):
                     step()
                 if turn:  # the first round warms up
-                    samples[name].append((time.perf_counter() - start) / STEPS * 1e3)
+                    samples[name].append((time.perf_counter() - begun) / STEPS * 1e3)
         for name, values in samples.items():
             found.setdefault(name, {})[length] = statistics.median(values)
             print(f"  {length:,} tokens: {name:<16} {statistics.median(values):7.3f} ms a step", flush=True)

@@ -132,7 +132,12 @@ def labkit_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError("labkit's caches know no learned attention sinks (s_aux): use wrap(cache) without the model")
     layer.scale, layer.window, layer.soft_cap = scaling, sliding_window, softcap
-    layer.padding = None if attention_mask is None else left_padding(attention_mask, sliding_window)
+    layer.padding = None
+    if attention_mask is not None:
+        # All layers of a kind get the same mask: it is looked through once.
+        if not hasattr(attention_mask, "labkit_padding"):
+            attention_mask.labkit_padding = left_padding(attention_mask, sliding_window)  # type: ignore[attr-defined]
+        layer.padding = attention_mask.labkit_padding  # type: ignore[attr-defined]
     return layer.attend(query).transpose(1, 2), None
 
 

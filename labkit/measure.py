@@ -28,6 +28,8 @@ __all__ = [
     "time_call",
 ]
 
+PEAK_BEGINS = "labkit.measure.peak_memory"  # marks, among the profiler's events, where `peak_memory` starts to count
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -142,6 +144,3 @@ def peak_memory(
             held += event.nbytes()  # negative when memory is given back
             peak = max(peak, held)
     return peak
-
-
-PEAK_BEGINS = "labkit.measure.peak_memory"

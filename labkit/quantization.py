@@ -155,12 +155,14 @@ class Packed:
     def fit_for_bags(self) -> bool:
         """Whether the rows are, as they lie, what PyTorch's quantized embedding bags read; those run on a CPU."""
         quantizer = self.quantizer
+        if quantizer.nbits not in (4, 2):
+            return False
         return self.rows.device.type == "cpu" and quantizer.has_zero and quantizer.metadata == torch.float16
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`."""
         wide, nbits = torch.promote_types(dtype, torch.float32), self.quantizer.nbits
-        if self.fit_for_bags and nbits != 8 and wide == torch.float32:
+        if self.fit_for_bags and wide == torch.float32:
             bags = torch.ops.quantized
             unpack_rows = bags.embedding_bag_4bit_unpack if nbits == 4 else bags.embedding_bag_2bit_unpack
             groups = unpack_rows(self.rows.flatten(0, 3)).unflatten(0, self.rows.shape[:4])

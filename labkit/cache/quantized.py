@@ -7,6 +7,7 @@ the stored bits are the same in whatever pieces the tokens came, and no append q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from labkit import kernels
 from labkit.cache.base import LayerCache
-from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
+from labkit.kernels.packed_attention import packed_attention, packed_decode_attention, wants_gradient
 from labkit.quantization import FLOAT8, Packed, Quantizer, hadamard
 from labkit.sizing import Quantized
 
@@ -154,7 +155,7 @@ class QuantizedCache(LayerCache):
             return
         k, v = (k, v) if self.recent is None else (torch.cat(both, 2) for both in zip(self.recent, (k, v), strict=True))
         keys, values = self.quantized(k[:, :, :count], v[:, :, :count])
-        recent = own(k[:, :, count:]), own(v[:, :, count:])
+        recent = both(lambda x: own(x[:, :, count:]), (k, v))
         self.join(keys, values)
         self.sinks, self.recent = sinks, recent
 
@@ -175,7 +176,7 @@ class QuantizedCache(LayerCache):
     def extended(self, held: Pair | None, new: Pair) -> Pair:
         """Dense tokens with new ones behind them, in memory of their own."""
         if held is None:
-            return own(new[0]), own(new[1])
+            return both(own, new)
         self.bytes_copied += held[0].nbytes + held[1].nbytes
         return torch.cat((held[0], new[0]), dim=2), torch.cat((held[1], new[1]), dim=2)
 
@@ -206,16 +207,20 @@ class QuantizedCache(LayerCache):
             "window": self.window,
             "rotation": self.rotation,
         }
-        wants_gradient = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward pass
-        if (
-            q.is_cuda
-            and not wants_gradient
-            and q.shape[2] == 1
-            and self.soft_cap is None
-            and can_run_packed(q, self.quantize_keys.nbits)
-        ):
+        if self.kernel_takes(q):
             return packed_decode_attention(q, self.k, self.v, **options)
         return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
+
+    def kernel_takes(self, q: Tensor) -> bool:
+        """Whether the Triton kernel answers these queries: one new token on a CUDA GPU, with no gradient wanted of it.
+
+        float8 needs compute capability 8.9.
+        """
+        if not q.is_cuda or q.shape[2] != 1 or self.soft_cap is not None or wants_gradient(q):
+            return False
+        if not kernels.available(q.device) or q.dtype == torch.float64:
+            return False
+        return isinstance(self.quantize_keys.nbits, int) or torch.cuda.get_device_capability(q.device) >= (8, 9)
 
     def truncate(self, seq_len: int) -> None:
         """Forget the tokens from position `seq_len` on.
@@ -231,16 +236,16 @@ class QuantizedCache(LayerCache):
             return
         first = tokens_of(self.sinks)
         kept = max(0, seq_len - first - self.packed_len)
-        recent = self.recent[0][:, :, :kept], self.recent[1][:, :, :kept]
+        recent = both(lambda x: x[:, :, :kept], self.recent)
         if self.k is not None and self.v is not None and seq_len < first + self.packed_len:
             whole, rest = divmod(max(0, seq_len - first), self.format.group_size)
             cut = self.dequantized(self.k.tiles(whole, whole + 1), self.v.tiles(whole, whole + 1))
             assert cut is not None
-            recent = cut[0][:, :, :rest], cut[1][:, :, :rest]
+            recent = both(lambda x: x[:, :, :rest], cut)
             self.k, self.v = (Packed(x.quantizer, own(x.rows[:whole])) if whole else None for x in (self.k, self.v))
-        self.recent = own(recent[0]), own(recent[1])
+        self.recent = both(own, recent)
         if self.sinks is not None and seq_len < first:
-            self.sinks = own(self.sinks[0][:, :, :seq_len]), own(self.sinks[1][:, :, :seq_len])
+            self.sinks = both(lambda x: own(x[:, :, :seq_len]), self.sinks)
         self.bytes_copied += self.nbytes
 
     def select_rows(self, rows: Tensor) -> None:
@@ -248,9 +253,9 @@ class QuantizedCache(LayerCache):
         if self.recent is None:
             return
         rows = rows.to(self.recent[0].device)
-        self.recent = self.recent[0].index_select(0, rows), self.recent[1].index_select(0, rows)
+        self.recent = both(lambda x: x.index_select(0, rows), self.recent)
         if self.sinks is not None:
-            self.sinks = self.sinks[0].index_select(0, rows), self.sinks[1].index_select(0, rows)
+            self.sinks = both(lambda x: x.index_select(0, rows), self.sinks)
         if self.k is not None and self.v is not None:
             self.k, self.v = self.k.of_rows(rows), self.v.of_rows(rows)
         self.bytes_copied += self.nbytes
@@ -259,6 +264,11 @@ class QuantizedCache(LayerCache):
 def tokens_of(pair: Pair | None) -> int:
     """Tokens in a pair of dense K and V."""
     return 0 if pair is None else pair[0].shape[2]
+
+
+def both(change: Callable[[Tensor], Tensor], pair: Pair) -> Pair:
+    """K and V, each changed."""
+    return change(pair[0]), change(pair[1])
 
 
 def own(x: Tensor) -> Tensor:
@@ -274,10 +284,3 @@ def check_device_has(nbits: int | torch.dtype, device: torch.device) -> None:
         torch.ones(1, device=device).to(nbits).to(torch.float32)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(f"PyTorch has no {nbits} on {device.type}: take nbits=8") from error
-
-
-def can_run_packed(q: Tensor, nbits: int | torch.dtype) -> bool:
-    """Whether the Triton kernel takes these codes on this GPU: float8 needs compute capability 8.9."""
-    if not kernels.available(q.device) or q.dtype == torch.float64:
-        return False
-    return isinstance(nbits, int) or torch.cuda.get_device_capability(q.device) >= (8, 9)

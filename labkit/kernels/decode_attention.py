@@ -49,9 +49,7 @@ def decode_attention(
     queries_per_kv = check_inputs(q, k, v, padding, window, block_size)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    num_splits = default_splits(kv_len) if num_splits is None else max(1, min(num_splits, kv_len))
-    split_len = triton.cdiv(triton.cdiv(kv_len, num_splits), block_size) * block_size  # whole blocks
-    num_splits = triton.cdiv(kv_len, split_len)
+    num_splits, split_len = split_sequence(kv_len, num_splits, block_size)
 
     grouped = q.reshape(batch, num_kv_heads, queries_per_kv, head_dim)
     shape = (batch, num_kv_heads, num_splits, queries_per_kv)
@@ -95,6 +93,13 @@ def merge(parts: Tensor, lse: Tensor) -> Tensor:
     total = weights.sum(dim=2)
     out = (parts * weights[..., None]).sum(dim=2)
     return out / total.masked_fill(total == 0, 1.0)[..., None]
+
+
+def split_sequence(kv_len: int, num_splits: int | None, block_size: int) -> tuple[int, int]:
+    """How many parts there are, and how many tokens each has, in whole blocks; None for as many as `default_splits`."""
+    num_splits = default_splits(kv_len) if num_splits is None else max(1, min(num_splits, kv_len))
+    split_len = triton.cdiv(triton.cdiv(kv_len, num_splits), block_size) * block_size
+    return triton.cdiv(kv_len, split_len), split_len
 
 
 def default_splits(kv_len: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import check_mask, wide_dtype
-from labkit.kernels.decode_attention import DTYPES, check_can_run, default_splits, merge
+from labkit.kernels.decode_attention import DTYPES, check_can_run, merge, split_sequence
 from labkit.quantization import Packed
 
 try:
@@ -73,7 +73,7 @@ def packed_attention(
         mask = Mask(kv_len - new_tokens + start, some.shape[3], window, padding)
         rows = some.flatten(2, 3)
         # Numbers are made with copies of theirs, bags make none: half a block keeps the former within one.
-        bags = can_bag(rows, k) and can_bag(rows, v)
+        bags = can_bag(rows, k, "channel") and can_bag(rows, v, "token")
         blocks = segments(k, v, before, after, block_size if bags else block_size // 2)
         out = answer(rows, blocks, mask, soft_cap, rotation)
         answers.append(out.view_as(some))
@@ -115,7 +115,7 @@ def blend(weights: Tensor, values: Tensor | Packed) -> Tensor:
 
 def packed_scores(rows: Tensor, keys: Packed) -> Tensor:
     """rows `[batch, heads, rows, head_dim]` times the keys' transpose: `[batch, heads, rows, tokens]`."""
-    if keys.quantizer.axis == "token" or not can_bag(rows, keys):
+    if not can_bag(rows, keys, "channel"):
         return rows @ keys.dequantize(rows.dtype).mT
     tiles, batch, heads, head_dim, _ = keys.rows.shape
     count = rows.shape[2]
@@ -126,7 +126,7 @@ def packed_scores(rows: Tensor, keys: Packed) -> Tensor:
 
 def packed_blend(weights: Tensor, values: Packed) -> Tensor:
     """weights `[batch, heads, rows, tokens]` times packed values: `[batch, heads, rows, head_dim]`."""
-    if values.quantizer.axis == "channel" or not can_bag(weights, values):
+    if not can_bag(weights, values, "token"):
         return weights @ values.dequantize(weights.dtype)
     tiles, batch, heads, head_dim, _ = values.rows.shape
     size, count = values.quantizer.group_size, weights.shape[2]
@@ -162,17 +162,22 @@ def token_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int, si
     return rows.expand(-1, -1, count, -1, -1, -1).flatten()
 
 
-def can_bag(rows: Tensor, packed: Packed) -> bool:
+def can_bag(rows: Tensor, packed: Packed, axis: str) -> bool:
     """Whether sums of a few weighted groups can be left to PyTorch's quantized embedding bags, which read them packed.
 
-    They sum in float32 on a CPU, read float16 metadata, and go through the codes once per query: a matrix product pays
-    for more queries.
+    axis: along which groups must lie for this sum. Bags sum in float32 on a CPU, read float16 metadata, and go through
+    the codes once per query: a matrix product pays for more queries.
     """
     quantizer = packed.quantizer
     few = rows.shape[2] <= 8 and rows.device.type == "cpu" and rows.dtype == torch.float32
-    if torch.is_grad_enabled() and rows.requires_grad:  # bags have no backward pass
+    if quantizer.axis != axis or wants_gradient(rows):  # bags have no backward pass
         return False
     return few and isinstance(quantizer.nbits, int) and (quantizer.nbits == 8 or quantizer.metadata == torch.float16)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether what is made of `x` must have a backward pass."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def bag(packed: Packed, index: Tensor, weights: Tensor, length: int) -> Tensor:
@@ -336,9 +341,7 @@ def launch(
     """The kernel over all packed tokens: outputs and log-sum-exps, with a split dimension, as `merge` takes them."""
     batch, num_kv_heads, queries, head_dim = rows.shape
     tokens = k.num_tokens
-    num_splits = default_splits(tokens) if num_splits is None else max(1, min(num_splits, tokens))
-    split_len = triton.cdiv(triton.cdiv(tokens, num_splits), block_size) * block_size  # whole blocks
-    num_splits = triton.cdiv(tokens, split_len)
+    num_splits, split_len = split_sequence(tokens, num_splits, block_size)
     parts = rows.new_empty(batch, num_kv_heads, num_splits, queries, head_dim)
     lse = rows.new_empty(batch, num_kv_heads, num_splits, queries)
     quantizer, packed = k.quantizer, []

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of
+from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line
 
 WAYS = {"MHA": COLORS["theory"], "GQA, repeated": COLORS["without cache"], "GQA, grouped": COLORS["with cache"]}
 KINDS = {
@@ -55,11 +55,7 @@ def expansion_times(
     """
     shape, axes = figure(7.8, 3.6)
     for name, values in timings.items():
-        middle = [t.median * 1e3 for t in values]
-        # Not below the fastest sample: a logarithmic axis has no place for less than nothing.
-        below = [min(t.spread, t.median - min(t.samples)) * 1e3 for t in values]
-        above = [t.spread * 1e3 for t in values]
-        axes.errorbar(contexts, middle, [below, above], fmt="o-", markersize=4, capsize=2, color=WAYS[name], label=name)
+        timed_line(axes, contexts, values, WAYS[name], name)
         expected = [value * 1e3 for value in theory[name]]
         axes.plot(contexts, expected, ":", color=WAYS[name], label=f"{name}: floor")
     axes.set(xscale="log", yscale="log", xlabel="tokens held", ylabel="ms per decode step, one layer")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labkit.measure import Timing
 from labkit.plots.lab03 import CYCLE, MARKERS
-from labkit.plots.style import COLORS, HEAT, bare, figure, plain_ticks, row_of
+from labkit.plots.style import COLORS, HEAT, bare, figure, plain_ticks, row_of, timed_line
 
 FORMATS = {
     "full": COLORS["theory"],
@@ -169,12 +169,7 @@ def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing
     shape, axes = figure(7.8, 3.6)
     others = cycle((COLORS["query"], COLORS["value"], COLORS["reference GPU"]))
     for name, values in timings.items():
-        middle = [t.median * 1e3 for t in values]
-        # Not below the fastest sample: a logarithmic axis has no place for less than nothing.
-        below = [min(t.spread, t.median - min(t.samples)) * 1e3 for t in values]
-        above = [t.spread * 1e3 for t in values]
-        color = FORMATS.get(name) or next(others)
-        axes.errorbar(contexts, middle, [below, above], fmt="o-", markersize=4, capsize=2, color=color, label=name)
+        timed_line(axes, contexts, values, FORMATS.get(name) or next(others), name)
     for place, context in enumerate(contexts):
         medians = {name: values[place].median for name, values in timings.items()}
         fastest = min(medians, key=lambda name: medians[name])

@@ -11,6 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from labkit.measure import Timing
+
 COLORS = {
     "query": "#E69F00",
     "key": "#0072B2",
@@ -67,6 +69,15 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def timed_line(axes: Axes, lengths: Sequence[float], timings: Sequence[Timing], color: str, label: str) -> None:
+    """Medians in milliseconds against length, with their spread, for logarithmic axes."""
+    middle = [t.median * 1e3 for t in timings]
+    # Not below the fastest sample: a logarithmic axis has no place for less than nothing.
+    below = [min(t.spread, t.median - min(t.samples)) * 1e3 for t in timings]
+    above = [t.spread * 1e3 for t in timings]
+    axes.errorbar(lengths, middle, [below, above], fmt="o-", markersize=4, capsize=2, color=color, label=label)
 
 
 def against_length(

@@ -145,7 +145,7 @@ class Quantized:
         for dim in (k_dim, v_dim):
             if dim % 8:
                 raise SizeError(f"a head_dim of {dim} is no multiple of 8: keep it dense, in float16 or float8")
-        for dim in (v_dim, k_dim if self.key_axis == "token" else v_dim):
+        for dim in (v_dim, k_dim) if self.key_axis == "token" else (v_dim,):
             if dim % self.group_size:
                 raise SizeError(
                     f"groups of {self.group_size} do not divide a head_dim of {dim}: take a group_size that does, "
