@@ -153,7 +153,7 @@ class QuantizedCache(LayerCache):
         if count <= 0:
             self.recent, self.sinks = self.extended(self.recent, (k, v)), sinks
             return
-        k, v = (k, v) if self.recent is None else (torch.cat(both, 2) for both in zip(self.recent, (k, v), strict=True))
+        k, v = (k, v) if self.recent is None else (torch.cat(side, 2) for side in zip(self.recent, (k, v), strict=True))
         keys, values = self.quantized(k[:, :, :count], v[:, :, :count])
         recent = both(lambda x: own(x[:, :, count:]), (k, v))
         self.join(keys, values)
