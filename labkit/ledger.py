@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from labkit.kernels.packed_attention import packed_attention
 from labkit.packing import packed_linear
 
+# By name: importing the last one imports Numba.
+PACKED = {"packed_attention", "packed_decode_attention", "packed_decode_attention_cpu"}
 PRODUCTS = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmm_", "addmv", "baddbmm", "baddbmm_",
     "addbmm", "einsum", "tensordot", "inner", "dot", "vdot", "vecdot",
@@ -121,7 +122,7 @@ class Ledger(TorchFunctionMode):
             )
             self.work.scores += query[..., 0].numel() * key.shape[-2]
             self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
-        elif func is packed_attention:
+        elif name in PACKED:
             query, key, value = args
             dense = [x for pair in (kwargs["before"], kwargs["after"]) if pair is not None for x in pair]
             tokens = key.num_tokens + sum(x.shape[2] for x in dense) // 2

@@ -193,7 +193,8 @@ class QuantizedCache(LayerCache):
     def attend(self, q: Tensor) -> Tensor:
         """Causal attention of the newest tokens' queries over all held, read as it is packed.
 
-        On a CUDA GPU a decode step goes to the Triton kernel, everything else to its plain-PyTorch twin.
+        A decode step goes to the Triton kernel on a CUDA GPU and to compiled loops on a CPU, all else to their
+        plain-PyTorch twin.
         """
         self.check_sinks()
         if self.k is None or self.v is None:
@@ -209,6 +210,11 @@ class QuantizedCache(LayerCache):
         }
         if self.kernel_takes(q):
             return packed_decode_attention(q, self.k, self.v, **options)
+        if q.device.type == "cpu" and q.shape[2] == 1 and self.soft_cap is None:
+            from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
+
+            if on_cpu.takes(q, self.k, self.v):
+                return on_cpu.packed_decode_attention_cpu(q, self.k, self.v, **options)
         return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
 
     def kernel_takes(self, q: Tensor) -> bool:

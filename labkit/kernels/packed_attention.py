@@ -1,19 +1,17 @@
 """Attention over packed K and V, which are never dense as a whole.
 
 `packed_attention` is plain PyTorch, takes any number of new tokens, and defines what the operation does: it makes
-numbers of a block of tokens at a time. `packed_decode_attention` is the same as a Triton kernel, for one new token:
-dequantization is part of the decode loop, query heads that share a KV head are answered together, and the sequence is
-split over programs whose results are merged by their log-sum-exps (Flash-Decoding, as in FlashAttention 2's split-KV
-kernel, arXiv:2307.08691).
+numbers of a block of tokens at a time. `packed_decode_attention` is the same as a Triton kernel, for one new token
+(`packed_attention_cpu` has one for CPUs): dequantization is part of the decode loop, query heads that share a KV head
+are answered together, and the sequence is split over programs whose results are merged by their log-sum-exps
+(Flash-Decoding, as in FlashAttention 2's split-KV kernel, arXiv:2307.08691).
 
 Both take tokens in full precision as well, before the packed ones (sinks) and after them (the newest).
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -72,9 +70,7 @@ def packed_attention(
         some = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         mask = Mask(kv_len - new_tokens + start, some.shape[3], window, padding)
         rows = some.flatten(2, 3)
-        # Numbers are made with copies of theirs, bags make none: half a block keeps the former within one.
-        bags = can_bag(rows, k, "channel") and can_bag(rows, v, "token")
-        blocks = segments(k, v, before, after, block_size if bags else block_size // 2)
+        blocks = segments(k, v, before, after, block_size // 2)  # numbers are made with a copy of theirs
         out = answer(rows, blocks, mask, soft_cap, rotation)
         answers.append(out.view_as(some))
     out = answers[0] if len(answers) == 1 else torch.cat(answers, dim=3)
@@ -87,12 +83,13 @@ def answer(
     """Attention of scaled query rows, `[batch, num_kv_heads, rows, head_dim]`, over segments with their positions."""
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
     seen = [block for block in blocks if mask.meets(*block[:2])]
-    outs, sums = [], []
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
     for first in range(0, len(seen), BLOCKS_AT_ONCE):
         span = seen[first : first + BLOCKS_AT_ONCE]
         scores, hides = [], False
         for start, keys, _ in span:
-            some = packed_scores(turned, keys) if isinstance(keys, Packed) else rows @ keys.to(rows.dtype).mT
+            some = (turned if isinstance(keys, Packed) else rows) @ dense(keys, rows.dtype).mT
             if soft_cap is not None:
                 some = soft_cap * torch.tanh(some / soft_cap)
             hides |= mask.hide(some, start)
@@ -102,102 +99,21 @@ def answer(
         if hides:  # a query that sees no key of the span weighs none
             weights = weights.masked_fill((joined == float("-inf")).all(-1, keepdim=True), 0.0)
         parts = weights.split([some.shape[3] for some in scores], dim=3)
-        outs.append(functools.reduce(torch.add, map(blend, parts, (values for _, _, values in span))))
+        for index, (part, (_, _, values)) in enumerate(zip(parts, span, strict=True)):
+            outs.append(part @ dense(values, part.dtype) + (outs.pop() if index else 0.0))
         if len(seen) > BLOCKS_AT_ONCE:
             sums.append(joined.logsumexp(-1))
     return outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
 
 
-def blend(weights: Tensor, values: Tensor | Packed) -> Tensor:
-    """weights `[batch, heads, rows, tokens]` times the values: `[batch, heads, rows, head_dim]`."""
-    return packed_blend(weights, values) if isinstance(values, Packed) else weights @ values.to(weights.dtype)
-
-
-def packed_scores(rows: Tensor, keys: Packed) -> Tensor:
-    """rows `[batch, heads, rows, head_dim]` times the keys' transpose: `[batch, heads, rows, tokens]`."""
-    if not can_bag(rows, keys, "channel"):
-        return rows @ keys.dequantize(rows.dtype).mT
-    tiles, batch, heads, head_dim, _ = keys.rows.shape
-    count = rows.shape[2]
-    # The scores of a query with a tile's tokens are the tile's channels, weighted by the query and summed.
-    out = bag(keys, channel_rows(tiles, batch, heads, count, head_dim), rows.expand(tiles, -1, -1, -1, -1), head_dim)
-    return out.view(tiles, batch, heads, count, -1).permute(1, 2, 3, 0, 4).flatten(3)
-
-
-def packed_blend(weights: Tensor, values: Packed) -> Tensor:
-    """weights `[batch, heads, rows, tokens]` times packed values: `[batch, heads, rows, head_dim]`."""
-    if not can_bag(weights, values, "token"):
-        return weights @ values.dequantize(weights.dtype)
-    tiles, batch, heads, head_dim, _ = values.rows.shape
-    size, count = values.quantizer.group_size, weights.shape[2]
-    # Each group of channels is summed over the tokens by itself, weighted by the tokens.
-    each = weights.unsqueeze(3).expand(-1, -1, -1, head_dim // size, -1)
-    out = bag(values, token_rows(tiles, batch, heads, count, head_dim, size), each, weights.shape[3])
-    return out.view(batch, heads, count, head_dim)
-
-
-def kept_if_small(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the few last results of `make`, at most 1 MB each: they serve all layers of a model, and a tile's steps."""
-    kept = functools.lru_cache(maxsize=8)(make)
-
-    @functools.wraps(make)
-    def get(*sizes: int) -> Tensor:
-        return (kept if math.prod(sizes[:5]) <= 2**18 else make)(*sizes)
-
-    return get
-
-
-@kept_if_small
-def channel_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int) -> Tensor:
-    """The rows of a tile of keys for `count` queries: int32, flat, of shape [tiles, batch, heads, count, head_dim]."""
-    rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32).view(tiles, batch, heads, 1, head_dim)
-    return rows.expand(-1, -1, -1, count, -1).flatten()
-
-
-@kept_if_small
-def token_rows(tiles: int, batch: int, heads: int, count: int, head_dim: int, size: int) -> Tensor:
-    """The rows of all tokens' groups of values: int32, flat, of shape [batch, heads, count, groups, tokens]."""
-    rows = torch.arange(tiles * batch * heads * head_dim, dtype=torch.int32)
-    rows = rows.view(tiles, batch, heads, size, head_dim // size).permute(1, 2, 4, 0, 3).unsqueeze(2)
-    return rows.expand(-1, -1, count, -1, -1, -1).flatten()
-
-
-def can_bag(rows: Tensor, packed: Packed, axis: str) -> bool:
-    """Whether sums of a few weighted groups can be left to PyTorch's quantized embedding bags, which read them packed.
-
-    axis: along which groups must lie for this sum. Bags sum in float32 on a CPU, read float16 metadata, and go through
-    the codes once per query: a matrix product pays for more queries.
-    """
-    quantizer = packed.quantizer
-    few = rows.shape[2] <= 8 and rows.device.type == "cpu" and rows.dtype == torch.float32
-    if quantizer.axis != axis or wants_gradient(rows):  # bags have no backward pass
-        return False
-    return few and isinstance(quantizer.nbits, int) and (quantizer.nbits == 8 or quantizer.metadata == torch.float16)
+def dense(x: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """Keys or values of a segment as numbers, `[batch, heads, tokens, head_dim]`."""
+    return x.dequantize(dtype) if isinstance(x, Packed) else x.to(dtype)
 
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether what is made of `x` must have a backward pass."""
     return torch.is_grad_enabled() and x.requires_grad
-
-
-def bag(packed: Packed, index: Tensor, weights: Tensor, length: int) -> Tensor:
-    """Weighted sums of groups as they come back, float32 `[sums, group_size]`: one for every `length` of `index`.
-
-    index: int32, rows of `packed.rows`, flat. weights: as many numbers. The codes are dequantized in registers
-    (FBGEMM, arXiv:2101.05615), on one thread.
-    """
-    rows, bags = packed.rows, torch.ops.quantized
-    if packed.quantizer.nbits == 8:  # this bag wants its metadata in float32
-        metadata = [part.float().view(torch.uint8) for part in (packed.scale, packed.zero)]
-        rows, run = torch.cat((packed.codes, *metadata), dim=-1), bags.embedding_bag_byte_rowwise_offsets
-    else:
-        run = bags.embedding_bag_4bit_rowwise_offsets
-        if packed.quantizer.nbits == 2:
-            run = bags.embedding_bag_2bit_rowwise_offsets
-        if not packed.quantizer.has_zero:
-            rows = torch.cat((rows, packed.zero.half().view(torch.uint8)), dim=-1)
-    offsets = torch.arange(0, len(index) + 1, length, dtype=torch.int32)
-    return run(rows.flatten(0, 3), index, offsets, False, 0, False, weights.reshape(-1), None, True)
 
 
 class Mask:
@@ -297,6 +213,11 @@ def packed_decode_attention(
     GPUs. num_splits: parts of the packed sequence worked on in parallel. Raises ValueError when shapes, dtypes, formats
     or sizes do not fit, RuntimeError where Triton cannot run. It has no backward pass.
     """
+    if has_torch_function((q,)):
+        return handle_torch_function(
+            packed_decode_attention, (q,), q, k, v, before=before, after=after, padding=padding, scale=scale,
+            window=window, rotation=rotation, block_size=block_size, num_splits=num_splits,
+        )  # fmt: skip
     kv_len = check_packed(q, k, v, before, after, padding, window)
     if replace(v.quantizer, axis=k.quantizer.axis) != k.quantizer:
         raise ValueError(f"the kernel takes K and V of one format; got {k.quantizer} and {v.quantizer}")

@@ -1,4 +1,4 @@
-"""The packed decode kernel against its plain-PyTorch twin, and both against attention in float64."""
+"""The packed decode kernels, Triton's and the CPU's, and their plain-PyTorch twin against attention in float64."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from labkit import kernels
 from labkit.attention import attention
+from labkit.kernels import packed_attention_cpu
 from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
 from labkit.quantization import FLOAT8, Quantizer, hadamard
 from tests.bounds import attention_bound
@@ -40,14 +41,19 @@ def quantizers(nbits, group=16, axis="channel", symmetric=False, metadata=torch.
     return Quantizer(nbits, group, axis, symmetric, metadata), Quantizer(nbits, group, "token", symmetric, metadata)
 
 
+def implementations(q, k, v):
+    on_cpu = [packed_attention_cpu.packed_decode_attention_cpu] if packed_attention_cpu.takes(q, k, v) else []
+    return packed_decode_attention, packed_attention, *on_cpu
+
+
 def assert_agrees(q, k, v, options, wide, **more):
     shared = {name: more.pop(name) for name in ("padding", "scale", "window") if name in more}
     expected = attention(q.double(), *wide, **shared)
     # Bounded: float32 sums of numbers that are codes times scale plus zero, up to three times as large as what they add
     # up to, and one rounding to the queries' dtype.
     bound = 4 * attention_bound(q, *wide, scale=shared.get("scale"), sums=torch.float32, result=q.dtype)
-    for run, extra in ((packed_decode_attention, more), (packed_attention, {})):
-        got = run(q, k, v, **options, **shared, **extra)
+    for run in implementations(q, k, v):
+        got = run(q, k, v, **options, **shared, **(more if run is packed_decode_attention else {}))
         assert got.dtype == q.dtype
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound)
 
@@ -109,7 +115,7 @@ def test_any_split_of_the_sequence_gives_the_same(num_splits):
 @needs_triton
 def test_a_row_that_is_all_padding_gives_zeros():
     q, k, v, options, _ = case(2, 2, 3, 90, 16, torch.float32, quantizers(4), before=2)
-    for run in (packed_decode_attention, packed_attention):
+    for run in implementations(q, k, v):
         out = run(q, k, v, **options, padding=torch.tensor([90, 0], device=DEVICE))
         assert torch.equal(out[0], torch.zeros_like(out[0]))  # exact
         assert out[1].abs().min() > 0
@@ -122,8 +128,9 @@ def test_a_group_that_is_nan_shows_in_its_head_only(nbits):
     k = torch.randn(1, 2, 48, 16, device=DEVICE)
     k[0, 1, 20, 3] = float("nan")
     k, v = quantizer.quantize(k), values.quantize(torch.randn(1, 2, 48, 16, device=DEVICE))
-    for run in (packed_decode_attention, packed_attention):
-        out = run(torch.randn(1, 4, 1, 16, device=DEVICE), k, v)
+    q = torch.randn(1, 4, 1, 16, device=DEVICE)
+    for run in implementations(q, k, v):
+        out = run(q, k, v)
         assert out[:, 2:].isnan().all()
         assert not out[:, :2].isnan().any()
 
