@@ -216,13 +216,16 @@ def test_joining_into_memory_that_is_there_counts_all_that_is_written() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_counts_what_a_cpu_counts() -> None:
-    counts = []
+    counts, copied = [], []
     for device in ("cpu", "cuda"):
         model = random(SPEC, device=device)
         with ledger(model) as work:
             model(torch.arange(9, device=device)[None, :], model.cache(16))
-        counts.append((work.kv_projections, work.scores, work.bytes_read, work.bytes_copied))
+        counts.append((work.kv_projections, work.scores, work.bytes_read))
+        copied.append(work.bytes_copied)
     assert counts[0] == counts[1]
+    # Some fused kernels lay their output out so that joining its heads copies nothing.
+    assert abs(copied[0] - copied[1]) in (0, SPEC.num_layers * 9 * SPEC.num_heads * SPEC.head_dim * 4)
 
 
 def test_a_hugging_face_model_counts_like_ours() -> None:

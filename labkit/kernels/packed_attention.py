@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import check_mask, wide_dtype
-from labkit.kernels.decode_attention import DTYPES, check_can_run, merge, split_sequence
+from labkit.kernels.decode_attention import DTYPES, check_can_run, how_to_multiply, merge, split_sequence
 from labkit.quantization import Packed
 
 try:
@@ -291,6 +291,7 @@ def launch(
         ROW_BYTES=k.rows.shape[4],
         K_PER_CHANNEL=quantizer.axis == "channel",
         V_PER_CHANNEL=v.quantizer.axis == "channel",
+        **how_to_multiply(rows.device, head_dim),
         num_stages=1,  # the numbers are made in registers: there is nothing to fetch ahead into shared memory
     )
     return parts, lse
@@ -350,6 +351,7 @@ if triton is not None:
         ROW_BYTES: tl.constexpr,
         K_PER_CHANNEL: tl.constexpr,
         V_PER_CHANNEL: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the packed sequence (axis 1)."""
         row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
@@ -377,14 +379,14 @@ if triton is not None:
                 v_codes_ptr, v_scale_ptr, row_head, row_heads, token, dim, wanted,
                 HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, V_PER_CHANNEL,
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: keep exp(-inf) = 0
             shrink = tl.exp(top - safe_top)
             weights = tl.exp(scores - safe_top[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
-            out = out * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
+            out = out * shrink[:, None] + tl.dot(weights, v, input_precision=PRECISION)
             top = new_top
 
         some = tl.where(total == 0.0, 1.0, total)
