@@ -32,8 +32,10 @@ def takes(q: Tensor, k: Packed, v: Packed) -> bool:
     """Whether these loops answer: one new token on a CPU, whole codes, keys per channel, and no gradient wanted."""
     if q.device.type != "cpu" or q.shape[2] != 1 or q.dtype == torch.float64 or wants_gradient(q):
         return False
-    axes = (k.quantizer.axis, v.quantizer.axis)
-    return isinstance(k.quantizer.nbits, int) and axes == ("channel", "token") and sys.byteorder == "little"
+    keys, values = k.quantizer, v.quantizer
+    one_format = (keys.nbits, keys.symmetric, keys.metadata) == (values.nbits, values.symmetric, values.metadata)
+    axes = (keys.axis, values.axis)
+    return isinstance(keys.nbits, int) and one_format and axes == ("channel", "token") and sys.byteorder == "little"
 
 
 def packed_decode_attention_cpu(
@@ -60,9 +62,9 @@ def packed_decode_attention_cpu(
     kv_len = check_packed(q, k, v, before, after, padding, window)
     if not takes(q, k, v):
         raise ValueError(
-            "packed_decode_attention_cpu takes one new token on a CPU, float32 or 16 bits, without gradients, keys of "
-            f"whole bits per channel and values per token; got q {list(q.shape)}, {q.dtype}, {k.quantizer} and "
-            f"{v.quantizer}. packed_attention takes all of these"
+            "packed_decode_attention_cpu takes one new token on a CPU, float32 or 16 bits, without gradients, and keys "
+            "per channel and values per token of one format of 8, 4 or 2 bits; "
+            f"got q {list(q.shape)}, {q.dtype}, {k.quantizer} and {v.quantizer}. packed_attention takes all of these"
         )
     batch, heads, head_dim, group = *k.rows.shape[1:4], k.quantizer.group_size
     rows = (q.reshape(batch, heads, -1, head_dim).float() * (head_dim**-0.5 if scale is None else scale)).contiguous()
@@ -80,15 +82,9 @@ def packed_decode_attention_cpu(
     )
     tokens = first_k.shape[2] + k.num_tokens + last_k.shape[2]
     scores, out = rows.new_empty(batch, heads, rows.shape[2], tokens), torch.zeros_like(rows)
-    given = (rows, turned, first, *bytes_and_halves(k), *bytes_and_halves(v), first_k, first_v, last_k, last_v)
+    given = (rows, turned, first, k.rows.contiguous(), v.rows.contiguous(), first_k, first_v, last_k, last_v)
     _attend(*(x.detach().numpy() for x in (*given, scores, out)), *settings(k.quantizer))
     return out.to(q.dtype).view(q.shape)
-
-
-def bytes_and_halves(packed: Packed) -> tuple[Tensor, Tensor]:
-    """One memory seen as codes, uint8, and as metadata, the bits of 16-bit floats."""
-    rows = packed.rows.contiguous()
-    return rows, rows.view(torch.uint16)
 
 
 def settings(x: Quantizer) -> tuple[int, int, int, int, bool, bool]:
@@ -99,11 +95,12 @@ def settings(x: Quantizer) -> tuple[int, int, int, int, bool, bool]:
 
 @compiled
 def _attend(
-    rows, turned, first, k_bytes, k_halves, v_bytes, v_halves, first_k, first_v, last_k, last_v, scores, out,
+    rows, turned, first, k_rows, v_rows, first_k, first_v, last_k, last_v, scores, out,
     nbits, group, code_bytes, middle, has_zero, is_bfloat16,
 ):  # fmt: skip
     """Everything, into `scores` and `out`."""
-    tiles, _, _, dims, row_bytes = k_bytes.shape
+    tiles, _, _, dims, row_bytes = k_rows.shape
+    k_halves, v_halves = k_rows.view(np.uint16), v_rows.view(np.uint16)  # scales and zero points are in 16 bits
     room = np.empty((dims, row_bytes * 8 // nbits), np.uint8)
     scale, zero = np.empty(dims, np.float32), np.empty(dims, np.float32)
     scaled, some = np.empty((rows.shape[2], dims), np.float32), np.empty((rows.shape[2], group), np.float32)
@@ -117,8 +114,8 @@ def _attend(
     for tile in range(tiles):
         for row in range(len(rows)):
             for head in range(rows.shape[1]):
-                codes = _unpack(k_bytes[tile, row, head], nbits, room)
-                _metadata(k_halves[tile, row, head], code_bytes // 2, middle, has_zero, is_bfloat16, scale, zero)
+                codes = _unpack(k_rows[tile, row, head], nbits, room)
+                _metadata(k_halves[tile, row, head], code_bytes // 2, 1, middle, has_zero, is_bfloat16, scale, zero)
                 _score(turned[row, head], codes, scale, zero, scaled, some, scores[row, head], sinks + tile * group)
     for row in range(len(rows)):
         for head in range(rows.shape[1]):
@@ -126,8 +123,17 @@ def _attend(
     for tile in range(tiles):
         for row in range(len(rows)):
             for head in range(rows.shape[1]):
-                codes = _unpack(v_bytes[tile, row, head], nbits, room)
-                _metadata(v_halves[tile, row, head], code_bytes // 2, middle, has_zero, is_bfloat16, scale, zero)
+                codes = _unpack(v_rows[tile, row, head], nbits, room)
+                _metadata(
+                    v_halves[tile, row, head],
+                    code_bytes // 2,
+                    dims // group,
+                    middle,
+                    has_zero,
+                    is_bfloat16,
+                    scale,
+                    zero,
+                )
                 _blend(scores[row, head], sinks + tile * group, codes, scale, zero, scaled_v, some, out[row, head])
     for row in range(len(rows)):
         for head in range(rows.shape[1]):
@@ -161,17 +167,18 @@ def _blend(weights, place, codes, scale, zero, scaled, some, out):
     group = some.shape[1]
     per_token = dims // group
     for part in range(per_token):
+        here = slice(part * group, (part + 1) * group)
+        scales, zeros = scale[here], zero[here]
         for query in range(queries):
             w, offset = weights[query, place : place + group], float32(0)
             for token in range(group):
-                at = token * per_token + part
-                scaled[query, token] = w[token] * scale[at]
-                offset += w[token] * zero[at]
+                scaled[query, token] = w[token] * scales[token]
+                offset += w[token] * zeros[token]
             for channel in range(group):
                 some[query, channel] = offset
         _add_weighted(codes, part, per_token, scaled, some)
         for query in range(queries):  # tile by tile: codes and offsets are large and cancel within one
-            to = out[query, part * group : (part + 1) * group]
+            to = out[query, here]
             for channel in range(group):
                 to[channel] += some[query, channel]
 
@@ -223,12 +230,15 @@ def _unpack(rows, nbits, room):
 
 
 @compiled
-def _metadata(halves, at, middle, has_zero, is_bfloat16, scale, zero):
-    """Scales and zero points of a tile's groups."""
-    _widen(halves, at, is_bfloat16, scale)
-    if has_zero:
-        _widen(halves, at + 1, is_bfloat16, zero)
-    else:
+def _metadata(halves, at, step, middle, has_zero, is_bfloat16, scale, zero):
+    """Scales and zero points of a tile's groups: of the first and every `step`th, then of the second and so on."""
+    size = len(scale) // step
+    for part in range(step):
+        groups, here = halves[part::step], slice(part * size, (part + 1) * size)
+        _widen(groups, at, is_bfloat16, scale[here])
+        if has_zero:
+            _widen(groups, at + 1, is_bfloat16, zero[here])
+    if not has_zero:
         for group in range(len(scale)):
             zero[group] = scale[group] * float32(-middle)
 
@@ -256,11 +266,20 @@ def _add_weighted(codes, first, step, weights, out):
     Indices are plain loop variables: of others Numba cannot know that they are not negative, and gives up vectors.
     """
     queries, count = weights.shape
-    size, fours = out.shape[1], count // 4 * 4
+    size, fours, pairs = out.shape[1], count // 4 * 4, queries // 2 * 2
     for index in range(0, fours, 4):  # four at a time: `out` is read and written once for them
         at = first + index * step
         c0, c1, c2, c3 = codes[at], codes[at + step], codes[at + 2 * step], codes[at + 3 * step]
-        for query in range(queries):
+        for query in range(0, pairs, 2):  # two at a time: codes are read and made floats once for them
+            w, to = weights[query], out[query]
+            w0, w1, w2, w3 = w[index], w[index + 1], w[index + 2], w[index + 3]
+            x, beside = weights[query + 1], out[query + 1]
+            x0, x1, x2, x3 = x[index], x[index + 1], x[index + 2], x[index + 3]
+            for code in range(size):
+                d0, d1, d2, d3 = float32(c0[code]), float32(c1[code]), float32(c2[code]), float32(c3[code])
+                to[code] += w0 * d0 + w1 * d1 + w2 * d2 + w3 * d3
+                beside[code] += x0 * d0 + x1 * d1 + x2 * d2 + x3 * d3
+        for query in range(pairs, queries):
             w, to = weights[query], out[query]
             w0, w1, w2, w3 = w[index], w[index + 1], w[index + 2], w[index + 3]
             for code in range(size):

@@ -7,14 +7,18 @@ from hypothesis import strategies as st
 
 from labkit import kernels
 from labkit.attention import attention
+from labkit.cache import QuantizedCache
 from labkit.kernels import packed_attention_cpu
 from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
+from labkit.ledger import ledger
 from labkit.quantization import FLOAT8, Quantizer, hadamard
 from tests.bounds import attention_bound
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODES = [8, 4, 2, *FLOAT8]
+ON_CPU = [packed_attention_cpu.packed_decode_attention_cpu] if DEVICE == "cpu" else []
+EVERY = [packed_decode_attention, packed_attention, *ON_CPU]
 needs_triton = pytest.mark.skipif(not kernels.available(DEVICE), reason="Triton is not installed here")
 
 
@@ -135,18 +139,59 @@ def test_a_group_that_is_nan_shows_in_its_head_only(nbits):
         assert not out[:, :2].isnan().any()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about CPUs")
+class TestOnACPU:
+    """Which calls the compiled loops answer; that they agree with their twin, every test above says."""
+
+    def arguments(self, nbits=4, axis="channel", tokens=1):
+        q, k, v, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(nbits, axis=axis))
+        return (q if tokens == 1 else q.expand(-1, -1, tokens, -1)), k, v
+
+    @pytest.mark.parametrize("nbits", [8, 4, 2])
+    def test_whole_bits_with_keys_per_channel_are_taken(self, nbits):
+        assert packed_attention_cpu.takes(*self.arguments(nbits))
+
+    def test_what_is_not_taken_is_refused_and_says_who_takes_it(self):
+        q, k, v = self.arguments()
+        refused = [
+            self.arguments(FLOAT8[0]), self.arguments(axis="token"), self.arguments(tokens=3), (q.double(), k, v),
+            (q.clone().requires_grad_(), k, v), (q, k, self.arguments(8)[2]),
+        ]  # fmt: skip
+        for arguments in refused:
+            with pytest.raises(ValueError, match="packed_attention takes all of these"):
+                packed_attention_cpu.packed_decode_attention_cpu(*arguments)
+
+    def test_a_cache_hands_its_decode_steps_to_them_and_the_ledger_counts_their_reads(self, monkeypatch):
+        calls, real = [], packed_attention_cpu._attend
+        monkeypatch.setattr(packed_attention_cpu, "_attend", lambda *args: (calls.append(1), real(*args)))
+        cache = QuantizedCache(4, group_size=16, residual_length=16)
+        cache.append(*torch.randn(2, 1, 2, 60, 16))
+        with ledger() as work:
+            cache.attend(torch.randn(1, 6, 1, 16))
+        assert len(calls) == 1
+        assert work.bytes_read == cache.nbytes
+        cache.attend(torch.randn(1, 6, 2, 16))
+        assert len(calls) == 1
+
+    def test_half_precision_and_inference_mode_are_taken(self):
+        q, k, v = self.arguments(2)
+        with torch.inference_mode():
+            out = packed_attention_cpu.packed_decode_attention_cpu(q.bfloat16(), k, v)
+        assert out.dtype == torch.bfloat16
+
+
 class TestErrors:
     def arguments(self, **changes):
         q, k, v, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(4))
         return {"q": q, "k": k, "v": v} | changes
 
-    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    @pytest.mark.parametrize("run", EVERY)
     def test_queries_that_do_not_fit(self, run):
         for q in (torch.zeros(1, 6, 1, 16), torch.zeros(2, 5, 1, 16), torch.zeros(2, 6, 1, 8)):
             with pytest.raises(ValueError, match="does not fit packed keys of batch 2, 2 KV heads, head_dim 16"):
                 run(**self.arguments(q=q.to(DEVICE)))
 
-    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    @pytest.mark.parametrize("run", EVERY)
     def test_values_that_do_not_fit_the_keys(self, run):
         v = self.arguments()["v"].tiles(0, 1)
         with pytest.raises(ValueError, match=r"packed values .* do not fit packed keys"):
@@ -176,7 +221,7 @@ class TestErrors:
             with pytest.raises(ValueError, match="K and V of one format"):
                 packed_decode_attention(q, k, v)
 
-    @pytest.mark.parametrize("run", [packed_decode_attention, packed_attention])
+    @pytest.mark.parametrize("run", EVERY)
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
