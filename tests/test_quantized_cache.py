@@ -432,3 +432,14 @@ class TestModels:
         expected = ours(tokens, alone, last_only=True)
         got = ours(padded, beside, padding=torch.tensor([8]), last_only=True)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)  # bounded: float32, three layers of wide weights
+
+
+def test_one_new_token_keeps_the_gradient_of_recent_keys_and_values():
+    cache = QuantizedCache(4, group_size=16, residual_length=16)
+    k, v = torch.randn(2, 1, 2, 60, 16)
+    cache.append(k, v)
+    new = torch.randn(1, 2, 1, 16, requires_grad=True)
+    cache.append(new, new)
+    cache.attend(torch.randn(1, 6, 1, 16)).sum().backward()
+    assert new.grad is not None
+    assert new.grad.abs().sum() > 0

@@ -208,9 +208,10 @@ class QuantizedCache(LayerCache):
             "window": self.window,
             "rotation": self.rotation,
         }
-        if self.kernel_takes(q):
+        wanted = any(map(wants_gradient, (*(self.sinks or ()), *(self.recent or ()))))  # kernels have no backward pass
+        if not wanted and self.kernel_takes(q):
             return packed_decode_attention(q, self.k, self.v, **options)
-        if q.device.type == "cpu" and q.shape[2] == 1 and self.soft_cap is None:
+        if q.device.type == "cpu" and q.shape[2] == 1 and self.soft_cap is None and not wanted:
             from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
 
             if on_cpu.takes(q, self.k, self.v):

@@ -68,7 +68,7 @@ def packed_decode_attention_cpu(
         )
     batch, heads, head_dim, group = *k.rows.shape[1:4], k.quantizer.group_size
     rows = (q.reshape(batch, heads, -1, head_dim).float() * (head_dim**-0.5 if scale is None else scale)).contiguous()
-    turned = rows if rotation is None else rows @ rotation
+    turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
     first = rows.new_zeros(batch, dtype=torch.int64) if padding is None else padding.long()
     sinks = 0 if before is None else before[0].shape[2]
     if window is not None:
