@@ -117,7 +117,7 @@ class Packed:
     """Quantized tokens of K or of V.
 
     rows: uint8 `[tiles, batch, heads, head_dim, row_bytes]`. A row is a group: its codes, its scale, and its zero point
-    where there is one. Rows of 4 or 2 bits with float16 metadata are what PyTorch's quantized embedding bags read.
+    where there is one. Rows of 4 or 2 bits with float16 metadata are what PyTorch can unpack at once on a CPU.
     """
 
     quantizer: Quantizer
@@ -152,8 +152,8 @@ class Packed:
         return self.scale.float() * -self.quantizer.middle
 
     @property
-    def fit_for_bags(self) -> bool:
-        """Whether the rows are, as they lie, what PyTorch's quantized embedding bags read; those run on a CPU."""
+    def fit_for_unpacking(self) -> bool:
+        """Whether PyTorch has an operator that makes numbers of the rows as they lie: FBGEMM's, on a CPU."""
         quantizer = self.quantizer
         if quantizer.nbits not in (4, 2):
             return False
@@ -162,7 +162,7 @@ class Packed:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What comes back, `[batch, heads, tokens, head_dim]`: float32 arithmetic (float64 for that), then `dtype`."""
         wide, nbits = torch.promote_types(dtype, torch.float32), self.quantizer.nbits
-        if self.fit_for_bags and wide == torch.float32:
+        if self.fit_for_unpacking and wide == torch.float32:
             bags = torch.ops.quantized
             unpack_rows = bags.embedding_bag_4bit_unpack if nbits == 4 else bags.embedding_bag_2bit_unpack
             groups = unpack_rows(self.rows.flatten(0, 3)).unflatten(0, self.rows.shape[:4])

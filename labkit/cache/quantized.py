@@ -193,8 +193,7 @@ class QuantizedCache(LayerCache):
     def attend(self, q: Tensor) -> Tensor:
         """Causal attention of the newest tokens' queries over all held, read as it is packed.
 
-        A decode step goes to the Triton kernel on a CUDA GPU and to compiled loops on a CPU, all else to their
-        plain-PyTorch twin.
+        Queries that no kernel takes go to the kernels' plain-PyTorch twin.
         """
         self.check_sinks()
         if self.k is None or self.v is None:
@@ -208,26 +207,28 @@ class QuantizedCache(LayerCache):
             "window": self.window,
             "rotation": self.rotation,
         }
-        wanted = any(map(wants_gradient, (*(self.sinks or ()), *(self.recent or ()))))  # kernels have no backward pass
-        if not wanted and self.kernel_takes(q):
-            return packed_decode_attention(q, self.k, self.v, **options)
-        if q.device.type == "cpu" and q.shape[2] == 1 and self.soft_cap is None and not wanted:
-            from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
-
-            if on_cpu.takes(q, self.k, self.v):
-                return on_cpu.packed_decode_attention_cpu(q, self.k, self.v, **options)
+        if kernel := self.kernel_for(q):
+            return kernel(q, self.k, self.v, **options)
         return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
 
-    def kernel_takes(self, q: Tensor) -> bool:
-        """Whether the Triton kernel answers these queries: one new token on a CUDA GPU, with no gradient wanted of it.
+    def kernel_for(self, q: Tensor) -> Callable[..., Tensor] | None:
+        """The kernel that answers these queries, if there is one: for one new token, no soft cap and no gradient.
 
-        float8 needs compute capability 8.9.
+        On a GPU float8 needs compute capability 8.9; on a CPU codes must be whole and keys per channel.
         """
-        if not q.is_cuda or q.shape[2] != 1 or self.soft_cap is not None or wants_gradient(q):
-            return False
-        if not kernels.available(q.device) or q.dtype == torch.float64:
-            return False
-        return isinstance(self.quantize_keys.nbits, int) or torch.cuda.get_device_capability(q.device) >= (8, 9)
+        if q.shape[2] != 1 or self.soft_cap is not None or q.dtype == torch.float64:
+            return None
+        if wants_gradient(q, *(self.sinks or ()), *(self.recent or ())):
+            return None
+        whole = isinstance(self.quantize_keys.nbits, int)
+        if q.is_cuda:
+            there = kernels.available(q.device) and (whole or torch.cuda.get_device_capability(q.device) >= (8, 9))
+            return packed_decode_attention if there else None
+        if q.device.type == "cpu" and whole and self.k is not None and self.v is not None:
+            from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
+
+            return on_cpu.packed_decode_attention_cpu if on_cpu.takes(q, self.k, self.v) else None
+        return None
 
     def truncate(self, seq_len: int) -> None:
         """Forget the tokens from position `seq_len` on.

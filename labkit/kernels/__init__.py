@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operation, each with its plain-PyTorch twin named in its docstring.
+"""Kernels, in Triton or for a CPU in Numba, each with its plain-PyTorch twin named in its docstring.
 
 Importing this package, or a file of it, needs no Triton; calling a kernel does.
 """

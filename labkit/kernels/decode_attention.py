@@ -57,9 +57,7 @@ def decode_attention(
     shape = (batch, num_kv_heads, num_splits, queries_per_kv)
     parts = q.new_empty(*shape, head_dim, dtype=torch.float32)
     lse = q.new_empty(shape, dtype=torch.float32)
-    first = torch.zeros(batch, dtype=torch.int32, device=q.device) if padding is None else padding.int()
-    if window is not None:
-        first = first.clamp(min=kv_len - window)
+    first = first_seen(q, kv_len, padding, window)
     _decode_kernel[(batch * num_kv_heads, num_splits)](
         grouped,
         k,
@@ -96,6 +94,12 @@ def merge(parts: Tensor, lse: Tensor) -> Tensor:
     total = weights.sum(dim=2)
     out = (parts * weights[..., None]).sum(dim=2)
     return out / total.masked_fill(total == 0, 1.0)[..., None]
+
+
+def first_seen(q: Tensor, kv_len: int, padding: Tensor | None, window: int | None) -> Tensor:
+    """Position of the first key that the newest token of each row of `q` may see: int32 `[batch]`."""
+    first = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device) if padding is None else padding.int()
+    return first if window is None else first.clamp(min=kv_len - window)
 
 
 def split_sequence(kv_len: int, num_splits: int | None, block_size: int) -> tuple[int, int]:

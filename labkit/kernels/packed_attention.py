@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import check_mask, wide_dtype
-from labkit.kernels.decode_attention import DTYPES, check_can_run, how_to_multiply, merge, split_sequence
+from labkit.kernels.decode_attention import DTYPES, check_can_run, first_seen, how_to_multiply, merge, split_sequence
 from labkit.quantization import Packed
 
 try:
@@ -89,7 +89,7 @@ def answer(
         span = seen[first : first + BLOCKS_AT_ONCE]
         scores, hides = [], False
         for start, keys, _ in span:
-            some = (turned if isinstance(keys, Packed) else rows) @ dense(keys, rows.dtype).mT
+            some = (turned if isinstance(keys, Packed) else rows) @ numbers_of(keys, rows.dtype).mT
             if soft_cap is not None:
                 some = soft_cap * torch.tanh(some / soft_cap)
             hides |= mask.hide(some, start)
@@ -100,20 +100,20 @@ def answer(
             weights = weights.masked_fill((joined == float("-inf")).all(-1, keepdim=True), 0.0)
         parts = weights.split([some.shape[3] for some in scores], dim=3)
         for index, (part, (_, _, values)) in enumerate(zip(parts, span, strict=True)):
-            outs.append(part @ dense(values, part.dtype) + (outs.pop() if index else 0.0))
+            outs.append(part @ numbers_of(values, part.dtype) + (outs.pop() if index else 0.0))
         if len(seen) > BLOCKS_AT_ONCE:
             sums.append(joined.logsumexp(-1))
     return outs[0] if len(outs) == 1 else merge(torch.stack(outs, 2), torch.stack(sums, 2))
 
 
-def dense(x: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+def numbers_of(x: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """Keys or values of a segment as numbers, `[batch, heads, tokens, head_dim]`."""
     return x.dequantize(dtype) if isinstance(x, Packed) else x.to(dtype)
 
 
-def wants_gradient(x: Tensor) -> bool:
-    """Whether what is made of `x` must have a backward pass."""
-    return torch.is_grad_enabled() and x.requires_grad
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether what is made of these must have a backward pass, which no kernel has."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class Mask:
@@ -233,9 +233,7 @@ def packed_decode_attention(
         raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
     scale = head_dim**-0.5 if scale is None else scale
     rows = q.reshape(batch, k.rows.shape[2], -1, head_dim).float()
-    first = torch.zeros(batch, dtype=torch.int32, device=q.device) if padding is None else padding.int()
-    if window is not None:
-        first = first.clamp(min=kv_len - window)
+    first = first_seen(q, kv_len, padding, window)
     start = 0 if before is None else before[0].shape[2]
     turned = rows if rotation is None else rows @ rotation
     parts = [launch(turned, k, v, first - start, scale, block_size, num_splits)]

@@ -21,6 +21,7 @@ from numpy import float32, int32, uint16, uint32
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from labkit.kernels.decode_attention import first_seen
 from labkit.kernels.packed_attention import Dense, check_packed, wants_gradient
 from labkit.quantization import Packed, Quantizer
 
@@ -69,13 +70,11 @@ def packed_decode_attention_cpu(
     batch, heads, head_dim, group = *k.rows.shape[1:4], k.quantizer.group_size
     rows = (q.reshape(batch, heads, -1, head_dim).float() * (head_dim**-0.5 if scale is None else scale)).contiguous()
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
-    first = rows.new_zeros(batch, dtype=torch.int64) if padding is None else padding.long()
+    first = first_seen(q, kv_len, padding, window).contiguous()
     sinks = 0 if before is None else before[0].shape[2]
-    if window is not None:
-        first = first.clamp(min=kv_len - window)
-        if (unseen := min(len(k.rows), (kv_len - window - sinks) // group)) > 0:  # by no row: not read
-            first, before = first - sinks - unseen * group, None
-            k, v = k.tiles(unseen, len(k.rows)), v.tiles(unseen, len(v.rows))
+    if window is not None and (unseen := min(len(k.rows), (kv_len - window - sinks) // group)) > 0:
+        first, before = first - sinks - unseen * group, None  # what no row sees is not read
+        k, v = k.tiles(unseen, len(k.rows)), v.tiles(unseen, len(v.rows))
     nothing = rows.new_empty(batch, heads, 0, head_dim)
     (first_k, first_v), (last_k, last_v) = (
         (nothing, nothing) if pair is None else [x.float().contiguous() for x in pair] for pair in (before, after)
