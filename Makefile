@@ -71,7 +71,7 @@ notebooks: $(TEST_READY)
 		'metadata.widgets metadata.language_info.version cell.metadata.execution' notebooks/*.ipynb
 
 docs: $(TEST_READY)
-	$(PY) -m tests.mutants.table
+	$(PY) -m tests.labs.kill_table
 	$(PY) -m labkit.claims
 	$(PY) docs/pictures.py
 

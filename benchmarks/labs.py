@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 from benchmarks.report import bar, finish
 from labkit.course import editions
-from labkit.course.exercises import contents, numbers
+from labkit.course.catalogue import contents, numbers
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SECONDS, FIRST_FIGURE_SECONDS, GIGABYTES = 90, 20, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = {"time_per_token.png": ("02_cache_from_scratch.ipynb", "plots.time_per_token(")}
+PICTURES = {"time_per_token.png": ("02_cache_from_scratch.ipynb", "figures.time_per_token(")}
 
 
 def picture(notebook: str, call: str) -> bytes:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from labkit.packing import packed_linear
+from labkit.prepacked import prepacked_linear
 
 # By name: importing the last one imports Numba.
 PACKED = {"packed_attention", "packed_decode_attention", "packed_decode_attention_cpu"}
@@ -128,7 +128,7 @@ class Ledger(TorchFunctionMode):
             tokens = key.num_tokens + sum(x.shape[2] for x in dense) // 2
             self.work.scores += query[..., 0].numel() * tokens
             self.work.bytes_read += key.nbytes + value.nbytes + sum(x.nbytes for x in dense)
-        elif func in (F.linear, packed_linear):
+        elif func in (F.linear, prepacked_linear):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             activation = args[0] if args else kwargs["input"]
             self.count_projection(activation, weight, activation.shape[-1])

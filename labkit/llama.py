@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.attention import fused_attention
 from labkit.cache import Cache, LayerCache
-from labkit.packing import PackedLinear, can_pack
+from labkit.prepacked import PrepackedLinear, can_prepack
 from labkit.specs import ModelSpec
 
 
@@ -192,15 +192,15 @@ class Llama(nn.Module):
         """Lay the weights out for decoding on this CPU, where that helps (see `packing`); they cannot change after."""
         for module in [*self.modules()]:
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and can_pack(child.weight):
-                    setattr(module, name, PackedLinear(child.weight, child.bias))
-        if self.head is None and can_pack(self.embedding.weight):
-            self.head = PackedLinear(self.embedding.weight)
+                if isinstance(child, nn.Linear) and can_prepack(child.weight):
+                    setattr(module, name, PrepackedLinear(child.weight, child.bias))
+        if self.head is None and can_prepack(self.embedding.weight):
+            self.head = PrepackedLinear(self.embedding.weight)
         return self
 
     def load(self, weights: Mapping[str, Tensor]) -> Llama:
         """Take weights under Hugging Face's names; ValueError when one is missing, misshapen, or has no place here."""
-        if any(isinstance(module, PackedLinear) for module in self.modules()):
+        if any(isinstance(module, PrepackedLinear) for module in self.modules()):
             raise ValueError("the model is packed: load the weights first, then pack()")
         unused = {name for name in weights if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
         for name, parameter in self.named_parameters():

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)` from the packed form of `weight`, `[out_features, in_features]`."""
     if has_torch_function_unary(x):  # so that the work ledger sees one product, as it does for F.linear
-        return handle_torch_function(packed_linear, (x,), x, packed, bias)
+        return handle_torch_function(prepacked_linear, (x,), x, packed, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     """Whether PyTorch and this CPU have the packed product, and `weight` gains by it: bfloat16, with AVX-512."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
@@ -26,7 +26,7 @@ def can_pack(weight: Tensor) -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in needed) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class PackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """A linear layer whose weight is kept in packed form only."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -36,4 +36,4 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        return packed_linear(x, self.weight, self.bias)
+        return prepacked_linear(x, self.weight, self.bias)

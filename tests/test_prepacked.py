@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from labkit.llama import Llama
-from labkit.packing import PackedLinear, can_pack, packed_linear
+from labkit.prepacked import PrepackedLinear, can_prepack, prepacked_linear
 from labkit.specs import decoder_spec
 from tests.bounds import linear_bound
 from tests.tiny import VOCAB, hf_model
 
 packs = pytest.mark.skipif(
-    not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this PyTorch, or this CPU, has no packed product"
+    not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this PyTorch, or this CPU, has no packed product"
 )
 
 
@@ -30,7 +30,7 @@ def tensors(rows, in_features, out_features, bias):
 def test_the_product_is_that_of_linear(rows, in_features, out_features, bias):
     x, weight, offset = tensors(rows, in_features, out_features, bias)
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    layer = PackedLinear(weight, offset)
+    layer = PrepackedLinear(weight, offset)
     got = layer(x)
     assert got.dtype == torch.bfloat16
     assert got.shape == exact.shape
@@ -54,7 +54,7 @@ def test_a_packed_model_gives_the_logits_of_the_unpacked_within_bfloat16():
     cost = (plain(tokens).float() - expected).abs().max().item()
     # Lossy: packing may cost at most twice what bfloat16 itself costs against the float32 logits.
     assert 0 < (packed(tokens, packed.cache()).float() - expected).abs().max().item() <= 2 * cost
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4 * 3 + 1
+    assert sum(isinstance(module, PrepackedLinear) for module in packed.modules()) == 4 * 3 + 1
 
 
 @packs
@@ -64,7 +64,7 @@ def test_a_tied_head_is_packed_apart_from_the_embedding():
     tokens = torch.randint(0, VOCAB, (1, 5), generator=torch.Generator().manual_seed(1))
     x = model.embedding(tokens)
     model.pack()
-    assert isinstance(model.head, PackedLinear)
+    assert isinstance(model.head, PrepackedLinear)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.embedding(tokens), x)  # exact
     bound = linear_bound(x, model.embedding.weight)
@@ -76,7 +76,7 @@ def test_a_float32_model_is_not_touched():
     model, before = models()
     weights = {name: weight.clone() for name, weight in model.named_parameters()}
     assert model.pack() is model
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
     assert {name for name, _ in model.named_parameters()} == set(weights)
     tokens = torch.arange(7)[None]
     assert torch.equal(model(tokens), before(tokens))  # exact
@@ -91,23 +91,23 @@ def test_a_packed_model_takes_no_other_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_only_bfloat16_gains(dtype):
-    assert not can_pack(torch.zeros(2, 2, dtype=dtype))
+    assert not can_prepack(torch.zeros(2, 2, dtype=dtype))
 
 
 def test_only_a_cpu_can(monkeypatch):
-    assert not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16, device="meta"))
+    assert not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16, device="meta"))
     on_a_gpu = type("Weight", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
-    assert not can_pack(on_a_gpu)
+    assert not can_prepack(on_a_gpu)
 
 
 def test_a_pytorch_without_onednn_cannot(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16))
 
 
 def test_a_cpu_without_wide_vectors_cannot(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16))
 
 
 def test_a_bfloat16_model_that_cannot_be_packed_runs_all_the_same(monkeypatch):
@@ -134,10 +134,10 @@ class Calls(TorchFunctionMode):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_function_mode_sees_one_call_with_its_operands(bias):
     x, weight, offset = tensors((1, 1), 64, 96, bias)
-    layer = PackedLinear(weight, offset)
+    layer = PrepackedLinear(weight, offset)
     with Calls() as calls:
         layer(x)
-    products = [args for func, args in calls.seen if func is packed_linear]
+    products = [args for func, args in calls.seen if func is prepacked_linear]
     assert len(products) == 1
     assert products[0][0] is x
     assert products[0][1] is layer.weight

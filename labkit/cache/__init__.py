@@ -1,11 +1,12 @@
-"""Ways to keep K and V. One file per way; `base` says what they share.
+"""Ways to keep K and V. One file per way; `layer` says what they share, `cache` puts one on each layer.
 
 `Cache.growing(num_layers)` and `Cache.preallocated(num_layers, capacity)` are the two that lab 02 builds;
 `Cache.quantized(num_layers, nbits)` is the one of lab 05.
 """
 
-from labkit.cache.base import Cache, LayerCache
+from labkit.cache.cache import Cache
 from labkit.cache.dense import GrowingCache, PreallocatedCache
+from labkit.cache.layer import LayerCache
 from labkit.cache.quantized import QuantizedCache
 
 __all__ = ["Cache", "GrowingCache", "LayerCache", "PreallocatedCache", "QuantizedCache"]

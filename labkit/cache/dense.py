@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.cache.base import LayerCache
+from labkit.cache.layer import LayerCache
 
 
 class DenseCache(LayerCache):

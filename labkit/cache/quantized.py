@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit import kernels
-from labkit.cache.base import LayerCache
+from labkit.cache.layer import LayerCache
 from labkit.kernels.packed_attention import packed_attention, packed_decode_attention, wants_gradient
 from labkit.quantization import FLOAT8, Packed, Quantizer, hadamard
 from labkit.sizing import Quantized

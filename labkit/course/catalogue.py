@@ -1,17 +1,23 @@
-"""The exercises, one module a lab. `contents("02")` finds a lab's."""
+"""Which labs there are: each is a folder in `labkit/labs`. `contents("02")` finds what a lab holds."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+import re
 
+from labkit import labs
 from labkit.course.exercise import LabContents, Mistyped
+
+LAB = re.compile(r"lab\d\d")
 
 
 def numbers() -> list[str]:
     """The labs there are, as "01", "02", ..."""
-    return sorted(module.name.removeprefix("lab") for module in pkgutil.iter_modules(__path__))
+    return sorted(
+        module.name.removeprefix("lab") for module in pkgutil.iter_modules(labs.__path__) if LAB.fullmatch(module.name)
+    )
 
 
 def contents(number: str) -> LabContents:
@@ -21,4 +27,4 @@ def contents(number: str) -> LabContents:
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=2, cutoff=0.3) or known
         raise Mistyped(f"there is no lab {wanted!r}; nearest: {', '.join(near)}")
-    return importlib.import_module(f"{__name__}.lab{wanted}").CONTENTS
+    return importlib.import_module(f"{labs.__name__}.lab{wanted}").CONTENTS

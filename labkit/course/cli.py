@@ -148,7 +148,7 @@ def run_open(options: argparse.Namespace) -> int:
 
 def run_size(options: argparse.Namespace) -> int:
     """Arithmetic on a model's shape: tables, or one JSON object."""
-    from labkit.course.size import run
+    from labkit.sizing.command import run
 
     return run(options)
 

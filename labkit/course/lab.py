@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 from labkit import measure
 from labkit.course import cards
+from labkit.course.catalogue import contents
 from labkit.course.exercise import Exercise, Mistyped, Verdict, examine
-from labkit.course.exercises import contents
 from labkit.course.progress import Progress
 from labkit.ledger import Work, ledger
 

@@ -29,6 +29,8 @@ COLORS = {
     "reserve": "#A9B1BA",
     "free": "#E4E9EE",
 }
+CYCLE = (COLORS["with cache"], COLORS["query"], COLORS["value"], COLORS["reference GPU"], COLORS["highlight"])
+MARKERS = ("o", "s", "^", "D", "v")
 HEAT = "cividis"  # readable in grey and by colour-blind eyes
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,

@@ -1,4 +1,4 @@
-"""What a compressed cache does to a model's answers: perplexity, KL divergence, top-1 agreement, and facts recalled.
+"""What a compressed cache does to a model's answers: perplexity, KL divergence and top-1 agreement.
 
 Every figure is measured against the same model with its full cache, on the same tokens, by decoding or in chunks. One
 forward pass over a whole text measures nothing: some caches (Hugging Face's QuantizedCache among them) hand the first
@@ -7,22 +7,16 @@ pass the very tensors it gave them, so its figure is the full cache's, and no ca
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from labkit.specs import DATA, unknown
-
-TEXTS = DATA / "texts"
 BLOCK = 32  # successive tokens that count as one observation
 
 Model = Callable[[Tensor, Any], Tensor]
@@ -308,158 +302,3 @@ def plus_minus(value: float, spread: float) -> str:
         return f"{value:.4g} ± {'unknown' if math.isnan(spread) else f'{spread:.2g}'}"
     decimals = max(0, 1 - math.floor(math.log10(spread)))
     return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Something that `text` (the text itself) says: `question` begins a sentence, `answer` goes on with it."""
-
-    text: str
-    question: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        if not self.question.strip() or not self.answer.strip():
-            raise ValueError(f"a fact needs a question and an answer; got {self.question!r} and {self.answer!r}")
-
-    def without_text(self) -> Fact:
-        """The same question with no text before it: the control."""
-        return replace(self, text="")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model with one cache made of one fact.
-
-    hit: every token of the answer is the likeliest one. log_probability: mean over the answer's tokens, in nats.
-    position: of the answer's first token in the text; None where the text does not have it. text_tokens: its length.
-    """
-
-    fact: Fact
-    hit: bool
-    log_probability: float
-    position: int | None
-    text_tokens: int
-
-
-@dataclass(frozen=True)
-class Recall:
-    """The answers under one cache."""
-
-    answers: tuple[Answer, ...]
-
-    @property
-    def facts(self) -> int:
-        """Facts asked for: the sample's size."""
-        return len(self.answers)
-
-    @property
-    def hits(self) -> int:
-        """Facts recalled."""
-        return sum(answer.hit for answer in self.answers)
-
-    @property
-    def share(self) -> float:
-        """Hits per fact."""
-        return self.hits / self.facts
-
-    @property
-    def share_spread(self) -> float:
-        """Half of Wilson's interval at one standard error: unlike sqrt(p (1 - p) / n), not 0 when all or none hit."""
-        return math.sqrt(self.share * (1 - self.share) / self.facts + 0.25 / self.facts**2) / (1 + 1 / self.facts)
-
-    @property
-    def log_probability(self) -> float:
-        """Mean over facts of the answers' log-probability per token, in nats: the finer measure."""
-        return sum(answer.log_probability for answer in self.answers) / self.facts
-
-    @property
-    def log_probability_spread(self) -> float:
-        """One standard error over facts; NaN for a single fact."""
-        return mean_error(torch.tensor([answer.log_probability for answer in self.answers], dtype=torch.float64))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.hits} of {self.facts} facts recalled, a share of {plus_minus(self.share, self.share_spread)}; "
-            f"log-probability {plus_minus(self.log_probability, self.log_probability_spread)} nats per answer token"
-        )
-
-
-def recall(
-    model: Model,
-    tokenizer: Any,
-    caches: Mapping[str, MakeCache],
-    facts: Sequence[Fact],
-    *,
-    chunk: int = 256,
-    full: MakeCache | None = None,
-) -> dict[str, Recall]:
-    """Whether facts told in a text are still found through each cache, by the names in `caches`.
-
-    Each cache reads a text once, `chunk` tokens a pass; every question is put to a copy of it, so no cache has to take
-    tokens back. The question comes in one pass, after a line break, then the answer, whatever the model would have
-    said. full: one more cache to measure, first, under the name "full". Raises ValueError for bad input.
-    """
-    check_chunk(chunk)
-    caches = caches if full is None else {"full": full, **caches}
-    if not caches or not facts:
-        raise ValueError(f"recall needs at least one cache and one fact; got {len(caches)} and {len(facts)}")
-    answers: dict[str, list[Answer]] = {name: [] for name in caches}
-    for text in dict.fromkeys(fact.text for fact in facts):
-        tokens = torch.tensor([tokenizer(text).input_ids], dtype=torch.long)
-        asked = [fact for fact in facts if fact.text == text]
-        for name, make in caches.items():
-            cache = new_cache(name, make)
-            for piece in tokens.split(chunk, dim=1) if tokens.numel() else ():
-                run(model, piece, cache)
-            answers[name] += [ask(model, tokenizer, cache, fact, tokens.shape[1]) for fact in asked]
-    return {name: Recall(tuple(found)) for name, found in answers.items()}
-
-
-def ask(model: Model, tokenizer: Any, cache: Any, fact: Fact, text_tokens: int) -> Answer:
-    """Put one question to a copy of `cache`, which has read the fact's text."""
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.long)
-
-    question, answer = encode(f"\n{fact.question}"), encode(f" {fact.answer}")
-    fork = copy.deepcopy(cache)
-    logits = [run(model, question, fork)[-1:]]
-    if answer.shape[1] > 1:
-        logits.append(run(model, answer[:, :-1], fork))
-    logs = torch.cat(logits).double().log_softmax(dim=-1).cpu()
-    place = fact.text.lower().find(fact.answer.lower())
-    return Answer(
-        fact,
-        hit=torch.equal(logs.argmax(dim=-1), answer[0]),
-        log_probability=logs.gather(1, answer.T).mean().item(),
-        position=None if place < 0 else len(tokenizer(fact.text[:place].rstrip()).input_ids),
-        text_tokens=text_tokens,
-    )
-
-
-def load_text(name: str | Path) -> str:
-    """One of our own texts by name ("lighthouse"), or that of a UTF-8 file. Raises ValueError when it is neither."""
-    own = {path.stem: path for path in TEXTS.glob("*.txt")}
-    path = own.get(name.removesuffix(".txt")) if isinstance(name, str) else None
-    try:
-        return (path or Path(name).expanduser()).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{unknown('text', str(name), own)}. Or give the path of a text file") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{str(name)[:60]!r} cannot be read as UTF-8 text: {why}") from None
-
-
-def load_facts(name: str | None = None) -> list[Fact]:
-    """The facts planted in our own texts, or in one of them. For another text, make them: `Fact(text, ...)`.
-
-    Raises ValueError when there is no such text.
-    """
-    facts = json.loads((TEXTS / "facts.json").read_text(encoding="utf-8"))
-    known = list(dict.fromkeys(fact["text"].removesuffix(".txt") for fact in facts))
-    wanted = known if name is None else [str(name).removesuffix(".txt")]
-    if wanted[0] not in known:
-        raise ValueError(f"{unknown('text with facts', str(name), known)}. For your own: Fact(text, question, answer)")
-    texts = {f"{stem}.txt": load_text(stem) for stem in wanted}
-    return [Fact(texts[one["text"]], one["question"], one["answer"]) for one in facts if one["text"] in texts]

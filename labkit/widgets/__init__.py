@@ -1,9 +1,5 @@
-"""What a learner moves: widgets of ipywidgets alone, each an object with its parts as attributes."""
+"""What the labs' widgets are made of: ipywidgets alone. A lab's own is in its folder, `labkit/labs/labNN/widget.py`."""
 
-from labkit.widgets.attention import AttentionExplorer, read_sentence
-from labkit.widgets.cache import CacheStepper
-from labkit.widgets.parts import png
-from labkit.widgets.planner import Planner
-from labkit.widgets.quantizing import Quantizing
+from labkit.widgets.parts import choice, png, wide, with_value
 
-__all__ = ["AttentionExplorer", "CacheStepper", "Planner", "Quantizing", "png", "read_sentence"]
+__all__ = ["choice", "png", "wide", "with_value"]

@@ -21,3 +21,13 @@ def png(shape: Figure) -> bytes:
     shape.savefig(file, format="png")
     plt.close(shape)
     return file.getvalue()
+
+
+def choice(description: str, options: list[Any], value: Any) -> ipywidgets.Dropdown:
+    """A dropdown that has `value` among its options."""
+    return ipywidgets.Dropdown(options=with_value(options, value), value=value, description=description, **wide())
+
+
+def with_value(options: list[Any], value: Any) -> list[Any]:
+    """The options, and `value` behind them if it is none of them."""
+    return options if value in options else [*options, value]

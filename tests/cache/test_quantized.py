@@ -208,7 +208,7 @@ class TestAttention:
         assert work.scores == 6 * 100
 
     def test_a_decode_step_makes_no_dense_copy(self):
-        from labkit.course.exercises.lab04.tools import bytes_made
+        from labkit.course.checks.tensors import bytes_made
 
         cache = filled(QuantizedCache(4, residual_length=16), *kv(1, 4000, heads=3, head_dim=64), [4000])
         q = torch.randn(1, 9, 1, 64)

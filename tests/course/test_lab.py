@@ -8,8 +8,8 @@ import numpy
 import pytest
 import torch
 
+from labkit.course.catalogue import contents
 from labkit.course.exercise import LabContents, Prediction, Quiz
-from labkit.course.exercises import contents
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
 from labkit.models import random

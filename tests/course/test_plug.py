@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.cache import Cache
-from labkit.course.exercises.lab02 import GrowingCache, PreallocatedCache, attend_chunk, decode_step
 from labkit.course.plug import AttentionLayer, as_cache, run_with
+from labkit.labs.lab02 import GrowingCache, PreallocatedCache, attend_chunk, decode_step
 from labkit.ledger import ledger
 from labkit.llama import Llama
 from labkit.specs import ModelSpec

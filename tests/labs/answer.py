@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mutant:
+class Wrong:
     """One wrong answer. `mistake` says in a few words what is wrong; `source` where it was met, if it was."""
 
     exercise: str

@@ -1,4 +1,4 @@
-"""The kill table: each wrong answer and the diagnosis its check gives. `python -m tests.mutants.table` writes it."""
+"""The kill table: each wrong answer and the diagnosis its check gives. `python -m tests.labs.kill_table` writes it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from labkit.course.catalogue import contents, numbers
 from labkit.course.exercise import Exercise, examine
-from labkit.course.exercises import contents, numbers
-from tests.mutants import Mutant
+from tests.labs.answer import Wrong
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "kill_table.md"
 HEAD = """# The kill table
@@ -21,25 +21,25 @@ rejected, and with the diagnosis meant for it. This page is written by `make doc
 """
 
 
-def kill_table(mutants: Sequence[Mutant], exercises: Mapping[str, Exercise]) -> str:
+def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> str:
     """The table as markdown, from the verdicts of the checks."""
     rows = []
-    for mutant in sorted(mutants, key=lambda mutant: mutant.exercise):
-        finding = examine(exercises[mutant.exercise], mutant.answer).finding
+    for wrong in sorted(answers, key=lambda wrong: wrong.exercise):
+        finding = examine(exercises[wrong.exercise], wrong.answer).finding
         said = (f"`{finding.diagnosis}`", finding.seen) if finding else ("**accepted**", "")
-        cells = [mutant.exercise, mutant.mistake + (f" ({mutant.source})" if mutant.source else ""), *said]
+        cells = [wrong.exercise, wrong.mistake + (f" ({wrong.source})" if wrong.source else ""), *said]
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return HEAD + "\n".join(rows) + f"\n\n{len(rows)} wrong answers, {len(exercises)} checks.\n"
 
 
 def main() -> None:
     """Write the table."""
-    mutants, exercises = [], {}
+    answers, exercises = [], {}
     for number in numbers():
-        mutants += importlib.import_module(f"tests.mutants.lab{number}").MUTANTS
+        answers += importlib.import_module(f"tests.labs.lab{number}.answers").WRONG
         exercises |= {exercise.id: exercise for exercise in contents(number).exercises}
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(kill_table(mutants, exercises), encoding="utf-8")
+    TABLE.write_text(kill_table(answers, exercises), encoding="utf-8")
 
 
 if __name__ == "__main__":

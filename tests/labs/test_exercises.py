@@ -7,18 +7,18 @@ from collections import Counter
 
 import pytest
 
+from labkit.course.catalogue import contents, numbers
 from labkit.course.exercise import Exercise, examine
-from labkit.course.exercises import contents, numbers
-from tests.mutants import Mutant
-from tests.mutants.table import TABLE, kill_table
+from tests.labs.answer import Wrong
+from tests.labs.kill_table import TABLE, kill_table
 
 LABS = {number: contents(number) for number in numbers()}
 EXERCISES: dict[str, Exercise] = {exercise.id: exercise for lab in LABS.values() for exercise in lab.exercises}
-WRONG: list[Mutant] = []
+WRONG: list[Wrong] = []
 RIGHT: list[tuple[str, object]] = []
 for number in LABS:
-    module = importlib.import_module(f"tests.mutants.lab{number}")
-    WRONG += module.MUTANTS
+    module = importlib.import_module(f"tests.labs.lab{number}.answers")
+    WRONG += module.WRONG
     RIGHT += [(exercise, answer) for exercise, answer in module.RIGHT]
 
 
@@ -34,19 +34,19 @@ def test_check_accepts_another_right_way_of_writing_it(exercise: str, answer) ->
     assert verdict.status == "pass", verdict.finding
 
 
-@pytest.mark.parametrize("mutant", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
-def test_check_rejects_a_wrong_answer_with_its_diagnosis(mutant: Mutant) -> None:
-    verdict = examine(EXERCISES[mutant.exercise], mutant.answer)
-    assert verdict.status == "not yet", f"{mutant.mistake} was accepted"
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
+def test_check_rejects_a_wrong_answer_with_its_diagnosis(wrong: Wrong) -> None:
+    verdict = examine(EXERCISES[wrong.exercise], wrong.answer)
+    assert verdict.status == "not yet", f"{wrong.mistake} was accepted"
     assert verdict.finding is not None
-    assert verdict.finding.diagnosis == mutant.diagnosis, verdict.finding
+    assert verdict.finding.diagnosis == wrong.diagnosis, verdict.finding
 
 
 def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart() -> None:
-    count = Counter(mutant.exercise for mutant in WRONG)
+    count = Counter(wrong.exercise for wrong in WRONG)
     assert {id: count[id] for id in EXERCISES if count[id] < 5} == {}
     for id in EXERCISES:
-        assert len({mutant.diagnosis for mutant in WRONG if mutant.exercise == id}) >= 4, id
+        assert len({wrong.diagnosis for wrong in WRONG if wrong.exercise == id}) >= 4, id
 
 
 def test_every_card_is_complete() -> None:
@@ -59,7 +59,7 @@ def test_every_card_is_complete() -> None:
 
 
 def test_hints_for_a_failure_speak_of_diagnoses_that_some_wrong_answer_gets() -> None:
-    known = {(mutant.exercise, mutant.diagnosis) for mutant in WRONG}
+    known = {(wrong.exercise, wrong.diagnosis) for wrong in WRONG}
     for exercise in EXERCISES.values():
         for diagnosis in exercise.hints_for:
             assert (exercise.id, diagnosis) in known, f"{exercise.id}: no wrong answer shows {diagnosis!r}"
@@ -77,7 +77,7 @@ def test_the_published_kill_table_is_what_the_checks_do_now() -> None:
     assert TABLE.read_text(encoding="utf-8") == kill_table(WRONG, EXERCISES), "run `make docs` to write it anew"
 
 
-@pytest.mark.parametrize("mutant", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
-def test_a_check_says_the_same_when_its_cell_is_run_again(mutant: Mutant) -> None:
-    first = examine(EXERCISES[mutant.exercise], mutant.answer)
-    assert examine(EXERCISES[mutant.exercise], mutant.answer) == first
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
+def test_a_check_says_the_same_when_its_cell_is_run_again(wrong: Wrong) -> None:
+    first = examine(EXERCISES[wrong.exercise], wrong.answer)
+    assert examine(EXERCISES[wrong.exercise], wrong.answer) == first

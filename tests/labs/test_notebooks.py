@@ -13,9 +13,9 @@ import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from labkit.course import editions
-from labkit.course.exercises import contents, numbers
+from labkit.course.catalogue import contents, numbers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

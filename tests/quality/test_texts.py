@@ -9,7 +9,7 @@ import pytest
 
 from labkit import models
 
-FOLDER = Path(__file__).parents[1] / "data" / "texts"
+FOLDER = Path(__file__).parents[2] / "data" / "texts"
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.txt"))}
 FACTS = json.loads((FOLDER / "facts.json").read_text(encoding="utf-8"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

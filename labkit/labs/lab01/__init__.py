@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from labkit.course.exercise import LabContents
-from labkit.course.exercises.lab01.heads import Merge, Split, merge_heads, split_heads
-from labkit.course.exercises.lab01.last_row import LastRow, attend_last
-from labkit.course.exercises.lab01.leak import Leak, attend, leaky_attend
-from labkit.course.exercises.lab01.mask import Mask, causal_mask
-from labkit.course.exercises.lab01.questions import PREDICTIONS, QUIZZES
-from labkit.course.exercises.lab01.rope import Rope, apply_rope
-from labkit.course.exercises.lab01.weights import Weights, attention_weights
+from labkit.labs.lab01.heads import Merge, Split, merge_heads, split_heads
+from labkit.labs.lab01.last_row import LastRow, attend_last
+from labkit.labs.lab01.leak import Leak, attend, leaky_attend
+from labkit.labs.lab01.mask import Mask, causal_mask
+from labkit.labs.lab01.questions import PREDICTIONS, QUIZZES
+from labkit.labs.lab01.rope import Rope, apply_rope
+from labkit.labs.lab01.weights import Weights, attention_weights
 
 __all__ = [
     "CONTENTS",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding, NotYet
-from labkit.course.exercises.lab01.tools import draw, recognise
+from labkit.labs.lab01.tools import draw, recognise
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

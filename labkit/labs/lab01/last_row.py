@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding, NotYet
-from labkit.course.exercises.lab01.tools import TOLERANCE, draw, recognise
+from labkit.labs.lab01.tools import TOLERANCE, draw, recognise
 from labkit.ledger import ledger
 
 

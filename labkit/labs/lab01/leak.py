@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding, close
-from labkit.course.exercises.lab01.mask import causal_mask
-from labkit.course.exercises.lab01.tools import TOLERANCE, draw, recognise
+from labkit.labs.lab01.mask import causal_mask
+from labkit.labs.lab01.tools import TOLERANCE, draw, recognise
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding
-from labkit.course.exercises.lab01.tools import recognise
+from labkit.labs.lab01.tools import recognise
 
 
 def causal_mask(new_tokens: int, past: int) -> Tensor:

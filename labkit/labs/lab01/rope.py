@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding, close
-from labkit.course.exercises.lab01.tools import draw, recognise
+from labkit.labs.lab01.tools import draw, recognise
 
 
 def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise, Finding, close
-from labkit.course.exercises.lab01.tools import draw, recognise
+from labkit.labs.lab01.tools import draw, recognise
 
 SINGLE = 1e-6  # bounded: a softmax in float32, as many libraries take it, is off by a few eps (1.2e-7)
 

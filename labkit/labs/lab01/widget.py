@@ -8,12 +8,12 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from labkit import plots
 from labkit.cache import Cache
 from labkit.cache.recording import RecordingCache
-from labkit.course.sentence import MOST, labels
+from labkit.labs.lab01 import figures
+from labkit.labs.lab01.sentence import MOST, labels
 from labkit.llama import Llama
-from labkit.widgets.parts import png, wide
+from labkit.widgets import png, wide
 
 
 def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = MOST) -> tuple[list[str], Tensor]:
@@ -49,7 +49,7 @@ class AttentionExplorer(ipywidgets.VBox):
         )
         self.head = ipywidgets.Dropdown(options=heads, value=-1, description="head", **wide())
         self.query = ipywidgets.Dropdown(options=[("", 0)], description="query word", **wide())
-        self.label = ipywidgets.HTML().add_class("attention-explorer-label")
+        self.label = ipywidgets.HTML().add_class("labkit-label")
         self.image = ipywidgets.Image(format="png").add_class("attention-explorer-image")
         super().__init__([self.sentence, self.layer, self.head, self.query, self.label, self.image])
         self.add_class("attention-explorer")
@@ -84,7 +84,7 @@ class AttentionExplorer(ipywidgets.VBox):
         row, query = self.row(), self.query.value
         head = "the mean of all heads" if self.head.value < 0 else f"head {self.head.value}"
         title = f"layer {self.layer.value}, {head}: where “{self.words[query]}” looks"
-        self.image.value = png(plots.attention_row(row, self.words, query, title))
+        self.image.value = png(figures.attention_row(row, self.words, query, title))
         best = row.topk(min(3, query + 1)).indices.tolist()
         shares = ", ".join(f"{row[i]:.0%} to {i} “{html.escape(self.words[i])}”" for i in best)
         self.label.value = (

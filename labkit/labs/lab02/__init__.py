@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from labkit.course.exercise import LabContents
-from labkit.course.exercises.lab02.chunk import AttendChunk
-from labkit.course.exercises.lab02.decode import DecodeStep
-from labkit.course.exercises.lab02.generation import GenerateWithCache
-from labkit.course.exercises.lab02.growing import Growing
-from labkit.course.exercises.lab02.preallocated import Preallocated
-from labkit.course.exercises.lab02.questions import PREDICTIONS, QUIZZES
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.chunk import AttendChunk
+from labkit.labs.lab02.decode import DecodeStep
+from labkit.labs.lab02.generation import GenerateWithCache
+from labkit.labs.lab02.growing import Growing
+from labkit.labs.lab02.preallocated import Preallocated
+from labkit.labs.lab02.questions import PREDICTIONS, QUIZZES
+from labkit.labs.lab02.references import (
     GrowingCache,
     PreallocatedCache,
     attend_chunk,
@@ -18,8 +18,8 @@ from labkit.course.exercises.lab02.references import (
     generate_with_cache,
     reusable_prefix,
 )
-from labkit.course.exercises.lab02.reuse import ReusablePrefix
-from labkit.course.exercises.lab02.size import CacheBytes
+from labkit.labs.lab02.reuse import ReusablePrefix
+from labkit.labs.lab02.size import CacheBytes
 
 __all__ = [
     "CONTENTS",

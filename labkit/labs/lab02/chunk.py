@@ -12,12 +12,10 @@ from torch import Tensor
 from labkit.attention import causal_mask
 from labkit.attention import fused_attention as attention
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.references import (
     attend_chunk,
 )
-from labkit.course.exercises.lab02.tools import (
-    LOOSE,
-)
+from labkit.labs.lab02.tools import LOOSE
 
 
 class AttendChunk(Exercise):

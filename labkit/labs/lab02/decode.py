@@ -11,16 +11,11 @@ from torch import Tensor
 
 from labkit.attention import fused_attention as attention
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.course.plug import AttentionLayer
+from labkit.labs.lab02.references import (
     decode_step,
 )
-from labkit.course.exercises.lab02.tools import (
-    BATCH,
-    TIGHT,
-    close,
-    tiny_model,
-)
-from labkit.course.plug import AttentionLayer
+from labkit.labs.lab02.tools import BATCH, TIGHT, close, tiny_model
 from labkit.ledger import ledger
 
 

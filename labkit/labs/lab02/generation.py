@@ -10,13 +10,10 @@ from torch import Tensor
 
 from labkit.cache import Cache
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.references import (
     generate_with_cache,
 )
-from labkit.course.exercises.lab02.tools import (
-    BATCH,
-    tiny_model,
-)
+from labkit.labs.lab02.tools import BATCH, tiny_model
 from labkit.llama import Llama
 
 

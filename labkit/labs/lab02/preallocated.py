@@ -9,18 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.caches import check_isolation, check_kinds, check_methods, check_seq_len, read_pair
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.references import (
     PreallocatedCache,
 )
-from labkit.course.exercises.lab02.tools import (
-    check_isolation,
-    check_kinds,
-    check_methods,
-    check_seq_len,
-    new_tokens,
-    read_pair,
-)
+from labkit.labs.lab02.tools import new_tokens
 from labkit.ledger import ledger
 
 

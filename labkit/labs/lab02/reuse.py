@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.references import (
     reusable_prefix,
 )
 

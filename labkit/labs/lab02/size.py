@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.references import (
+from labkit.labs.lab02.references import (
     cache_bytes,
 )
 from labkit.specs import ModelSpec

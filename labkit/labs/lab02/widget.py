@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import ipywidgets
 
-from labkit import plots
-from labkit.widgets.parts import png, wide
+from labkit.labs.lab02 import figures
+from labkit.widgets import png, wide
 
 
 class CacheStepper(ipywidgets.VBox):
@@ -26,7 +26,7 @@ class CacheStepper(ipywidgets.VBox):
         self.layer = ipywidgets.IntSlider(
             num_layers, 0, num_layers, description="layers run", continuous_update=False, **wide()
         )
-        self.label = ipywidgets.HTML().add_class("cache-stepper-label")
+        self.label = ipywidgets.HTML().add_class("labkit-label")
         self.image = ipywidgets.Image(format="png").add_class("cache-stepper-image")
         super().__init__([self.step, self.layer, self.label, self.image])
         self.add_class("cache-stepper")
@@ -47,7 +47,7 @@ class CacheStepper(ipywidgets.VBox):
         """Bring picture and label up to date."""
         before, new = self.held()
         self.image.value = png(
-            plots.cache_fill(self.words, self.prompt, self.num_layers, self.step.value, self.layer.value)
+            figures.cache_fill(self.words, self.prompt, self.num_layers, self.step.value, self.layer.value)
         )
         what = f"prefill of {new} tokens" if self.step.value == 0 else f"“{html.escape(self.words[before])}”"
         self.label.value = (

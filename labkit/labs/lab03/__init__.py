@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from labkit.course.exercise import LabContents
-from labkit.course.exercises.lab03.cost import ConversationCost
-from labkit.course.exercises.lab03.plan import Capacity, RequestBytes
-from labkit.course.exercises.lab03.questions import PREDICTIONS, QUIZZES
-from labkit.course.exercises.lab03.references import (
+from labkit.labs.lab03.cost import ConversationCost
+from labkit.labs.lab03.plan import Capacity, RequestBytes
+from labkit.labs.lab03.questions import PREDICTIONS, QUIZZES
+from labkit.labs.lab03.references import (
     attainable,
     cache_bytes,
     capacity,
@@ -15,8 +15,8 @@ from labkit.course.exercises.lab03.references import (
     request_bytes,
     tpot_floor,
 )
-from labkit.course.exercises.lab03.size import CacheBytes, CountWeights
-from labkit.course.exercises.lab03.speed import Attainable, TpotFloor
+from labkit.labs.lab03.size import CacheBytes, CountWeights
+from labkit.labs.lab03.speed import Attainable, TpotFloor
 
 __all__ = [
     "CONTENTS",

@@ -11,10 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, figure, plain_ticks
-
-CYCLE = (COLORS["with cache"], COLORS["query"], COLORS["value"], COLORS["reference GPU"], COLORS["highlight"])
-MARKERS = ("o", "s", "^", "D", "v")
+from labkit.plots.style import COLORS, CYCLE, MARKERS, figure, plain_ticks
 
 
 def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], published: Sequence[float]) -> Figure:

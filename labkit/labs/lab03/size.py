@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab03.references import cache_bytes, count_weights
-from labkit.course.exercises.lab03.tools import Suspect, judge
+from labkit.labs.lab03.references import cache_bytes, count_weights
+from labkit.labs.lab03.tools import Suspect, judge
 from labkit.llama import Llama
 from labkit.specs import LayerGroup, ModelSpec
 

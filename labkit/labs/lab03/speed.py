@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab03.references import attainable, tpot_floor
-from labkit.course.exercises.lab03.tools import Suspect, judge
+from labkit.labs.lab03.references import attainable, tpot_floor
+from labkit.labs.lab03.tools import Suspect, judge
 
 
 class TpotFloor(Exercise):

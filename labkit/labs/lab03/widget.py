@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import html
-from typing import Any
 
 import ipywidgets
 
-from labkit import plots, sizing, specs
+from labkit import sizing, specs
+from labkit.labs.lab03 import plan_figure
 from labkit.sizing import SizeError, gigabytes
 from labkit.sizing.plan import count_users
 from labkit.specs import GpuSpec, LinkSpec
-from labkit.widgets.parts import png, wide
+from labkit.widgets import choice, png, wide, with_value
 
 CONTEXTS = [2**power for power in range(10, 21)]
 USERS = [2**power for power in range(13)]
@@ -50,7 +50,7 @@ class Planner(ipywidgets.VBox):
         self.weight_dtype = choice("weights in", WEIGHT_DTYPES, weight_dtype)
         self.context = slider("context", CONTEXTS, context)
         self.users = slider("users", USERS, users)
-        self.label = ipywidgets.HTML().add_class("planner-label")
+        self.label = ipywidgets.HTML().add_class("labkit-label")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none")).add_class("planner-image")
         self.controls = [
             self.model, self.gpu, self.ranks, self.kv_dtype, self.weight_dtype, self.context, self.users,
@@ -81,7 +81,7 @@ class Planner(ipywidgets.VBox):
             return
         # The text first: it takes a few milliseconds, a picture a hundred.
         self.label.value = "<br>".join(html.escape(line) for line in summary(self.plan))
-        self.image.value = png(plots.plan_bars([self.plan]))
+        self.image.value = png(plan_figure.plan_bars([self.plan]))
         self.image.layout.display = None
 
 
@@ -106,19 +106,9 @@ def fastest_link(gpu: GpuSpec) -> LinkSpec | None:
     return specs.links().get(gpu.links[0]) if gpu.links else None
 
 
-def choice(description: str, options: list[Any], value: Any) -> ipywidgets.Dropdown:
-    """A dropdown that has `value` among its options."""
-    return ipywidgets.Dropdown(options=with_value(options, value), value=value, description=description, **wide())
-
-
 def slider(description: str, options: list[int], value: int) -> ipywidgets.SelectionSlider:
     """A slider over counts that double, and `value` between them."""
     pairs = [(f"{count:,}", count) for count in sorted(with_value(options, value))]
     return ipywidgets.SelectionSlider(
         options=pairs, value=value, description=description, continuous_update=False, **wide()
     )
-
-
-def with_value(options: list[Any], value: Any) -> list[Any]:
-    """The options, and `value` behind them if it is none of them."""
-    return options if value in options else [*options, value]

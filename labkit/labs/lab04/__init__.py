@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from labkit.course.exercise import LabContents
-from labkit.course.exercises.lab04.before_caching import CachedAttention
-from labkit.course.exercises.lab04.fitting import MostKvHeads
-from labkit.course.exercises.lab04.grouped import GroupedAttention
-from labkit.course.exercises.lab04.kinds import LayerElements
-from labkit.course.exercises.lab04.merging import MergeKvHeads
-from labkit.course.exercises.lab04.questions import PREDICTIONS, QUIZZES
-from labkit.course.exercises.lab04.ranks import SplitKvHeads
-from labkit.course.exercises.lab04.references import (
+from labkit.labs.lab04.before_caching import CachedAttention
+from labkit.labs.lab04.fitting import MostKvHeads
+from labkit.labs.lab04.grouped import GroupedAttention
+from labkit.labs.lab04.kinds import LayerElements
+from labkit.labs.lab04.merging import MergeKvHeads
+from labkit.labs.lab04.questions import PREDICTIONS, QUIZZES
+from labkit.labs.lab04.ranks import SplitKvHeads
+from labkit.labs.lab04.references import (
     cached_attention,
     grouped_attention,
     layer_elements,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import check_whole, explain_number
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab04.references import most_kv_heads
-from labkit.course.exercises.lab04.tools import check_whole, explain_number
+from labkit.labs.lab04.references import most_kv_heads
 from labkit.specs import ModelSpec
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from labkit.attention import online_attention as attention
+from labkit.course.checks.tensors import TIGHT, agree, bytes_made, heads
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab04.references import grouped_attention
-from labkit.course.exercises.lab04.tools import TIGHT, agree, bytes_made, heads
+from labkit.labs.lab04.references import grouped_attention
 from labkit.ledger import Work, ledger
 
 

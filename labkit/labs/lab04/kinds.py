@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import check_whole
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab04.references import layer_elements
-from labkit.course.exercises.lab04.tools import check_whole
+from labkit.labs.lab04.references import layer_elements
 from labkit.specs import Layer
 
 CASES = (

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab04.references import merge_kv_heads
-from labkit.course.exercises.lab04.tools import agree
+from labkit.labs.lab04.references import merge_kv_heads
 
 
 class MergeKvHeads(Exercise):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.exercise import Exercise, NotYet
-from labkit.course.exercises.lab04.references import split_kv_heads
+from labkit.labs.lab04.references import split_kv_heads
 
 DIVIDE = (
     (64, 8, 1),

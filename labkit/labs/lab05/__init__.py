@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from labkit.course.exercise import LabContents
-from labkit.course.exercises.lab05.axes import QuantizeCache
-from labkit.course.exercises.lab05.bits import BitsPerElement
-from labkit.course.exercises.lab05.one_pass import MeanSurprise
-from labkit.course.exercises.lab05.one_token_groups import GroupsToQuantize
-from labkit.course.exercises.lab05.packing import Pack
-from labkit.course.exercises.lab05.quantizing import Quantize
-from labkit.course.exercises.lab05.questions import PREDICTIONS, QUIZZES
-from labkit.course.exercises.lab05.references import (
+from labkit.labs.lab05.axes import QuantizeCache
+from labkit.labs.lab05.bits import BitsPerElement
+from labkit.labs.lab05.one_pass import MeanSurprise
+from labkit.labs.lab05.one_token_groups import GroupsToQuantize
+from labkit.labs.lab05.packing import Pack
+from labkit.labs.lab05.quantizing import Quantize
+from labkit.labs.lab05.questions import PREDICTIONS, QUIZZES
+from labkit.labs.lab05.references import (
     QuantizedLayer,
     bits_per_element,
     groups_to_quantize,
@@ -20,8 +20,8 @@ from labkit.course.exercises.lab05.references import (
     quantize,
     quantize_cache,
 )
-from labkit.course.exercises.lab05.residual import QuantizedLayerExercise
-from labkit.course.exercises.lab05.scores import PackedScores
+from labkit.labs.lab05.residual import QuantizedLayerExercise
+from labkit.labs.lab05.scores import PackedScores
 
 __all__ = [
     "CONTENTS",

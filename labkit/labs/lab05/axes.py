@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab05.references import quantize, quantize_cache
-from labkit.course.exercises.lab05.tools import name_it
+from labkit.labs.lab05.references import quantize, quantize_cache
+from labkit.labs.lab05.tools import name_it
 
 SIZES = (2, 3, 24, 16)  # batch, KV heads, tokens, head_dim: the groups of 4 and 8 are none of them
 PLACE = (1, 1, 13, 6)  # the number that is made large, in the middle of everything

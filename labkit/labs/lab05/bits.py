@@ -7,8 +7,8 @@ from numbers import Real
 from typing import ClassVar
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab05.references import bits_per_element
-from labkit.course.exercises.lab05.tools import name_it
+from labkit.labs.lab05.references import bits_per_element
+from labkit.labs.lab05.tools import name_it
 
 CASES = (  # tokens, nbits, group_size, residual_length, full_bits
     (1000, 4, 64, 128, 16),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labkit.course.checks.caches import check_kinds
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab02.tools import check_kinds
-from labkit.course.exercises.lab05.layers import CHANGE, fits, ids, is_values, numbered_pair
+from labkit.labs.lab05.layers import CHANGE, fits, ids, is_values, numbered_pair
 
 
 def check_given(

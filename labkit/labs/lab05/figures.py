@@ -15,8 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from labkit.measure import Timing
-from labkit.plots.lab03 import CYCLE, MARKERS
-from labkit.plots.style import COLORS, HEAT, bare, figure, plain_ticks, row_of, timed_line
+from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, plain_ticks, row_of, timed_line
 
 FORMATS = {
     "full": COLORS["theory"],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab05.layers import BATCH, HEAD_DIM, HEADS, fits, ids, numbered
-from labkit.course.exercises.lab05.references import groups_to_quantize
+from labkit.labs.lab05.layers import BATCH, HEAD_DIM, HEADS, fits, ids, numbered
+from labkit.labs.lab05.references import groups_to_quantize
 
 
 class GroupsToQuantize(Exercise):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab05.references import pack
-from labkit.course.exercises.lab05.tools import name_it
+from labkit.labs.lab05.references import pack
+from labkit.labs.lab05.tools import name_it
 
 
 class Pack(Exercise):

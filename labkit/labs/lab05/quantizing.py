@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.course.exercises.lab05.references import quantize
-from labkit.course.exercises.lab05.tools import NaNAs255, broken, name_it, near
+from labkit.labs.lab05.references import quantize
+from labkit.labs.lab05.tools import NaNAs255, broken, name_it, near
 
 Parts = tuple[Tensor, Tensor, Tensor]
 

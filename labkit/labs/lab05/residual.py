@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.caches import check_methods, read_pair
 from labkit.course.exercise import Exercise, NotYet
-from labkit.course.exercises.lab02.tools import check_methods, read_pair
-from labkit.course.exercises.lab05.bookkeeping import check_given, check_read
-from labkit.course.exercises.lab05.layers import Recorder, bytes_behind, numbered_pair, tensors_held
-from labkit.course.exercises.lab05.references import QuantizedLayer
+from labkit.labs.lab05.bookkeeping import check_given, check_read
+from labkit.labs.lab05.layers import Recorder, bytes_behind, numbered_pair, tensors_held
+from labkit.labs.lab05.references import QuantizedLayer
 
 CASES = (  # group_size, residual_length, tokens of each append
     (4, 3, (1,) * 13),

@@ -9,13 +9,13 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from labkit import plots, quality, sizing
+from labkit import quality, sizing
 from labkit.cache import Cache, QuantizedCache
+from labkit.labs.lab05 import figures
 from labkit.llama import Llama
 from labkit.quality import Quality
 from labkit.sizing import Quantized, SizeError
-from labkit.widgets.parts import png, wide
-from labkit.widgets.planner import choice, with_value
+from labkit.widgets import choice, png, wide, with_value
 
 NBITS = [8, 4, 2]
 KEY_AXES = ["channel", "token"]
@@ -66,7 +66,7 @@ class Quantizing(ipywidgets.VBox):
         self.group_size = steps("group size", sizes, group_size or sizes[-1])
         self.residual_length = steps("residual", RESIDUAL_LENGTHS, residual_length)
         self.sink_length = steps("sinks", SINK_LENGTHS, sink_length)
-        self.label = ipywidgets.HTML().add_class("quantizing-label")
+        self.label = ipywidgets.HTML().add_class("labkit-label")
         self.image = ipywidgets.Image(format="png").add_class("quantizing-image")
         self.quality = ipywidgets.HTML().add_class("quantizing-quality")
         self.controls = [self.nbits, self.key_axis, self.group_size, self.residual_length, self.sink_length]
@@ -99,7 +99,7 @@ class Quantizing(ipywidgets.VBox):
             return
         self.label.value = "<br>".join(html.escape(line) for line in lines)
         title = f"|K − K̂|, layer {self.layer}, KV head {self.head}: int{kept.nbits} per {kept.key_axis}"
-        self.image.value = png(plots.error_maps({title: error}, largest=self.largest))
+        self.image.value = png(figures.error_maps({title: error}, largest=self.largest))
         self.image.layout.display = None
         if self.setting not in self.measured:
             self.quality.value = "measuring the perplexity …"  # sent at once: the measurement takes seconds

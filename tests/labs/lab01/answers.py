@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.course.exercises.lab01 import apply_rope, attention_weights, causal_mask, leaky_attend
-from tests.mutants import Mutant
+from labkit.labs.lab01 import apply_rope, attention_weights, causal_mask, leaky_attend
+from tests.labs.answer import Wrong
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -58,44 +58,44 @@ def fused_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 WEIGHTS = [
-    Mutant("01.1", "no-scale", "no division by sqrt(head_dim)", lambda q, k: torch.softmax(q @ k.mT, -1)),
-    Mutant("01.1", "scale-twice", "divided by head_dim", lambda q, k: torch.softmax(q @ k.mT / q.shape[-1], -1)),
-    Mutant(
+    Wrong("01.1", "no-scale", "no division by sqrt(head_dim)", lambda q, k: torch.softmax(q @ k.mT, -1)),
+    Wrong("01.1", "scale-twice", "divided by head_dim", lambda q, k: torch.softmax(q @ k.mT / q.shape[-1], -1)),
+    Wrong(
         "01.1",
         "scale-up",
         "multiplied by sqrt(head_dim)",
         lambda q, k: torch.softmax(q @ k.mT * q.shape[-1] ** 0.5, -1),
     ),
-    Mutant(
+    Wrong(
         "01.1",
         "scale-by-keys",
         "divided by the root of the number of keys",
         lambda q, k: torch.softmax(q @ k.mT / math.sqrt(k.shape[-2]), -1),
     ),
-    Mutant(
+    Wrong(
         "01.1",
         "scale-after",
         "softmax first, division afterwards",
         lambda q, k: torch.softmax(q @ k.mT, -1) / math.sqrt(q.shape[-1]),
     ),
-    Mutant("01.1", "axis", "softmax along the queries", lambda q, k: torch.softmax(scores(q, k), -2)),
-    Mutant("01.1", "axis", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
-    Mutant("01.1", "batch-axis", "softmax(dim=0)", lambda q, k: torch.softmax(scores(q, k), 0)),
-    Mutant("01.1", "fixed-scale", "divided by 8, whatever head_dim is", lambda q, k: torch.softmax(q @ k.mT / 8, -1)),
-    Mutant("01.1", "no-softmax", "the scores themselves", scores),
-    Mutant("01.1", "no-softmax", "the plain product", lambda q, k: q @ k.mT),
-    Mutant("01.1", "swapped", "keys as rows", lambda q, k: torch.softmax(scores(q, k), -1).mT),
-    Mutant(
+    Wrong("01.1", "axis", "softmax along the queries", lambda q, k: torch.softmax(scores(q, k), -2)),
+    Wrong("01.1", "axis", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
+    Wrong("01.1", "batch-axis", "softmax(dim=0)", lambda q, k: torch.softmax(scores(q, k), 0)),
+    Wrong("01.1", "fixed-scale", "divided by 8, whatever head_dim is", lambda q, k: torch.softmax(q @ k.mT / 8, -1)),
+    Wrong("01.1", "no-softmax", "the scores themselves", scores),
+    Wrong("01.1", "no-softmax", "the plain product", lambda q, k: q @ k.mT),
+    Wrong("01.1", "swapped", "keys as rows", lambda q, k: torch.softmax(scores(q, k), -1).mT),
+    Wrong(
         "01.1",
         "proportional",
         "shares of the sum, as popular texts draw them",
         lambda q, k: (q @ k.mT) / (q @ k.mT).sum(-1, keepdim=True),
     ),
-    Mutant("01.1", "rows", "a sigmoid per score", lambda q, k: torch.sigmoid(scores(q, k))),
-    Mutant("01.1", "overflow", "exp without subtracting the largest score", naive_softmax),
-    Mutant("01.1", "dtype", "softmax in float32, never brought back", always_float32),
-    Mutant("01.1", "arguments-changed", "q is scaled in place", scales_in_place),
-    Mutant("01.1", "returned-none", "no return", forgets_to_return),
+    Wrong("01.1", "rows", "a sigmoid per score", lambda q, k: torch.sigmoid(scores(q, k))),
+    Wrong("01.1", "overflow", "exp without subtracting the largest score", naive_softmax),
+    Wrong("01.1", "dtype", "softmax in float32, never brought back", always_float32),
+    Wrong("01.1", "arguments-changed", "q is scaled in place", scales_in_place),
+    Wrong("01.1", "returned-none", "no return", forgets_to_return),
 ]
 
 # 01.2
@@ -106,45 +106,45 @@ def pasted_size(new_tokens: int, past: int) -> Tensor:
 
 
 MASK = [
-    Mutant(
+    Wrong(
         "01.2",
         "no-offset",
         "row i taken for position i",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril().bool(),
         source="rasbt/LLMs-from-scratch#697",
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "no-past-columns",
         "a square mask of the new tokens",
         lambda new_tokens, past: torch.ones(new_tokens, new_tokens).tril().bool(),
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "old-rows",
         "a square mask of all tokens",
         lambda new_tokens, past: torch.ones(past + new_tokens, past + new_tokens).tril().bool(),
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "not-itself",
         "a strict comparison",
         lambda new_tokens, past: torch.arange(past + new_tokens) < torch.arange(new_tokens)[:, None] + past,
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "sees-next",
         "the diagonal one too far",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(past + 1).bool(),
     ),
-    Mutant("01.2", "inverted", "True for hidden", lambda new_tokens, past: ~causal_mask(new_tokens, past)),
-    Mutant(
+    Wrong("01.2", "inverted", "True for hidden", lambda new_tokens, past: ~causal_mask(new_tokens, past)),
+    Wrong(
         "01.2",
         "inverted",
         "triu, as in PyTorch's older attention modules",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).triu(past + 1).bool(),
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "not-bool",
         "0 and -inf to add to the scores",
@@ -152,8 +152,8 @@ MASK = [
             ~causal_mask(new_tokens, past), float("-inf")
         ),
     ),
-    Mutant("01.2", "not-bool", "0 and 1", lambda new_tokens, past: causal_mask(new_tokens, past).int()),
-    Mutant(
+    Wrong("01.2", "not-bool", "0 and 1", lambda new_tokens, past: causal_mask(new_tokens, past).int()),
+    Wrong(
         "01.2",
         "past-at-the-end",
         "the past's columns on the right",
@@ -161,7 +161,7 @@ MASK = [
             (causal_mask(new_tokens, 0), torch.ones(new_tokens, past, dtype=torch.bool)), dim=1
         ),
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "past-hidden",
         "the past's columns False",
@@ -169,13 +169,13 @@ MASK = [
             (torch.zeros(new_tokens, past, dtype=torch.bool), causal_mask(new_tokens, 0)), dim=1
         ),
     ),
-    Mutant(
+    Wrong(
         "01.2",
         "all-visible",
         "ones everywhere",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens, dtype=torch.bool),
     ),
-    Mutant("01.2", "one-case-only", "sizes copied from an example", pasted_size),
+    Wrong("01.2", "one-case-only", "sizes copied from an example", pasted_size),
 ]
 
 
@@ -189,60 +189,60 @@ def loop_mask(new_tokens: int, past: int) -> Tensor:
 # 01.3
 
 HEADS = [
-    Mutant(
+    Wrong(
         "01.3",
         "mixed-tokens",
         "view straight to the final shape",
         lambda x, num_heads: x.view(x.shape[0], num_heads, x.shape[1], -1),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "tokens-first",
         "no transpose",
         lambda x, num_heads: x.view(*x.shape[:2], num_heads, -1),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "interleaved",
         "head_dim and num_heads cut in the wrong order",
         lambda x, num_heads: x.view(*x.shape[:2], -1, num_heads).permute(0, 3, 1, 2),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "sizes-swapped",
         "num_heads taken for head_dim",
         lambda x, num_heads: x.view(*x.shape[:2], -1, num_heads).transpose(1, 2),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "dimensions-last",
         "transposed as keys are in the product",
         lambda x, num_heads: x.view(*x.shape[:2], num_heads, -1).permute(0, 2, 3, 1),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "swapped-before-cut",
         "transposed first, then reshaped",
         lambda x, num_heads: x.transpose(1, 2).reshape(x.shape[0], num_heads, x.shape[1], -1),
     ),
-    Mutant(
+    Wrong(
         "01.3",
         "not-a-tensor",
         "a list with one tensor per head",
         lambda x, num_heads: list(x.chunk(num_heads, dim=-1)),
     ),
-    Mutant("01.3b", "mixed-tokens", "reshape without swapping back", lambda x: x.reshape(x.shape[0], x.shape[2], -1)),
-    Mutant(
+    Wrong("01.3b", "mixed-tokens", "reshape without swapping back", lambda x: x.reshape(x.shape[0], x.shape[2], -1)),
+    Wrong(
         "01.3b",
         "view-of-a-transpose",
         "view after transpose",
         lambda x: x.transpose(1, 2).view(x.shape[0], x.shape[2], -1),
     ),
-    Mutant("01.3b", "interleaved", "heads moved to the last place", lambda x: x.permute(0, 2, 3, 1).flatten(2)),
-    Mutant("01.3b", "heads-blended", "the mean of the heads", lambda x: x.mean(1)),
-    Mutant("01.3b", "heads-blended", "the sum of the heads", lambda x: x.sum(1)),
-    Mutant("01.3b", "along-tokens", "heads joined to tokens", lambda x: x.flatten(1, 2)),
-    Mutant("01.3b", "not-joined", "only swapped", lambda x: x.transpose(1, 2)),
+    Wrong("01.3b", "interleaved", "heads moved to the last place", lambda x: x.permute(0, 2, 3, 1).flatten(2)),
+    Wrong("01.3b", "heads-blended", "the mean of the heads", lambda x: x.mean(1)),
+    Wrong("01.3b", "heads-blended", "the sum of the heads", lambda x: x.sum(1)),
+    Wrong("01.3b", "along-tokens", "heads joined to tokens", lambda x: x.flatten(1, 2)),
+    Wrong("01.3b", "not-joined", "only swapped", lambda x: x.transpose(1, 2)),
 ]
 
 
@@ -331,30 +331,30 @@ def rotate_half_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tenso
 
 
 ROPE = [
-    Mutant("01.4", "interleaved-pairs", "pairs (0, 1), (2, 3), ... as in the paper", interleaved),
-    Mutant("01.4", "wrong-sign", "turned clockwise", wrong_sign),
-    Mutant(
+    Wrong("01.4", "interleaved-pairs", "pairs (0, 1), (2, 3), ... as in the paper", interleaved),
+    Wrong("01.4", "wrong-sign", "turned clockwise", wrong_sign),
+    Wrong(
         "01.4",
         "starts-at-1",
         "positions from 1",
         lambda x, positions, frequencies: apply_rope(x, positions + 1, frequencies),
     ),
-    Mutant("01.4", "own-positions", "positions counted inside, from 0", own_positions),
-    Mutant(
+    Wrong("01.4", "own-positions", "positions counted inside, from 0", own_positions),
+    Wrong(
         "01.4",
         "position-not-reset",
         "a counter that outlives the call",
         Counter(),
         source="rasbt/LLMs-from-scratch#925",
     ),
-    Mutant("01.4", "half-turned", "the second half left as it was", half_turned),
-    Mutant("01.4", "not-a-rotation", "cos and sin exchanged", swapped_terms),
-    Mutant("01.4", "dtype-promoted", "float32 out of bfloat16", promoted),
-    Mutant("01.4", "low-precision", "angles in the dtype of x", coarse_angles),
-    Mutant("01.4", "a-overwritten", "a is overwritten before b is made from it", in_place_half),
-    Mutant("01.4", "interleaved-output", "halves taken, pairs given back", stacked_output),
-    Mutant("01.4", "cos-sin-swapped", "cos and sin under each other's name", exchanged_names),
-    Mutant("01.4", "unchanged", "x is returned, not what was made of it", lambda x, positions, frequencies: x),
+    Wrong("01.4", "half-turned", "the second half left as it was", half_turned),
+    Wrong("01.4", "not-a-rotation", "cos and sin exchanged", swapped_terms),
+    Wrong("01.4", "dtype-promoted", "float32 out of bfloat16", promoted),
+    Wrong("01.4", "low-precision", "angles in the dtype of x", coarse_angles),
+    Wrong("01.4", "a-overwritten", "a is overwritten before b is made from it", in_place_half),
+    Wrong("01.4", "interleaved-output", "halves taken, pairs given back", stacked_output),
+    Wrong("01.4", "cos-sin-swapped", "cos and sin under each other's name", exchanged_names),
+    Wrong("01.4", "unchanged", "x is returned, not what was made of it", lambda x, positions, frequencies: x),
 ]
 
 # 01.5
@@ -380,48 +380,48 @@ def einsum_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 LAST = [
-    Mutant("01.5", "whole-matrix", "all rows, then the last", whole_matrix),
-    Mutant(
+    Wrong("01.5", "whole-matrix", "all rows, then the last", whole_matrix),
+    Wrong(
         "01.5",
         "whole-matrix",
         "the fused kernel on all rows, then the last",
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:],
     ),
-    Mutant("01.5", "sees-first-only", "a causal mask on one row, no offset", masked_row),
-    Mutant(
+    Wrong("01.5", "sees-first-only", "a causal mask on one row, no offset", masked_row),
+    Wrong(
         "01.5",
         "sees-first-only",
         "is_causal on one row, which has no offset either",
         lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True),
     ),
-    Mutant(
+    Wrong(
         "01.5",
         "sees-itself-only",
         "the last of q, k and v",
         lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k[:, :, -1:]), -1) @ v[:, :, -1:],
     ),
-    Mutant(
+    Wrong(
         "01.5",
         "dimension-lost",
         "the dimension is lost before the product, in a call of 01.1",
         lambda q, k, v: attention_weights(q[:, :, -1], k) @ v,
     ),
-    Mutant("01.5", "unknown-name", "a helper of an earlier cell after a restart", calls_a_missing_name),
-    Mutant("01.5", "first-query", "the wrong end", lambda q, k, v: torch.softmax(scores(q[:, :, :1], k), -1) @ v),
-    Mutant(
+    Wrong("01.5", "unknown-name", "a helper of an earlier cell after a restart", calls_a_missing_name),
+    Wrong("01.5", "first-query", "the wrong end", lambda q, k, v: torch.softmax(scores(q[:, :, :1], k), -1) @ v),
+    Wrong(
         "01.5",
         "dimension-lost",
         "an index where a slice is needed",
         lambda q, k, v: (torch.softmax(scores(q[:, :, -1:], k), -1) @ v)[:, :, 0],
     ),
-    Mutant("01.5", "no-scale", "no division", lambda q, k, v: torch.softmax(q[:, :, -1:] @ k.mT, -1) @ v),
-    Mutant(
+    Wrong("01.5", "no-scale", "no division", lambda q, k, v: torch.softmax(q[:, :, -1:] @ k.mT, -1) @ v),
+    Wrong(
         "01.5",
         "not-itself",
         "only the tokens before",
         lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k[:, :, :-1]), -1) @ v[:, :, :-1],
     ),
-    Mutant(
+    Wrong(
         "01.5", "axis", "softmax along the one query", lambda q, k, v: torch.softmax(scores(q[:, :, -1:], k), -2) @ v
     ),
 ]
@@ -443,33 +443,33 @@ def masked(q: Tensor, k: Tensor, value: float) -> Tensor:
 
 
 LEAK = [
-    Mutant(
+    Wrong(
         "01.6",
         "mask-after-softmax",
         "untouched",
         leaky_attend,
         source="huggingface/pytorch-image-models#2236",
     ),
-    Mutant("01.6", "renormalised", "rows scaled up again after the mask", renormalised),
-    Mutant("01.6", "no-mask", "the mask removed", lambda q, k, v: blend(scores(q, k), v)),
-    Mutant(
+    Wrong("01.6", "renormalised", "rows scaled up again after the mask", renormalised),
+    Wrong("01.6", "no-mask", "the mask removed", lambda q, k, v: blend(scores(q, k), v)),
+    Wrong(
         "01.6",
         "zeroed-scores",
         "scores times the mask, before softmax",
         lambda q, k, v: blend(scores(q, k) * causal_mask(q.shape[-2], 0), v),
     ),
-    Mutant("01.6", "weak-mask", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
-    Mutant("01.6", "weak-mask", "hidden scores set to -100", lambda q, k, v: blend(masked(q, k, -100.0), v)),
-    Mutant(
+    Wrong("01.6", "weak-mask", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
+    Wrong("01.6", "weak-mask", "hidden scores set to -100", lambda q, k, v: blend(masked(q, k, -100.0), v)),
+    Wrong(
         "01.6",
         "inverted",
         "masked_fill with what may be seen",
         lambda q, k, v: blend(scores(q, k).masked_fill(causal_mask(q.shape[-2], 0), float("-inf")), v),
     ),
-    Mutant("01.6", "axis", "softmax along the queries", lambda q, k, v: blend(masked(q, k, float("-inf")), v, dim=-2)),
+    Wrong("01.6", "axis", "softmax along the queries", lambda q, k, v: blend(masked(q, k, float("-inf")), v, dim=-2)),
 ]
 
-MUTANTS = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK]
+WRONG = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK]
 
 
 def softmax_in_float32(q, k):

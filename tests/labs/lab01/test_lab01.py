@@ -12,12 +12,12 @@ import torch
 from labkit import models, plots
 from labkit.course import editions
 from labkit.course.exercise import Mistyped, examine
-from labkit.course.exercises.lab01 import CONTENTS, Leak, causal_mask
-from labkit.course.sentence import label, sentence_tokens
-from labkit.widgets import AttentionExplorer, read_sentence
-from tests.test_recording import SPEC
+from labkit.labs.lab01 import CONTENTS, Leak, causal_mask, figures
+from labkit.labs.lab01.sentence import label, sentence_tokens
+from labkit.labs.lab01.widget import AttentionExplorer, read_sentence
+from tests.cache.test_recording import SPEC
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "01_attention_basics.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[3] / "notebooks" / "01_attention_basics.ipynb"
 
 
 class Words:
@@ -105,7 +105,7 @@ def test_sliders_and_text_wait_until_the_learner_lets_go(explorer: AttentionExpl
 
 
 def test_the_mask_figure_colours_what_may_be_seen() -> None:
-    shape = plots.permissions(causal_mask(2, 3), past=3)
+    shape = figures.permissions(causal_mask(2, 3), past=3)
     colors = [plt.matplotlib.colors.to_hex(patch.get_facecolor()) for patch in shape.axes[0].patches]
     assert [color.upper() == plots.COLORS["key"] for color in colors] == causal_mask(2, 3).flatten().tolist()
     plt.close(shape)
@@ -113,13 +113,13 @@ def test_the_mask_figure_colours_what_may_be_seen() -> None:
 
 def test_the_head_figure_writes_each_numbers_token() -> None:
     right = torch.arange(4).view(1, 4, 1).expand(3, 4, 2)
-    shape = plots.heads_in_memory(4, 3, 2, right, right)
+    shape = figures.heads_in_memory(4, 3, 2, right, right)
     assert [text.get_text() for text in shape.axes[0].texts] == list("012301230123") * 2
     plt.close(shape)
 
 
 def test_the_key_figure_shows_layers_and_values() -> None:
-    shape = plots.key_change({"mask on": [0.0, 1e-7], "mask off": [0.0, 0.5]})
+    shape = figures.key_change({"mask on": [0.0, 1e-7], "mask off": [0.0, 0.5]})
     lines = {line.get_label(): line.get_ydata() for line in shape.axes[0].lines}
     assert list(lines["mask off"]) == [1e-9, 0.5]
     assert list(lines["mask on"]) == [1e-9, 1e-7]

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from labkit import plots
-from labkit.widgets import CacheStepper
+from labkit.labs.lab02 import figures
+from labkit.labs.lab02.widget import CacheStepper
 
 WORDS = ["The", "capital", "of", "France", "is", "Paris", "."]
 
@@ -43,12 +43,12 @@ def test_a_words_markup_is_shown_and_not_obeyed():
 
 
 def test_recorded_points_are_read_from_results_and_absent_without_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.lab02, "DATA", tmp_path)
-    assert plots.recorded_decode() == []
+    monkeypatch.setattr(figures, "DATA", tmp_path)
+    assert figures.recorded_decode() == []
     (tmp_path / "results").mkdir()
     record = {"device": "GPU X", "figures": {"with_cache_ms_at_128": 2.5, "without_cache_ms_at_128": 5, "other": 1}}
     (tmp_path / "results" / "decode_x.json").write_text(json.dumps(record))
-    assert plots.recorded_decode() == [
+    assert figures.recorded_decode() == [
         ("GPU X", "with cache", 128, 0.0025),
         ("GPU X", "without cache", 128, 0.005),
     ]

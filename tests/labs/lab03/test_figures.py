@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pytest
 
-from labkit import plots
+from labkit.labs.lab03 import figures
 from labkit.measure import Timing
 
 
@@ -22,7 +22,7 @@ def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_memory_parts_stacks_each_row_and_marks_the_published_total() -> None:
     parts = {"weights": [14.0, 14.5], "cache": [1.0, 2.0], "logits": [0.5, 4.0]}
-    (axes,) = plots.memory_parts(["1", "8"], parts, [15.75, 20.25]).axes
+    (axes,) = figures.memory_parts(["1", "8"], parts, [15.75, 20.25]).axes
     second_row = [(bar.get_x(), bar.get_width()) for container in axes.containers for bar in container.patches[1:]]
     assert second_row == [(0.0, 14.5), (14.5, 2.0), (16.5, 4.0)]
     assert lines_of(axes)["published total"] == ([15.75, 20.25], [0, 1])
@@ -31,7 +31,7 @@ def test_memory_parts_stacks_each_row_and_marks_the_published_total() -> None:
 
 
 def test_frontier_draws_every_pair_that_holds_a_request_on_logarithmic_axes() -> None:
-    (axes,) = plots.frontier({"a": [(1024, 8), (2048, 4), (4096, 0)], "b": [(1024, 2), (2048, 1)]}).axes
+    (axes,) = figures.frontier({"a": [(1024, 8), (2048, 4), (4096, 0)], "b": [(1024, 2), (2048, 1)]}).axes
     assert lines_of(axes) == {"a": ([1024, 2048], [8, 4]), "b": ([1024, 2048], [2, 1])}
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1K", "2K", "4K"]
@@ -39,7 +39,7 @@ def test_frontier_draws_every_pair_that_holds_a_request_on_logarithmic_axes() ->
 
 def test_decode_times_draws_medians_and_floors_in_milliseconds() -> None:
     timings = {"decode": [Timing((0.01, 0.02, 0.04)), Timing((0.03,))]}
-    (axes,) = plots.decode_times([16, 1024], timings, {"decode": [0.005, 0.006]}).axes
+    (axes,) = figures.decode_times([16, 1024], timings, {"decode": [0.005, 0.006]}).axes
     assert lines_of(axes)["decode, floor"] == ([16, 1024], [5.0, 6.0])
     (measured,) = axes.containers
     assert list(measured.lines[0].get_ydata()) == [20.0, 30.0]
@@ -48,7 +48,7 @@ def test_decode_times_draws_medians_and_floors_in_milliseconds() -> None:
 
 def test_throughput_is_dotted_where_the_batch_no_longer_fits() -> None:
     rates = {"short": [10.0, 20.0, 40.0], "long": [10.0, 15.0, 18.0]}
-    (axes,) = plots.throughput([1, 2, 4], rates, {"short": 4, "long": 2}, {"short": 100.0, "long": 20.0}).axes
+    (axes,) = figures.throughput([1, 2, 4], rates, {"short": 4, "long": 2}, {"short": 100.0, "long": 20.0}).axes
     solid = lines_of(axes)
     assert solid["short"] == ([1, 2, 4], [10.0, 20.0, 40.0])
     assert solid["long"] == ([1, 2], [10.0, 15.0])
@@ -60,7 +60,7 @@ def test_throughput_is_dotted_where_the_batch_no_longer_fits() -> None:
 
 def test_throughput_marks_the_batch_at_which_cache_and_weights_are_equal() -> None:
     rates = {"short": [10.0, 20.0, 40.0], "long": [10.0, 15.0, 18.0]}
-    (axes,) = plots.throughput(
+    (axes,) = figures.throughput(
         [1, 2, 4], rates, {"short": 4, "long": 2}, {"short": 100.0, "long": 20.0}, {"short": 2.0, "long": 9.0}
     ).axes
     stars = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*" and len(line.get_xdata())]
@@ -69,14 +69,14 @@ def test_throughput_marks_the_batch_at_which_cache_and_weights_are_equal() -> No
 
 
 def test_throughput_of_what_fits_at_no_batch_is_dotted_throughout_and_still_named() -> None:
-    (axes,) = plots.throughput([1, 2], {"huge": [1.0, 2.0]}, {"huge": 0}, {"huge": 4.0}).axes
+    (axes,) = figures.throughput([1, 2], {"huge": [1.0, 2.0]}, {"huge": 0}, {"huge": 4.0}).axes
     dotted = next(line for line in axes.lines if line.get_label() == "huge")
     assert (list(dotted.get_xdata()), dotted.get_linestyle()) == ([1, 2], ":")
 
 
 def test_roofline_bends_at_the_ridge_and_places_work_by_intensity_and_rate() -> None:
     points = {"decode": [("one", 0.5, 4e9)], "prefill": [("many", 200.0, 9e10)]}
-    (axes,) = plots.roofline(1e11, 1e10, points).axes
+    (axes,) = figures.roofline(1e11, 1e10, points).axes
     drawn = lines_of(axes)
     across, roof = drawn["attainable"]
     assert max(roof) == 100.0

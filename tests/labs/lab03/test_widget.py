@@ -9,10 +9,11 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from labkit import plots, sizing, specs
+from labkit.labs.lab03 import plan_figure
+from labkit.labs.lab03 import widget as module
+from labkit.labs.lab03.widget import Planner
 from labkit.sizing import GB, RESERVE
 from labkit.specs import SpecError
-from labkit.widgets import Planner
-from labkit.widgets import planner as module
 
 
 def plan(model="qwen2.5-7b", gpu="h100-80gb", **how):
@@ -57,7 +58,7 @@ def own_data(tmp_path, monkeypatch):
 
 def test_parts_stand_behind_one_another_and_fill_the_memory():
     asked = plan(users=32)
-    figure = plots.plan_bars([asked])
+    figure = plan_figure.plan_bars([asked])
     end = 0.0
     for part in ("weights", "reserve", "cache", "free"):
         ((left, right),) = bars(figure, plots.COLORS[part])
@@ -71,7 +72,7 @@ def test_parts_stand_behind_one_another_and_fill_the_memory():
 
 def test_what_does_not_fit_is_hatched_from_the_mark_to_the_end_of_the_bar():
     asked = plan(users=140)
-    figure = plots.plan_bars([asked])
+    figure = plan_figure.plan_bars([asked])
     (over,) = hatched(figure)
     assert over.get_x() == pytest.approx(asked.memory / GB)
     assert over.get_width() == pytest.approx(-asked.free / GB)
@@ -83,19 +84,19 @@ def test_what_does_not_fit_is_hatched_from_the_mark_to_the_end_of_the_bar():
 def test_a_part_that_is_cut_at_the_mark_still_shows_its_whole_size():
     asked = plan("llama-3.1-70b", users=1)
     assert asked.weights > asked.memory
-    assert f"{asked.weights / GB:.0f}" in texts(plots.plan_bars([asked]))
+    assert f"{asked.weights / GB:.0f}" in texts(plan_figure.plan_bars([asked]))
 
 
 def test_a_bar_beyond_the_axis_says_how_long_it_is():
     asked = plan(context=2**20, users=4096)
-    figure = plots.plan_bars([asked])
+    figure = plan_figure.plan_bars([asked])
     assert figure.axes[0].get_xlim()[1] < 3 * asked.memory / GB
     assert f"{-asked.free / GB:,.0f} over →" in texts(figure)
 
 
 def test_each_plan_has_its_bar_its_label_its_floor_and_its_memorys_mark():
     plans = [plan(users=32), plan(gpu="rtx-4090", dtype="int4"), plan("llama-3.1-70b", "h200", ranks=2)]
-    figure = plots.plan_bars(plans)
+    figure = plan_figure.plan_bars(plans)
     for row, asked in enumerate(plans):
         assert bars(figure, plots.COLORS["weights"], row)
         (label,) = [text for text in texts(figure) if text.startswith(asked.model) and asked.gpu in text]
@@ -110,13 +111,13 @@ def test_each_plan_has_its_bar_its_label_its_floor_and_its_memorys_mark():
 
 def test_no_plan_is_no_picture():
     with pytest.raises(ValueError, match="at least one plan"):
-        plots.plan_bars([])
+        plan_figure.plan_bars([])
 
 
 @pytest.mark.parametrize("name", ["gemma-3-27b", "deepseek-v3", "jamba-v0.1", "gpt2"])
 def test_every_kind_of_layer_and_the_smallest_and_largest_asks_can_be_drawn(name):
     for context, users in ((1, 1), (2**20, 4096)):
-        assert plots.plan_bars([plan(name, context=context, users=users)]).axes
+        assert plan_figure.plan_bars([plan(name, context=context, users=users)]).axes
 
 
 def test_the_label_says_bytes_limits_floor_and_what_breaks_first(planner):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import lab05a, lab05b
+from tests.labs.lab05 import cache_answers, numbers_answers
 
-MUTANTS = lab05a.MUTANTS + lab05b.MUTANTS
-RIGHT = lab05a.RIGHT + lab05b.RIGHT
+WRONG = numbers_answers.WRONG + cache_answers.WRONG
+RIGHT = numbers_answers.RIGHT + cache_answers.RIGHT

@@ -9,6 +9,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from labkit import plots
+from labkit.labs.lab05 import figures
 from labkit.measure import Timing
 
 
@@ -23,7 +24,7 @@ def legend(axes):
 
 
 def test_rounding_ties_each_number_to_its_nearest_level_and_says_the_scale() -> None:
-    (axes,) = plots.rounding([-1.0, 0.4, 2.0], [2, 1]).axes
+    (axes,) = figures.rounding([-1.0, 0.4, 2.0], [2, 1]).axes
     levels = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|"]
     assert levels == [[-1.0, 0.0, 1.0, 2.0], [-1.0, 2.0]]
     dots = [(list(line.get_xdata()), line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
@@ -40,7 +41,7 @@ def test_rounding_draws_levels_that_a_quantizer_has() -> None:
 
     x = torch.linspace(-1, 2, 32).square()[None, None, :, None]
     back = Quantizer(4, 32).quantize(x).dequantize().flatten()
-    (axes,) = plots.rounding(x.flatten().tolist(), [4]).axes
+    (axes,) = figures.rounding(x.flatten().tolist(), [4]).axes
     ties = [line.get_xdata() for line in axes.lines if line.get_color() == plots.COLORS["query"]]
     drawn = torch.tensor([tie[1] for tie in ties if len(tie)], dtype=torch.float32)
     # Bounded: the quantizer's scale and zero point are rounded to float16, up to 15 steps of a scale below 0.5.
@@ -48,14 +49,14 @@ def test_rounding_draws_levels_that_a_quantizer_has() -> None:
 
 
 def test_rounding_gives_equal_numbers_back() -> None:
-    (axes,) = plots.rounding([3.0, 3.0], [4]).axes
+    (axes,) = figures.rounding([3.0, 3.0], [4]).axes
     assert "scale 0\nlargest error 0" in axes.get_yticklabels()[0].get_text()
 
 
 def test_channel_sizes_share_one_scale_and_part_the_heads() -> None:
     keys, values = torch.rand(3, 8) + 0.1, torch.rand(3, 8) + 0.1
     keys[1, 5] = 40.0
-    left, right, bar = plots.channel_sizes(keys, values, num_kv_heads=4).axes
+    left, right, bar = figures.channel_sizes(keys, values, num_kv_heads=4).axes
     for axes, given in ((left, keys), (right, values)):
         np.testing.assert_array_equal(axes.images[0].get_array(), given.numpy())
         assert [line.get_xdata()[0] for line in axes.lines] == [1.5, 3.5, 5.5]
@@ -68,7 +69,7 @@ def test_channel_sizes_share_one_scale_and_part_the_heads() -> None:
 
 def test_token_channel_map_draws_absolute_values_tokens_down_and_channels_across() -> None:
     x, y = torch.randn(10, 4), torch.randn(10, 4)
-    left, right, *_ = plots.token_channel_map(x, y, ["K", "V"]).axes
+    left, right, *_ = figures.token_channel_map(x, y, ["K", "V"]).axes
     for axes, given in ((left, x), (right, y)):
         np.testing.assert_array_equal(axes.images[0].get_array(), given.abs().numpy())
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("channel", "token")
@@ -77,15 +78,15 @@ def test_token_channel_map_draws_absolute_values_tokens_down_and_channels_across
 
 def test_maps_take_bfloat16() -> None:
     x = torch.randn(6, 8).bfloat16()
-    assert plots.token_channel_map(x, x, ["K", "V"]).axes
-    assert plots.channel_sizes(x.abs(), x.abs()).axes
-    assert plots.error_maps({"one": x}).axes
+    assert figures.token_channel_map(x, x, ["K", "V"]).axes
+    assert figures.channel_sizes(x.abs(), x.abs()).axes
+    assert figures.error_maps({"one": x}).axes
 
 
 def test_error_maps_share_one_scale_say_the_rms_and_leave_out_what_is_exact() -> None:
     small, large = torch.full((4, 3), 0.1), torch.full((4, 3), -2.0)
     large[0] = 0.0
-    left, right, bar = plots.error_maps({"int4": small, "int2": large}).axes
+    left, right, bar = figures.error_maps({"int4": small, "int2": large}).axes
     assert left.get_title() == "int4\nRMS 0.1"
     assert right.get_title() == f"int2\nRMS {2 * 0.75**0.5:.3g}"
     assert [axes.images[0].norm.vmax for axes in (left, right)] == [2.0, 2.0]
@@ -98,15 +99,15 @@ def test_error_maps_share_one_scale_say_the_rms_and_leave_out_what_is_exact() ->
 
 
 def test_error_maps_can_be_drawn_where_nothing_is_wrong_and_with_a_given_scale() -> None:
-    nothing, _ = plots.error_maps({"exact": torch.zeros(4, 3)}).axes
+    nothing, _ = figures.error_maps({"exact": torch.zeros(4, 3)}).axes
     assert nothing.get_title() == "exact\nRMS 0"
-    given, _ = plots.error_maps({"one": torch.ones(4, 3)}, largest=5.0).axes
+    given, _ = figures.error_maps({"one": torch.ones(4, 3)}, largest=5.0).axes
     assert given.images[0].norm.vmax == 5.0
 
 
 def test_axis_errors_draw_a_bar_for_each_way_in_its_group() -> None:
     errors = {"keys": {"per channel": 0.07, "per token": 0.13}, "values": {"per channel": 0.11, "per token": 0.09}}
-    (axes,) = plots.axis_errors(errors).axes
+    (axes,) = figures.axis_errors(errors).axes
     drawn = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
     assert drawn == {"per channel": [0.07, 0.11], "per token": [0.13, 0.09]}
     middles = [[bar.get_x() + bar.get_width() / 2 for bar in bars] for bars in axes.containers]
@@ -118,7 +119,7 @@ def test_axis_errors_draw_a_bar_for_each_way_in_its_group() -> None:
 
 def test_quality_against_bits_draws_points_with_their_ends_over_a_line_at_one() -> None:
     points = {"float16": (16.0, 1.0, 1.0, 1.0), "int4": (4.5, 1.25, 1.125, 1.5), "int2": (2.5, 2000.0, 1000.0, 4000.0)}
-    (axes,) = plots.quality_against_bits(points).axes
+    (axes,) = figures.quality_against_bits(points).axes
     drawn = {bars.get_label(): bars for bars in axes.containers}
     assert list(drawn) == ["float16: 1.000", "int4: 1.250", "int2: 2,000"]
     for bars, (nbits, ratio, low, high) in zip(drawn.values(), points.values(), strict=True):
@@ -134,7 +135,7 @@ def test_quality_against_bits_draws_points_with_their_ends_over_a_line_at_one() 
 
 @pytest.mark.parametrize("most", [1.001, 1.3, 3.0, 15.0, 800.0])
 def test_quality_against_bits_has_ticks_to_read_by_at_every_range(most: float) -> None:
-    shape = plots.quality_against_bits({"float16": (16, 1, 1, 1), "int2": (2.5, most, 1 + (most - 1) / 2, most)})
+    shape = figures.quality_against_bits({"float16": (16, 1, 1, 1), "int2": (2.5, most, 1 + (most - 1) / 2, most)})
     shape.canvas.draw()
     (axes,) = shape.axes
     low, high = axes.get_ylim()
@@ -145,7 +146,7 @@ def test_quality_against_bits_has_ticks_to_read_by_at_every_range(most: float) -
 
 def test_many_points_of_quality_against_bits_have_looks_of_their_own() -> None:
     points = {str(index): (4.5, 1 + index / 10, 1.0, 4.0) for index in range(30)}
-    (axes,) = plots.quality_against_bits(points).axes
+    (axes,) = figures.quality_against_bits(points).axes
     looks = {(bars.lines[0].get_color(), bars.lines[0].get_marker()) for bars in axes.containers}
     assert len(axes.containers) == len(looks) == 30
 
@@ -156,7 +157,7 @@ def test_reading_times_draw_medians_in_milliseconds_and_where_a_packed_cache_bec
         "int4": [Timing((0.002,)), Timing((0.003,)), Timing((0.0035,))],
         "int2": [Timing((0.003,)), Timing((0.0031,)), Timing((0.002,))],
     }
-    (axes,) = plots.reading_times([512, 1024, 2048], timings).axes
+    (axes,) = figures.reading_times([512, 1024, 2048], timings).axes
     measured = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in axes.containers}
     assert measured == {"full": [1, 4, 9], "int4": [2, 3, 3.5], "int2": [3, 3.1, 2]}
     for bars, fastest in zip(axes.containers, (1.0, 2.0, 3.0), strict=True):
@@ -169,9 +170,9 @@ def test_reading_times_draw_medians_in_milliseconds_and_where_a_packed_cache_bec
 
 def test_reading_times_mark_nothing_where_no_packed_cache_is_faster() -> None:
     timings = {"full": [Timing((0.001,))], "int4": [Timing((0.001,))]}
-    (axes,) = plots.reading_times([512], timings).axes
+    (axes,) = figures.reading_times([512], timings).axes
     assert legend(axes) == ["full", "int4"]
-    (axes,) = plots.reading_times([512], {"int4": [Timing((0.001,))]}).axes
+    (axes,) = figures.reading_times([512], {"int4": [Timing((0.001,))]}).axes
     assert legend(axes) == ["int4"]
 
 
@@ -180,7 +181,7 @@ def test_bytes_parts_stack_in_the_order_given_and_write_the_sum() -> None:
         "float16": {"codes": 0.0, "metadata": 0.0, "full-precision tokens": 16.0},
         "int4": {"codes": 3.5, "metadata": 0.5, "full-precision tokens": 1.0},
     }
-    (axes,) = plots.bytes_parts(rows).axes
+    (axes,) = figures.bytes_parts(rows).axes
     drawn = {bars.get_label(): [(bar.get_x(), bar.get_width()) for bar in bars] for bars in axes.containers}
     assert drawn == {
         "codes": [(0, 0), (0, 3.5)],
@@ -194,15 +195,15 @@ def test_bytes_parts_stack_in_the_order_given_and_write_the_sum() -> None:
 
 
 def test_bytes_parts_say_another_unit_and_refuse_a_part_without_a_colour() -> None:
-    (axes,) = plots.bytes_parts({"int4": {"codes": 11_520.0}}, "bytes per token").axes
+    (axes,) = figures.bytes_parts({"int4": {"codes": 11_520.0}}, "bytes per token").axes
     assert axes.get_xlabel() == "bytes per token"
     assert [text.get_text() for text in axes.texts] == ["11,520"]
     with pytest.raises(KeyError):
-        plots.bytes_parts({"int4": {"another part": 1.0}})
+        figures.bytes_parts({"int4": {"another part": 1.0}})
 
 
 def test_disagreement_puts_error_left_and_kl_right_and_marks_the_least_of_each() -> None:
-    left, right = plots.disagreement({"per token": (0.08, 0.06), "per channel": (0.09, 0.01)}).axes
+    left, right = figures.disagreement({"per token": (0.08, 0.06), "per channel": (0.09, 0.01)}).axes
     assert [bar.get_width() for bar in left.patches] == [0.08, 0.09]
     assert [bar.get_width() for bar in right.patches] == [0.06, 0.01]
     best = plots.COLORS["with cache"].lower()

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from labkit import models, quality, sizing
 from labkit.cache import Cache
+from labkit.labs.lab05.widget import Quantizing
 from labkit.llama import Llama
 from labkit.quantization import Quantizer
 from labkit.sizing import Dense, Quantized, SizeError
 from labkit.specs import ModelSpec
-from labkit.widgets import Quantizing
 
 SPEC = ModelSpec("tiny", 2, 4, 2, 32, 48, 96, 100, 512)
 

@@ -1,0 +1,1 @@
+"""Tools that the checks of every lab share, by what they look at."""

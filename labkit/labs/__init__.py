@@ -1,0 +1,1 @@
+"""The content of the course, one folder a lab: references, checks, questions, figures and its widget."""

@@ -1,0 +1,42 @@
+"""The figures draw the numbers they are given: right place, right unit, right order. All comparisons are exact."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+
+from labkit.labs.lab02 import figures
+from labkit.measure import Timing
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def widths(axes) -> list[float]:
+    return [bar.get_width() for bar in axes.patches]
+
+
+def test_time_per_token_draws_medians_and_theory_in_milliseconds() -> None:
+    timings = {"with cache": [Timing((0.01, 0.02, 0.04)), Timing((0.03,))], "without cache": [Timing((0.1,))] * 2}
+    theory = {"with cache": [0.005, 0.006], "without cache": [0.05, 0.06]}
+    (axes,) = figures.time_per_token([8, 64], timings, theory, [("a GPU", "with cache", 64, 0.002)]).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(drawn["with cache, theory"]) == [5.0, 6.0]
+    assert list(drawn["without cache, theory"]) == [50.0, 60.0]
+    assert list(drawn["a GPU"]) == [2.0]
+    measured = {part.get_label(): list(part.lines[0].get_ydata()) for part in axes.containers}
+    assert measured == {"with cache": [20.0, 30.0], "without cache": [100.0, 100.0]}
+
+
+def test_step_times_are_milliseconds_with_prefill_first() -> None:
+    (axes,) = figures.step_times([0.2, 0.01, 0.02], prompt=128).axes
+    assert [bar.get_height() for bar in axes.patches] == [200.0, 10.0, 20.0]
+
+
+def test_tokens_per_turn_shows_both_servers_turn_by_turn() -> None:
+    (axes,) = figures.tokens_per_turn([10, 20, 30], [10, 12, 14]).axes
+    heights = sorted(bar.get_height() for bar in axes.patches)
+    assert heights == [10, 10, 12, 14, 20, 30]
