@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from labkit.cache import Cache
 from labkit.ledger import Ledger, Work
-from labkit.llama import Llama
+from labkit.llama import Llama, as_numbers
 from labkit.measure import synchronize
 
 
 @dataclass(frozen=True)
-class Step:
+class Record:
     """One generated token per row, and what it took.
 
-    tokens: int `[batch]`. position: of the new token, in the row with no padding. phase: "prefill" for the first
-    token, then "decode". seconds: the step's time, the device's work included. cache_bytes: held after the step.
-    work: counted by the ledger, or None when it was not asked for.
+    tokens: int `[batch]`. live: for each row whether its token belongs to its answer, the stop token not included; a
+    row that has stopped shows the stop token from then on. position: of the new token, in the longest row. phase:
+    "prefill" for the first token, then "decode". seconds: the step's time, the device's work included. cache_bytes:
+    held after the step. work: counted by the ledger, or None when it was not asked for.
     """
 
     tokens: Tensor
+    live: tuple[bool, ...]
     position: int
     phase: str
     seconds: float
@@ -40,7 +44,13 @@ class Generation:
     """What `generate` made: `tokens`, int `[batch, new tokens]`, and the record of each step."""
 
     tokens: Tensor
-    steps: tuple[Step, ...]
+    steps: tuple[Record, ...]
+
+    @property
+    def answers(self) -> list[Tensor]:
+        """Each row's answer, int `[any]`: its tokens up to the stop token, which is none of them."""
+        live = torch.tensor([record.live for record in self.steps], device=self.tokens.device).T
+        return [row[mine] for row, mine in zip(self.tokens, live, strict=True)]
 
     @property
     def ttft(self) -> float:
@@ -74,72 +84,88 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 def stream(
     model: Llama,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     cache: Cache | None = None,
-    padding: Tensor | None = None,
+    padding: Sequence[int] | Tensor | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     stop_token: int | None = None,
     count_work: bool = False,
-) -> Iterator[Step]:
-    """Generate up to `max_new_tokens` after `tokens`, int `[batch, prompt tokens]`, one `Step` at a time.
+) -> Iterator[Record]:
+    """Generate up to `max_new_tokens` after `tokens`, int `[batch, prompt tokens]` or a list of rows, step by step.
 
     cache: with one, the first step runs `tokens` (which follow whatever the cache holds already) and every later step
-    runs one token; without, every step runs the whole sequence again.
+    runs one token of each row; without, every step runs the whole sequences again.
     padding: int `[batch]`, left padding of each row. temperature: 0 takes the likeliest token; otherwise a draw from
     `softmax(logits / temperature)`, the same on every device for one `seed`.
-    stop_token: ends the generation once every row has produced it. count_work: fill in `Step.work`.
+    stop_token: ends the row that produces it, and the generation with the last row. A row that has ended runs no more,
+    unless its cache keeps all rows equally long: it then runs stop tokens, which nobody sees.
+    count_work: fill in `Record.work`. Raises ValueError for what cannot be.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more; got {temperature}")
-    tokens = tokens.to(model.device)
-    padding = None if padding is None else padding.to(model.device)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, and finite; got {temperature}")
     generator = torch.Generator().manual_seed(seed) if temperature else None
-    held = 0 if cache is None else cache.seq_len
-    sequence, done = tokens, torch.zeros(len(tokens), dtype=torch.bool, device=model.device)
     counter = Ledger(model.kv_weights()) if count_work else None
+    sequence = tokens.to(model.device) if isinstance(tokens, Tensor) else [row.to(model.device) for row in tokens]
+    rows_may_rest = cache is None or all(layer.takes_ragged for layer in cache.layers)
+    start = (0 if cache is None else cache.seq_len) + max((len(row) for row in sequence), default=0)
+    live = running = [True] * len(sequence)
+    fed, said = sequence, padding
     for index in range(max_new_tokens):
-        first = index == 0
-        fed = sequence if first or cache is None else sequence[:, -1:]
-        said = padding if first or cache is None else None
-        new, seconds, work = timed_step(model, fed, cache, said, counter, temperature, generator)
-        sequence = torch.cat((sequence, new[:, None]), dim=1)
-        yield Step(
+        chosen, seconds, work = timed_step(model, fed, cache, said, counter, temperature, generator)
+        new = chosen.new_full((len(live),), 0 if stop_token is None else stop_token)
+        new[torch.tensor(running, device=new.device)] = chosen
+        live = [was and token != stop_token for was, token in zip(live, new.tolist(), strict=True)]
+        if stop_token is not None:
+            new[~torch.tensor(live, device=new.device)] = stop_token
+        yield Record(
             tokens=new,
-            position=held + sequence.shape[1] - 1,
-            phase="prefill" if first else "decode",
+            live=tuple(live),
+            position=start + index,
+            phase="decode" if index else "prefill",
             seconds=seconds,
             cache_bytes=0 if cache is None else cache.nbytes,
             work=work,
         )
-        if stop_token is not None:
-            done |= new == stop_token
-            if bool(done.all()):
-                return
+        if not any(live):
+            return
+        if rows_may_rest:
+            running = live
+        if cache is not None:
+            fed, said = (new[:, None] if all(running) else rests(new[:, None], running)), None
+            continue
+        joined = [torch.cat((row, token[None])) for row, token in zip(sequence, new, strict=True)]
+        sequence = torch.stack(joined) if isinstance(sequence, Tensor) else joined
+        fed = sequence
+        if not all(running):  # rows of their own lengths need no padding
+            bare = [row[skip:] for row, skip in zip(joined, as_numbers(padding) or [0] * len(joined), strict=True)]
+            fed, said = rests(bare, running), None
+
+
+def rests(rows: Tensor | Sequence[Tensor], running: Sequence[bool]) -> list[Tensor]:
+    """The rows that run, and nothing of the others."""
+    return [row if runs else row[:0] for row, runs in zip(rows, running, strict=True)]
 
 
 def timed_step(
     model: Llama,
-    tokens: Tensor,
+    tokens: Tensor | list[Tensor],
     cache: Cache | None,
-    padding: Tensor | None,
+    padding: Sequence[int] | Tensor | None,
     counter: Ledger | None,
     temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, float, Work | None]:
-    """One pass of the model and the choice of the next token: `(tokens, seconds, work)`."""
+    """One pass of the model and the choice of the next token of each row that runs: `(tokens, seconds, work)`."""
     synchronize(model.device)
     start = time.perf_counter()
     before = counter.work.copy() if counter else None
     with torch.inference_mode():  # saves the bookkeeping that even no_grad does for views, 7% of a decode step
-        if counter:
-            with counter:
-                logits = model(tokens, cache, padding=padding, last_only=True)
-        else:
+        with counter or nullcontext():
             logits = model(tokens, cache, padding=padding, last_only=True)
         new = choose(logits[:, -1], temperature, generator)
     new = new.clone()  # an ordinary tensor again, that a learner may change in place
@@ -147,7 +173,7 @@ def timed_step(
     return new, time.perf_counter() - start, counter.work - before if counter and before else None
 
 
-def generate(model: Llama, tokens: Tensor, max_new_tokens: int, **options) -> Generation:
+def generate(model: Llama, tokens: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Generation:
     """All of `stream` at once; it takes the same options."""
     steps = tuple(stream(model, tokens, max_new_tokens, **options))
     return Generation(torch.stack([step.tokens for step in steps], dim=1), steps)

@@ -20,8 +20,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from labkit.attention import causal_mask
+from labkit.attention import Constants, causal_mask
 from labkit.cache import Cache, LayerCache
+from labkit.cache.step import rectangle
 
 
 class WrappedLayer(CacheLayerMixin):
@@ -66,7 +67,6 @@ class WrappedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, counters and padding included."""
         self.layer.reset()
-        self.layer.padding = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
@@ -131,14 +131,15 @@ def labkit_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if kwargs.get("s_aux") is not None:
         raise ValueError("labkit's caches know no learned attention sinks (s_aux): use wrap(cache) without the model")
-    layer.scale, layer.window, layer.soft_cap = scaling, sliding_window, softcap
-    layer.padding = None
+    layer.constants, padding = Constants(scaling, sliding_window, softcap), ()
     if attention_mask is not None:
         # All layers of a kind get the same mask: it is looked through once.
         if not hasattr(attention_mask, "labkit_padding"):
             attention_mask.labkit_padding = left_padding(attention_mask, sliding_window)  # type: ignore[attr-defined]
-        layer.padding = attention_mask.labkit_padding  # type: ignore[attr-defined]
-    return layer.attend(query).transpose(1, 2), None
+        padding = attention_mask.labkit_padding.tolist()  # type: ignore[attr-defined]
+    new = query.shape[2]
+    step = rectangle(query.shape[0], new, [length - new for length in layer.lengths], padding)
+    return layer.attend(query, step).transpose(1, 2), None
 
 
 def left_padding(attention_mask: Tensor, window: int | None) -> Tensor:
@@ -168,7 +169,7 @@ def wrap(cache: Cache, model: transformers.PreTrainedModel | None = None) -> Wra
     read packed. The model's attention implementation becomes "labkit", which serves other caches as "sdpa" does.
     Raises ValueError when padding was said to `cache`: transformers takes it as `attention_mask`.
     """
-    if cache.padding is not None:
+    if cache.padding:
         raise ValueError("give transformers an attention_mask instead of padding: reset() the cache first")
     if model is not None:
         AttentionInterface.register("labkit", labkit_attention)

@@ -123,7 +123,7 @@ class Ledger(TorchFunctionMode):
             self.work.scores += query[..., 0].numel() * key.shape[-2]
             self.work.bytes_read += unique_bytes(key) + unique_bytes(value)
         elif name in PACKED:
-            query, key, value = args
+            query, key, value = args[:3]
             dense = [x for pair in (kwargs["before"], kwargs["after"]) if pair is not None for x in pair]
             tokens = key.num_tokens + sum(x.shape[2] for x in dense) // 2
             self.work.scores += query[..., 0].numel() * tokens

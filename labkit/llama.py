@@ -7,14 +7,15 @@ reads every weight once, so fewer and larger reads are all the tuning there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.attention import fused_attention
-from labkit.cache import Cache, LayerCache
+from labkit.attention import Constants, fused_attention
+from labkit.cache import Cache, LayerCache, Step
 from labkit.prepacked import PrepackedLinear, can_prepack
 from labkit.specs import ModelSpec
 
@@ -47,23 +48,37 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        self.head_dim, self.window = spec.head_dim, spec.window
+        self.head_dim, self.constants = spec.head_dim, Constants(window=spec.window)
         self.qkv = nn.Linear(spec.hidden_size, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
         self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, step: Step) -> Tensor:
         """Mix `x`, `[batch, new_tokens, hidden_size]`, with what the cache holds; `cos`, `sin` come from `angles`."""
-        batch, new_tokens, _ = x.shape
+        qkv = self.project(x)
         num_heads, num_kv_heads, _ = self.heads
-        qkv = self.qkv(x).view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
         qk = rotate(qkv[:, : num_heads + num_kv_heads], cos, sin)
         q, k, v = qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
         if cache is None:
-            mixed = fused_attention(q, k, v, padding=padding, window=self.window)
-        else:
-            cache.append(k, v)
-            mixed = cache.attend(q)
-        return self.out(mixed.transpose(1, 2).reshape(batch, new_tokens, num_heads * self.head_dim))
+            return self.merge(attend_alone(q, k, v, self.constants, step))
+        cache.append(k, v, step)
+        return self.merge(cache.attend(q, step))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Q, K and V of `x`, not rotated, `[batch, all heads, new_tokens, head_dim]`: a view of one product."""
+        batch, new_tokens, _ = x.shape
+        return self.qkv(x).view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """What attention gave, `[batch, num_heads, new_tokens, head_dim]`, as `[batch, new_tokens, hidden_size]`."""
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def attend_alone(q: Tensor, k: Tensor, v: Tensor, constants: Constants, step: Step) -> Tensor:
+    """Attention of tokens that nothing came before, laid out as `step` says."""
+    if step.is_rectangle:
+        return fused_attention(q, k, v, constants, step.visible)
+    rows = zip(*(step.split(x, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([fused_attention(q, k, v, constants) for q, k, v in rows if q.shape[2]], dim=2)
 
 
 class MLP(nn.Module):
@@ -90,9 +105,13 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = MLP(spec)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, step: Step) -> Tensor:
         """The residual stream after this layer, `[batch, new_tokens, hidden_size]`."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, padding)
+        return self.around(x, lambda normed: self.attention(normed, cos, sin, cache, step))
+
+    def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same with any attention of the normed stream."""
+        x = x + attend(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -128,40 +147,53 @@ class Llama(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[Tensor],
         cache: Cache | None = None,
         *,
-        padding: Tensor | None = None,
+        padding: Sequence[int] | Tensor | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """Logits `[batch, new_tokens, vocab_size]` of `tokens`, int `[batch, new_tokens]`.
 
-        cache: what came before; the new tokens' K and V are appended to it.
-        padding: int `[batch]`, left padding of each row; with a cache it is given with the first tokens only.
-        last_only: logits of the last token alone, `[batch, 1, vocab_size]`, all that decoding needs.
+        tokens: or a list of rows, int `[any]` each, an empty one for a row that gets none: they run end to end, with no
+        padding in between, and the logits are a list of `[tokens of the row, vocab_size]`.
+        cache: what came before; the new tokens' K and V are appended to it, or, whatever is raised, none of them.
+        padding: int `[batch]`, left padding of each row of a rectangle; with a cache it is said with the first tokens.
+        last_only: logits of the last token alone of each row that got any, `[rows, 1, vocab_size]`: all that decoding
+        needs.
+        Raises ValueError for what does not fit.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens are int [batch, new_tokens], at least one token; got {list(tokens.shape)}")
-        if padding is not None and (padding.shape != tokens.shape[:1] or bool((padding < 0).any())):
-            raise ValueError(f"padding is int [{len(tokens)}], one number per row, 0 or more; got {padding.tolist()}")
+        counts, laid = laid_out(tokens, padding)
         if cache is None:
-            x = self.run(tokens, 0, [None] * len(self.blocks), padding)
+            step = Step(counts, (0,) * len(counts), as_numbers(padding))
+            out = self.logits(laid, [None] * len(self.blocks), step, last_only)
         else:
-            cache.check_fits(len(self.blocks), self.spec.window)
-            with cache.undo_on_error():
-                if padding is not None:
-                    cache.set_padding(padding)
-                x = self.run(tokens, cache.seq_len, cache.layers, cache.padding)
-        x = self.norm(x[:, -1:] if last_only else x)
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+            cache.check_fits(len(self.blocks), self.blocks[0].attention.constants)
+            with cache.step(counts, padding=padding) as step:
+                out = self.logits(laid, cache.layers, step, last_only)
+        if last_only or isinstance(tokens, Tensor):
+            return out
+        return list(step.split(out.flatten(0, 1), dim=0))
 
-    def run(self, tokens: Tensor, start: int, layers: Sequence[LayerCache | None], padding: Tensor | None) -> Tensor:
-        """The residual stream after all blocks, `[batch, new_tokens, hidden_size]`; `start`: the first new position."""
-        cos, sin = self.angles(start, tokens.shape[1], padding)
-        x = self.embedding(tokens)
+    def logits(self, tokens: Tensor, layers: Sequence[LayerCache | None], step: Step, last_only: bool) -> Tensor:
+        """Logits of tokens laid out as `step` says, laid out alike, through these layers."""
+        x = self.run(tokens, layers, step)
+        if last_only:
+            x = x[:, -1:] if step.is_rectangle else x[0, step.last_places()][:, None]
+        return self.predict(x)
+
+    def run(self, tokens: Tensor, layers: Sequence[LayerCache | None], step: Step) -> Tensor:
+        """The residual stream after all blocks, `[batch, new_tokens, hidden_size]`."""
+        cos, sin = self.angles(step.positions(self.device))
+        x = self.embedding(tokens.to(self.device))
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, cos, sin, layer, padding)
+            x = block(x, cos, sin, layer, step)
         return x
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits `[..., vocab_size]` of the residual stream `[..., hidden_size]`."""
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def cache(self, capacity: int | None = None) -> Cache:
         """An empty cache for this model: with room for `capacity` tokens per row, or a growing one without."""
@@ -169,16 +201,13 @@ class Llama(nn.Module):
             return Cache.growing(self.spec.num_layers, window=self.spec.window)
         return Cache.preallocated(self.spec.num_layers, capacity, window=self.spec.window)
 
-    def angles(self, start: int, new_tokens: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of each new position, `[batch or 1, 1, new_tokens, head_dim]`, in the model's dtype.
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of each position, `[rows, 1, new_tokens, head_dim]`, in the model's dtype.
 
-        A pair (a, b) turns to (a cos - b sin, b cos + a sin), so the first half of `sin` is negative. The first real
-        token of a padded row stands at position 0.
+        position: int `[rows, new_tokens]`. A pair (a, b) turns to (a cos - b sin, b cos + a sin), so the first half of
+        `sin` is negative.
         """
         self.frequencies = self.frequencies.to(self.device)
-        position = torch.arange(start, start + new_tokens, device=self.device)[None, :]
-        if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)
         angle = position[:, None, :, None] * self.frequencies
         cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -217,6 +246,38 @@ class Llama(nn.Module):
         if unused:
             raise ValueError(f"no place here for {', '.join(sorted(unused)[:3])}: is the spec another model's?")
         return self
+
+
+def laid_out(
+    tokens: Tensor | Sequence[Tensor], padding: Sequence[int] | Tensor | None
+) -> tuple[tuple[int, ...], Tensor]:
+    """How many new tokens each row has, and all of them as a model runs them: a rectangle, or end to end in one row."""
+    if isinstance(tokens, Tensor):
+        if tokens.dim() != 2 or 0 in tokens.shape or tokens.is_floating_point():
+            raise ValueError(
+                f"tokens are int [batch, new_tokens], at least one token; got {tokens.dtype} {list(tokens.shape)}"
+            )
+        if padding is not None and (len(padding) != len(tokens) or min(as_numbers(padding)) < 0):
+            raise ValueError(
+                f"padding is int [{len(tokens)}], one number per row, 0 or more; got {list(as_numbers(padding))}"
+            )
+        return (tokens.shape[1],) * len(tokens), tokens
+    rows = [torch.as_tensor(row) for row in tokens]
+    if not rows or any(row.dim() != 1 or (len(row) and row.is_floating_point()) for row in rows):
+        raise ValueError(f"rows of tokens are int [any] each; got {[list(row.shape) for row in rows]}")
+    if padding is not None:
+        raise ValueError("rows of their own lengths need no padding: give a rectangle, or rows and no padding")
+    counts = tuple(len(row) for row in rows)
+    if max(counts) == 0:
+        raise ValueError("there are no tokens: every row is empty")
+    ends = torch.stack(rows) if len(set(counts)) == 1 else torch.cat([row for row in rows if len(row)])[None]
+    return counts, ends
+
+
+def as_numbers(padding: Sequence[int] | Tensor | None) -> tuple[int, ...]:
+    """Padding by row as plain numbers; empty where there is none."""
+    numbers = () if padding is None else padding.tolist() if isinstance(padding, Tensor) else padding
+    return tuple(numbers)
 
 
 def hf_names(name: str) -> list[str]:

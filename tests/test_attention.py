@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.attention import attention, causal_mask, fused_attention, online_attention
+from labkit.attention import (
+    PLAIN,
+    Constants,
+    Visibility,
+    attention,
+    causal_mask,
+    fused_attention,
+    online_attention,
+)
+from tests.attending import how
 from tests.bounds import attention_bound
 
 THREE = [attention, online_attention, fused_attention]
@@ -82,16 +91,16 @@ def test_each_function_agrees_with_a_loop_over_single_numbers(call):
     (q, k, v), options = call
     expected, bound = loop_attention(q, k, v, **options), attention_bound(q, k, v, scale=options["scale"])
     for function in THREE:
-        torch.testing.assert_close(function(q, k, v, **options), expected, rtol=0, atol=bound)  # bounded
+        torch.testing.assert_close(function(q, k, v, *how(q, k, **options)), expected, rtol=0, atol=bound)  # bounded
 
 
 @settings(max_examples=30, deadline=None)
 @given(calls(), st.integers(1, 12))
 def test_online_attention_gives_the_same_for_any_block_size(call, block_size):
     (q, k, v), options = call
-    got = online_attention(q, k, v, block_size=block_size, **options)
+    got = online_attention(q, k, v, *how(q, k, **options), block_size=block_size)
     bound = attention_bound(q, k, v, scale=options["scale"])
-    torch.testing.assert_close(got, attention(q, k, v, **options), rtol=0, atol=bound)  # bounded
+    torch.testing.assert_close(got, attention(q, k, v, *how(q, k, **options)), rtol=0, atol=bound)  # bounded
 
 
 @pytest.mark.parametrize("function", THREE)
@@ -111,7 +120,7 @@ def test_agrees_with_torch_over_expanded_keys_and_a_spelled_out_mask(function, q
     )
     wide_k, wide_v = (x.repeat_interleave(queries_per_kv, dim=1) for x in (k, v))
     expected = F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask[:, None])
-    got = function(q, k, v, padding=padding, window=window)
+    got = function(q, k, v, *how(q, k, padding=padding, window=window))
     torch.testing.assert_close(got, expected, rtol=0, atol=attention_bound(q, k, v))  # bounded
 
 
@@ -119,9 +128,9 @@ def test_agrees_with_torch_over_expanded_keys_and_a_spelled_out_mask(function, q
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_dtypes_stay_within_the_bound_of_float64(function, dtype):
     q, k, v = tensors(2, 2, 3, 5, 33, 16, dtype=dtype)
-    got = function(q, k, v, padding=torch.tensor([0, 4]))
+    got = function(q, k, v, *how(q, k, padding=[0, 4]))
     assert got.dtype == dtype
-    expected = attention(q.double(), k.double(), v.double(), padding=torch.tensor([0, 4]))
+    expected = attention(q.double(), k.double(), v.double(), *how(q, k, padding=[0, 4]))
     # Bounded: scores and weights are rounded to the dtype, so its eps governs the sums too.
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=attention_bound(q, k, v, sums=dtype))
 
@@ -132,10 +141,11 @@ def test_narrow_dtypes_stay_within_the_bound_of_float64(function, dtype):
 def test_a_sequence_in_chunks_gives_the_rows_of_one_pass(function, cuts, window):
     q, k, v = tensors(2, 2, 2, 21, 21, 8)
     padding = torch.tensor([0, 3])
-    whole = function(q, k, v, padding=padding, window=window)
+    whole = function(q, k, v, *how(q, k, padding=padding, window=window))
     edges = [0, *sorted(cuts), 21]
     for start, end in pairwise(edges):
-        part = function(q[:, :, start:end], k[:, :, :end], v[:, :, :end], padding=padding, window=window)
+        some = q[:, :, start:end]
+        part = function(some, k[:, :, :end], v[:, :, :end], *how(some, end, padding=padding, window=window))
         torch.testing.assert_close(part, whole[:, :, start:end], rtol=0, atol=attention_bound(q, k, v))  # bounded
 
 
@@ -144,7 +154,7 @@ def test_a_sequence_in_chunks_gives_the_rows_of_one_pass(function, cuts, window)
 @pytest.mark.parametrize("new_tokens", [1, 5])
 def test_a_row_that_is_all_padding_gives_zeros(function, dtype, new_tokens):
     q, k, v = tensors(2, 2, 3, new_tokens, 5, 8, dtype=dtype)
-    out = function(q, k, v, padding=torch.tensor([5, 0]))
+    out = function(q, k, v, *how(q, k, padding=[5, 0]))
     assert torch.equal(out[0], torch.zeros_like(out[0]))  # exact
     assert out[1].isfinite().all()
     assert out[1].abs().min() > 0
@@ -157,9 +167,9 @@ def test_fused_attention_gives_zeros_also_where_the_devices_kernel_gives_nan(mon
 
     q, k, v = tensors(2, 2, 3, 2, 5, 8)
     padding = torch.tensor([5, 1])
-    expected = attention(q, k, v, padding=padding)
+    expected = attention(q, k, v, *how(q, k, padding=padding))
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    got = fused_attention(q, k, v, padding=padding)
+    got = fused_attention(q, k, v, *how(q, k, padding=padding))
     torch.testing.assert_close(got, expected, rtol=0, atol=attention_bound(q, k, v))  # bounded
 
 
@@ -167,14 +177,14 @@ def test_fused_attention_gives_zeros_also_where_the_devices_kernel_gives_nan(mon
 def test_a_nan_that_a_query_may_see_is_not_hidden(function):
     q, k, v = tensors(1, 1, 2, 3, 3, 4)
     k[0, 0, 1] = float("nan")
-    out = function(q, k, v, padding=torch.tensor([0]))
+    out = function(q, k, v, *how(q, k, padding=[0]))
     assert out[:, :, 1:].isnan().all()
 
 
 def test_weights_sum_to_one_over_the_keys_a_query_may_see_and_are_zero_elsewhere():
     q, k, v = tensors(2, 2, 2, 6, 9, 8)
     padding = torch.tensor([0, 2])
-    out, weights = attention(q, k, v, padding=padding, window=4, return_weights=True)
+    out, weights = attention(q, k, v, *how(q, k, padding=padding, window=4), return_weights=True)
     allowed = torch.tensor(
         [[[may_see(b, i, j, 6, 9, True, padding, 4) for j in range(9)] for i in range(6)] for b in range(2)]
     )
@@ -212,7 +222,7 @@ class LargestResult(TorchDispatchMode):
 def test_keys_and_values_are_never_expanded_to_the_query_heads(function, new_tokens, padding):
     q, k, v = (x.clone() for x in tensors(2, 2, 8, new_tokens, 50, 64, dtype=torch.float32))
     with LargestResult() as seen:
-        function(q, k, v, padding=padding)
+        function(q, k, v, *how(q, k, padding=padding))
     assert 0 < seen.largest <= k.numel()  # expanded they have 8 times as many entries
 
 
@@ -243,21 +253,90 @@ class TestErrors:
         with pytest.raises(ValueError, match="3 queries but only 2 keys"):
             function(q, k[:, :, :2], v[:, :, :2])
 
-    def test_a_window_without_a_causal_mask(self, function):
-        with pytest.raises(ValueError, match="needs causal=True"):
-            function(*tensors(1, 1, 1, 2, 2, 4), causal=False, window=2)
+    def test_a_visibility_of_another_call(self, function):
+        q, k, v = tensors(2, 1, 1, 2, 3, 4)
+        others = {
+            "2 queries and 3 keys in 3 rows": Visibility.newest(2, 3, [0, 0, 1]),
+            "1 queries and 3 keys": Visibility.newest(1, 3),
+            "2 queries and 2 keys": Visibility.newest(2, 2),
+        }
+        for words, visible in others.items():
+            with pytest.raises(ValueError, match=words):
+                function(q, k, v, PLAIN, visible)
 
-    def test_a_window_of_nothing(self, function):
-        with pytest.raises(ValueError, match="at least 1; got 0"):
-            function(*tensors(1, 1, 1, 2, 2, 4), window=0)
 
-    def test_padding_for_another_batch(self, function):
-        with pytest.raises(ValueError, match="one number per row"):
-            function(*tensors(2, 1, 1, 2, 2, 4), padding=torch.tensor([0, 0, 1]))
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"causal": False, "window": 2}, "needs causal=True"),
+        ({"window": 0}, "at least 1; got 0"),
+        ({"window": 1.5}, "a whole number; got 1.5"),
+        ({"scale": math.nan}, "a finite number; got nan"),
+        ({"soft_cap": 0.0}, "a finite number above 0; got 0.0"),
+        ({"soft_cap": math.inf}, "a finite number above 0; got inf"),
+    ],
+)
+def test_constants_that_cannot_be_are_refused_when_they_are_said(constants, message):
+    with pytest.raises(ValueError, match=message):
+        Constants(**constants)
 
-    def test_padding_that_is_a_mask_of_floats(self, function):
-        with pytest.raises(ValueError, match="padding is int"):
-            function(*tensors(2, 1, 1, 2, 2, 4), padding=torch.zeros(2))
+
+@pytest.mark.parametrize("padding", [[0, -1], [0.5, 1]])
+def test_padding_that_counts_nothing_is_refused(padding):
+    with pytest.raises(ValueError, match="whole numbers, 0 or more"):
+        Visibility.newest(2, 4, padding)
+
+
+@st.composite
+def rows_of_any_length(draw):
+    """Padding and length of each row, and how many of its tokens are new."""
+    new = draw(st.integers(1, 4))
+    lengths = draw(st.lists(st.integers(new, 9), min_size=1, max_size=4))
+    return new, lengths, [draw(st.integers(0, length)) for length in lengths]
+
+
+def seen_by(visible, constants, like):
+    """The mask of each row, where there is none all True."""
+    mask = visible.mask(constants)
+    return torch.ones_like(like) if mask is None else mask[:, 0].expand_as(like)
+
+
+class TestVisibility:
+    """Exact: which pairs may see each other is told one pair at a time."""
+
+    @given(rows_of_any_length(), st.none() | st.integers(1, 12), st.data())
+    def test_mask_bounds_and_parts_agree_with_the_rules_pair_by_pair(self, rows, window, data):
+        new, lengths, padding = rows
+        kv_len = max(lengths)
+        visible = Visibility(
+            new, kv_len, tuple(n - new - p for n, p in zip(lengths, padding, strict=True)), tuple(-p for p in padding)
+        )
+        expected = torch.tensor(
+            [
+                [[may_see(0, i, j, new, n, True, [p], window) for j in range(kv_len)] for i in range(new)]
+                for n, p in zip(lengths, padding, strict=True)
+            ]
+        )
+        constants = Constants(window=window)
+        assert torch.equal(seen_by(visible, constants, expected), expected)
+        start = data.draw(st.integers(0, kv_len - 1))
+        stop = data.draw(st.integers(start + 1, kv_len))
+        part = visible.of_keys(start, stop)
+        assert torch.equal(seen_by(part, constants, expected[:, :, start:stop]), expected[:, :, start:stop])
+        assert part.meets(constants) or not expected[:, :, start:stop].any()
+        assert not expected[:, :, : visible.unseen(constants)].any()
+        if new == 1:
+            first, end = visible.bounds(constants, len(lengths), "cpu")
+            index = torch.arange(kv_len)
+            between = (index >= first[:, None]) & (index < end[:, None])
+            assert torch.equal(between, expected[:, 0])
+
+    def test_keys_whose_positions_are_not_their_indices_are_seen_by_position(self):
+        held = torch.tensor([[0, 1, 7, 8, 9], [0, 3, 4, 5, 9]])  # of ten tokens five are left
+        visible = Visibility(1, 5, (9,), key_position=held)
+        mask = visible.mask(Constants(window=3))
+        assert mask[:, 0, 0].tolist() == [[False, False, True, True, True], [False, False, False, False, True]]
+        assert visible.mask(Constants())[:, 0, 0].all()
 
 
 def test_a_block_of_no_tokens_is_an_error():

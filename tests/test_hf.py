@@ -189,7 +189,7 @@ class TestErrors:
 
     def test_padding_said_to_the_labkit_cache(self):
         cache = Cache.growing(LAYERS)
-        cache.set_padding(torch.tensor([1]))
+        cache.padding = (1,)
         with pytest.raises(ValueError, match="attention_mask instead of padding"):
             wrap(cache)
 

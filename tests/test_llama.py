@@ -161,7 +161,7 @@ class TestWithACache:
         cache = model.cache(capacity=TOKENS)
         with pytest.raises(ValueError, match="more do not fit"):
             model(prompt(2, tokens=TOKENS + 1), cache, padding=torch.tensor([0, 9]))
-        assert (cache.seq_len, cache.padding, cache.nbytes) == (0, None, 0)
+        assert (cache.seq_len, cache.padding, cache.nbytes) == (0, (), 0)
         again = model(prompt(2), cache)
         assert torch.equal(again, model(prompt(2), model.cache(capacity=TOKENS)))  # exact
 
@@ -200,6 +200,104 @@ class TestWithACache:
         cache = model.cache(capacity=32)
         model(prompt(4), cache)
         assert cache.nbytes == 2 * 3 * 4 * 2 * 32 * 8 * 4  # K and V, layers, batch, KV heads, tokens, head_dim, bytes
+
+
+class TestRowsOfAnyLength:
+    """Rows without padding, chunks and single tokens in one step, against each row alone."""
+
+    @pytest.mark.parametrize("name", ["llama", "mistral, window 6", "qwen2"])
+    @pytest.mark.parametrize("cached", ["growing", "preallocated", "none"])
+    def test_each_row_has_the_logits_it_has_alone(self, pairs, name, cached):
+        _, model = pairs(name)
+        lengths = [[3, 11, 1, 7], [1, 1, 1, 1], [4, 0, 1, 1], [0, 1, 0, 5], [1, 1, 1, 1]]
+        cache = {"growing": model.cache(), "preallocated": model.cache(64), "none": None}[cached]
+        rows = [prompt(1, tokens=20, seed=row)[0] for row in range(4)]
+        alone = [model(row[None])[0] for row in rows]
+        at = [0] * 4
+        for counts in lengths:
+            start = at if cache is not None else [0] * 4
+            at = [a + n for a, n in zip(at, counts, strict=True)]
+            got = model([row[a:b] for row, a, b in zip(rows, start, at, strict=True)], cache)
+            assert [len(logits) for logits in got] == [b - a for a, b in zip(start, at, strict=True)]
+            for mine, other, a, b in zip(got, alone, start, at, strict=True):
+                assert b == a or distance(mine, other[a:b], None) < BAR
+        if cache is not None:
+            assert cache.lengths == tuple(at)
+
+    def test_last_only_gives_the_rows_that_got_tokens(self, pairs):
+        _, model = pairs("llama")
+        rows = [prompt(1, tokens=n, seed=n)[0] for n in (4, 9)]
+        last = model([rows[0], rows[0][:0], rows[1]], last_only=True)
+        assert last.shape == (2, 1, VOCAB)
+        for mine, row in zip(last, rows, strict=True):
+            assert distance(mine, model(row[None])[0, -1:], None) < BAR
+
+    def test_no_product_runs_over_anything_but_tokens(self, pairs):
+        _, model = pairs("llama")
+        seen = []
+        model.blocks[0].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2].numel()))
+        model([prompt(1, tokens=n)[0] for n in (3, 12, 1)], model.cache())
+        model.blocks[0].mlp._forward_hooks.clear()
+        assert seen == [16]
+
+    def test_a_padded_rectangle_goes_on_in_rows(self, pairs):
+        _, model = pairs("llama")
+        tokens, cache = prompt(2, tokens=9), model.cache()
+        model(tokens, cache, padding=[0, 4])
+        new = [prompt(1, tokens=n, seed=5 + n)[0] for n in (3, 1)]
+        got = model(new, cache)
+        for row, left in enumerate((0, 4)):
+            alone = model(torch.cat((tokens[row, left:], new[row]))[None])[0]
+            assert distance(got[row], alone[-len(new[row]) :], None) < BAR
+
+    @pytest.mark.parametrize(
+        ("rows", "padding", "message"),
+        [
+            ([], None, "rows of tokens are int"),
+            ([torch.zeros(1, 2, dtype=torch.long)], None, "rows of tokens are int"),
+            ([torch.zeros(0, dtype=torch.long)], None, "every row is empty"),
+            ([torch.tensor([0.5])], None, "rows of tokens are int"),
+            ([torch.tensor([1]), torch.tensor([1, 2])], [0, 1], "need no padding"),
+        ],
+    )
+    def test_rows_that_cannot_be(self, pairs, rows, padding, message):
+        with pytest.raises(ValueError, match=message):
+            pairs("llama")[1](rows, padding=padding)
+
+    def test_a_cache_of_another_batch_is_refused_and_untouched(self, pairs):
+        _, model = pairs("llama")
+        cache = model.cache()
+        model(prompt(2), cache)
+        with pytest.raises(ValueError, match="holds batch 2; the new tokens have batch 3"):
+            model(prompt(3), cache)
+        assert cache.lengths == (TOKENS, TOKENS)
+
+
+def test_an_error_in_the_head_takes_the_tokens_back(pairs, monkeypatch):
+    _, model = pairs("llama")
+    cache, tokens = model.cache(), prompt(2)
+
+    def out_of_memory(x):
+        raise MemoryError
+
+    monkeypatch.setattr(model.norm, "forward", out_of_memory)
+    with pytest.raises(MemoryError):
+        model(tokens, cache)
+    monkeypatch.undo()
+    assert (cache.seq_len, cache.nbytes) == (0, 0)
+    assert torch.equal(model(tokens, cache), model(tokens, model.cache()))  # exact
+
+
+@pytest.mark.parametrize("keep", [0, 2, 5])
+def test_what_a_truncated_padded_cache_goes_on_with_is_no_padding(pairs, keep):
+    _, model = pairs("llama")
+    tokens, cache = prompt(2, tokens=9), model.cache()
+    model(tokens, cache, padding=[0, 3])
+    cache.truncate(keep)
+    got = model(tokens, cache)
+    for row, left in enumerate((0, min(3, keep))):
+        alone = model(torch.cat((tokens[row, left:keep], tokens[row]))[None])[0]
+        assert distance(got[row], alone[-9:], None) < BAR
 
 
 class TestErrors:
@@ -264,8 +362,8 @@ def test_rotary_angles_stay_float32_in_a_bfloat16_model(pairs):
     _, model = pairs("llama")
     narrow = Llama(model.spec).to(torch.bfloat16)
     assert narrow.frequencies.dtype == torch.float32
-    cos, _ = narrow.angles(200, 1, None)
-    exact, _ = model.angles(200, 1, None)
+    cos, _ = narrow.angles(torch.tensor([[200]]))
+    exact, _ = model.angles(torch.tensor([[200]]))
     assert cos.dtype == torch.bfloat16
     # Bounded: one rounding to bfloat16, of a number that is at most 1.
     torch.testing.assert_close(cos.float(), exact, rtol=0, atol=torch.finfo(torch.bfloat16).eps / 2)

@@ -8,5 +8,6 @@ from labkit.cache.cache import Cache
 from labkit.cache.dense import GrowingCache, PreallocatedCache
 from labkit.cache.layer import LayerCache
 from labkit.cache.quantized import QuantizedCache
+from labkit.cache.step import Step
 
-__all__ = ["Cache", "GrowingCache", "LayerCache", "PreallocatedCache", "QuantizedCache"]
+__all__ = ["Cache", "GrowingCache", "LayerCache", "PreallocatedCache", "QuantizedCache", "Step"]

@@ -1,27 +1,42 @@
-"""A model's cache: one `LayerCache` per layer, and the position of the next token."""
+"""A model's cache: one `LayerCache` per layer, and what all layers share: where a step begins, and how it is undone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
-from labkit.cache.layer import LayerCache
+from labkit.cache.layer import LayerCache, checked_rows
 from labkit.cache.quantized import QuantizedCache
+from labkit.cache.step import Step
 
 
 class Cache:
-    """One `LayerCache` per layer, and the position of the next token."""
+    """One `LayerCache` per layer, and which tokens are padding.
+
+    padding: how many tokens at the left of each row are none; empty where no row has any. Set by `step`.
+    """
 
     def __init__(self, layers: Sequence[LayerCache]) -> None:
         if not layers:
             raise ValueError("a cache needs at least one layer")
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise ValueError("every layer needs a cache of its own: the same one was given twice")
+        if held := next((layer for layer in layers if layer.lengths), None):
+            raise ValueError(
+                f"a cache is made of empty layers, since the layers do not know which tokens are padding; a "
+                f"{type(held).__name__} holds {held.seq_len} tokens"
+            )
         self.layers = list(layers)
-        self.padding: Tensor | None = None
+        self.padding: tuple[int, ...] = ()
+        self.knows_padding = True
+        self.torn = False
 
     @classmethod
     def of(cls, num_layers: int, make_layer: Callable[[], LayerCache]) -> Cache:
@@ -44,83 +59,113 @@ class Cache:
         return cls.of(num_layers, lambda: QuantizedCache(nbits, **options))
 
     @property
-    def seq_len(self) -> int:
-        """Tokens seen so far, padding included; also the position of the next token.
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row has seen so far, padding included; empty before there are any.
 
         Raises RuntimeError when the layers disagree: whoever appended to them was interrupted half-way.
         """
-        lengths = {layer.seq_len for layer in self.layers}
-        if len(lengths) > 1:
+        if self.torn:
+            raise RuntimeError("choosing rows was interrupted, and only some layers have done it: reset() starts anew")
+        known = {layer.lengths for layer in self.layers}
+        if len(known) > 1:
+            least, most = (f(layer.seq_len for layer in self.layers) for f in (min, max))
             raise RuntimeError(
-                f"the layers hold between {min(lengths)} and {max(lengths)} tokens: a pass over them was interrupted. "
-                f"truncate({min(lengths)}) goes back to what all of them hold; reset() starts anew"
+                f"the layers hold between {least} and {most} tokens: a pass over them was interrupted. "
+                f"truncate({least}) goes back to what all of them hold; reset() starts anew"
             )
-        return lengths.pop()
+        return known.pop()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens seen so far in the longest row, padding included. Raises RuntimeError when the layers disagree."""
+        return max(self.lengths, default=0)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def check_fits(self, num_layers: int, window: int | None) -> None:
-        """Raise ValueError unless this is a cache for `num_layers` layers of attention with this `window`."""
+    def check_fits(self, num_layers: int, constants: Constants) -> None:
+        """Raise ValueError unless this is a cache for `num_layers` layers of attention with these `constants`."""
         if len(self.layers) != num_layers:
             raise ValueError(f"the cache has {len(self.layers)} layers, the model {num_layers}")
         for index, layer in enumerate(self.layers):
-            if layer.window != window:
+            if replace(layer.constants, causal=True) != constants:  # a recording cache may switch it off
                 raise ValueError(
-                    f"layer {index} of the cache was made with window={layer.window}, the model attends with "
-                    f"window={window}: make the cache with model.cache()"
+                    f"layer {index} of the cache was made with {told(layer.constants)}, the model attends with "
+                    f"{told(constants)}: make the cache with model.cache()"
                 )
 
-    def set_padding(self, padding: Tensor | None) -> None:
-        """Say, before the first append, how many tokens at the left of each row are padding: int `[batch]`."""
-        if self.seq_len:
-            raise ValueError("padding is said once per batch, before the first append: reset() the cache first")
-        self._set_padding(padding)
+    @contextmanager
+    def step(self, counts: Sequence[int], *, padding: Sequence[int] | Tensor | None = None) -> Iterator[Step]:
+        """One pass over the layers, all or nothing: its `Step`, for every layer's `append` and `attend`.
 
-    def _set_padding(self, padding: Tensor | None) -> None:
-        self.padding = padding
-        for layer in self.layers:
-            layer.padding = padding
+        counts: new tokens of each row. padding: how many tokens at the left of each row are none, said with the first
+        tokens. Whatever is raised inside the `with`, an interrupt included, the layers are afterwards exactly what they
+        were. The counters stay: the work was done. Raises ValueError for what cannot be.
+        """
+        lengths = self.lengths or (0,) * len(counts)
+        if len(lengths) != len(counts):
+            raise ValueError(f"the cache holds batch {len(lengths)}; the new tokens have batch {len(counts)}")
+        before = self.padding, self.knows_padding
+        if padding is not None:
+            if self.seq_len:
+                raise ValueError("padding is said once per batch, with its first tokens: reset() the cache first")
+            numbers = padding.tolist() if isinstance(padding, Tensor) else padding
+            padding = tuple(numbers) if any(numbers) else ()
+        elif not self.knows_padding:
+            raise ValueError(
+                "transformers filled this cache and did not say which tokens are padding: set cache.padding, one "
+                "number per row, and cache.knows_padding = True; or reset() the cache"
+            )
+        step = Step(tuple(counts), lengths, self.padding if padding is None else padding)
+        marks = [layer.mark() for layer in self.layers]
+        try:
+            self.padding = step.padding
+            yield step
+        except BaseException:
+            for layer, mark in zip(self.layers, marks, strict=True):
+                layer.restore(mark)
+            self.padding, self.knows_padding = before
+            raise
 
     def truncate(self, seq_len: int) -> None:
-        """Forget every token from position `seq_len` on: for a conversation whose last part changes."""
+        """Forget every token from place `seq_len` on, in every row: for a conversation whose last part changes."""
         min(self.layers, key=lambda layer: layer.seq_len).check_length(seq_len)
         for layer in self.layers:
             layer.truncate(seq_len)
-
-    @contextmanager
-    def undo_on_error(self) -> Iterator[None]:
-        """Take back what was appended inside the `with` if it ends in an error or an interrupt: all layers or none.
-
-        The counters stay: the work was done.
-        """
-        start, padding = self.seq_len, self.padding
-        try:
-            yield
-        except BaseException:
-            for layer in self.layers:
-                if layer.seq_len > start:
-                    layer.truncate(start)
-            self._set_padding(padding)
-            raise
+        self.padding = tuple(min(p, seq_len) for p in self.padding) if seq_len else ()
+        self.knows_padding |= seq_len == 0
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row `i` of the batch becomes what row `rows[i]` was."""
+        """Row `i` of the batch becomes what row `rows[i]` was.
+
+        Bad rows change nothing. Where it is interrupted (memory runs out, say), some layers have the new rows and some
+        the old: the cache then raises RuntimeError until `reset`.
+        """
+        if not self.lengths:
+            return
+        chosen = checked_rows(rows, len(self.lengths))
+        self.torn = True
         for layer in self.layers:
             layer.select_rows(rows)
-        if self.padding is not None:
-            self._set_padding(self.padding[rows.to(self.padding.device, torch.long)])
+        self.padding = tuple(self.padding[row] for row in chosen) if self.padding else ()
+        self.torn = False
 
     def reset(self) -> None:
         """Forget everything, padding and counters included."""
         for layer in self.layers:
             layer.reset()
-        self._set_padding(None)
+        self.padding, self.knows_padding, self.torn = (), True, False
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
+
+
+def told(constants: Constants) -> str:
+    """Those that are not the default, in words."""
+    said = [f"{name}={value}" for name, value in vars(constants).items() if value != getattr(Constants(), name)]
+    return ", ".join(said) or "window=None"

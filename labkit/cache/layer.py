@@ -7,42 +7,43 @@ Tensors are `[batch, num_kv_heads, tokens, head_dim]`; dtype and device come fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.attention import fused_attention
+from labkit.attention import Constants, Visibility, attention, fused_attention
+from labkit.cache.step import Step, rectangle
+
+Observer = Callable[[Tensor], Any]
+"""Gets attention's weights, `[batch, num_heads, new_tokens, kv_len]`."""
 
 
 class LayerCache(ABC):
     """K and V of one layer.
 
-    `append` takes the new tokens' K and V; `attend` answers the newest tokens' queries over everything held. What
-    attention needs besides is said here, once: `scale` (default `head_dim ** -0.5`), `window` (tokens seen, itself
-    included) and `soft_cap`. `padding`, int `[batch]`, is set by the `Cache` that owns the layer.
+    `append` takes the new tokens' K and V; `attend` answers the newest tokens' queries over everything held. Which row
+    and place the new tokens have is said by a `Step`; without one they are a rectangle that goes on where the rows end,
+    and no token is padding. What attention needs besides is one value, `constants`, said once.
 
+    `lengths`: tokens that each row has seen, padding included; empty before there are any.
     Counters of the work done, in bytes: `bytes_written` (new K and V stored), `bytes_copied` (K and V that were held
     already and had to move), `bytes_read` (K and V that `attend` or `read` handed to attention).
     """
 
     capacity: int | None = None
     """Tokens per row that fit; None when there is no limit."""
+    takes_ragged: ClassVar[bool] = False
+    """Whether rows may differ in length."""
 
     def __init__(self, *, scale: float | None = None, window: int | None = None, soft_cap: float | None = None) -> None:
-        self.scale, self.window, self.soft_cap = scale, window, soft_cap
-        self.padding: Tensor | None = None
+        self.constants = Constants(scale, window, soft_cap)
+        self.lengths: tuple[int, ...] = ()
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
     # What a new kind of cache has to say about itself.
-
-    @property
-    @abstractmethod
-    def seq_len(self) -> int:
-        """Logical length: tokens seen so far, whether or not they are still held."""
-
-    @property
-    def physical_len(self) -> int:
-        """Tokens actually held. It differs from `seq_len` where tokens are evicted."""
-        return self.seq_len
 
     @property
     @abstractmethod
@@ -62,71 +63,201 @@ class LayerCache(ABC):
         return None if held is None else held[0]
 
     @abstractmethod
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """Store validated K and V of the new tokens."""
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Store validated K and V of the new tokens. What it did before it raised is taken back by `restore`."""
 
     @abstractmethod
-    def truncate(self, seq_len: int) -> None:
-        """Forget every token from position `seq_len` on; ValueError unless `0 <= seq_len <= self.seq_len`."""
+    def forget_from(self, seq_len: int) -> None:
+        """Let go of every token from place `seq_len` on, all of it or, where it raises, none; 0 < seq_len < longest."""
 
     @abstractmethod
-    def select_rows(self, rows: Tensor) -> None:
-        """Make row `i` of the batch what row `rows[i]` was: beam search, or a batch that changes size."""
+    def choose_rows(self, rows: Tensor) -> None:
+        """Make row `i` of the batch what row `rows[i]` was, all of it or, where it raises, none. There are tokens."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Forget everything, counters included."""
+    def forget(self) -> None:
+        """Hold nothing, and let go of the memory."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """What `restore` needs to come back to this moment exactly, whatever is appended in the meantime. Cheap."""
+
+    @abstractmethod
+    def restore(self, mark: Any) -> None:
+        """Be what the cache was when `mark` was made; the counters stay."""
 
     # What all kinds share.
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Add the K and V of new tokens, both `[batch, num_kv_heads, new_tokens, head_dim]`.
+    @property
+    def seq_len(self) -> int:
+        """Logical length of the longest row: tokens seen so far, whether or not they are still held."""
+        return max(self.lengths, default=0)
 
-        Raises ValueError, and changes nothing, when they do not fit each other or what is held.
+    @property
+    def physical_len(self) -> int:
+        """Tokens actually held in the longest row. It differs from `seq_len` where tokens are evicted."""
+        return self.seq_len
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees, its own included; None for all."""
+        return self.constants.window
+
+    def append(self, k: Tensor, v: Tensor, step: Step | None = None) -> None:
+        """Add the K and V of new tokens, both `[batch, num_kv_heads, new_tokens, head_dim]`, or as `step` has them.
+
+        Raises ValueError when they do not fit each other, the step or what is held. If it raises, nothing changes.
         """
-        self.validate(k, v)
-        self.write(k, v)
+        step = self.step_of(k, step)
+        self.validate(k, v, step)
+        mark = self.mark()
+        try:
+            self.write(k, v, step)
+            self.lengths = step.after
+        except BaseException:
+            self.restore(mark)
+            raise
         self.bytes_written += k.nbytes + v.nbytes
 
-    def validate(self, k: Tensor, v: Tensor) -> None:
+    def step_of(self, k: Tensor, step: Step | None) -> Step:
+        """`step`, by default a rectangle behind what is held; ValueError when it is another cache's."""
+        if k.dim() != 4:
+            raise ValueError(f"K and V are [batch, num_kv_heads, new_tokens, head_dim]; got {list(k.shape)}")
+        if k.shape[2] == 0:
+            raise ValueError("append got zero new tokens")
+        if step is None:
+            if self.lengths and len(self.lengths) != k.shape[0]:
+                raise ValueError(f"the cache holds batch {len(self.lengths)}; the new tokens have batch {k.shape[0]}")
+            return rectangle(k.shape[0], k.shape[2], self.lengths)
+        if step.before != (self.lengths or (0,) * step.batch):
+            raise ValueError(f"the step goes on from {list(step.before)} tokens by row; held are {list(self.lengths)}")
+        if not self.takes_ragged and not step.is_even:
+            raise ValueError(
+                f"{type(self).__name__} keeps rows of one length, and this step would make them differ: take a growing "
+                f"or preallocated cache, or pad the rows at the left"
+            )
+        return step
+
+    def validate(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Raise ValueError unless `k` and `v` can be appended."""
-        if k.dim() != 4 or k.shape != v.shape:
+        if k.shape[:3] == v.shape[:3] and k.shape[3] != v.shape[3]:
+            raise ValueError(
+                f"K has a head_dim of {k.shape[3]} and V of {v.shape[3]}: labkit's caches keep K and V of one size"
+            )
+        if k.shape != v.shape:
             raise ValueError(
                 f"append takes K and V of one shape, [batch, num_kv_heads, new_tokens, head_dim]; got {list(k.shape)} "
                 f"and {list(v.shape)}"
             )
-        if k.shape[2] == 0:
-            raise ValueError("append got zero new tokens")
         if k.dtype != v.dtype or k.device != v.device:
             raise ValueError(f"K is {k.dtype} on {k.device}, V is {v.dtype} on {v.device}: they must agree")
+        come = (step.batch if step.is_rectangle else 1, step.new_tokens)
+        if (k.shape[0], k.shape[2]) != come:
+            raise ValueError(f"the step brings {come[1]} tokens in {come[0]} rows; K is {list(k.shape)}")
         if (keys := self.template()) is None:
             return
         batch, num_kv_heads, _, head_dim = keys.shape
-        if (batch, num_kv_heads, head_dim) != (k.shape[0], k.shape[1], k.shape[3]):
+        if (batch, num_kv_heads, head_dim) != (step.batch, k.shape[1], k.shape[3]):
             raise ValueError(
                 f"the cache holds batch {batch}, {num_kv_heads} KV heads, head_dim {head_dim}; the new tokens have "
-                f"batch {k.shape[0]}, {k.shape[1]} KV heads, head_dim {k.shape[3]}"
+                f"batch {step.batch}, {k.shape[1]} KV heads, head_dim {k.shape[3]}"
             )
         if keys.dtype != k.dtype or keys.device != k.device:
             raise ValueError(
                 f"the cache holds {keys.dtype} on {keys.device}; the new tokens are {k.dtype} on {k.device}"
             )
 
-    def check_length(self, seq_len: int) -> None:
-        """Raise ValueError unless this many tokens can be kept."""
-        if not 0 <= seq_len <= self.seq_len:
-            raise ValueError(f"cannot keep {seq_len} tokens of {self.seq_len}")
-
     def read(self) -> tuple[Tensor, Tensor]:
-        """K and V of all that is held, dense."""
+        """K and V of all that is held, dense. What lies behind the end of a shorter row is no token."""
         if (held := self.held()) is None:
             raise ValueError("the cache is empty: append before you read")
         self.bytes_read += held[0].nbytes + held[1].nbytes
         return held
 
-    def attend(self, q: Tensor) -> Tensor:
-        """Causal attention of the newest tokens' queries `[batch, num_heads, new_tokens, head_dim]` over all held."""
-        k, v = self.read()
-        return fused_attention(
-            q, k, v, padding=self.padding, scale=self.scale, window=self.window, soft_cap=self.soft_cap
-        )
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
+        """Causal attention of the newest tokens' queries `[batch, num_heads, new_tokens, head_dim]` over all held.
+
+        observe: gets the weights too, `[batch, num_heads, new_tokens, kv_len]`: once, or once per row where rows lie
+        end to end. It costs their memory.
+        """
+        if (held := self.held()) is None:
+            raise ValueError("the cache is empty: append before you attend")
+        step = step or self.newest(q)
+        if not step.is_rectangle:
+            return self.attend_by_row(q, held, step, observe)
+        return self.answer(q, held, step.visible, observe)
+
+    def attend_by_row(self, q: Tensor, held: tuple[Tensor, Tensor], step: Step, observe: Observer | None) -> Tensor:
+        """`attend` where rows lie end to end: each by itself, over its own tokens and no more."""
+        outs = []
+        for row, some in enumerate(step.split(q, dim=2)):
+            if some.shape[2]:
+                k, v = (x[row : row + 1, :, : step.after[row]] for x in held)
+                outs.append(self.answer(some, (k, v), step.of_row(row), observe))
+        return torch.cat(outs, dim=2)
+
+    def answer(
+        self, q: Tensor, held: tuple[Tensor, Tensor], visible: Visibility, observe: Observer | None = None
+    ) -> Tensor:
+        """Attention over dense K and V, without reading what has left every query's window."""
+        unseen = visible.unseen(self.constants)
+        k, v = (x[:, :, unseen:] for x in held) if unseen else held
+        visible = visible.of_keys(unseen, visible.kv_len) if unseen else visible
+        self.bytes_read += k.nbytes + v.nbytes
+        if observe is None:
+            return fused_attention(q, k, v, self.constants, visible)
+        out, weights = attention(q, k, v, self.constants, visible, return_weights=True)
+        observe(F.pad(weights, (unseen, 0)))
+        return out
+
+    def newest(self, q: Tensor) -> Step:
+        """The step whose queries these are: the newest of each row, none of them padding."""
+        new = q.shape[2]
+        if min(self.lengths) < new:
+            raise ValueError(f"{new} queries but only {min(self.lengths)} keys: append the new tokens' keys first")
+        return rectangle(len(self.lengths), new, [length - new for length in self.lengths])
+
+    def truncate(self, seq_len: int) -> None:
+        """Forget every token from place `seq_len` on, in every row; ValueError unless `0 <= seq_len <= self.seq_len`.
+
+        Nothing changes when it raises.
+        """
+        self.check_length(seq_len)
+        if seq_len == 0:
+            self.forget()
+            self.lengths = ()
+        elif seq_len < self.seq_len:
+            self.forget_from(seq_len)
+            self.lengths = tuple(min(length, seq_len) for length in self.lengths)
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise ValueError unless this many tokens can be kept."""
+        if not 0 <= seq_len <= self.seq_len:
+            raise ValueError(f"cannot keep {seq_len} tokens of {self.seq_len}")
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make row `i` of the batch what row `rows[i]` was: beam search, or a batch that changes size.
+
+        Nothing changes when it raises: IndexError for a row that is not there.
+        """
+        if not self.lengths:
+            return
+        chosen = checked_rows(rows, len(self.lengths))
+        self.choose_rows(rows)
+        self.lengths = tuple(self.lengths[row] for row in chosen)
+
+    def reset(self) -> None:
+        """Forget everything, counters included."""
+        self.forget()
+        self.lengths = ()
+        self.bytes_written = self.bytes_copied = self.bytes_read = 0
+
+
+def checked_rows(rows: Tensor, batch: int) -> list[int]:
+    """`rows` as numbers; IndexError or ValueError unless they are int `[any]` and each is a row of the batch."""
+    if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool or not len(rows):
+        raise ValueError(f"rows are int [new batch], at least one; got {rows.dtype} {list(rows.shape)}")
+    chosen: list[int] = rows.tolist()
+    if min(chosen) < 0 or max(chosen) >= batch:
+        raise IndexError(f"rows are 0 to {batch - 1}; got {chosen}")
+    return chosen

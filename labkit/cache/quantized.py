@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from labkit import kernels
-from labkit.cache.layer import LayerCache
-from labkit.kernels.packed_attention import packed_attention, packed_decode_attention, wants_gradient
+from labkit.attention import Visibility
+from labkit.cache.layer import LayerCache, Observer
+from labkit.cache.step import Step
+from labkit.kernels.packed_attention import packed_attention, wants_gradient
+from labkit.kernels.packed_decode_attention import packed_decode_attention
 from labkit.quantization import FLOAT8, Packed, Quantizer, hadamard
 from labkit.sizing import Quantized
 
@@ -72,12 +75,7 @@ class QuantizedCache(LayerCache):
         self.quantize_keys = Quantizer(nbits, group_size, key_axis, symmetric, metadata)
         self.quantize_values = Quantizer(nbits, group_size, "token", symmetric, metadata)
         self.rotate_keys = rotate_keys
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything, counters included, and free the memory."""
         self.forget()
-        self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -87,10 +85,17 @@ class QuantizedCache(LayerCache):
         self.v: Packed | None = None
         self.recent: Pair | None = None  # there, if perhaps of no tokens, as soon as anything is held
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens held."""
-        return tokens_of(self.sinks) + self.packed_len + tokens_of(self.recent)
+    def mark(self) -> Any:
+        """The dense parts, which are never written in place, and how many tiles there are: these are never changed."""
+        return self.lengths, self.rotation, self.sinks, self.recent, self.packed_len // self.format.group_size
+
+    def restore(self, mark: Any) -> None:
+        """The dense parts and tiles that were, to the bit."""
+        self.lengths, self.rotation, self.sinks, self.recent, tiles = mark
+        self.k, self.v = (
+            None if x is None or not tiles else x if len(x.rows) == tiles else Packed(x.quantizer, own(x.rows[:tiles]))
+            for x in (self.k, self.v)
+        )
 
     @property
     def packed_len(self) -> int:
@@ -125,31 +130,30 @@ class QuantizedCache(LayerCache):
         turned = k.dequantize(torch.promote_types(dtype, torch.float32))
         return (turned @ self.rotation.to(turned.dtype).mT).to(dtype), v.dequantize(dtype)
 
-    def validate(self, k: Tensor, v: Tensor) -> None:
+    def validate(self, k: Tensor, v: Tensor, step: Step) -> None:
         """As for every cache; ValueError, too, for heads that groups do not divide or a dtype that the device lacks."""
-        super().validate(k, v)
+        super().validate(k, v, step)
+        self.check_sinks(step)
         if self.recent is not None:
             return
         self.format.check_head_dim(k.shape[3], v.shape[3])
         check_device_has(self.quantize_keys.nbits, k.device)
-        self.check_sinks()
 
-    def check_sinks(self) -> None:
+    def check_sinks(self, step: Step) -> None:
         """ValueError when the first tokens of a row are padding and should be kept as sinks."""
-        if self.format.sink_length and self.padding is not None and bool(self.padding.any()):
+        if self.format.sink_length and any(step.padding):
             raise ValueError(
                 "the first tokens of a padded row are no sinks but padding: take sink_length=0 for this batch"
             )
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Keep the new tokens in full precision; pack the oldest of these if their group is complete."""
         missing = self.format.sink_length - tokens_of(self.sinks)
         sinks = self.sinks
         if missing > 0:
             sinks = self.extended(sinks, (k[:, :, :missing], v[:, :, :missing]))
             k, v = k[:, :, missing:], v[:, :, missing:]
-        length = tokens_of(sinks) + self.packed_len + tokens_of(self.recent) + k.shape[2]
-        count = self.format.quantized_tokens(length) - self.packed_len
+        count = self.format.quantized_tokens(step.after[0]) - self.packed_len
         if count <= 0:
             self.recent, self.sinks = self.extended(self.recent, (k, v)), sinks
             return
@@ -160,18 +164,13 @@ class QuantizedCache(LayerCache):
         self.sinks, self.recent = sinks, recent
 
     def join(self, keys: Packed, values: Packed) -> None:
-        """Add packed tokens behind those held, both or none; the old keys are let go before the values are copied."""
+        """Add packed tokens behind those held; the old keys are let go before the values are copied."""
         if self.k is None or self.v is None:
             self.k, self.v = keys, values
             return
-        held = len(self.k.rows)
         self.bytes_copied += self.k.nbytes + self.v.nbytes
         self.k = self.k.joined(keys)
-        try:
-            self.v = self.v.joined(values)
-        except BaseException:
-            self.k = self.k.tiles(0, held)
-            raise
+        self.v = self.v.joined(values)
 
     def extended(self, held: Pair | None, new: Pair) -> Pair:
         """Dense tokens with new ones behind them, in memory of their own."""
@@ -190,33 +189,38 @@ class QuantizedCache(LayerCache):
             k = k @ self.rotation.to(k.dtype)
         return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Causal attention of the newest tokens' queries over all held, read as it is packed.
 
-        Queries that no kernel takes go to the kernels' plain-PyTorch twin.
+        Queries that no kernel takes go to the kernels' plain-PyTorch twin. With `observe`, which gets the weights, K
+        and V are made dense.
         """
-        self.check_sinks()
-        if self.k is None or self.v is None:
-            return super().attend(q)
-        self.bytes_read += self.nbytes
-        options: dict[str, Any] = {
-            "before": self.sinks,
-            "after": self.recent,
-            "padding": self.padding,
-            "scale": self.scale,
-            "window": self.window,
-            "rotation": self.rotation,
-        }
-        if kernel := self.kernel_for(q):
-            return kernel(q, self.k, self.v, **options)
-        return packed_attention(q, self.k, self.v, soft_cap=self.soft_cap, **options)
+        if step is not None:
+            self.check_sinks(step)
+        if self.k is None or self.v is None or observe is not None:
+            return super().attend(q, step, observe=observe)
+        visible = (step or self.newest(q)).visible
+        k, v, before, visible = self.in_sight(self.k, self.v, visible)
+        parts = (*(before or ()), k, v, *(self.recent or ()))
+        self.bytes_read += sum(part.nbytes for part in parts)
+        answer = self.kernel_for(q) or packed_attention
+        return answer(q, k, v, self.constants, visible, before=before, after=self.recent, rotation=self.rotation)
+
+    def in_sight(self, k: Packed, v: Packed, visible: Visibility) -> tuple[Packed, Packed, Pair | None, Visibility]:
+        """Packed keys and values, the sinks, and who sees them, without what has left every query's window."""
+        sinks = tokens_of(self.sinks)
+        tiles = min(len(k.rows), (visible.unseen(self.constants) - sinks) // self.format.group_size)
+        if tiles <= 0:
+            return k, v, self.sinks, visible
+        visible = visible.of_keys(sinks + tiles * self.format.group_size, visible.kv_len)
+        return k.tiles(tiles, len(k.rows)), v.tiles(tiles, len(v.rows)), None, visible
 
     def kernel_for(self, q: Tensor) -> Callable[..., Tensor] | None:
         """The kernel that answers these queries, if there is one: for one new token, no soft cap and no gradient.
 
         On a GPU float8 needs compute capability 8.9; on a CPU codes must be whole and keys per channel.
         """
-        if q.shape[2] != 1 or self.soft_cap is not None or q.dtype == torch.float64:
+        if q.shape[2] != 1 or self.constants.soft_cap is not None or q.dtype == torch.float64:
             return None
         if wants_gradient(q, *(self.sinks or ()), *(self.recent or ())):
             return None
@@ -230,42 +234,38 @@ class QuantizedCache(LayerCache):
             return on_cpu.packed_decode_attention_cpu if on_cpu.takes(q, self.k, self.v) else None
         return None
 
-    def truncate(self, seq_len: int) -> None:
-        """Forget the tokens from position `seq_len` on.
+    def forget_from(self, seq_len: int) -> None:
+        """Forget the tokens from place `seq_len` on.
 
         What is left of a group that is cut waits in full precision again, no more exact than it was; it is the one case
         in which a token can be quantized twice.
         """
-        self.check_length(seq_len)
-        if seq_len == self.seq_len:
-            return
-        if seq_len == 0 or self.recent is None:
-            self.forget()
-            return
+        assert self.recent is not None
         first = tokens_of(self.sinks)
         kept = max(0, seq_len - first - self.packed_len)
-        recent = both(lambda x: x[:, :, :kept], self.recent)
+        recent, packed = both(lambda x: x[:, :, :kept], self.recent), [self.k, self.v]
         if self.k is not None and self.v is not None and seq_len < first + self.packed_len:
             whole, rest = divmod(max(0, seq_len - first), self.format.group_size)
             cut = self.dequantized(self.k.tiles(whole, whole + 1), self.v.tiles(whole, whole + 1))
             assert cut is not None
             recent = both(lambda x: x[:, :, :rest], cut)
-            self.k, self.v = (Packed(x.quantizer, own(x.rows[:whole])) if whole else None for x in (self.k, self.v))
-        self.recent = both(own, recent)
-        if self.sinks is not None and seq_len < first:
-            self.sinks = both(lambda x: own(x[:, :, :seq_len]), self.sinks)
+            packed = [Packed(x.quantizer, own(x.rows[:whole])) if whole else None for x in (self.k, self.v)]
+        recent, sinks = both(own, recent), self.sinks
+        if sinks is not None and seq_len < first:
+            sinks = both(lambda x: own(x[:, :, :seq_len]), sinks)
+        self.recent, self.sinks, (self.k, self.v) = recent, sinks, packed
         self.bytes_copied += self.nbytes
 
-    def select_rows(self, rows: Tensor) -> None:
+    def choose_rows(self, rows: Tensor) -> None:
         """Copy the chosen rows."""
-        if self.recent is None:
-            return
+        assert self.recent is not None
         rows = rows.to(self.recent[0].device)
-        self.recent = both(lambda x: x.index_select(0, rows), self.recent)
-        if self.sinks is not None:
-            self.sinks = both(lambda x: x.index_select(0, rows), self.sinks)
-        if self.k is not None and self.v is not None:
-            self.k, self.v = self.k.of_rows(rows), self.v.of_rows(rows)
+        recent, sinks = (
+            None if pair is None else both(lambda x: x.index_select(0, rows), pair)
+            for pair in (self.recent, self.sinks)
+        )
+        packed = [None if x is None else x.of_rows(rows) for x in (self.k, self.v)]
+        self.recent, self.sinks, (self.k, self.v) = recent, sinks, packed
         self.bytes_copied += self.nbytes
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from labkit.attention import attention
 from labkit.cache.dense import GrowingCache
+from labkit.cache.layer import Observer
+from labkit.cache.step import Step
 
 
 class RecordingCache(GrowingCache):
@@ -15,6 +18,8 @@ class RecordingCache(GrowingCache):
     causal: False lets every query see every key held. For experiments: no decoder is trained that way.
     """
 
+    takes_ragged = False
+
     def __init__(
         self,
         *,
@@ -23,27 +28,19 @@ class RecordingCache(GrowingCache):
         window: int | None = None,
         soft_cap: float | None = None,
     ) -> None:
-        if not causal and window is not None:
-            raise ValueError("a window looks back from each token: it needs causal=True")
         super().__init__(scale=scale, window=window, soft_cap=soft_cap)
-        self.causal = causal
+        self.constants = replace(self.constants, causal=causal)
         self.weights: Tensor | None = None
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Attention of the newest tokens' queries over all held, causal or not; `weights` holds what it weighed."""
-        k, v = self.read()
-        out, self.weights = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            padding=self.padding,
-            scale=self.scale,
-            window=self.window,
-            soft_cap=self.soft_cap,
-            return_weights=True,
-        )
-        return out
+
+        def keep(weights: Tensor) -> None:
+            self.weights = weights
+            if observe is not None:
+                observe(weights)
+
+        return super().attend(q, step, observe=keep)
 
     def reset(self) -> None:
         """Forget everything, the weights included."""

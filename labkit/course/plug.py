@@ -10,14 +10,17 @@ A learner's cache keeps the K and V of one layer:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.cache import Cache, LayerCache
+from labkit.cache import Cache, LayerCache, Step
+from labkit.cache.layer import Observer
 from labkit.ledger import tensors_in
 from labkit.llama import Attention, Llama, rotate
 
@@ -45,7 +48,6 @@ class PluggedLayer(LayerCache):
         super().__init__()
         self.make, self.own_attend = make, attend
         self.own = checked(make())
-        self._seq_len = 0
 
     @property
     def name(self) -> str:
@@ -53,22 +55,24 @@ class PluggedLayer(LayerCache):
         return type(self.own).__name__
 
     @property
-    def seq_len(self) -> int:
-        """Tokens appended."""
-        return self._seq_len
-
-    @property
     def nbytes(self) -> int:
         """Bytes that the object keeps."""
         kept: dict[int, int] = {}
-        for tensor in tensors_in(vars(self.own)):
-            kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.nbytes)
+        for _, content in reachable(self.own):
+            for tensor in tensors_in(content):
+                kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.nbytes)
         return sum(kept.values())
 
+    def template(self) -> Tensor | None:
+        """None: what is wrong with the learner's class is said when it is read, not when something is appended."""
+        return None
+
     def held(self) -> tuple[Tensor, Tensor] | None:
-        """What `read` gives; TypeError or ValueError when that is not K and V."""
-        if not self._seq_len:
-            return None
+        """What `read` gives; TypeError or ValueError when that is not K and V of every token appended."""
+        return self.read_out(self.seq_len) if self.lengths else None
+
+    def read_out(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """What `read` gives; TypeError or ValueError when that is not K and V of so many tokens."""
         both = self.own.read()
         if not isinstance(both, (tuple, list)) or len(both) != 2 or not all(isinstance(x, Tensor) for x in both):
             raise TypeError(f"{self.name}.read() must return two tensors, (k, v); it returned a {type(both).__name__}")
@@ -78,45 +82,104 @@ class PluggedLayer(LayerCache):
                 f"{self.name}.read() must return k and v of one shape, [batch, num_kv_heads, tokens, head_dim]; got "
                 f"{list(k.shape)} and {list(v.shape)}"
             )
+        if k.shape[2] != tokens:
+            raise ValueError(f"{self.name} was given {tokens} tokens; its read() returned {k.shape[2]}")
         return k, v
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Append; ValueError when not every token appended is held."""
         self.own.append(k, v)
-        self._seq_len += k.shape[2]
-        held = self.held()
-        if held and held[0].shape[2] != self._seq_len:
-            tokens = held[0].shape[2]
-            raise ValueError(f"{self.name} was given {self._seq_len} tokens; its read() returned {tokens}")
+        self.read_out(step.after[0])
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Attention over what `read` gives, the learner's where there is one."""
         if self.own_attend is None:
-            return super().attend(q)
+            return super().attend(q, step, observe=observe)
+        if observe is not None or (step is not None and step.padding):
+            raise ValueError("an attention of your own takes q, k and v alone: no padding, and nobody who looks on")
         k, v = self.read()
         return self.own_attend(q, k, v)
 
-    def truncate(self, seq_len: int) -> None:
-        """A new object with the first `seq_len` tokens."""
-        if seq_len < self._seq_len:
-            self.rebuild(lambda x: x[:, :, :seq_len])
+    def mark(self) -> Any:
+        """The object, and what its attributes hold; tensors are expected not to be written where tokens are held."""
+        return self.lengths, self.own, [(part, copy.copy(content)) for part, content in reachable(self.own)]
 
-    def select_rows(self, rows: Tensor) -> None:
+    def restore(self, mark: Any) -> None:
+        """The object with the attributes it had."""
+        self.lengths, self.own, parts = mark
+        for part, content in parts:
+            put_back(part, content)
+
+    def forget_from(self, seq_len: int) -> None:
+        """A new object with the first `seq_len` tokens."""
+        self.rebuild(lambda x: x[:, :, :seq_len])
+
+    def choose_rows(self, rows: Tensor) -> None:
         """A new object with these rows."""
-        if self._seq_len:
-            self.rebuild(lambda x: x.index_select(0, rows.to(x.device)))
+        self.rebuild(lambda x: x.index_select(0, rows.to(x.device)))
 
     def rebuild(self, part: Callable[[Tensor], Tensor]) -> None:
         """Put part of what is held into a new object, since a learner's class can only append."""
-        k, v = (part(x).clone() for x in self.own.read())
-        self.own, self._seq_len = self.make(), 0
-        if k.shape[2]:
-            self.write(k, v)
+        k, v = (part(x).clone() for x in self.read_out(self.seq_len))
+        own = checked(self.make())
+        own.append(k, v)
+        self.own = own
 
-    def reset(self) -> None:
+    def forget(self) -> None:
         """A new, empty object."""
-        self.own, self._seq_len = self.make(), 0
-        self.bytes_written = self.bytes_copied = self.bytes_read = 0
+        self.own = checked(self.make())
+
+
+def reachable(own: Any) -> Iterator[tuple[Any, Any]]:
+    """Each object that `own` keeps its things in, itself first, and what is in it: attributes, or items.
+
+    Tensors, classes, functions and modules are things, not what things are kept in.
+    """
+    waiting, seen = [own], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, (Tensor, type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(part))
+        if isinstance(part, (dict, list, set, tuple, deque)):
+            content: Any = part
+            waiting += [*part.values()] if isinstance(part, dict) else [*part]
+        else:
+            content = attributes(part)
+            waiting += content.values()
+        if content:
+            yield part, content
+
+
+def attributes(own: Any) -> dict[str, Any]:
+    """What an object keeps, in its `__dict__` and its `__slots__`."""
+    slots = [name for kind in type(own).__mro__ for name in as_names(vars(kind).get("__slots__", ()))]
+    kept = {name: getattr(own, name) for name in slots if name != "__dict__" and hasattr(own, name)}
+    return kept | getattr(own, "__dict__", {})
+
+
+def as_names(slots: Any) -> Iterable[str]:
+    """`__slots__` may be one name."""
+    return [slots] if isinstance(slots, str) else slots
+
+
+def put_back(part: Any, content: Any) -> None:
+    """Make a container, or the attributes of an object, what they were."""
+    if isinstance(part, tuple):
+        return
+    if isinstance(part, (dict, set)):
+        part.clear()
+        part.update(content)
+    elif isinstance(part, list):
+        part[:] = content
+    elif isinstance(part, deque):
+        part.clear()
+        part.extend(content)
+    else:
+        for name in attributes(part).keys() - content.keys():
+            delattr(part, name)
+        for name, value in content.items():
+            setattr(part, name, value)
 
 
 def checked(own: Any) -> SmallCache:
@@ -168,21 +231,16 @@ class AttentionLayer:
 
         x: `[batch, tokens, hidden_size]`.
         """
-        batch, tokens, _ = x.shape
-        heads = self.attention.heads
-        qkv = self.attention.qkv(x).view(batch, tokens, sum(heads), self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split(heads, dim=1)
+        q, k, v = self.attention.project(x).split(self.attention.heads, dim=1)
         return q, k, v
 
     def rotate(self, x: Tensor, position: int) -> Tensor:
         """Rotary positions for q or k: its tokens stand at `position`, `position + 1`, ..."""
-        cos, sin = self.model.angles(position, x.shape[2], None)
-        return rotate(x, cos, sin)
+        return rotate(x, *self.model.angles(torch.arange(position, position + x.shape[2], device=x.device)[None]))
 
     def merge(self, out: Tensor) -> Tensor:
         """What attention gave, `[batch, num_heads, tokens, head_dim]`, as `[batch, tokens, hidden_size]`."""
-        batch, _, tokens, _ = out.shape
-        return self.attention.out(out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
+        return self.attention.merge(out)
 
 
 @torch.no_grad()
@@ -197,7 +255,11 @@ def run_with(
         raise ValueError(f"{len(caches)} caches for {len(model.blocks)} layers: make one per layer")
     x = model.embedding(tokens)
     for block, cache in zip(model.blocks, caches, strict=True):
-        x = x + decode_step(block.attention_norm(x), AttentionLayer(model, block.attention), cache)
-        x = x + block.mlp(block.mlp_norm(x))
-    x = model.norm(x)
-    return F.linear(x, model.embedding.weight) if model.head is None else model.head(x)
+        layer = AttentionLayer(model, block.attention)
+        x = block.around(x, step_of(decode_step, layer, cache))
+    return model.predict(x)
+
+
+def step_of(decode_step: Callable, layer: AttentionLayer, cache: Any) -> Callable[[Tensor], Tensor]:
+    """The learner's step as one layer's attention."""
+    return lambda normed: decode_step(normed, layer, cache)

@@ -21,7 +21,7 @@ from numpy import float32, int32, uint16, uint32
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from labkit.kernels.decode_attention import first_seen
+from labkit.attention import PLAIN, Constants, Visibility
 from labkit.kernels.packed_attention import Dense, check_packed, wants_gradient
 from labkit.quantization import Packed, Quantizer
 
@@ -43,12 +43,11 @@ def packed_decode_attention_cpu(
     q: Tensor,
     k: Packed,
     v: Packed,
+    constants: Constants = PLAIN,
+    visible: Visibility | None = None,
     *,
     before: Dense | None = None,
     after: Dense | None = None,
-    padding: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
     rotation: Tensor | None = None,
 ) -> Tensor:
     """`packed_attention` of one new token per row where `takes` says so, on one core; its twin's arguments.
@@ -57,24 +56,20 @@ def packed_decode_attention_cpu(
     """
     if has_torch_function((q,)):
         return handle_torch_function(
-            packed_decode_attention_cpu, (q,), q, k, v, before=before, after=after, padding=padding, scale=scale,
-            window=window, rotation=rotation,
+            packed_decode_attention_cpu, (q,), q, k, v, constants, visible, before=before, after=after,
+            rotation=rotation,
         )  # fmt: skip
-    kv_len = check_packed(q, k, v, before, after, padding, window)
-    if not takes(q, k, v):
+    visible = check_packed(q, k, v, before, after, visible)
+    if not takes(q, k, v) or constants.soft_cap is not None:
         raise ValueError(
-            "packed_decode_attention_cpu takes one new token on a CPU, float32 or 16 bits, without gradients, and keys "
-            "per channel and values per token of one format of 8, 4 or 2 bits; "
+            "packed_decode_attention_cpu takes one new token on a CPU, float32 or 16 bits, without gradients, no soft "
+            "cap, and keys per channel and values per token of one format of 8, 4 or 2 bits; "
             f"got q {list(q.shape)}, {q.dtype}, {k.quantizer} and {v.quantizer}. packed_attention takes all of these"
         )
-    batch, heads, head_dim, group = *k.rows.shape[1:4], k.quantizer.group_size
-    rows = (q.reshape(batch, heads, -1, head_dim).float() * (head_dim**-0.5 if scale is None else scale)).contiguous()
+    batch, heads, head_dim = k.rows.shape[1:4]
+    rows = (q.reshape(batch, heads, -1, head_dim).float() * constants.scale_for(head_dim)).contiguous()
     turned = rows if rotation is None else rows @ rotation.to(rows.dtype)
-    first = first_seen(q, kv_len, padding, window).contiguous()
-    sinks = 0 if before is None else before[0].shape[2]
-    if window is not None and (unseen := min(len(k.rows), (kv_len - window - sinks) // group)) > 0:
-        first, before = first - sinks - unseen * group, None  # what no row sees is not read
-        k, v = k.tiles(unseen, len(k.rows)), v.tiles(unseen, len(v.rows))
+    first, _ = visible.bounds(constants, batch, q.device)
     nothing = rows.new_empty(batch, heads, 0, head_dim)
     (first_k, first_v), (last_k, last_v) = (
         (nothing, nothing) if pair is None else [x.float().contiguous() for x in pair] for pair in (before, after)

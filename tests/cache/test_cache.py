@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.attention import attention
-from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache
+from labkit.attention import Constants, attention
+from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache, QuantizedCache, Step
+from labkit.cache.recording import RecordingCache
+from labkit.cache.step import rectangle
+from labkit.course.plug import PluggedLayer
+from labkit.labs import lab02 as labs
+from tests.attending import how
 from tests.bounds import attention_bound
 
 CAPACITY = 24
@@ -92,6 +98,8 @@ class DenseCachesAgainstLists(RuleBasedStateMachine):
         keep = data.draw(st.integers(0, self.seq_len), label="keep")
         for cache in self.both:
             cache.truncate(keep)
+        if keep == 0:
+            self.allocated_rows = 0
         if 0 < keep < self.seq_len:
             self.moved_growing += self.bytes_of(keep)
         self.rows = [row[:keep] for row in self.rows]
@@ -161,7 +169,8 @@ def test_growing_moves_the_sum_over_steps_and_preallocated_moves_nothing(steps):
 
 
 BAD = {
-    "three dimensions": (lambda k, v: (k[0], v[0]), "append takes K and V of one shape"),
+    "three dimensions": (lambda k, v: (k[0], v[0]), r"K and V are \[batch, num_kv_heads, new_tokens, head_dim\]"),
+    "K and V of two head sizes": (lambda k, v: (k, v[..., :2]), "K has a head_dim of 4 and V of 2"),
     "K and V of different lengths": (lambda k, v: (k, v[:, :, :1]), "append takes K and V of one shape"),
     "no tokens": (lambda k, v: (k[:, :, :0], v[:, :, :0]), "zero new tokens"),
     "V of another dtype": (lambda k, v: (k, v.double()), "they must agree"),
@@ -254,14 +263,50 @@ class TestLayer:
     def test_window_and_padding_reach_attention(self, kind):
         settings_ = {"window": 3, "scale": 0.7, "soft_cap": 2.0}
         cache = GrowingCache(**settings_) if kind == 0 else PreallocatedCache(CAPACITY, **settings_)
-        cache.padding = torch.tensor([0, 4])
+        step = rectangle(2, 6, padding=[0, 4])
         k, v = new_tokens(2, 6, seed=0)
         q, _ = new_tokens(2, 6, seed=1)
-        cache.append(k, v)
-        expected = attention(q, k, v, padding=cache.padding, **settings_)
+        cache.append(k, v, step)
+        expected = attention(q, k, v, *how(q, k, padding=[0, 4], **settings_))
         torch.testing.assert_close(
-            cache.attend(q), expected, rtol=0, atol=attention_bound(q, k, v, scale=0.7)
+            cache.attend(q, step), expected, rtol=0, atol=attention_bound(q, k, v, scale=0.7)
         )  # bounded
+
+    def test_what_left_the_window_is_not_read(self, kind):
+        cache = GrowingCache(window=4) if kind == 0 else PreallocatedCache(CAPACITY, window=4)
+        k, v = new_tokens(2, 9, seed=0)
+        k[:, :, :5], v[:, :, :5] = float("nan"), float("nan")
+        cache.append(k, v)
+        q, _ = new_tokens(2, 1, seed=1)
+        assert cache.attend(q).isfinite().all()
+        assert cache.bytes_read == 2 * 2 * KV_HEADS * 4 * HEAD_DIM * 4  # K and V, rows, heads, window, head_dim, bytes
+
+    def test_an_observer_gets_the_weights(self, kind):
+        cache, seen = kinds()[kind], []
+        k, v = new_tokens(2, 5, seed=0)
+        q, _ = new_tokens(2, 2, seed=1)
+        cache.append(k, v)
+        out = cache.attend(q, observe=seen.append)
+        expected, weights = attention(q, k, v, return_weights=True)
+        assert torch.equal(seen[0], weights)  # exact: the same computation
+        assert torch.equal(out, expected)
+
+    def test_emptied_it_takes_another_batch_and_holds_no_memory(self, kind):
+        cache = kinds()[kind]
+        cache.append(*new_tokens(2, 3, seed=0))
+        cache.truncate(0)
+        assert (cache.nbytes, cache.lengths) == (0, ())
+        cache.append(*new_tokens(3, 3, seed=0))
+        assert cache.lengths == (3, 3, 3)
+
+    @pytest.mark.parametrize("rows", [[], [0.0, 1.0], [[0, 1]], [True, False]])
+    def test_rows_that_are_no_list_of_rows_are_an_error(self, kind, rows):
+        cache = kinds()[kind]
+        cache.append(*new_tokens(2, 3, seed=0))
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match="rows are int"):
+            cache.select_rows(torch.tensor(rows))
+        assert same(before, snapshot(cache))
 
 
 def test_a_capacity_of_nothing_is_an_error():
@@ -316,9 +361,9 @@ class TestCacheOfManyLayers:
         cache, untouched = filled(3, 4), filled(3, 4)
 
         def interrupted():
-            with cache.undo_on_error():
+            with cache.step([1, 1]) as step:
                 for layer in cache.layers[:2]:
-                    layer.append(*new_tokens(2, 1, seed=7))
+                    layer.append(*new_tokens(2, 1, seed=7), step)
                 raise error
 
         with pytest.raises(error):
@@ -331,34 +376,213 @@ class TestCacheOfManyLayers:
         cache = Cache.growing(2)
 
         def refused():
-            with cache.undo_on_error():
-                cache.set_padding(torch.tensor([0, 1]))
+            with cache.step([2, 2], padding=[0, 1]):
                 raise KeyError
 
         with pytest.raises(KeyError):
             refused()
-        assert cache.padding is None
-        assert {layer.padding for layer in cache.layers} == {None}
+        assert cache.padding == ()
 
-    def test_padding_is_said_once_before_the_first_append(self):
-        with pytest.raises(ValueError, match="padding is said once per batch"):
-            filled().set_padding(torch.tensor([0, 1]))
+    def test_padding_is_said_once_with_the_first_tokens(self):
+        with pytest.raises(ValueError, match="padding is said once per batch"), filled().step([1, 1], padding=[0, 1]):
+            pass
+
+    def padded(self) -> Cache:
+        cache = Cache.growing(2)
+        with cache.step([4, 4], padding=[0, 3]) as step:
+            for layer in cache.layers:
+                layer.append(*new_tokens(2, 4, seed=0), step)
+        return cache
 
     def test_padding_follows_the_rows_and_goes_with_reset(self):
-        cache = Cache.growing(2)
-        cache.set_padding(torch.tensor([0, 3]))
-        for layer in cache.layers:
-            layer.append(*new_tokens(2, 4, seed=0))
+        cache = self.padded()
         cache.select_rows(torch.tensor([1, 1, 0]))
-        assert [layer.padding.tolist() for layer in cache.layers] == [[3, 3, 0]] * 2
+        assert cache.padding == (3, 3, 0)
         cache.reset()
-        assert cache.padding is None
-        assert cache[0].padding is None
+        assert cache.padding == ()
+
+    @pytest.mark.parametrize(("keep", "padding"), [(4, (0, 3)), (3, (0, 3)), (2, (0, 2)), (0, ())])
+    def test_truncating_below_the_padding_leaves_what_there_is_of_it(self, keep, padding):
+        cache = self.padded()
+        cache.truncate(keep)
+        assert cache.padding == padding
+
+    def test_padding_is_copied_from_the_callers_tensor(self):
+        cache, padding = Cache.growing(1), torch.tensor([0, 3])
+        with cache.step([4, 4], padding=padding) as step:
+            cache[0].append(*new_tokens(2, 4, seed=0), step)
+        padding.zero_()
+        assert cache.padding == (0, 3)
+
+    def test_one_layer_may_not_stand_for_several(self):
+        with pytest.raises(ValueError, match="a cache of its own"):
+            Cache([GrowingCache()] * 3)
+
+    def test_layers_that_hold_tokens_are_not_put_into_another_cache(self):
+        with pytest.raises(ValueError, match="a GrowingCache holds 4 tokens"):
+            Cache(filled().layers)
+
+    def test_rows_chosen_by_some_layers_only_are_found_out(self, monkeypatch):
+        cache = filled(3, 4)
+        monkeypatch.setattr(cache[1], "choose_rows", out_of_memory)
+        with pytest.raises(MemoryError):
+            cache.select_rows(torch.tensor([1, 0]))
+        with pytest.raises(RuntimeError, match=r"choosing rows was interrupted.*reset\(\)"):
+            _ = cache.seq_len
+        cache.reset()
+        assert cache.seq_len == 0
 
     def test_it_knows_whether_it_fits_a_model(self):
         cache = Cache.growing(2, window=5)
-        cache.check_fits(2, 5)
+        cache.check_fits(2, Constants(window=5))
         with pytest.raises(ValueError, match="the cache has 2 layers, the model 3"):
-            cache.check_fits(3, 5)
+            cache.check_fits(3, Constants(window=5))
         with pytest.raises(ValueError, match=r"window=5, the model attends with window=None: .*model.cache\(\)"):
-            cache.check_fits(2, None)
+            cache.check_fits(2, Constants())
+        with pytest.raises(ValueError, match=r"the model attends with soft_cap=30\.0"):
+            Cache.growing(2).check_fits(2, Constants(soft_cap=30.0))
+
+
+def out_of_memory(*args):
+    raise MemoryError
+
+
+def every_kind() -> dict[str, LayerCache]:
+    return {
+        "growing": GrowingCache(),
+        "preallocated": PreallocatedCache(200),
+        "int4": QuantizedCache(4, group_size=4, residual_length=3, sink_length=2),
+        "int2, turned": QuantizedCache(2, group_size=8, residual_length=0, rotate_keys=True, metadata=torch.bfloat16),
+        "recording": RecordingCache(),
+        "a learner's": PluggedLayer(labs.GrowingCache),
+        "a learner's, preallocated": PluggedLayer(lambda: labs.PreallocatedCache(200)),
+    }
+
+
+def everything(layer: LayerCache):
+    """All that attention could read, and the lengths, copied."""
+    held = layer.held()
+    return layer.lengths, layer.nbytes, None if held is None else [x.clone() for x in held]
+
+
+def wide_tokens(batch, count, seed):
+    """K and V with heads that groups of 8 divide."""
+    return new_tokens(batch, count, seed, head_dim=8)
+
+
+class TestUndo:
+    """Exact, to the bit, for every kind of cache, whatever was appended in the meantime."""
+
+    @pytest.mark.parametrize("kind", every_kind())
+    @pytest.mark.parametrize("before", [0, 3, 17, 64])
+    @pytest.mark.parametrize("pieces", [[1], [40], [1] * 9, [5, 64, 1]])
+    def test_an_error_takes_back_all_that_came_in_the_step(self, kind, before, pieces):
+        layer = every_kind()[kind]
+        if before:
+            layer.append(*wide_tokens(2, before, seed=1))
+        was = everything(layer)
+        mark = layer.mark()
+        for piece in pieces:
+            layer.append(*wide_tokens(2, piece, seed=piece))
+        layer.restore(mark)
+        assert layer.lengths == was[0]
+        assert before == 0 or layer.nbytes == was[1]
+        now = everything(layer)[2]
+        assert (now is None) == (was[2] is None)
+        assert now is None or all(torch.equal(x, y) for x, y in zip(now, was[2], strict=True))
+
+    @pytest.mark.parametrize("kind", ["growing", "preallocated", "int4", "int2, turned"])
+    def test_memory_that_runs_out_anywhere_leaves_the_cache_as_it_was(self, kind):
+        for act in (
+            lambda layer: layer.append(*wide_tokens(2, 6, seed=2)),
+            lambda layer: layer.truncate(9),
+            lambda layer: layer.select_rows(torch.tensor([1, 1, 0])),
+        ):
+            for place in range(12):
+                layer = every_kind()[kind]
+                layer.append(*wide_tokens(2, 17, seed=1))
+                was = everything(layer)
+                try:
+                    with RunsOut(place):
+                        act(layer)
+                except MemoryError:
+                    lengths, nbytes, held = everything(layer)
+                    assert (lengths, nbytes) == was[:2]
+                    assert all(torch.equal(x, y) for x, y in zip(held, was[2], strict=True))
+                else:
+                    break
+
+
+class RunsOut(TorchDispatchMode):
+    """The operation after `place` others that make a tensor runs out of memory."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.left = place
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("cat", "clone", "empty", "zeros", "index_select", "_to_copy")):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+class TestRagged:
+    """Rows of different lengths, chunks and single tokens in one step, against each row in a cache of its own."""
+
+    @given(data=st.data(), kind=st.sampled_from(["growing", "preallocated"]), window=st.none() | st.integers(1, 6))
+    @settings(max_examples=40, deadline=None)
+    def test_each_row_is_as_in_a_cache_of_its_own(self, data, kind, window):
+        batch = data.draw(st.integers(2, 4))
+        together = GrowingCache(window=window) if kind == "growing" else PreallocatedCache(64, window=window)
+        alone = [GrowingCache(window=window) for _ in range(batch)]
+        cache = Cache([together])
+        for turn in range(data.draw(st.integers(1, 4))):
+            counts = data.draw(st.lists(st.integers(0, 5), min_size=batch, max_size=batch).filter(any))
+            pieces = [new_tokens(1, count, seed=10 * turn + row) for row, count in enumerate(counts)]
+            queries = [new_tokens(1, n, seed=99 + row, num_kv_heads=3 * KV_HEADS)[0] for row, n in enumerate(counts)]
+            with cache.step(counts) as step:
+                dim = 0 if step.is_rectangle else 2
+                together.append(*(torch.cat(side, dim) for side in zip(*pieces, strict=True)), step)
+                out = together.attend(torch.cat(queries, dim), step)
+            rows = out.split(1) if step.is_rectangle else step.split(out, dim=2)
+            for row, (mine, (k, v), q) in enumerate(zip(rows, pieces, queries, strict=True)):
+                if counts[row]:
+                    alone[row].append(k, v)
+                    bound = attention_bound(q, *alone[row].held())
+                    torch.testing.assert_close(mine, alone[row].attend(q), rtol=0, atol=bound)  # bounded
+        assert together.lengths == tuple(layer.seq_len for layer in alone)
+        for row, layer in enumerate(alone):
+            if layer.lengths:
+                for mine, own in zip(together.held(), layer.held(), strict=True):
+                    assert torch.equal(mine[row : row + 1, :, : layer.seq_len], own)  # exact
+
+    def test_a_kind_that_keeps_rows_equally_long_refuses_and_says_which_do_not(self):
+        layer = QuantizedCache(4, group_size=4)
+        with pytest.raises(ValueError, match=r"QuantizedCache keeps rows of one length.*growing or preallocated"):
+            layer.append(*new_tokens(1, 5, seed=0), Step((2, 3), (0, 0)))
+        assert layer.lengths == ()
+
+    @pytest.mark.parametrize(
+        ("counts", "before", "padding", "message"),
+        [
+            ((0, 0), (1, 1), (), "at least one token"),
+            ((1, -1), (1, 1), (), "none fewer than 0"),
+            ((), (), (), "at least one token"),
+            ((1,), (1, 1), (), "one count, one length"),
+            ((1, 1), (0, 0), (1,), "one count, one length and one padding per row"),
+            ((1, 1), (0, 0), (-1, 0), "whole numbers, 0 or more"),
+        ],
+    )
+    def test_steps_that_cannot_be(self, counts, before, padding, message):
+        with pytest.raises(ValueError, match=message):
+            Step(counts, before, padding)
+
+    def test_a_step_of_another_cache_is_refused(self):
+        layer = GrowingCache()
+        layer.append(*new_tokens(2, 3, seed=0))
+        with pytest.raises(ValueError, match=r"goes on from \[2, 2\] tokens by row; held are \[3, 3\]"):
+            layer.append(*new_tokens(2, 1, seed=0), Step((1, 1), (2, 2)))
+        with pytest.raises(ValueError, match="brings 1 tokens in 2 rows"):
+            layer.append(*new_tokens(2, 2, seed=0), Step((1, 1), (3, 3)))

@@ -9,6 +9,7 @@ from labkit import models, specs
 from labkit.attention import attention
 from labkit.cache import Cache, GrowingCache
 from labkit.cache.recording import RecordingCache
+from labkit.cache.step import rectangle
 from tests.bounds import attention_bound
 
 SPEC = specs.ModelSpec(
@@ -70,9 +71,9 @@ def test_with_the_mask_off_every_query_sees_every_key() -> None:
 
 
 def test_padding_reaches_the_weights() -> None:
-    cache = Cache.of(1, RecordingCache)
-    cache.set_padding(torch.tensor([0, 2]))
-    fill(cache.layers[0], [4])
+    cache, step = Cache.of(1, RecordingCache), rectangle(2, 4, padding=[0, 2])
+    cache[0].append(*torch.randn(2, 2, 2, 4, 8), step)
+    cache[0].attend(torch.randn(2, 6, 4, 8), step)
     assert (cache.layers[0].weights[1, :, :, :2] == 0).all()
     assert (cache.layers[0].weights[0, :, :, 0] > 0).all()
 

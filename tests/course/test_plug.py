@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.cache import Cache
+from labkit.cache.step import rectangle
 from labkit.course.plug import AttentionLayer, as_cache, run_with
 from labkit.labs.lab02 import GrowingCache, PreallocatedCache, attend_chunk, decode_step
 from labkit.ledger import ledger
@@ -97,7 +98,8 @@ def test_a_layer_taken_apart_is_the_layer(model):
     q, k, v = layer.project(x)
     assert (q.shape, k.shape, v.shape) == ((2, 6, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8))
     got = layer.merge(attend_chunk(layer.rotate(q, 4), layer.rotate(k, 4), v))
-    torch.testing.assert_close(got, attention(x, *model.angles(4, 3, None), None, None), **CLOSE)
+    angles = model.angles(torch.arange(4, 7)[None])
+    torch.testing.assert_close(got, attention(x, *angles, None, rectangle(2, 3)), **CLOSE)
 
 
 def feed(model, cache):

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import kernels
-from labkit.attention import attention
-from labkit.kernels.decode_attention import decode_attention, default_splits, merge
+from labkit.attention import PLAIN, Constants, Visibility, attention
+from labkit.kernels.decode_attention import decode_attention
+from labkit.kernels.split import default_splits, merge
+from tests.attending import how
 from tests.bounds import attention_bound
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,9 +33,10 @@ def tensors(batch, num_kv_heads, queries_per_kv, kv_len, head_dim, dtype, seed=0
 
 
 def assert_agrees(q, k, v, **options):
-    twin = {name: value for name, value in options.items() if name not in ("block_size", "num_splits")}
-    expected = attention(q.double(), k.double(), v.double(), **twin)
-    got = decode_attention(q, k, v, **options)
+    more = {name: options.pop(name) for name in ("block_size", "num_splits") if name in options}
+    settings_ = how(q, k, **options)
+    expected = attention(q.double(), k.double(), v.double(), *settings_)
+    got = decode_attention(q, k, v, *settings_, **more)
     assert got.dtype == q.dtype
     # Bounded: sums in float32, one rounding to the inputs' dtype.
     bound = attention_bound(q, k, v, scale=options.get("scale"), sums=torch.float32)
@@ -63,7 +66,7 @@ def test_any_structure(data):
     padding = data.draw(st.none() | st.lists(st.integers(0, kv_len), min_size=batch, max_size=batch))
     assert_agrees(
         *tensors(*shape, data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 99)), kv_len + 5),
-        padding=None if padding is None else torch.tensor(padding, device=DEVICE),
+        padding=padding,
         window=data.draw(st.none() | st.integers(1, kv_len + 3)),
         scale=data.draw(st.none() | st.floats(0.05, 1.0)),
         block_size=data.draw(st.sampled_from([16, 32, 64])),
@@ -97,9 +100,25 @@ def test_any_split_of_the_sequence_gives_the_same(num_splits):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_is_all_padding_gives_zeros(dtype):
     q, k, v = tensors(2, 2, 3, 90, 16, dtype)
-    out = decode_attention(q, k, v, padding=torch.tensor([90, 0], device=DEVICE), num_splits=2)
+    out = decode_attention(q, k, v, *how(q, k, padding=[90, 0]), num_splits=2)
     assert torch.equal(out[0], torch.zeros_like(out[0]))  # exact
     assert out[1].abs().min() > 0
+
+
+@needs_triton
+@given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), window=st.none() | st.integers(1, 60))
+@settings(max_examples=20, deadline=None)
+def test_rows_of_different_lengths_see_their_own_tokens(lengths, window):
+    q, k, v = tensors(len(lengths), 2, 3, max(lengths), 16, torch.float32)
+    for row, length in enumerate(lengths):
+        k[row, :, length:], v[row, :, length:] = float("nan"), float("nan")  # room behind a row's end
+    visible = Visibility(1, max(lengths), tuple(length - 1 for length in lengths))
+    out = decode_attention(q, k, v, Constants(window=window), visible, num_splits=2, block_size=16)
+    for row, length in enumerate(lengths):
+        own = [x[row : row + 1, :, :length].double() for x in (k, v)]
+        expected = attention(q[row : row + 1].double(), *own, Constants(window=window))
+        bound = attention_bound(q[row : row + 1], *own, sums=torch.float32)
+        torch.testing.assert_close(out[row : row + 1].double(), expected, rtol=0, atol=bound)  # bounded
 
 
 @needs_triton
@@ -160,13 +179,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="must share one dtype"):
             decode_attention(q, k.half(), v)
 
-    def test_padding_for_another_batch(self):
-        with pytest.raises(ValueError, match="one number per row"):
-            decode_attention(*self.arguments(), padding=torch.tensor([1, 2, 3]))
+    def test_a_visibility_of_another_batch(self):
+        with pytest.raises(ValueError, match="1 queries and 20 keys in 3 rows"):
+            decode_attention(*self.arguments(), PLAIN, Visibility.newest(1, 20, [1, 2, 3]))
 
-    def test_a_window_of_nothing(self):
-        with pytest.raises(ValueError, match="at least 1; got 0"):
-            decode_attention(*self.arguments(), window=0)
+    def test_a_soft_cap(self):
+        with pytest.raises(ValueError, match="the kernel has no soft cap"):
+            decode_attention(*self.arguments(), Constants(soft_cap=3.0))
 
     @pytest.mark.parametrize("block_size", [8, 24])
     def test_a_block_size_that_is_no_power_of_two_or_too_small(self, block_size):

@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import kernels
-from labkit.attention import attention
+from labkit.attention import Visibility, attention
 from labkit.cache import QuantizedCache
 from labkit.kernels import packed_attention_cpu
-from labkit.kernels.packed_attention import packed_attention, packed_decode_attention
+from labkit.kernels.packed_attention import packed_attention
+from labkit.kernels.packed_decode_attention import packed_decode_attention
 from labkit.ledger import ledger
 from labkit.quantization import FLOAT8, Quantizer, hadamard
+from tests.attending import how
 from tests.bounds import attention_bound
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,12 +54,13 @@ def implementations(q, k, v):
 
 def assert_agrees(q, k, v, options, wide, **more):
     shared = {name: more.pop(name) for name in ("padding", "scale", "window") if name in more}
-    expected = attention(q.double(), *wide, **shared)
+    settings_ = how(q, wide[0], **shared)
+    expected = attention(q.double(), *wide, *settings_)
     # Bounded: float32 sums of numbers that are codes times scale plus zero, up to three times as large as what they add
     # up to, and one rounding to the queries' dtype.
     bound = 4 * attention_bound(q, *wide, scale=shared.get("scale"), sums=torch.float32, result=q.dtype)
     for run in implementations(q, k, v):
-        got = run(q, k, v, **options, **shared, **(more if run is packed_decode_attention else {}))
+        got = run(q, k, v, *settings_, **options, **(more if run is packed_decode_attention else {}))
         assert got.dtype == q.dtype
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound)
 
@@ -102,7 +105,7 @@ def test_any_structure(data):
             draw(st.sampled_from(DTYPES)), scheme, before=draw(st.integers(0, 4)), rotate=draw(st.booleans()),
             seed=draw(st.integers(0, 99)),
         ),
-        padding=None if padding is None else torch.tensor(padding, device=DEVICE),
+        padding=padding,
         window=draw(st.none() | st.integers(1, tokens + 3)),
         scale=draw(st.none() | st.floats(0.05, 1.0)),
         block_size=draw(st.sampled_from([16, 32, 64])),
@@ -120,7 +123,7 @@ def test_any_split_of_the_sequence_gives_the_same(num_splits):
 def test_a_row_that_is_all_padding_gives_zeros():
     q, k, v, options, _ = case(2, 2, 3, 90, 16, torch.float32, quantizers(4), before=2)
     for run in implementations(q, k, v):
-        out = run(q, k, v, **options, padding=torch.tensor([90, 0], device=DEVICE))
+        out = run(q, k, v, *how(q, 90, padding=[90, 0]), **options)
         assert torch.equal(out[0], torch.zeros_like(out[0]))  # exact
         assert out[1].abs().min() > 0
 
@@ -225,9 +228,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"window": 0}, "at least 1; got 0"),
-            ({"padding": torch.tensor([1.5, 2.0])}, "one number per row"),
-            ({"padding": torch.tensor([1])}, "one number per row"),
+            ({"visible": Visibility.newest(1, 48, [1, 2, 3])}, "1 queries and 48 keys in 3 rows"),
+            ({"visible": Visibility.newest(1, 47)}, "1 queries and 47 keys"),
             ({"before": (torch.zeros(2, 1, 3, 16), torch.zeros(2, 1, 3, 16))}, "do not fit packed keys of batch 2"),
             ({"after": (torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))}, "do not fit packed keys of batch 2"),
         ],

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.attention import Constants
 from labkit.attention import online_attention as attention
 from labkit.course.checks.tensors import TIGHT, agree, bytes_made, heads
 from labkit.course.exercise import Exercise
@@ -87,7 +88,7 @@ class GroupedAttention(Exercise):
             ("unscaled", 1.0, "the scores were not divided by sqrt(head_dim)"),
             ("scaled-twice", q.shape[-1] ** -1.0, "the scores were divided by head_dim, not by its square root"),
         ):
-            if agree(got, attention(q, k, v, scale=scale)):
+            if agree(got, attention(q, k, v, Constants(scale=scale))):
                 self.fail(diagnosis, seen=f"{where}: the weights are too {'sharp' if scale == 1 else 'flat'}",
                           cause=cause, look="the line that makes the scores: head_dim ** -0.5")  # fmt: skip
         mixed = q.transpose(1, 2).reshape(q.shape)
