@@ -131,7 +131,7 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return self.rows.nbytes
+        return self.rows.numel()
 
     @property
     def codes(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labkit.cache.layer import LayerCache
+from labkit.cache.layer import LayerCache, size_of
 from labkit.cache.step import Step
 
 
@@ -173,8 +173,3 @@ def put(to: Tensor, new: Tensor, step: Step) -> None:
     """Write each row's new tokens behind its end, in place."""
     rows, places = step.places(to.device)
     to[rows, :, places] = new.transpose(1, 2).flatten(0, 1)  # [all new tokens, num_kv_heads, head_dim]
-
-
-def size_of(x: Tensor) -> int:
-    """Bytes of a tensor, in a form that `torch.compile` can trace where sizes are dynamic."""
-    return x.numel() * x.element_size()

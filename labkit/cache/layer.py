@@ -117,7 +117,7 @@ class LayerCache(ABC):
         except BaseException:
             self.restore(mark)
             raise
-        self.bytes_written += k.nbytes + v.nbytes
+        self.bytes_written += size_of(k) + size_of(v)
 
     def step_of(self, k: Tensor, step: Step | None) -> Step:
         """`step`, by default a rectangle behind what is held; ValueError when it is another cache's."""
@@ -125,6 +125,8 @@ class LayerCache(ABC):
             raise ValueError(f"K and V are [batch, num_kv_heads, new_tokens, head_dim]; got {list(k.shape)}")
         if k.shape[2] == 0:
             raise ValueError("append got zero new tokens")
+        if step is None and not k.shape[0]:
+            raise ValueError("append got a batch of no rows")
         if step is None:
             if self.lengths and len(self.lengths) != k.shape[0]:
                 raise ValueError(f"the cache holds batch {len(self.lengths)}; the new tokens have batch {k.shape[0]}")
@@ -171,7 +173,7 @@ class LayerCache(ABC):
         """K and V of all that is held, dense. What lies behind the end of a shorter row is no token."""
         if (held := self.held()) is None:
             raise ValueError("the cache is empty: append before you read")
-        self.bytes_read += held[0].nbytes + held[1].nbytes
+        self.bytes_read += size_of(held[0]) + size_of(held[1])
         return held
 
     def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
@@ -203,7 +205,7 @@ class LayerCache(ABC):
         unseen = visible.unseen(self.constants)
         k, v = (x[:, :, unseen:] for x in held) if unseen else held
         visible = visible.of_keys(unseen, visible.kv_len) if unseen else visible
-        self.bytes_read += k.nbytes + v.nbytes
+        self.bytes_read += size_of(k) + size_of(v)
         if observe is None:
             return fused_attention(q, k, v, self.constants, visible)
         out, weights = attention(q, k, v, self.constants, visible, return_weights=True)
@@ -261,3 +263,8 @@ def checked_rows(rows: Tensor, batch: int) -> list[int]:
     if min(chosen) < 0 or max(chosen) >= batch:
         raise IndexError(f"rows are 0 to {batch - 1}; got {chosen}")
     return chosen
+
+
+def size_of(x: Tensor) -> int:
+    """Bytes of a tensor, in a form that `torch.compile` can trace where sizes are dynamic."""
+    return x.numel() * x.element_size()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from labkit import kernels
 from labkit.attention import Visibility
-from labkit.cache.layer import LayerCache, Observer
+from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step
 from labkit.kernels.packed_attention import packed_attention, wants_gradient
 from labkit.kernels.packed_decode_attention import packed_decode_attention
@@ -105,8 +105,8 @@ class QuantizedCache(LayerCache):
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points, and of the tokens in full precision."""
-        parts = (*(self.sinks or ()), self.k, self.v, *(self.recent or ()))
-        return sum(part.nbytes for part in parts if part is not None)
+        dense = (*(self.sinks or ()), *(self.recent or ()))
+        return sum(map(size_of, dense)) + sum(part.nbytes for part in (self.k, self.v) if part is not None)
 
     def template(self) -> Tensor | None:
         """The newest keys."""
@@ -176,7 +176,7 @@ class QuantizedCache(LayerCache):
         """Dense tokens with new ones behind them, in memory of their own."""
         if held is None:
             return both(own, new)
-        self.bytes_copied += held[0].nbytes + held[1].nbytes
+        self.bytes_copied += size_of(held[0]) + size_of(held[1])
         return torch.cat((held[0], new[0]), dim=2), torch.cat((held[1], new[1]), dim=2)
 
     def quantized(self, k: Tensor, v: Tensor) -> tuple[Packed, Packed]:
@@ -201,8 +201,10 @@ class QuantizedCache(LayerCache):
             return super().attend(q, step, observe=observe)
         visible = (step or self.newest(q)).visible
         k, v, before, visible = self.in_sight(self.k, self.v, visible)
-        parts = (*(before or ()), k, v, *(self.recent or ()))
-        self.bytes_read += sum(part.nbytes for part in parts)
+        assert self.recent is not None
+        if not len(k.rows):  # all that is packed has left the window
+            return self.answer(q, self.recent, visible)
+        self.bytes_read += k.nbytes + v.nbytes + sum(map(size_of, (*(before or ()), *(self.recent or ()))))
         answer = self.kernel_for(q) or packed_attention
         return answer(q, k, v, self.constants, visible, before=before, after=self.recent, rotation=self.rotation)
 

@@ -200,6 +200,19 @@ class TestAttention:
         out = packed_attention(q, cache.k, cache.v, *how(q, 200, window=20), after=cache.recent, block_size=16)
         assert out.isfinite().all()
 
+    @pytest.mark.parametrize("window", [1, 3, 9, 20, 60])
+    @pytest.mark.parametrize("new", [1, 5])
+    def test_what_left_the_window_is_neither_read_nor_counted(self, window, new):
+        k, v = kv(1, 100)
+        cache = filled(QuantizedCache(4, group_size=8, residual_length=9, sink_length=2, window=window), k, v, [100])
+        q = torch.randn(1, 4, new, HEAD_DIM)
+        expected = attention(q, *cache.read(), *how(q, 100, window=window))
+        before, whole = cache.bytes_read, cache.nbytes
+        got = cache.attend(q)
+        torch.testing.assert_close(got, expected, rtol=0, atol=4 * attention_bound(q, k, v))  # bounded
+        seen = window + new - 1
+        assert cache.bytes_read - before < whole * (seen + 9 + 8) / 100 + 17 * 2 * KV_HEADS * HEAD_DIM * 4
+
     def test_the_ledger_sees_packed_bytes_and_every_score(self):
         cache = filled(QuantizedCache(4, group_size=16, residual_length=4), *kv(1, 100), [100])
         q = torch.randn(1, 6, 1, HEAD_DIM)
