@@ -58,9 +58,10 @@ class Quantizer:
     def quantize(self, x: Tensor) -> Packed:
         """`x`, `[batch, heads, tokens, head_dim]`, as codes, scales and zero points.
 
-        A number comes back within half a scale of itself: scales and zero points are rounded outwards. A group of equal
-        numbers comes back as it was, to the precision of its scale. A group that holds NaN or infinity, or whose range
-        `metadata` cannot hold, comes back as NaN throughout: an error that shows.
+        A number comes back within half a scale of itself, where codes are whole: scales and zero points are rounded
+        outwards. A float8 code is a float: its number comes back within half a unit of the code's last digit, times the
+        scale. A group of equal numbers comes back as it was, to the precision of its scale. A group that holds NaN or
+        infinity, or whose range `metadata` cannot hold, comes back as NaN throughout: an error that shows.
         Raises ValueError unless `group_size` divides the tokens and, for axis "token", head_dim.
         """
         groups = self.groups(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -150,6 +151,11 @@ class Packed:
         if self.quantizer.has_zero:
             return self.rows[..., self.quantizer.code_bytes + 2 :].view(self.quantizer.metadata)
         return self.scale.float() * -self.quantizer.middle
+
+    def overflows(self, x: Tensor) -> bool:
+        """Whether a group of `x`, which was packed into this, was lost although all its numbers are finite."""
+        lost = self.scale.isnan()
+        return bool(lost.any()) and bool((self.quantizer.groups(x).isfinite().all(-1, keepdim=True) & lost).any())
 
     @property
     def fit_for_unpacking(self) -> bool:

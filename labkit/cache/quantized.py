@@ -8,6 +8,7 @@ the stored bits are the same in whatever pieces the tokens came, and no append q
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class QuantizedCache(LayerCache):
     nbits: 8, 4 or 2, or torch.float8_e4m3fn or torch.float8_e5m2. group_size: numbers that share a scale, and tokens
     that are packed at once; it divides head_dim. residual_length: newest tokens in full precision, at least; up to
     `group_size` - 1 more wait until their group is complete. key_axis: "channel" or "token".
-    symmetric: scales without zero points (float8 is). metadata: dtype of both, torch.float16 or torch.bfloat16.
+    symmetric: scales without zero points (float8 is). metadata: dtype of both, torch.float16 or torch.bfloat16. When
+    float16 cannot hold a group's range it becomes bfloat16, and what was packed before is packed anew.
     rotate_keys: turn packed keys by a Hadamard matrix, which spreads a large channel over all.
     sink_length: first tokens that stay in full precision; of a row with left padding they would be padding, so such a
     batch takes 0.
@@ -79,6 +81,7 @@ class QuantizedCache(LayerCache):
 
     def forget(self) -> None:
         """Hold nothing."""
+        self.narrow: tuple[Quantized, Quantizer, Quantizer, Packed | None, Packed | None] | None = None
         self.rotation: Tensor | None = None
         self.sinks: Pair | None = None
         self.k: Packed | None = None
@@ -86,12 +89,19 @@ class QuantizedCache(LayerCache):
         self.recent: Pair | None = None  # there, if perhaps of no tokens, as soon as anything is held
 
     def mark(self) -> Any:
-        """The dense parts, which are never written in place, and how many tiles there are: these are never changed."""
+        """The dense parts, which are never written in place, and how many tiles there are: these are never changed.
+
+        But once, when their metadata becomes wider: what was there before is kept until the next mark.
+        """
+        self.narrow = None
         return self.lengths, self.rotation, self.sinks, self.recent, self.packed_len // self.format.group_size
 
     def restore(self, mark: Any) -> None:
         """The dense parts and tiles that were, to the bit."""
         self.lengths, self.rotation, self.sinks, self.recent, tiles = mark
+        if self.narrow is not None:
+            self.format, self.quantize_keys, self.quantize_values, self.k, self.v = self.narrow
+            self.narrow = None
         self.k, self.v = (
             None if x is None or not tiles else x if len(x.rows) == tiles else Packed(x.quantizer, own(x.rows[:tiles]))
             for x in (self.k, self.v)
@@ -187,7 +197,20 @@ class QuantizedCache(LayerCache):
                     self.rotation = hadamard(k.shape[3], device=k.device)
             k = k.to(torch.promote_types(k.dtype, torch.float32))
             k = k @ self.rotation.to(k.dtype)
-        return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+        keys, values = self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+        if keys.overflows(k) or values.overflows(v):
+            self.widen()
+            return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+        return keys, values
+
+    def widen(self) -> None:
+        """Keep scales and zero points in bfloat16 from now on, which has float32's range."""
+        before = self.format, self.quantize_keys, self.quantize_values, self.k, self.v
+        formats = [replace(x, metadata=torch.bfloat16) for x in before[1:3]]
+        packed = [None if x is None else f.quantize(x.dequantize()) for f, x in zip(formats, before[3:], strict=True)]
+        self.narrow = self.narrow or before
+        self.format = replace(self.format, metadata=str(torch.bfloat16))
+        (self.quantize_keys, self.quantize_values), (self.k, self.v) = formats, packed
 
     def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Causal attention of the newest tokens' queries over all held, read as it is packed.

@@ -21,7 +21,8 @@ from tests.bounds import attention_bound
 from tests.tiny import hf_model
 
 KV_HEADS, HEAD_DIM = 2, 32
-CODES = st.sampled_from([8, 4, 2, *FLOAT8])
+CODES_AND_FLOATS = [8, 4, 2, *FLOAT8]
+CODES = st.sampled_from(CODES_AND_FLOATS)
 
 
 def kv(batch, tokens, seed=0, dtype=torch.float32, heads=KV_HEADS, head_dim=HEAD_DIM):
@@ -180,15 +181,33 @@ class TestAttention:
         (other,) = torch.autograd.grad((attention(q, *cache.read()) * weight).sum(), q)
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)  # bounded: float32 sums of 100 terms, twice
 
-    @pytest.mark.parametrize("nbits", [4, 2])
-    def test_symmetric_numbers_too_large_for_their_metadata_are_nan_on_every_path(self, nbits):
+    @pytest.mark.parametrize("symmetric", [False, True])
+    @pytest.mark.parametrize("nbits", CODES_AND_FLOATS, ids=str)
+    def test_numbers_too_large_for_float16_metadata_are_kept_in_bfloat16(self, nbits, symmetric):
+        k, v = kv(1, 96)
+        for x in (k, v):
+            x[:, :, 40:] *= 1e12  # the second of three pieces overflows what the first was packed with
+        cache = QuantizedCache(nbits, symmetric=symmetric, group_size=16, residual_length=0)
+        filled(cache, k, v, [32])
+        for x, back in zip((k, v), cache.read(), strict=True):
+            assert back.isfinite().all()
+            # Bounded: a step of 2 bits over a group's range, twice for what was packed anew.
+            groups = x.unflatten(2, (-1, 16))
+            spread = (groups.amax(2) - groups.amin(2)).amax() if x is k else x.abs().amax() * 2
+            assert (back - x).abs().max() <= 1.1 * spread
+            assert (back - x)[:, :, :32].abs().max() <= 2.2 * (x[:, :, :32].amax() - x[:, :, :32].amin())
+        assert cache.format.metadata == "bfloat16"
+        assert cache.attend(torch.randn(1, 4, 1, HEAD_DIM)).isfinite().all()
+
+    def test_metadata_that_became_wider_in_a_step_is_taken_back_with_it(self):
         k, v = kv(1, 64)
-        v[..., 0, 3] = 60_000.0
-        cache = filled(QuantizedCache(nbits, symmetric=True, group_size=16, residual_length=0), k, v, [64])
-        for new in (1, 9):
-            out = cache.attend(torch.randn(1, 2 * new, new, HEAD_DIM))
-            assert out[..., :16].isnan().all()
-            assert out[..., 16:].isfinite().all()
+        cache = filled(QuantizedCache(4, group_size=16, residual_length=0), k, v, [64])
+        before, mark = [x.clone() for x in stored(cache)], cache.mark()
+        cache.append(*(1e7 * x for x in kv(1, 32, seed=1)))
+        assert cache.format.metadata == "bfloat16"
+        cache.restore(mark)
+        assert cache.format.metadata == "float16"
+        assert all(torch.equal(x, y) for x, y in zip(stored(cache), before, strict=True))  # exact
 
     def test_a_window_reads_nothing_that_has_left_it(self):
         k, v = kv(1, 200)
