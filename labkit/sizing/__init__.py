@@ -1,6 +1,7 @@
 """Bytes, capacity, bandwidth, cost: arithmetic only, no torch.
 
-Sizes are in bytes, times in seconds, rates per second. What is predicted here is what `nbytes` says, to the byte.
+Sizes are in bytes, times in seconds, rates per second. What is predicted here is what `nbytes` says, to the byte; what
+fits, fits at every length on the way. Raises SizeError for sizes that cannot be.
 
     from labkit import sizing, specs
     model, gpu = specs.model("qwen2.5-7b"), specs.gpu("h100-80gb")
@@ -17,6 +18,8 @@ from labkit.sizing.cache import (
     cache_bytes,
     kv_format,
     mha_bytes_per_token,
+    peak_bytes,
+    step_bytes,
 )
 from labkit.sizing.cost import Bill, Price, conversation_cost
 from labkit.sizing.memory import (
@@ -29,7 +32,8 @@ from labkit.sizing.memory import (
     split_heads,
     weight_bytes,
 )
-from labkit.sizing.plan import Plan, plan, table
+from labkit.sizing.plan import Plan, plan
+from labkit.sizing.report import table
 from labkit.sizing.speed import (
     Floor,
     all_reduce_seconds,
@@ -74,11 +78,13 @@ __all__ = [
     "longest_context",
     "max_batch_context_frontier",
     "mha_bytes_per_token",
+    "peak_bytes",
     "plan",
     "prefill_floor",
     "ridge",
     "room_for_cache",
     "split_heads",
+    "step_bytes",
     "step_flops",
     "table",
     "tpot",

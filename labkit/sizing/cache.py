@@ -1,4 +1,4 @@
-"""Bytes of a KV cache, exactly: per layer kind, and per way of keeping K and V."""
+"""Bytes of a KV cache, exactly: per layer kind, per way of keeping K and V, and the most on the way to a length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Protocol
 
-from labkit.sizing.units import SizeError, bits, ceil, check_count, check_spec, dtype_name, to_bytes
+from labkit.sizing.units import (
+    SizeError,
+    bits,
+    ceil,
+    check_count,
+    check_flag,
+    check_spec,
+    dtype_name,
+    shown,
+    to_bytes,
+)
 
 if TYPE_CHECKING:
     from labkit.specs import Layer, ModelSpec
@@ -24,20 +34,53 @@ class Layered(Protocol):
 
 
 class Format(Protocol):
-    """A way to keep K and V."""
+    """A way to keep K and V. Sizes are of one request: so many requests take so many times as much."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in print, as "float16" or "int4, groups of 32"."""
+        ...
 
     @property
     def bits_per_element(self) -> Fraction:
-        """Bits of one kept number in the long run, metadata included."""
+        """Bits of one kept number of K or V in the long run, metadata included."""
         ...
 
-    def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:
-        """Bytes that one layer takes for `batch` requests of `tokens` tokens each."""
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a request that can be kept at all; None: as many as memory holds."""
         ...
 
-    def model_bytes(self, tokens: int, batch: int) -> int:
-        """Bytes that all layers share, such as a block table."""
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """Bytes that the token at `position` adds to one layer, in the long run."""
         ...
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Bytes that one layer takes for a request of `tokens` tokens."""
+        ...
+
+    def model_bytes(self, tokens: int) -> int:
+        """Bytes that all layers share, such as a row of a block table."""
+        ...
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """Bytes of one layer that a decode step here must read: no room left over, nothing beyond a window."""
+        ...
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The length, of all up to `tokens`, at which a request takes most."""
+        ...
+
+
+def held(layer: Layer, tokens: int, drops: bool) -> int:
+    """Tokens that a layer holds after `tokens`, if those that have left its window are given up or not."""
+    return layer.tokens_held(tokens) if drops or layer.window is None else tokens
+
+
+def token_bytes(layer: Layer, position: int, drops: bool, width: Fraction) -> Fraction:
+    """Bytes that the token at `position` adds to a layer whose numbers take `width` bits: none if one leaves for it."""
+    grows = held(layer, position + 1, drops) > held(layer, position, drops)
+    return layer.elements_per_token * width / 8 if grows else Fraction(0)
 
 
 @dataclass(frozen=True)
@@ -56,23 +99,45 @@ class Dense:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.capacity is not None:
             check_count("capacity", self.capacity)
+        check_flag("drops", self.drops)
+
+    @property
+    def name(self) -> str:
+        """The dtype, and the room that is taken at once."""
+        return self.dtype if self.capacity is None else f"{self.dtype}, room for {self.capacity:,} tokens"
 
     @property
     def bits_per_element(self) -> Fraction:
         """Bits of the dtype."""
         return bits(self.dtype)
 
-    def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:
-        """Numbers times their size, for the tokens that memory is taken for."""
+    @property
+    def limit(self) -> int | None:
+        """The capacity."""
+        return self.capacity
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """Numbers times their size; a place in memory that was taken at once counts when its token comes."""
+        return token_bytes(layer, position, self.drops, bits(self.dtype))
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Numbers times their size, for the tokens that memory is taken for: none before the first."""
         if self.capacity is not None and tokens > self.capacity:
             raise SizeError(f"{tokens:,} tokens do not fit a capacity of {self.capacity:,}")
-        places = self.capacity or tokens
-        held = layer.tokens_held(places) if self.drops or layer.window is None else places
-        return to_bytes(batch * held * layer.elements_per_token, self.dtype) + batch * layer.state_bytes
+        places = held(layer, (self.capacity or tokens) if tokens else 0, self.drops)
+        return to_bytes(places * layer.elements_per_token, self.dtype) + layer.state_bytes
 
-    def model_bytes(self, tokens: int, batch: int) -> int:
+    def model_bytes(self, tokens: int) -> int:
         """Nothing is shared."""
         return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What the newest token sees."""
+        return Dense(self.dtype).layer_bytes(layer, tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The longest: no token makes it smaller."""
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -97,15 +162,17 @@ class Quantized:
     drops: bool = True
 
     def __post_init__(self) -> None:
-        if self.nbits not in (2, 4, 8):
-            raise SizeError(f"nbits is 2, 4 or 8; got {self.nbits!r}")
+        if not isinstance(self.nbits, int) or self.nbits not in (2, 4, 8):
+            raise SizeError(f"nbits is 2, 4 or 8; got {shown(self.nbits)}")
         check_count("group_size", self.group_size)
         check_count("residual_length", self.residual_length, least=0)
         check_count("sink_length", self.sink_length, least=0)
         if self.key_axis not in ("channel", "token"):
-            raise SizeError(f'key_axis is "channel" or "token"; got {self.key_axis!r}')
+            raise SizeError(f'key_axis is "channel" or "token"; got {shown(self.key_axis)}')
         for name in ("dtype", "metadata"):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
+        for name in ("symmetric", "drops"):
+            check_flag(name, getattr(self, name))
         if self.group_size * self.nbits % 16:
             raise SizeError(
                 f"groups of {self.group_size} codes of {self.nbits} bits do not fill whole 16-bit words, as packing "
@@ -118,27 +185,40 @@ class Quantized:
             )
 
     @property
+    def name(self) -> str:
+        """Bits, and what differs from the defaults."""
+        said = [f"int{self.nbits}"]
+        if self.group_size != Quantized.group_size:
+            said.append(f"groups of {self.group_size:,}")
+        if self.residual_length != Quantized.residual_length:
+            said.append(f"newest {self.residual_length:,} in {self.dtype}")
+        if self.sink_length:
+            said.append(f"first {self.sink_length:,} in {self.dtype}")
+        return ", ".join(said)
+
+    @property
     def bits_per_element(self) -> Fraction:
         """`nbits` and the share of the group's metadata."""
         return self.nbits + (1 if self.symmetric else 2) * bits(self.metadata) / self.group_size
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
 
     def quantized_tokens(self, tokens: int) -> int:
         """Tokens of `tokens` that are held in `nbits`; the others are held in full precision."""
         candidates = tokens - self.sink_length - self.residual_length
         return max(0, candidates) // self.group_size * self.group_size
 
-    def fullest(self, tokens: int) -> int:
-        """The length up to `tokens` at which most is held: this one, or just before the newest group was packed."""
-        packed = self.quantized_tokens(tokens)
-        if not packed:
-            return tokens
-        before = max(1, self.sink_length + packed + self.residual_length - 1)
-        return max(tokens, before, key=self.bits_held)
-
     def bits_held(self, tokens: int) -> Fraction:
         """Bits per channel and head that `tokens` tokens take."""
         packed = self.quantized_tokens(tokens)
         return packed * self.bits_per_element + (tokens - packed) * bits(self.dtype)
+
+    def packs(self, layer: Layer) -> bool:
+        """Whether the layer has K and V to pack, and not a latent or a state."""
+        return layer.kind in ("full", "window")
 
     def check_head_dim(self, k_dim: int, v_dim: int) -> None:
         """SizeError unless keys and values of these sizes can be packed."""
@@ -149,60 +229,148 @@ class Quantized:
             if dim % self.group_size:
                 raise SizeError(
                     f"groups of {self.group_size} do not divide a head_dim of {dim}: take a group_size that does, "
-                    f"as in Quantized({self.nbits}, group_size={math.gcd(dim, self.group_size)}), or a dense float8"
+                    f"as in group_size={math.gcd(dim, self.group_size)}, or a dense float8"
                 )
 
-    def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:
-        """Packed numbers, metadata, and the tokens that wait."""
-        if layer.kind not in ("full", "window"):
-            return Dense(self.dtype).layer_bytes(layer, tokens, batch)
-        self.check_head_dim(layer.k_dim, layer.v_dim)
-        held = layer.tokens_held(tokens) if self.drops or layer.window is None else tokens
-        packed = self.quantized_tokens(held)
-        elements = batch * layer.elements_per_token
-        return ceil(elements * packed * self.bits_per_element / 8) + to_bytes(elements * (held - packed), self.dtype)
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """What a token takes once it is packed; numbers of a latent in full precision."""
+        width = self.bits_per_element if self.packs(layer) else bits(self.dtype)
+        return token_bytes(layer, position, self.drops, width)
 
-    def model_bytes(self, tokens: int, batch: int) -> int:
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Packed numbers, metadata, and the tokens that wait."""
+        if not self.packs(layer):
+            return Dense(self.dtype).layer_bytes(layer, tokens)
+        self.check_head_dim(layer.k_dim, layer.v_dim)
+        return ceil(layer.elements_per_token * self.bits_held(held(layer, tokens, self.drops)) / 8)
+
+    def model_bytes(self, tokens: int) -> int:
         """Nothing is shared."""
         return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What is held of the tokens that the newest one sees."""
+        return self.layer_bytes(layer, layer.tokens_held(tokens) if self.packs(layer) else tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """`tokens`, where a window has just filled, or the last length before a group was packed on the way there.
+
+        Between two of these each token adds, and what a group gives up is less than what its tokens had added.
+        """
+        windows = {layer.window for layer in model.layer_counts if self.drops and self.packs(layer)}
+        ends = {tokens, *(window for window in windows if window is not None and window < tokens)}
+        lengths = ends | {self.before_packing(end) for end in ends}
+        return max(sorted(lengths), key=lambda length: request_bytes(model, length, self))
+
+    def before_packing(self, tokens: int) -> int:
+        """The length just before the newest packed group of `tokens` tokens was packed; `tokens` if there is none."""
+        packed = self.quantized_tokens(tokens)
+        return max(1, self.sink_length + packed + self.residual_length - 1) if packed else tokens
 
 
 @dataclass(frozen=True)
 class Paged:
-    """K and V in blocks of `block_size` tokens, whole blocks only, and an int32 block table that all layers share."""
+    """K and V in blocks of `block_size` tokens, whole blocks only, and an int32 block table that all layers share.
+
+    drops: whether a layer with a window gives up blocks of which every token has left it; what is left of the oldest
+    block stays. The table keeps its places.
+    """
 
     block_size: int = 16
     dtype: str = "float16"
+    drops: bool = True
 
     def __post_init__(self) -> None:
         check_count("block_size", self.block_size)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_flag("drops", self.drops)
+
+    @property
+    def name(self) -> str:
+        """The dtype and the size of a block."""
+        return f"{self.dtype} in blocks of {self.block_size:,}"
 
     @property
     def bits_per_element(self) -> Fraction:
         """Bits of the dtype; the table adds 32 per block."""
         return bits(self.dtype)
 
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
     def blocks(self, tokens: int) -> int:
         """Blocks that `tokens` tokens of one request take."""
         return -(-tokens // self.block_size)
 
-    def layer_bytes(self, layer: Layer, tokens: int, batch: int) -> int:
-        """Whole blocks: the last one has room left."""
-        places = self.blocks(layer.tokens_held(tokens)) * self.block_size
-        return to_bytes(batch * places * layer.elements_per_token, self.dtype) + batch * layer.state_bytes
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """A token's own numbers: its share of a block."""
+        return token_bytes(layer, position, self.drops, bits(self.dtype))
 
-    def model_bytes(self, tokens: int, batch: int) -> int:
-        """The block table: four bytes per block and request."""
-        return 4 * batch * self.blocks(tokens)
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Whole blocks: the last one has room left, and the first of a window tokens that nobody sees."""
+        left = tokens - held(layer, tokens, self.drops)
+        places = (self.blocks(tokens) - left // self.block_size) * self.block_size
+        return to_bytes(places * layer.elements_per_token, self.dtype) + layer.state_bytes
+
+    def model_bytes(self, tokens: int) -> int:
+        """A row of the block table: four bytes per block."""
+        return 4 * self.blocks(tokens)
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What the newest token sees: a block is read as far as it is filled."""
+        return Dense(self.dtype).layer_bytes(layer, tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """Where the newest block begins: a later token adds none, and may let a window give one up."""
+        return (self.blocks(tokens) - 1) * self.block_size + 1 if tokens else 0
 
 
 def kv_format(dtype: str | Format) -> Format:
     """The format a name stands for: int8, int4 and int2 quantized in groups of 64, any other dtype dense."""
+    if isinstance(dtype, type):
+        raise SizeError(f"a way to keep K and V is given with its sizes: {dtype.__name__}(), not {dtype.__name__}")
     if not isinstance(dtype, str) and hasattr(dtype, "layer_bytes"):
         return dtype
     name = dtype_name(dtype)
     return Quantized(int(name[3:])) if name.startswith("int") else Dense(name)
+
+
+def request_bytes(model: Layered, tokens: int, kept: Format) -> int:
+    """Bytes of the cache of one request, nothing checked."""
+    layers = sum(count * kept.layer_bytes(layer, tokens) for layer, count in model.layer_counts.items())
+    return layers + kept.model_bytes(tokens)
+
+
+def cache_bytes(model: Layered, tokens: int, batch: int = 1, dtype: str | Format = "float16") -> int:
+    """Bytes of the cache of `batch` requests that have seen `tokens` tokens each: what the cache's `nbytes` will say.
+
+    dtype: how K and V are kept, by name or as `Dense`, `Quantized` or `Paged`. Raises SizeError.
+    """
+    check_spec("model", model)
+    check_count("tokens", tokens, least=0)
+    return check_count("batch", batch) * request_bytes(model, tokens, kv_format(dtype))
+
+
+def peak_bytes(model: Layered, tokens: int, batch: int = 1, dtype: str | Format = "float16") -> int:
+    """The most that the cache of `batch` requests takes at any length up to `tokens`: what must fit.
+
+    A cache in few bits is fullest just before a group is packed. Arguments as of `cache_bytes`. Raises SizeError.
+    """
+    check_spec("model", model)
+    check_count("tokens", tokens, least=0)
+    kept = kv_format(dtype)
+    return check_count("batch", batch) * request_bytes(model, kept.fullest(model, tokens), kept)
+
+
+def step_bytes(model: Layered, tokens: int, batch: int = 1, dtype: str | Format = "float16") -> int:
+    """Bytes of the cache that a decode step of `batch` requests of `tokens` tokens must read; as `cache_bytes`."""
+    check_spec("model", model)
+    check_count("tokens", tokens, least=0)
+    kept = kv_format(dtype)
+    layers = sum(count * kept.read_bytes(layer, tokens) for layer, count in model.layer_counts.items())
+    return check_count("batch", batch) * (layers + kept.model_bytes(tokens))
 
 
 def bytes_per_token(model: Layered, dtype: str | Format = "float16", *, position: int = 0) -> int | Fraction:
@@ -213,32 +381,26 @@ def bytes_per_token(model: Layered, dtype: str | Format = "float16", *, position
     """
     check_spec("model", model)
     check_count("position", position, least=0)
-    elements = sum(
-        count * layer.elements_per_token
-        for layer, count in model.layer_counts.items()
-        if layer.tokens_held(position + 1) > layer.tokens_held(position)
-    )
-    nbytes = elements * kv_format(dtype).bits_per_element / 8
-    return int(nbytes) if nbytes.denominator == 1 else nbytes
-
-
-def cache_bytes(model: Layered, tokens: int, batch: int = 1, dtype: str | Format = "float16") -> int:
-    """Bytes of the cache of `batch` requests that have seen `tokens` tokens each: what the cache's `nbytes` will say.
-
-    dtype: how K and V are kept, by name or as `Dense`, `Quantized` or `Paged`. Raises SizeError.
-    """
-    check_spec("model", model)
-    check_count("tokens", tokens, least=0)
-    check_count("batch", batch)
     kept = kv_format(dtype)
-    layers = sum(count * kept.layer_bytes(layer, tokens, batch) for layer, count in model.layer_counts.items())
-    return layers + kept.model_bytes(tokens, batch)
+    return plain(sum((n * kept.token_bytes(layer, position) for layer, n in model.layer_counts.items()), Fraction(0)))
 
 
 def mha_bytes_per_token(model: ModelSpec, dtype: str | Format = "float16") -> int | Fraction:
     """Bytes per token if every query head of every attention layer had a K and a V of its own."""
     check_spec("model", model)
-    width = model.head_dim + (model.v_head_dim or model.head_dim)
-    attending = sum(count for layer, count in model.layer_counts.items() if layer.kind != "state")
-    nbytes = attending * model.num_heads * width * kv_format(dtype).bits_per_element / 8
-    return int(nbytes) if nbytes.denominator == 1 else nbytes
+    width = sum(
+        count * head_width(model, layer) for layer, count in model.layer_counts.items() if layer.kind != "state"
+    )
+    return plain(model.num_heads * width * kv_format(dtype).bits_per_element / 8)
+
+
+def head_width(model: ModelSpec, layer: Layer) -> int:
+    """Numbers of one head's key and value: the model's where the layer keeps a latent, or reads an earlier layer's."""
+    if layer.kind in ("latent", "shared"):
+        return model.head_dim + (model.v_head_dim or model.head_dim)
+    return layer.k_dim + layer.v_dim
+
+
+def plain(number: Fraction) -> int | Fraction:
+    """A whole number as an int."""
+    return int(number) if number.denominator == 1 else number

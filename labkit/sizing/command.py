@@ -14,7 +14,7 @@ from typing import Any
 from labkit import sizing, specs
 from labkit.sizing import GB, GIB, SizeError
 from labkit.sizing.memory import on_one_rank
-from labkit.sizing.plan import count_users
+from labkit.sizing.report import count_users
 from labkit.sizing.units import check_count
 from labkit.specs import Layer, ModelSpec, SpecError
 

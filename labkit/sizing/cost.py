@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labkit.sizing.units import SizeError, check_count
+from labkit.sizing.units import SizeError, check_count, check_flag, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class Price:
     def __post_init__(self) -> None:
         for name in ("input", "output", "cached", "written"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 10_000):
-                raise SizeError(f"{name} is {value!r}: a price is in dollars per million tokens, $3 per million is 3")
+            left_out = value is None and name in ("cached", "written")
+            if not left_out and not (is_number(value) and 0 <= value <= 10_000):
+                raise SizeError(
+                    f"{name} is {shown(value)}: a price is in dollars per million tokens, $3 per million is 3"
+                )
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,18 @@ def conversation_cost(
     Call i sends the prefix, i messages of `added` tokens and i - 1 answers of `answer` tokens. With caching, what the
     call before had sent is read from the cache, and the rest is written to it.
     """
+    if not isinstance(price, Price):
+        raise SizeError(f"price is a Price, as Price(input=3, output=15); got {shown(price)}")
     check_count("calls", calls)
     for name, value in (("prefix", prefix), ("added", added), ("answer", answer)):
         check_count(name, value, least=0)
+    check_flag("caching", caching)
     if caching and price.cached is None:
         raise SizeError("caching needs a price for cached input: Price(input=3, output=15, cached=0.3)")
-    sent = [prefix + call * added + (call - 1) * answer for call in range(1, calls + 1)]
-    output = calls * answer
+    first, last = prefix + added, prefix + calls * added + (calls - 1) * answer
+    sent, output = calls * (first + last) // 2, calls * answer  # each call sends as much more as the one before it
     if not caching:
-        dollars = (sum(sent) * price.input + output * price.output) / 1e6
-        return Bill(sum(sent), 0, 0, output, dollars)
-    written = sent[-1]  # each token once
-    cached = sum(sent) - written
-    cost = cached * (price.cached or 0.0) + written * (price.input if price.written is None else price.written)
-    return Bill(0, cached, written, output, (cost + output * price.output) / 1e6)
+        return Bill(sent, 0, 0, output, (sent * price.input + output * price.output) / 1e6)
+    cached = sent - last  # each token is written once
+    cost = cached * (price.cached or 0.0) + last * (price.input if price.written is None else price.written)
+    return Bill(0, cached, last, output, (cost + output * price.output) / 1e6)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from labkit.sizing.cache import Format, Layered, Quantized, cache_bytes, kv_format
-from labkit.sizing.units import LIMIT, SizeError, check_count, check_share, check_spec, to_bytes
+from labkit.sizing.cache import Format, Layered, kv_format, peak_bytes
+from labkit.sizing.units import LIMIT, SizeError, check_count, check_share, check_spec, shown, to_bytes
 
 if TYPE_CHECKING:
     from labkit.specs import GpuSpec, Layer, ModelSpec
@@ -28,8 +28,9 @@ def room_for_cache(
 ) -> int:
     """Bytes per device left for the cache: (memory - weights) x (1 - reserve). Negative: no room for the weights."""
     check_spec("gpu", gpu)
+    share = check_share("reserve", reserve, zero=True)
     left = gpu.memory_bytes - ceil_div(weight_bytes(model, weight_dtype), check_count("ranks", ranks))
-    return int(left * (1 - check_share("reserve", reserve, zero=True))) if left > 0 else left
+    return int(left * (1 - share)) if left > 0 else left
 
 
 def capacity(
@@ -42,9 +43,13 @@ def capacity(
     reserve: float = RESERVE,
     ranks: int = 1,
 ) -> int:
-    """How many requests of `context` tokens fit beside the weights; 0 when not even the weights do."""
+    """How many requests fit beside the weights at every length up to `context` tokens; 0 when not even the weights do.
+
+    What counts is the most that a request takes on the way (`peak_bytes`), which in few bits is not at its end.
+    """
+    check_count("context", context)
     room = room_for_cache(model, gpu, weight_dtype=weight_dtype, reserve=reserve, ranks=ranks)
-    one = cache_bytes(on_one_rank(model, ranks), context, 1, dtype)
+    one = peak_bytes(on_one_rank(model, ranks), context, 1, dtype)
     if room <= 0:
         return 0
     if one == 0:
@@ -64,21 +69,24 @@ def longest_context(
 ) -> int | None:
     """The most tokens that each of `batch` requests may grow to; 0 when none fit, None when memory sets no limit.
 
-    A quantized cache shrinks when a group is packed: what it held just before must fit as well. What the model was
-    trained for is another limit: `model.max_seq_len`.
+    Every length on the way fits as well: as `capacity`. A format with a capacity of its own is a limit where memory is
+    none. What the model was trained for is another: `model.max_seq_len`.
     """
+    check_count("batch", batch)
     room = room_for_cache(model, gpu, weight_dtype=weight_dtype, reserve=reserve, ranks=ranks)
     part, kept = on_one_rank(model, ranks), kv_format(dtype)
+    most = kept.limit or LIMIT
+    longest = largest(most, lambda tokens: peak_bytes(part, tokens, batch, kept) <= room)
+    return None if longest == LIMIT and kept.limit is None else longest
 
-    def fits(tokens: int) -> bool:
-        lengths = (tokens, kept.fullest(tokens)) if isinstance(kept, Quantized) else (tokens,)
-        return all(cache_bytes(part, length, batch, kept) <= room for length in lengths)
 
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, where no larger one does; 0 if none does."""
     if not fits(1):
         return 0
-    if fits(LIMIT):
-        return None
-    low, high = 1, LIMIT
+    if fits(most):
+        return most
+    low, high = 1, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -88,8 +96,13 @@ def longest_context(
 def max_batch_context_frontier(
     model: ModelSpec, gpu: GpuSpec, contexts: Iterable[int], **options: object
 ) -> list[tuple[int, int]]:
-    """Pairs of context and the most requests that fit at it; options as in `capacity`."""
+    """Pairs of context and the most requests that fit up to it; options as in `capacity`."""
+    if isinstance(contexts, str) or not isinstance(contexts, Iterable):
+        raise SizeError(f"contexts are numbers of tokens, as in [2048, 8192]; got {shown(contexts)}")
     return [(context, capacity(model, gpu, context, **options)) for context in contexts]  # type: ignore[arg-type]
+
+
+MOST_RANKS = 1024  # that are offered where heads do not divide
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> Split:
     for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("ranks", ranks)):
         check_count(name, value)
     if num_heads % ranks:
-        fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        fitting = [n for n in range(1, min(num_heads, MOST_RANKS) + 1) if num_heads % n == 0]
         raise SizeError(f"{num_heads} query heads do not divide over {ranks} ranks: take one of {fitting}")
     if num_kv_heads % ranks and ranks % num_kv_heads:
         raise SizeError(
@@ -125,7 +138,8 @@ def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> Split:
 
 def on_one_rank(model: ModelSpec, ranks: int) -> Layered:
     """What one of `ranks` ranks of tensor parallelism keeps of the cache."""
-    return model if ranks == 1 else Part(model, ranks)
+    check_spec("model", model)
+    return model if check_count("ranks", ranks) == 1 else Part(model, ranks)
 
 
 class Part:

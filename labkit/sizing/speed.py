@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from labkit.sizing.cache import Format, cache_bytes
+from labkit.sizing.cache import Format, head_width, step_bytes
 from labkit.sizing.memory import ceil_div, on_one_rank
-from labkit.sizing.units import SizeError, check_count, check_share, check_spec, dtype_name, to_bytes
+from labkit.sizing.units import (
+    SizeError,
+    check_count,
+    check_number,
+    check_share,
+    check_spec,
+    dtype_name,
+    shown,
+    to_bytes,
+)
 
 if TYPE_CHECKING:
     from labkit.specs import GpuSpec, Layer, LinkSpec, ModelSpec
@@ -52,6 +61,10 @@ def weights_met(model: ModelSpec, tokens: int) -> int:
     """
     check_spec("model", model)
     check_count("tokens", tokens)
+    return _weights_met(model, tokens)
+
+
+def _weights_met(model: ModelSpec, tokens: int) -> int:
     embedding = 0 if model.tied_head else model.vocab_size * model.hidden_size
     if model.num_experts is None or model.experts_per_token is None:
         return model.num_active_parameters - embedding
@@ -69,6 +82,7 @@ def step_flops(model: ModelSpec, tokens: int, *, past: int = 0, batch: int = 1) 
     Two per weight of the layers and token, two per weight of the head for the last token, and those of attention: each
     query meets each key it may see, two operations per number of key and of value.
     """
+    check_spec("model", model)
     check_count("tokens", tokens)
     check_count("past", past, least=0)
     check_count("batch", batch)
@@ -86,13 +100,9 @@ def attention_width(model: ModelSpec, layer: Layer, tokens: int) -> int:
     """Numbers of one key and one value that a query head meets.
 
     A latent is met as it is when one token decodes (scores over all of it, values over all but its rotary part, here
-    counted whole), and expanded to heads in a prompt. A shared layer reads keys and values of the model's width.
+    counted whole), and expanded to heads in a prompt.
     """
-    if layer.kind == "latent" and tokens == 1:
-        return 2 * layer.latent_dim
-    if layer.kind in ("latent", "shared"):
-        return model.head_dim + (model.v_head_dim or model.head_dim)
-    return layer.k_dim + layer.v_dim
+    return 2 * layer.latent_dim if layer.kind == "latent" and tokens == 1 else head_width(model, layer)
 
 
 def pairs(tokens: int, past: int, window: int | None) -> int:
@@ -115,12 +125,17 @@ def decode_floor(
     ranks: int = 1,
     link: LinkSpec | None = None,
 ) -> Floor:
-    """The least time of one decode step of `batch` requests that hold `context` tokens each, the new one included."""
+    """The least time of one decode step of `batch` requests that hold `context` tokens each, the new one included.
+
+    Of the cache, what the new token sees is read: no room left over, and nothing beyond a window.
+    """
+    check_spec("model", model)
     check_count("context", context)
+    check_count("batch", batch)
     check_count("ranks", ranks)
     check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(weights_met(model, batch), weight_dtype), ranks)
-    cache = cache_bytes(on_one_rank(model, ranks), context, batch, dtype)
+    weights = ceil_div(to_bytes(_weights_met(model, batch), weight_dtype), ranks)
+    cache = step_bytes(on_one_rank(model, ranks), context, batch, dtype)
     flops = ceil_div(step_flops(model, 1, past=context - 1, batch=batch), ranks)
     return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, batch)
 
@@ -137,11 +152,13 @@ def prefill_floor(
     link: LinkSpec | None = None,
 ) -> Floor:
     """The least time of one pass over `batch` prompts of `prompt` tokens: weights read once, K and V written once."""
+    check_spec("model", model)
     check_count("prompt", prompt)
+    check_count("batch", batch)
     check_count("ranks", ranks)
     check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(weights_met(model, prompt * check_count("batch", batch)), weight_dtype), ranks)
-    cache = cache_bytes(on_one_rank(model, ranks), prompt, batch, dtype)
+    weights = ceil_div(to_bytes(_weights_met(model, prompt * batch), weight_dtype), ranks)
+    cache = step_bytes(on_one_rank(model, ranks), prompt, batch, dtype)
     flops = ceil_div(step_flops(model, prompt, batch=batch), ranks)
     return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, prompt * batch)
 
@@ -172,6 +189,10 @@ def all_reduce_seconds(model: ModelSpec, ranks: int, tokens: int, link: LinkSpec
 
     A ring moves 2 (ranks - 1) / ranks of the data over each link (bandwidth only, no latency; 16-bit numbers).
     """
+    check_spec("model", model)
+    check_count("ranks", ranks)
+    if link is not None:
+        check_spec("link", link)
     if ranks == 1 or link is None:
         return 0.0
     moved = 2 * model.num_layers * tokens * model.hidden_size * 2 * 2 * (ranks - 1) / ranks
@@ -188,21 +209,26 @@ def math_rate(gpu: GpuSpec, weight_dtype: str) -> float:
 
 def arithmetic_intensity(flops: float, nbytes: float) -> float:
     """Operations per byte that is moved."""
-    if not nbytes > 0:
-        raise SizeError(f"bytes must be more than 0; got {nbytes!r}")
-    return flops / nbytes
+    return check_number("flops", flops, zero=True) / check_number("bytes", nbytes)
 
 
 def ridge(gpu: GpuSpec, dtype: str = "bfloat16") -> float:
     """Operations per byte above which a device waits for its arithmetic and no longer for its memory."""
-    return gpu.flop_per_s(dtype) / gpu.bytes_per_s
+    check_spec("gpu", gpu)
+    return gpu.flop_per_s(_arithmetic(dtype)) / gpu.bytes_per_s
+
+
+def _arithmetic(dtype: Any) -> str:
+    """A dtype's name, for `GpuSpec.flop_per_s` to look up."""
+    if not isinstance(dtype, str):
+        raise SizeError(f'dtype is a name, as "bfloat16"; got {shown(dtype)}')
+    return dtype
 
 
 def attainable(gpu: GpuSpec, intensity: float, dtype: str = "bfloat16") -> float:
     """The roofline: operations a second at `intensity` operations per byte, the lower of the two roofs."""
-    if not intensity >= 0:
-        raise SizeError(f"intensity must not be negative; got {intensity!r}")
-    return min(gpu.flop_per_s(dtype), intensity * gpu.bytes_per_s)
+    check_spec("gpu", gpu)
+    return min(gpu.flop_per_s(_arithmetic(dtype)), check_number("intensity", intensity, zero=True) * gpu.bytes_per_s)
 
 
 def ttft(floor: Floor, *, mfu: float = 0.5, mbu: float = 0.6) -> float:
@@ -210,6 +236,8 @@ def ttft(floor: Floor, *, mfu: float = 0.5, mbu: float = 0.6) -> float:
 
     The defaults are assumptions, not measurements; put in what your engine reaches. Waiting in a queue comes on top.
     """
+    if not isinstance(floor, Floor):
+        raise SizeError(f"floor is what prefill_floor or decode_floor gives; got {shown(floor)}")
     return max(floor.computing / check_share("mfu", mfu), floor.reading / check_share("mbu", mbu)) + floor.communicating
 
 

@@ -9,7 +9,7 @@ import pytest
 from labkit import sizing, specs
 from labkit.course import cli
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 H100 = ["--gpu", "h100-80gb"]
 
 

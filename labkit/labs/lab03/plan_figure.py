@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from labkit.plots.style import COLORS, figure
 from labkit.sizing import GB, Plan
-from labkit.sizing.plan import count_users
+from labkit.sizing.report import count_users
 
 PARTS = ("weights", "reserve", "cache", "free")  # from the left: what is decided first stands first
 BEYOND = 2.0  # the axis ends at so many times the largest memory: a cache of 1,000 times it would hide the rest

@@ -9,7 +9,7 @@ import ipywidgets
 from labkit import sizing, specs
 from labkit.labs.lab03 import plan_figure
 from labkit.sizing import SizeError, gigabytes
-from labkit.sizing.plan import count_users
+from labkit.sizing.report import count_users
 from labkit.specs import GpuSpec, LinkSpec
 from labkit.widgets import choice, png, wide, with_value
 
