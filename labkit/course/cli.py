@@ -25,6 +25,7 @@ SIZE_EXAMPLES = """examples:
   labkit size qwen2.5-7b
   labkit size qwen2.5-7b --gpu h100-80gb --context 32K --users 16
   labkit size llama-3.1-70b --gpu h100-80gb --ranks 4 --kv-dtype float8
+  labkit size qwen2.5-7b --gpu h100-80gb --kv-dtype int4 --group-size 32
   labkit size path/to/config.json --json
   labkit size --list gpus"""
 
@@ -85,16 +86,14 @@ def _add_size(commands: Any) -> None:
     size.add_argument("--link", metavar="NAME", help="what connects them (default: the GPU's fastest)")
     size.add_argument("--context", metavar="TOKENS", help="tokens per user; 128K is 131,072 (default: 8192)")
     size.add_argument("--users", "--batch", metavar="N", help="requests at the same time (default: 1)")
-    size.add_argument(
-        "--kv-dtype", default="float16", metavar="D", help="float16, float8, int8, int4, int2 (default: %(default)s)"
-    )
-    size.add_argument(
-        "--weight-dtype", default="bfloat16", metavar="D", help="also mxfp4, float32 (default: %(default)s)"
-    )
+    size.add_argument("--kv-dtype", metavar="D", help="float16, float8, int8, int4, int2 (default: float16)")
+    size.add_argument("--group-size", metavar="N", help="of int8, int4, int2: numbers that share a scale (default: 64)")
+    size.add_argument("--residual-length", metavar="N", help="of these: newest tokens in 16 bits (default: 64)")
+    size.add_argument("--sink-length", metavar="N", help="of these: first tokens in 16 bits (default: 0)")
+    size.add_argument("--block-size", metavar="N", help="of other dtypes: keep K and V in blocks of so many tokens")
+    size.add_argument("--weight-dtype", metavar="D", help="also mxfp4, float32 (default: bfloat16)")
     size.add_argument("--reserve", metavar="SHARE", help="of what the weights leave, kept free (default: 0.15)")
-    size.add_argument(
-        "--parameters", metavar="N", help="weights in all, for a config from which they cannot be counted"
-    )
+    size.add_argument("--parameters", metavar="N", help="weights in all, in place of those published or counted")
     size.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes, times in seconds")
     size.set_defaults(run=run_size)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.sizing.cache import Format, head_width, step_bytes
 from labkit.sizing.memory import ceil_div, on_one_rank
 from labkit.sizing.units import (
+    LIMIT,
     SizeError,
     check_count,
     check_number,
@@ -20,6 +21,8 @@ from labkit.sizing.units import (
 
 if TYPE_CHECKING:
     from labkit.specs import GpuSpec, Layer, LinkSpec, ModelSpec
+
+MOST_TOKENS = LIMIT**2  # of one pass: so many requests of so many tokens
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,7 @@ def weights_met(model: ModelSpec, tokens: int) -> int:
     k per token, those that at least one token chose: E x (1 - (1 - k/E)^tokens), choices being independent and even.
     """
     check_spec("model", model)
-    check_count("tokens", tokens)
-    return _weights_met(model, tokens)
-
-
-def _weights_met(model: ModelSpec, tokens: int) -> int:
+    check_count("tokens", tokens, most=MOST_TOKENS)
     embedding = 0 if model.tied_head else model.vocab_size * model.hidden_size
     if model.num_experts is None or model.experts_per_token is None:
         return model.num_active_parameters - embedding
@@ -134,7 +133,7 @@ def decode_floor(
     check_count("batch", batch)
     check_count("ranks", ranks)
     check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(_weights_met(model, batch), weight_dtype), ranks)
+    weights = ceil_div(to_bytes(weights_met(model, batch), weight_dtype), ranks)
     cache = step_bytes(on_one_rank(model, ranks), context, batch, dtype)
     flops = ceil_div(step_flops(model, 1, past=context - 1, batch=batch), ranks)
     return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, batch)
@@ -157,7 +156,7 @@ def prefill_floor(
     check_count("batch", batch)
     check_count("ranks", ranks)
     check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(_weights_met(model, prompt * batch), weight_dtype), ranks)
+    weights = ceil_div(to_bytes(weights_met(model, prompt * batch), weight_dtype), ranks)
     cache = step_bytes(on_one_rank(model, ranks), prompt, batch, dtype)
     flops = ceil_div(step_flops(model, prompt, batch=batch), ranks)
     return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, prompt * batch)
@@ -191,6 +190,7 @@ def all_reduce_seconds(model: ModelSpec, ranks: int, tokens: int, link: LinkSpec
     """
     check_spec("model", model)
     check_count("ranks", ranks)
+    check_count("tokens", tokens, most=MOST_TOKENS)
     if link is not None:
         check_spec("link", link)
     if ranks == 1 or link is None:

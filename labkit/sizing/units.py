@@ -71,13 +71,13 @@ def is_number(value: Any) -> bool:
     return -1e300 < value < 1e300
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number from `least` to 10**9; SizeError otherwise."""
+def check_count(name: str, value: Any, least: int = 1, most: int = LIMIT) -> int:
+    """`value` if it is a whole number from `least` to `most`; SizeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SizeError(f"{name} must be a whole number, at least {least}; got {shown(value)}")
-    if value > LIMIT:
+    if value > most:
         said = f"{value:,}" if value < 10**20 else shown(value)
-        raise SizeError(f"{name} is {said}: more than {LIMIT:,} cannot be meant; is it in another unit?")
+        raise SizeError(f"{name} is {said}: more than {most:,} cannot be meant; is it in another unit?")
     return value
 
 

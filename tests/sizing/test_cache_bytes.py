@@ -15,7 +15,7 @@ from labkit.cache.recording import RecordingCache
 from labkit.quantization import FLOAT8
 from labkit.sizing import Dense, Paged, Quantized, SizeError, bytes_per_token, cache_bytes, mha_bytes_per_token
 from labkit.specs import LayerGroup
-from tests.sizing.models import dense_shapes, mixed_shapes, shape
+from tests.shapes import dense_shapes, mixed_shapes, shape
 
 CAPACITY = 64
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -40,7 +40,7 @@ def test_every_cache_class_of_the_project_has_a_prediction():
 
 @pytest.mark.parametrize("kind", MAKE, ids=lambda cls: cls.__name__)
 @given(
-    model=dense_shapes(), tokens=st.integers(1, CAPACITY), batch=st.integers(1, 4), dtype=DTYPES, cuts=st.integers(1, 9)
+    model=dense_shapes(), tokens=st.integers(0, CAPACITY), batch=st.integers(1, 4), dtype=DTYPES, cuts=st.integers(1, 9)
 )
 def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype, cuts):
     make, kept = MAKE[kind]

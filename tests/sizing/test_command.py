@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -159,6 +162,7 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
         (["qwen2.5-7b", *H100, "--ranks", "8"], "28 query heads do not divide over 8 ranks"),
         (["qwen2.5-7b", "--ranks", "2"], "--ranks needs a device: name one with --gpu"),
         (["qwen2.5-7b", "--reserve", "0.2"], "--reserve needs a device"),
+        (["qwen2.5-7b", *H100, "--link", "nvlink4"], "--link connects several GPUs: say with --ranks how many"),
         (["qwen2.5-7b", "--context", "128GB"], "--context counts tokens: 8192, or 128K for 131,072; got '128GB'"),
         (["qwen2.5-7b", "--context", "1.5"], "got '1.5'"),
         (["qwen2.5-7b", "--context", "1,5"], "got '1,5'"),
@@ -175,7 +179,26 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
         (["qwen2.5-7b", *H100, "--reserve", "15%"], "15% is 0.15"),
         (["qwen2.5-7b", *H100, "--reserve", "15"], "15% is 0.15"),
         (["qwen2.5-7b", *H100, "--reserve", "nan"], "15% is 0.15"),
-        (["qwen2.5-7b", "--parameters", "5"], "--parameters is for a config file"),
+        (["qwen2.5-7b", "--parameters", "5"], "qwen2.5-7b: --parameters (5) are fewer than the embeddings alone"),
+        (
+            ["mixtral-8x7b", "--parameters", "5000000000"],
+            "--parameters 5,000,000,000 are fewer than the 33,822,867,456",
+        ),
+        (["qwen2.5-7b", "--kv-dtype", "int4", "--group-size", "48"], "--group-size that does, as in --group-size 16"),
+        (["qwen2.5-7b", "--kv-dtype", "int4", "--group-size", "3"], "take a --group-size that is a multiple of 4"),
+        (["qwen2.5-7b", "--kv-dtype", "int8", "--group-size", "2"], "take a larger --group-size"),
+        (
+            ["phi-3-mini-4k", "--kv-dtype", "int4"],
+            "head_dim of 96: take a --group-size that does, as in --group-size 32",
+        ),
+        (["qwen2.5-7b", "--sink-length", "4"], "--sink-length is for K and V in few bits, as with --kv-dtype int4"),
+        (["qwen2.5-7b", "--kv-dtype", "int2", "--block-size", "16"], "--block-size is for K and V as they are"),
+        (["qwen2.5-7b", "--list"], "--list only lists: leave out 'qwen2.5-7b'"),
+        (["--list", "gpus", "--users", "3"], "--list only lists: leave out --users"),
+        (["~no-such-user/config.json"], "no-such-user"),
+        (["x" * 300], "no model spec is called 'xxx"),
+        (["x" * 300 + ".json"], "name too long"),
+        (["--list", ""], "--list knows models, gpus, links; got ''"),
         (["no/such/config.json"], "there is no file no/such/config.json"),
         (["--list", "prices"], "--list knows models, gpus, links; got 'prices'"),
     ],
@@ -238,6 +261,120 @@ def test_a_named_model_needs_no_torch_and_answers_in_well_under_a_second():
     assert not {"torch", "transformers", "matplotlib", "ipywidgets", "numpy"} & loaded
     assert json.loads(result.stdout)["plan"]["users_that_fit"] == 126
     assert min(seconds) < 1.0
+
+
+COUNTING = {  # each flag that counts: what it needs beside it, and what it cannot be
+    "--users": ([], ["0"]),
+    "--parameters": ([], ["0"]),
+    "--ranks": (H100, ["0"]),
+    "--group-size": (["--kv-dtype", "int4"], ["0"]),
+    "--residual-length": (["--kv-dtype", "int4"], []),
+    "--sink-length": (["--kv-dtype", "int4"], []),
+    "--block-size": ([], ["0"]),
+    "--context": ([], ["0"]),
+    "--reserve": (H100, ["1", "1e999"]),
+    "--kv-dtype": ([], ["8"]),
+    "--weight-dtype": ([], ["8"]),
+}
+
+
+@pytest.mark.parametrize("flag", COUNTING)
+def test_what_is_wrong_is_said_of_the_flag_that_was_typed(refused, flag):
+    beside, more = COUNTING[flag]
+    for text in ["", "-1", "nan", "inf", "true", "1.5", "a lot", "9" * 40, "99999999999999999", "\n", *more]:
+        said = refused("qwen2.5-7b", *beside, f"{flag}={text}")
+        assert said.startswith(flag), text
+
+
+def test_how_k_and_v_are_kept_is_said_by_flags(answer):
+    model = specs.model("qwen2.5-7b")
+    few = ["--kv-dtype", "int4", "--group-size", "32", "--residual-length", "128", "--sink-length", "4"]
+    blocks = ["--kv-dtype", "fp8", "--block-size", "32"]
+    for arguments, kept in (
+        (few, sizing.Quantized(4, 32, 128, sink_length=4)),
+        (blocks, sizing.Paged(32, "float8")),
+    ):
+        said = answer("qwen2.5-7b", *arguments)
+        assert said["kv_dtype"] == kept.name
+        assert said["kv_format"] == {"kind": type(kept).__name__.lower(), **dataclasses.asdict(kept)}
+        assert said["cache"] == [
+            {
+                "context": row["context"],
+                "bytes": sizing.cache_bytes(model, row["context"], 1, kept),
+                "peak": sizing.peak_bytes(model, row["context"], 1, kept),
+            }
+            for row in said["cache"]
+        ]
+        asked = sizing.plan(model, specs.gpu("h100-80gb"), dtype=kept)
+        assert answer("qwen2.5-7b", *H100, *arguments)["plan"] == asked.as_dict()
+
+
+def test_in_few_bits_the_table_says_the_most_on_the_way(capsys, answer):
+    assert size("qwen2.5-7b", "--kv-dtype", "int4", "--context", "2K") == 0
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("2,048"))
+    assert row == ["2,048", "0.036", "GB", "0.033", "GiB", "0.038", "GB"]
+    assert size("qwen2.5-7b") == 0
+    assert "at most" not in capsys.readouterr().out
+    at_2k = answer("qwen2.5-7b", *H100, "--kv-dtype", "int4")["capacity"][0]
+    assert (at_2k["context"], at_2k["users"]) == (2048, 1548)
+
+
+def test_a_latent_that_stays_as_it_is_is_said(capsys):
+    assert size("deepseek-v3", "--kv-dtype", "int4") == 0
+    assert "4.5 bits per element; latents stay in float16" in capsys.readouterr().out
+
+
+def test_weights_in_all_can_be_given_for_any_model(answer, config):
+    assert answer("qwen2.5-7b", "--parameters", "8,000,000,000")["weights"] == 16 * 10**9
+    mixture, more = specs.model("mixtral-8x7b"), 50 * 10**9
+    said = answer("mixtral-8x7b", "--parameters", str(more))
+    assert said["parameters"] == more
+    assert more - said["active_parameters"] == mixture.num_parameters - mixture.num_active_parameters
+    assert answer(str(config), "--parameters", "2000000000")["parameters"] == 2 * 10**9
+
+
+def test_how_a_shape_was_found_is_said(answer, capsys, monkeypatch):
+    named = specs.model("qwen2.5-7b")
+    measured = types.SimpleNamespace(**{name: getattr(named, name) for name in dir(named) if not name.startswith("__")})
+    measured.found = "measured on a class"
+    monkeypatch.setattr(specs, "model", lambda name: measured)
+    assert answer("qwen2.5-7b")["found"] == "measured on a class"
+    for beside in ([], H100):
+        assert size("qwen2.5-7b", *beside) == 0
+        assert "measured on a class" in capsys.readouterr().out
+
+
+class TestFilesThatDoNotRead:
+    @pytest.fixture
+    def data(self, tmp_path, monkeypatch):
+        """A copy of the course's specs, to put files into."""
+        shutil.copytree(specs.DATA / "models", tmp_path / "models")
+        shutil.copy(specs.DATA / "gpus.json", tmp_path)
+        monkeypatch.setattr(specs, "DATA", tmp_path)
+        return tmp_path
+
+    def test_each_is_named_and_the_others_are_listed(self, data, capsys):
+        known = set(specs.models())
+        (data / "models" / "broken.json").write_text("{")
+        (data / "models" / "empty.json").write_text("{}")
+        (data / "models" / "._qwen2.5-7b.json").write_bytes(b"\0\5\x16\7")
+        assert size("--list", "models", "--json") == 1
+        out, err = capsys.readouterr()
+        assert set(json.loads(out)["models"]) == known
+        assert [line.split()[:2] for line in err.splitlines()] == [
+            ["labkit:", "broken.json,"],
+            ["labkit:", "empty.json,"],
+        ]
+
+    @pytest.mark.parametrize("content", ["{", '{"gpus": [{"name": "x"}]}', "[]"])
+    def test_a_gpu_file_of_ones_own_does_not_hide_the_courses(self, data, capsys, content):
+        gpus, links = set(specs.gpus()), set(specs.links())
+        (data / "gpus-mine.json").write_text(content)
+        assert size("--list", "--json") == 1
+        out, err = capsys.readouterr()
+        assert (set(json.loads(out)["gpus"]), set(json.loads(out)["links"])) == (gpus, links)
+        assert err.startswith("labkit: gpus-mine.json")
+        assert err.count("\n") == 1
 
 
 def test_a_reader_that_stops_early_gets_no_traceback():

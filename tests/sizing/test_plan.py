@@ -6,7 +6,7 @@ import pytest
 
 from labkit import sizing
 from labkit.sizing import plan
-from tests.sizing.models import GPU, shape
+from tests.shapes import GPU, shape
 
 
 def test_its_parts_fill_the_memory_and_are_those_of_the_functions():

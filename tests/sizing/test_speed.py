@@ -14,7 +14,7 @@ from labkit.ledger import ledger
 from labkit.sizing import SizeError, decode_floor, prefill_floor, step_flops, weights_met
 from labkit.sizing.speed import pairs
 from labkit.specs import LayerGroup
-from tests.sizing.models import GPU, LINK, shape
+from tests.shapes import GPU, LINK, shape
 
 
 class TestOperations:

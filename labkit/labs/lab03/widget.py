@@ -9,8 +9,8 @@ import ipywidgets
 from labkit import sizing, specs
 from labkit.labs.lab03 import plan_figure
 from labkit.sizing import SizeError, gigabytes
+from labkit.sizing.links import link_between
 from labkit.sizing.report import count_users
-from labkit.specs import GpuSpec, LinkSpec
 from labkit.widgets import choice, png, wide, with_value
 
 CONTEXTS = [2**power for power in range(10, 21)]
@@ -74,7 +74,7 @@ class Planner(ipywidgets.VBox):
                 weight_dtype=self.weight_dtype.value,
                 reserve=self.reserve,
                 ranks=ranks,
-                link=fastest_link(gpu) if ranks > 1 else None,
+                link=link_between(gpu, ranks),
             )
         except SizeError as error:
             self.label.value = html.escape(str(error))
@@ -99,11 +99,6 @@ def summary(plan: sizing.Plan) -> list[str]:
         f"at most {plan.users / plan.step:,.0f} tokens/s for all users",
         plan.verdict,
     ]
-
-
-def fastest_link(gpu: GpuSpec) -> LinkSpec | None:
-    """The link that the GPU names first, if a file has it."""
-    return specs.links().get(gpu.links[0]) if gpu.links else None
 
 
 def slider(description: str, options: list[int], value: int) -> ipywidgets.SelectionSlider:

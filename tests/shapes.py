@@ -1,10 +1,15 @@
-"""Shapes for the tests of sizing: any that hypothesis likes, and a few by hand."""
+"""Shapes for tests: a tiny decoder that runs, any model that hypothesis likes, any way to keep K and V, a device."""
+
+import dataclasses
 
 from hypothesis import strategies as st
 
+from labkit.sizing import Dense, Paged, Quantized
 from labkit.specs import GpuSpec, LayerGroup, LinkSpec, ModelSpec
 
+TINY = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)  # large enough for several heads, layers and groups, no larger
 GPU = GpuSpec("a", "A GPU", "datacenter", 80.0, 2000.0, {"bfloat16": 300.0, "float8": 600.0}, "a test", "2026-01-01")
+TINY_GPU = dataclasses.replace(GPU, memory_gib=0.001)
 LINK = LinkSpec("l", "A link", 100.0, "a test", "2026-01-01")
 GROUPS = st.one_of(
     st.builds(LayerGroup, st.just("full"), st.integers(1, 3)),
@@ -12,6 +17,26 @@ GROUPS = st.one_of(
     st.builds(LayerGroup, st.just("latent"), st.integers(1, 3), latent_dim=st.integers(1, 50)),
     st.builds(LayerGroup, st.just("state"), st.integers(1, 3), state_bytes=st.integers(1, 900)),
     st.builds(LayerGroup, st.just("shared"), st.integers(1, 3)),
+)
+FORMATS = st.one_of(
+    st.builds(
+        Dense,
+        st.sampled_from(["float32", "float16", "float8", "mxfp4"]),
+        st.one_of(st.none(), st.integers(1, 150)),
+        st.booleans(),
+    ),
+    st.builds(
+        Quantized,
+        st.sampled_from([2, 4, 8]),
+        st.sampled_from([8, 16]),
+        st.integers(0, 40),
+        st.sampled_from(["float32", "float16", "float8"]),
+        symmetric=st.booleans(),
+        key_axis=st.sampled_from(["channel", "token"]),
+        sink_length=st.integers(0, 9),
+        drops=st.booleans(),
+    ),
+    st.builds(Paged, st.integers(1, 33), st.sampled_from(["float32", "float16", "float8"]), st.booleans()),
 )
 
 
@@ -34,9 +59,8 @@ def dense_shapes(draw) -> ModelSpec:
 
 
 @st.composite
-def mixed_shapes(draw) -> ModelSpec:
+def mixed_shapes(draw, **changes) -> ModelSpec:
     """Models with layers of several kinds."""
     layers = draw(st.lists(GROUPS, min_size=1, max_size=4).filter(lambda groups: groups[0].kind != "shared"))
-    return shape(
-        num_layers=draw(st.integers(1, 20)), layers=layers, v_head_dim=draw(st.one_of(st.none(), st.integers(1, 9)))
-    )
+    sizes = {"v_head_dim": draw(st.one_of(st.none(), st.integers(1, 9))), **changes}
+    return shape(num_layers=draw(st.integers(1, 20)), layers=layers, **sizes)
