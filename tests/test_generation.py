@@ -14,9 +14,7 @@ from labkit.cache import Cache
 from labkit.generation import generate, pad_left, stream
 from labkit.llama import Llama
 from labkit.models import random
-from labkit.specs import ModelSpec
-
-SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)
+from tests.shapes import TINY as SPEC
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from labkit.cache import Cache
 from labkit.ledger import ledger
 from labkit.llama import Llama
 from labkit.models import random
-from labkit.specs import ModelSpec
+from tests.shapes import TINY as SPEC
 
-SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)
 KV_BYTES = 2 * SPEC.num_kv_heads * SPEC.head_dim * 4  # K and V of one token in one layer, float32
 
 

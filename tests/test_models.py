@@ -15,9 +15,8 @@ from labkit import lab_model as making
 from labkit import models
 from labkit.llama import Llama
 from labkit.models import ModelError
-from labkit.specs import ModelSpec
+from tests.shapes import TINY
 
-TINY = ModelSpec("tiny", 2, 4, 2, 8, 32, 48, 64, 128, tied_head=True)
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 5}),
@@ -180,9 +179,9 @@ def test_a_folder_without_tokenizer_is_one_clear_error(tmp_path, named):
 @pytest.mark.parametrize(
     "spec",
     [
-        TINY,
-        replace(TINY, tied_head=False, qkv_bias=True),
-        replace(TINY, window=4, num_kv_heads=4),
+        replace(TINY, tied_head=True),
+        replace(TINY, qkv_bias=True),
+        replace(TINY, window=4, num_kv_heads=6, tied_head=True),
         replace(TINY, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ],
     ids=["tied", "bias and head", "window", "scaled positions"],

@@ -1,28 +1,19 @@
 """The cache that can be looked into, against the oracle and against the cache it extends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit import models, specs
+from labkit import models
 from labkit.attention import attention
 from labkit.cache import Cache, GrowingCache
 from labkit.cache.recording import RecordingCache
 from labkit.cache.step import rectangle
 from tests.bounds import attention_bound
-
-SPEC = specs.ModelSpec(
-    name="tiny",
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    hidden_size=48,
-    intermediate_size=64,
-    vocab_size=50,
-    max_seq_len=64,
-)
+from tests.shapes import TINY
 
 
 def fill(cache: GrowingCache, chunks: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -92,7 +83,7 @@ def test_a_window_without_the_mask_is_refused() -> None:
 
 
 def test_old_keys_stay_with_the_mask_and_change_without_it_below_the_first_layer() -> None:
-    model = models.random(SPEC).double()
+    model = models.random(replace(TINY, num_layers=3)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10)  # attention far from uniform

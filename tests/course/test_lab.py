@@ -13,8 +13,8 @@ from labkit.course.exercise import LabContents, Prediction, Quiz
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
 from labkit.models import random
-from labkit.specs import ModelSpec
 from tests.course.test_exercise import Double, double
+from tests.shapes import TINY
 
 CONTENTS = LabContents(
     "00",
@@ -170,7 +170,7 @@ def test_hints_and_solutions_are_counted_in_the_progress_file(lab: Lab) -> None:
 
 
 def test_the_ledger_watches_the_labs_model_unless_told_otherwise(lab: Lab) -> None:
-    lab.__dict__["model"] = random(ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64))
+    lab.__dict__["model"] = random(TINY)
     with lab.ledger() as work:
         lab.model(torch.arange(5)[None, :])
     assert work.kv_projections == 2 * 5

@@ -9,9 +9,8 @@ from labkit.course.plug import AttentionLayer, as_cache, run_with
 from labkit.labs.lab02 import GrowingCache, PreallocatedCache, attend_chunk, decode_step
 from labkit.ledger import ledger
 from labkit.llama import Llama
-from labkit.specs import ModelSpec
+from tests.shapes import TINY as SPEC
 
-SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 64, 97, 64)
 MAKERS = {"growing": GrowingCache, "preallocated": lambda: PreallocatedCache(40)}
 CLOSE = {"rtol": 0, "atol": 1e-10}  # bounded: float64, sums of at most 64 terms of order 1 in another order
 
@@ -23,7 +22,7 @@ def model() -> Llama:
 
 
 def tokens(count: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(97, (batch, count), generator=torch.Generator().manual_seed(1))
+    return torch.randint(SPEC.vocab_size, (batch, count), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

@@ -30,10 +30,8 @@ from labkit.quality import (
     perplexity,
     recall,
 )
-from labkit.specs import ModelSpec
+from tests.shapes import TINY as SPEC
 from tests.tiny import VOCAB, hf_model
-
-SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)
 
 
 class CoarseCache(GrowingCache):
