@@ -10,18 +10,14 @@ fits, fits at every length on the way. Raises SizeError for sizes that cannot be
 """
 
 from labkit.sizing.cache import (
-    Dense,
-    Format,
-    Paged,
-    Quantized,
     bytes_per_token,
     cache_bytes,
-    kv_format,
     mha_bytes_per_token,
     peak_bytes,
     step_bytes,
 )
 from labkit.sizing.cost import Bill, Price, conversation_cost
+from labkit.sizing.formats import Dense, Format, Paged, Quantized, kv_format
 from labkit.sizing.memory import (
     RESERVE,
     Split,

@@ -161,6 +161,7 @@ def kv_format(options: argparse.Namespace) -> Format:
 
 def memory_of(model: ModelSpec, kept: Format, weight_dtype: str) -> dict[str, Any]:
     """Bytes of the weights and of one token, for JSON."""
+    latent = next((layer for layer in model.layer_counts if layer.kind == "latent"), None)
     late = sizing.bytes_per_token(model, kept, position=widest_window(model) or 0)
     return {
         "weight_dtype": weight_dtype,
@@ -168,6 +169,7 @@ def memory_of(model: ModelSpec, kept: Format, weight_dtype: str) -> dict[str, An
         "kv_dtype": kept.name,
         "kv_format": {"kind": type(kept).__name__.lower(), **vars(kept)},
         "bits_per_element": float(kept.bits_per_element),
+        "bits_per_element_of_latents": latent and float(8 * kept.token_bytes(latent, 0) / latent.elements_per_token),
         "bytes_per_token": number(sizing.bytes_per_token(model, kept)),
         "bytes_per_token_windows_full": number(late),
         "mha_bytes_per_token": number(sizing.mha_bytes_per_token(model, kept)),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from labkit.sizing.cache import Format, Layered, kv_format, peak_bytes
+from labkit.sizing.cache import peak_bytes
+from labkit.sizing.formats import Format, Layered, kv_format
 from labkit.sizing.units import LIMIT, SizeError, check_count, check_share, check_spec, shown, to_bytes
 
 if TYPE_CHECKING:

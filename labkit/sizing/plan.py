@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.sizing import report
-from labkit.sizing.cache import Format, bytes_per_token, kv_format, peak_bytes
+from labkit.sizing.cache import bytes_per_token, peak_bytes
+from labkit.sizing.formats import Format, kv_format
 from labkit.sizing.memory import RESERVE, capacity, ceil_div, longest_context, on_one_rank, room_for_cache, weight_bytes
 from labkit.sizing.speed import decode_floor, prefill_floor
 from labkit.sizing.units import check_count

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labkit.sizing.cache import Format, head_width, step_bytes
+from labkit.sizing.cache import head_width, step_bytes
+from labkit.sizing.formats import Format
 from labkit.sizing.memory import ceil_div, on_one_rank
 from labkit.sizing.units import (
     LIMIT,

@@ -65,8 +65,8 @@ def header(model: ModelSpec, about: dict[str, Any]) -> list[str]:
     weights = f"{about['weights'] / GB:,.2f} GB, {about['weights'] / GIB:,.2f} GiB in {about['weight_dtype']}"
     active = f"; a token meets {about['active_parameters']:,}" if model.num_experts else ""
     one, late, mha = (about[key] for key in ("bytes_per_token", "bytes_per_token_windows_full", "mha_bytes_per_token"))
-    latent = about["kv_format"]["kind"] == "quantized" and any(layer.kind == "latent" for layer in model.layer_counts)
-    whole = f"; latents stay in {about['kv_format']['dtype']}" if latent else ""
+    latent = about["bits_per_element_of_latents"]
+    whole = f"; latents stay in {latent:g}" if latent not in (None, about["bits_per_element"]) else ""
     rows = [("found", about["found"])] if about["found"] else []
     rows += [
         ("layers", ", ".join(about["layers"])),

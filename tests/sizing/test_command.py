@@ -321,7 +321,7 @@ def test_in_few_bits_the_table_says_the_most_on_the_way(capsys, answer):
 
 def test_a_latent_that_stays_as_it_is_is_said(capsys):
     assert size("deepseek-v3", "--kv-dtype", "int4") == 0
-    assert "4.5 bits per element; latents stay in float16" in capsys.readouterr().out
+    assert "4.5 bits per element; latents stay in 16" in capsys.readouterr().out
 
 
 def test_weights_in_all_can_be_given_for_any_model(answer, config):

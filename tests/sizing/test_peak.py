@@ -1,12 +1,14 @@
 """The most that a request takes on its way to a length: what fits must fit at every one of them."""
 
 import dataclasses
+from fractions import Fraction
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from labkit import sizing, specs
 from labkit.sizing import Dense, Paged, Quantized, cache_bytes, capacity, longest_context, peak_bytes, plan
+from labkit.sizing.memory import on_one_rank
 from labkit.specs import LayerGroup
 from tests.shapes import FORMATS, GPU, mixed_shapes, shape
 
@@ -20,9 +22,9 @@ def bytes_up_to(model, context, kept):
     return [cache_bytes(model, length, 1, kept) for length in range(1, context + 1)]
 
 
-def device(model, room):
+def device(model, room, ranks=1):
     """A device that has so many bytes for the cache, nothing reserved."""
-    return dataclasses.replace(GPU, memory_gib=(sizing.weight_bytes(model) + room) / sizing.GIB)
+    return dataclasses.replace(GPU, memory_gib=(-(-sizing.weight_bytes(model) // ranks) + room) / sizing.GIB)
 
 
 @given(model=MODELS, kept=FORMATS, context=LENGTHS, batch=st.integers(1, 5))
@@ -31,11 +33,15 @@ def test_the_peak_is_the_largest_of_all_lengths_on_the_way(model, kept, context,
     assert peak_bytes(model, context, batch, kept) == batch * max(bytes_up_to(model, context, kept))
 
 
-@given(model=MODELS, kept=FORMATS, context=LENGTHS, room=st.integers(0, 500_000))
-def test_so_many_users_fit_at_every_length_and_one_more_does_not_at_some(model, kept, context, room):
+@given(
+    model=MODELS, kept=FORMATS, context=LENGTHS, room=st.integers(0, 500_000), ranks=st.sampled_from([1, 1, 2, 3, 6])
+)
+def test_so_many_users_fit_at_every_length_and_one_more_does_not_at_some(model, kept, context, room, ranks):
     assume(context <= (kept.limit or context))
-    users = capacity(model, device(model, room), context, dtype=kept, reserve=0)
-    most = max(bytes_up_to(model, context, kept))
+    model = dataclasses.replace(model, num_kv_heads=6)
+    gpu = device(model, room, ranks)
+    users = capacity(model, gpu, context, dtype=kept, reserve=0, ranks=ranks)
+    most = max(bytes_up_to(on_one_rank(model, ranks), context, kept))
     assert users * most <= room < (users + 1) * most
 
 
@@ -131,3 +137,35 @@ class TestRoomTakenAtOnce:
 def test_a_latent_stays_in_full_precision_in_every_figure():
     model = shape(layers=[LayerGroup("latent", latent_dim=20)])
     assert sizing.bytes_per_token(model, "int4") == sizing.bytes_per_token(model) == cache_bytes(model, 1, 1, "int4")
+
+
+class Compacting:
+    """A way of one's own: K and V as they are, and of every 10 tokens that have come 5 are merged away at once."""
+
+    name, bits_per_element, limit = "compacting", Fraction(16), None
+    model_bytes = Dense.model_bytes
+
+    def held(self, tokens):
+        return tokens - 5 * (tokens // 10)
+
+    def token_bytes(self, layer, position):
+        return Fraction(layer.elements_per_token * 2)
+
+    def layer_bytes(self, layer, tokens):
+        return Dense(drops=False).layer_bytes(layer, self.held(tokens))
+
+    read_bytes = layer_bytes
+
+    def fullest(self, model, tokens):
+        return max(range(tokens // 10 * 10 - 1, tokens + 1), key=self.held) if tokens >= 10 else tokens
+
+
+@given(context=LENGTHS, room=st.integers(0, 500_000), users=st.integers(1, 9))
+def test_a_way_to_keep_k_and_v_of_ones_own_is_asked_and_not_known(context, room, users):
+    model, kept = shape(), Compacting()
+    gpu = device(model, room)
+    answer = plan(model, gpu, context=context, users=users, dtype=kept, reserve=0)
+    most = max(bytes_up_to(model, context, kept))
+    assert answer.users_that_fit == room // most
+    assert answer.cache == users * most
+    assert answer.verdict.startswith("It fits") == (users * most <= room)

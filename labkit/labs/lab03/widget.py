@@ -11,6 +11,7 @@ from labkit.labs.lab03 import plan_figure
 from labkit.sizing import SizeError, gigabytes
 from labkit.sizing.links import link_between
 from labkit.sizing.report import count_users
+from labkit.specs import SpecError
 from labkit.widgets import choice, png, wide, with_value
 
 CONTEXTS = [2**power for power in range(10, 21)]
@@ -76,7 +77,7 @@ class Planner(ipywidgets.VBox):
                 ranks=ranks,
                 link=link_between(gpu, ranks),
             )
-        except SizeError as error:
+        except (SizeError, SpecError) as error:  # SpecError: of a GPU whose rates lack a dtype
             self.label.value = html.escape(str(error))
             return
         # The text first: it takes a few milliseconds, a picture a hundred.

@@ -1,0 +1,333 @@
+"""Ways to keep K and V: each says the bytes of one request at a length, and the length at which most is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Protocol
+
+from labkit.sizing.units import SizeError, bits, ceil, check_count, check_flag, dtype_name, shown, to_bytes
+
+if TYPE_CHECKING:
+    from labkit.specs import Layer
+
+
+class Layered(Protocol):
+    """What has a cache: a model, or the part of one that a rank holds."""
+
+    @property
+    def layer_counts(self) -> Mapping[Layer, int]:
+        """How many layers there are of each sort."""
+        ...
+
+
+class Format(Protocol):
+    """A way to keep K and V. Sizes are of one request: so many requests take so many times as much."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in print, as "float16" or "int4, groups of 32"."""
+        ...
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """Bits of one kept number of K or V in the long run, metadata included."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a request that can be kept at all; None: as many as memory holds."""
+        ...
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """Bytes that the token at `position` adds to one layer, in the long run."""
+        ...
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Bytes that one layer takes for a request of `tokens` tokens."""
+        ...
+
+    def model_bytes(self, tokens: int) -> int:
+        """Bytes that all layers share, such as a row of a block table."""
+        ...
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """Bytes of one layer that a decode step here must read: no room left over, nothing beyond a window."""
+        ...
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The length, of all up to `tokens`, at which a request takes most."""
+        ...
+
+
+def held(layer: Layer, tokens: int, drops: bool) -> int:
+    """Tokens that a layer holds after `tokens`, if those that have left its window are given up or not."""
+    return layer.tokens_held(tokens) if drops or layer.window is None else tokens
+
+
+def token_bytes(layer: Layer, position: int, drops: bool, width: Fraction) -> Fraction:
+    """Bytes that the token at `position` adds to a layer whose numbers take `width` bits: none if one leaves for it."""
+    grows = held(layer, position + 1, drops) > held(layer, position, drops)
+    return layer.elements_per_token * width / 8 if grows else Fraction(0)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """K and V as they are.
+
+    capacity: tokens per request that memory is taken for at once; None for exactly what is held. drops: whether a layer
+    with a window gives up tokens that have left it. labkit's dense caches, like many engines, keep them.
+    """
+
+    dtype: str = "float16"
+    capacity: int | None = None
+    drops: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.capacity is not None:
+            check_count("capacity", self.capacity)
+        check_flag("drops", self.drops)
+
+    @property
+    def name(self) -> str:
+        """The dtype, and the room that is taken at once."""
+        return self.dtype if self.capacity is None else f"{self.dtype}, room for {self.capacity:,} tokens"
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """Bits of the dtype."""
+        return bits(self.dtype)
+
+    @property
+    def limit(self) -> int | None:
+        """The capacity."""
+        return self.capacity
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """Numbers times their size; a place in memory that was taken at once counts when its token comes."""
+        return token_bytes(layer, position, self.drops, bits(self.dtype))
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Numbers times their size, for the tokens that memory is taken for: none before the first."""
+        if self.capacity is not None and tokens > self.capacity:
+            raise SizeError(f"{tokens:,} tokens do not fit a capacity of {self.capacity:,}")
+        places = held(layer, (self.capacity or tokens) if tokens else 0, self.drops)
+        return to_bytes(places * layer.elements_per_token, self.dtype) + layer.state_bytes
+
+    def model_bytes(self, tokens: int) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What the newest token sees."""
+        return Dense(self.dtype).layer_bytes(layer, tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The longest: no token makes it smaller."""
+        return tokens
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """K and V in `nbits`, packed, in groups of `group_size` numbers that share a scale (and a zero point).
+
+    Values are grouped along the channels of a token, keys along the tokens of a channel (key_axis "channel") or as the
+    values are ("token"). Tokens are packed `group_size` at once, and the newest wait in `dtype`: at least
+    `residual_length`, at most `group_size` - 1 more. The first `sink_length` tokens stay in `dtype`.
+    metadata: dtype of scale and zero point. symmetric: no zero point; float8 is 8 bits, symmetric. drops: as of
+    `Dense`. A latent or a state stays in `dtype`.
+    """
+
+    nbits: int = 4
+    group_size: int = 64
+    residual_length: int = 64
+    dtype: str = "float16"
+    metadata: str = "float16"
+    symmetric: bool = False
+    key_axis: str = "channel"
+    sink_length: int = 0
+    drops: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.nbits, int) or self.nbits not in (2, 4, 8):
+            raise SizeError(f"nbits is 2, 4 or 8; got {shown(self.nbits)}")
+        check_count("group_size", self.group_size)
+        check_count("residual_length", self.residual_length, least=0)
+        check_count("sink_length", self.sink_length, least=0)
+        if self.key_axis not in ("channel", "token"):
+            raise SizeError(f'key_axis is "channel" or "token"; got {shown(self.key_axis)}')
+        for name in ("dtype", "metadata"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
+        for name in ("symmetric", "drops"):
+            check_flag(name, getattr(self, name))
+        if self.group_size * self.nbits % 16:
+            raise SizeError(
+                f"groups of {self.group_size} codes of {self.nbits} bits do not fill whole 16-bit words, as packing "
+                f"needs: take a group_size that is a multiple of {16 // self.nbits}"
+            )
+        if self.bits_per_element >= 16:
+            raise SizeError(
+                f"{self.nbits} bits in groups of {self.group_size} take {float(self.bits_per_element):g} bits per "
+                f"element with their metadata, float16 takes 16: take a larger group_size"
+            )
+
+    @property
+    def name(self) -> str:
+        """Bits, and what differs from the defaults."""
+        said = [f"int{self.nbits}"]
+        if self.group_size != Quantized.group_size:
+            said.append(f"groups of {self.group_size:,}")
+        if self.residual_length != Quantized.residual_length:
+            said.append(f"newest {self.residual_length:,} in {self.dtype}")
+        if self.sink_length:
+            said.append(f"first {self.sink_length:,} in {self.dtype}")
+        return ", ".join(said)
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """`nbits` and the share of the group's metadata."""
+        return self.nbits + (1 if self.symmetric else 2) * bits(self.metadata) / self.group_size
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
+    def quantized_tokens(self, tokens: int) -> int:
+        """Tokens of `tokens` that are held in `nbits`; the others are held in full precision."""
+        candidates = tokens - self.sink_length - self.residual_length
+        return max(0, candidates) // self.group_size * self.group_size
+
+    def bits_held(self, tokens: int) -> Fraction:
+        """Bits per channel and head that `tokens` tokens take."""
+        packed = self.quantized_tokens(tokens)
+        return packed * self.bits_per_element + (tokens - packed) * bits(self.dtype)
+
+    def packs(self, layer: Layer) -> bool:
+        """Whether the layer has K and V to pack, and not a latent or a state."""
+        return layer.kind in ("full", "window")
+
+    def check_head_dim(self, k_dim: int, v_dim: int) -> None:
+        """SizeError unless keys and values of these sizes can be packed."""
+        for dim in (k_dim, v_dim):
+            if dim % 8:
+                raise SizeError(f"a head_dim of {dim} is no multiple of 8: keep it dense, in float16 or float8")
+        for dim in (v_dim, k_dim) if self.key_axis == "token" else (v_dim,):
+            if dim % self.group_size:
+                raise SizeError(
+                    f"groups of {self.group_size} do not divide a head_dim of {dim}: take a group_size that does, "
+                    f"as in group_size={math.gcd(dim, self.group_size)}, or a dense float8"
+                )
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """What a token takes once it is packed; numbers of a latent in full precision."""
+        width = self.bits_per_element if self.packs(layer) else bits(self.dtype)
+        return token_bytes(layer, position, self.drops, width)
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Packed numbers, metadata, and the tokens that wait."""
+        if not self.packs(layer):
+            return Dense(self.dtype).layer_bytes(layer, tokens)
+        self.check_head_dim(layer.k_dim, layer.v_dim)
+        return ceil(layer.elements_per_token * self.bits_held(held(layer, tokens, self.drops)) / 8)
+
+    def model_bytes(self, tokens: int) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What is held of the tokens that the newest one sees."""
+        return self.layer_bytes(layer, layer.tokens_held(tokens) if self.packs(layer) else tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """`tokens`, where a window has just filled, or the last length before a group was packed on the way there.
+
+        Between two of these each token adds, and what a group gives up is less than what its tokens had added.
+        """
+        windows = {layer.window for layer in model.layer_counts if self.drops and self.packs(layer)}
+        ends = {tokens, *(window for window in windows if window is not None and window < tokens)}
+        lengths = ends | {self.before_packing(end) for end in ends}
+        return max(sorted(lengths), key=lambda length: request_bytes(model, length, self))
+
+    def before_packing(self, tokens: int) -> int:
+        """The length just before the newest packed group of `tokens` tokens was packed; `tokens` if there is none."""
+        packed = self.quantized_tokens(tokens)
+        return max(1, self.sink_length + packed + self.residual_length - 1) if packed else tokens
+
+
+@dataclass(frozen=True)
+class Paged:
+    """K and V in blocks of `block_size` tokens, whole blocks only, and an int32 block table that all layers share.
+
+    drops: whether a layer with a window gives up blocks of which every token has left it; what is left of the oldest
+    block stays. The table keeps its places.
+    """
+
+    block_size: int = 16
+    dtype: str = "float16"
+    drops: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("block_size", self.block_size)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_flag("drops", self.drops)
+
+    @property
+    def name(self) -> str:
+        """The dtype and the size of a block."""
+        return f"{self.dtype} in blocks of {self.block_size:,}"
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """Bits of the dtype; the table adds 32 per block."""
+        return bits(self.dtype)
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens of one request take."""
+        return -(-tokens // self.block_size)
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """A token's own numbers: its share of a block."""
+        return token_bytes(layer, position, self.drops, bits(self.dtype))
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Whole blocks: the last one has room left, and the first of a window tokens that nobody sees."""
+        left = tokens - held(layer, tokens, self.drops)
+        places = (self.blocks(tokens) - left // self.block_size) * self.block_size
+        return to_bytes(places * layer.elements_per_token, self.dtype) + layer.state_bytes
+
+    def model_bytes(self, tokens: int) -> int:
+        """A row of the block table: four bytes per block."""
+        return 4 * self.blocks(tokens)
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What the newest token sees: a block is read as far as it is filled."""
+        return Dense(self.dtype).layer_bytes(layer, tokens)
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """Where the newest block begins: a later token adds none, and may let a window give one up."""
+        return (self.blocks(tokens) - 1) * self.block_size + 1 if tokens else 0
+
+
+def kv_format(dtype: str | Format) -> Format:
+    """The format a name stands for: int8, int4 and int2 quantized in groups of 64, any other dtype dense."""
+    if isinstance(dtype, type):
+        raise SizeError(f"a way to keep K and V is given with its sizes: {dtype.__name__}(), not {dtype.__name__}")
+    if not isinstance(dtype, str) and hasattr(dtype, "layer_bytes"):
+        return dtype
+    name = dtype_name(dtype)
+    return Quantized(int(name[3:])) if name.startswith("int") else Dense(name)
+
+
+def request_bytes(model: Layered, tokens: int, kept: Format) -> int:
+    """Bytes of the cache of one request, nothing checked."""
+    layers = sum(count * kept.layer_bytes(layer, tokens) for layer, count in model.layer_counts.items())
+    return layers + kept.model_bytes(tokens)
