@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from labkit.course.exercise import Exercise, Finding, LabContents, Prediction, Quiz, Verdict
+from labkit.course.contents import LabContents, Prediction, Quiz
+from labkit.course.examine import Verdict
+from labkit.course.exercise import Exercise, Finding
 
 WIDTH = 100
 

@@ -8,7 +8,7 @@ import pkgutil
 import re
 
 from labkit import labs
-from labkit.course.exercise import LabContents, Mistyped
+from labkit.course.contents import LabContents, Mistyped
 
 LAB = re.compile(r"lab\d\d")
 

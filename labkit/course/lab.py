@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 from labkit import measure
 from labkit.course import cards
 from labkit.course.catalogue import contents
-from labkit.course.exercise import Exercise, Mistyped, Verdict, examine
+from labkit.course.contents import Mistyped
+from labkit.course.examine import Verdict, examine
+from labkit.course.exercise import Exercise
 from labkit.course.progress import Progress
 from labkit.ledger import Work, ledger
 

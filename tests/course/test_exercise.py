@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise, examine
+from labkit.course.examine import examine
+from labkit.course.exercise import Exercise
 
 
 def double(x: Tensor) -> Tensor:

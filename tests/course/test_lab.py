@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from labkit.course.catalogue import contents
-from labkit.course.exercise import LabContents, Prediction, Quiz
+from labkit.course.contents import LabContents, Prediction, Quiz
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
 from labkit.models import random

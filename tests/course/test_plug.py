@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from labkit.cache import Cache
 from labkit.cache.step import rectangle
 from labkit.course.plug import AttentionLayer, as_cache, run_with
-from labkit.labs.lab02 import GrowingCache, PreallocatedCache, attend_chunk, decode_step
+from labkit.labs.lab02.references import GrowingCache, PreallocatedCache, attend_chunk, decode_step
 from labkit.ledger import ledger
 from labkit.llama import Llama
 from tests.shapes import TINY as SPEC

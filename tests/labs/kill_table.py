@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from labkit.course.catalogue import contents, numbers
-from labkit.course.exercise import Exercise, examine
+from labkit.course.examine import examine
+from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "kill_table.md"

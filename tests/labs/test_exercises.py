@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from labkit.course.catalogue import contents, numbers
-from labkit.course.exercise import Exercise, examine
+from labkit.course.examine import examine
+from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
 from tests.labs.kill_table import TABLE, kill_table
 

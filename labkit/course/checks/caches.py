@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.ledger import tensors_in
+from labkit.ledger import memory_of, tensors_in
 
 
 def check_methods(exercise: type[Exercise], cache: Any) -> None:
@@ -79,9 +81,15 @@ def check_isolation(exercise: type[Exercise], filled: Any, fresh: Any) -> None:
 
 
 def tensors(cache: Any) -> list[Tensor]:
-    """The tensors among a cache's attributes and those of its class, also inside lists; empty ones aside."""
-    values = [getattr(cache, name, None) for name in {*vars(type(cache)), *vars(cache)} if not name.startswith("__")]
-    return [tensor for tensor in tensors_in(values) if tensor.numel()]
+    """The tensors among a cache's attributes and those of its class, also inside lists, dicts and deques."""
+    names = {*vars(type(cache)), *getattr(cache, "__dict__", {})}  # of a class with __slots__, the slots
+    values = [getattr(cache, name, None) for name in names if not name.startswith("__")]
+    return [x for x in tensors_in([list(v) if isinstance(v, deque) else v for v in values]) if x.numel()]
+
+
+def bytes_behind(held: Iterable[Tensor]) -> int:
+    """Bytes of memory that tensors keep alive, each counted once. A slice keeps all that it was cut from."""
+    return sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
 
 def check_seq_len(exercise: type[Exercise], cache: Any, want: int, when: str) -> None:

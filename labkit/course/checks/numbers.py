@@ -1,36 +1,164 @@
-"""Numbers that an answer gives: whether they are whole, and which known mistake gives the same."""
+"""Numbers: whether an answer is one, whether it is whole, and which formula it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import numbers
+from collections.abc import Callable, Sequence
+from math import isclose
 from typing import Any
 
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
+from labkit.specs import ModelSpec
+
+CLOSE = 1e-9  # relative; a sum of a few float64 products differs by less than 1e-15 between orders
+SCALES = tuple(
+    factor for unit in (1e3, 1e6, 1e9, 2.0**10, 2.0**20, 2.0**30, 100.0) for factor in (unit, 1 / unit)
+)  # fmt: skip
+Case = tuple[Any, ...]
 
 
-def check_whole(exercise: type[Exercise], got: Any, what: str) -> int:
-    """`got`, when it is a whole number of Python's; a finding otherwise."""
-    if isinstance(got, float) and got.is_integer():
-        exercise.fail(
-            "not-whole",
-            seen=f"{got!r} came back: a float",
-            cause="a division with `/`, or a factor written as a float, such as 2.0",
-            look="the operators: // divides whole numbers and gives one",
-        )
-    if isinstance(got, bool) or not isinstance(got, int):
+def check_number(exercise: type[Exercise], got: Any, what: str) -> float:
+    """`got`, when it is one real number; a finding otherwise. what: the result in words."""
+    if isinstance(got, bool) or not isinstance(got, numbers.Real):
         exercise.fail(
             "not-a-number",
-            seen=f"{what}: {type(got).__name__} {str(got)[:40]} came back",
-            cause="something other than a count was returned",
-            look="the return: one int",
+            seen=f"{'nothing' if got is None else f'a {type(got).__name__}'} came back",
+            cause=f"something other than {what} was returned",
+            look="the return: one number, no tensor, no tuple, no text",
         )
     return got
 
 
-def explain_number(
-    exercise: type[Exercise], got: Sequence[int], known: Mapping[str, tuple[Sequence[int], str, str]], seen: str
+def check_whole(exercise: type[Exercise], got: Any, what: str) -> int:
+    """`got`, when it is a whole number, not a float; a finding otherwise. what: the result in words."""
+    value = check_number(exercise, got, what)
+    if not isinstance(value, numbers.Integral):
+        exercise.fail(
+            "not-whole",
+            seen=f"{value!r} came back: {'whole, but a float' if value == value // 1 else 'not a whole number'}",
+            cause="a division with `/`, a factor written as a float, or `//` between floats, which gives a float",
+            look="the operators: // divides whole numbers and gives one; a count is an int",
+        )
+    return int(value)
+
+
+def equal(a: float, b: float) -> bool:
+    """Equal, but for rounding; nothing is close to infinity but itself, and NaN equals nothing."""
+    try:
+        return a == b or isclose(a, b, rel_tol=CLOSE, abs_tol=0.0)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def judge(
+    exercise: type[Exercise],
+    answer: Callable,
+    want: Callable[..., float],
+    cases: Sequence[Case],
+    suspects: Sequence[Suspect],
+    *,
+    what: str,
+    whole: bool = False,
+    otherwise: str = "values",
+    show: Callable[..., str] | None = None,
 ) -> None:
-    """Fail with the first of `known` (diagnosis: what it gives in every case, cause, where to look) that fits `got`."""
-    for diagnosis, (values, cause, look) in known.items():
-        if list(values) == list(got):
-            exercise.fail(diagnosis, seen=seen, cause=cause, look=look)
+    """Pass when `answer` gives what `want` gives in every case; else name the suspect that it agrees with throughout.
+
+    suspects: each `gives` a formula of the case, or several. what: the result in words, with its unit. whole: the
+    result is a count, so an int must come back. otherwise: the diagnosis where no suspect agrees. show: a case in
+    words, where its parameters one by one would tell less.
+    """
+    got = [check_number(exercise, exercise.call(answer, *case), what) for case in cases]
+    wanted = [want(*case) for case in cases]
+    wrong = [index for index, pair in enumerate(zip(got, wanted, strict=True)) if not equal(*pair)]
+    if not wrong:
+        if whole:
+            for value in got:
+                check_whole(exercise, value, what)
+        return
+    first = wrong[0]
+    case = show(*cases[first]) if show else shown(want, cases[first])
+    seen = f"{case}: {figure(got[first])} came back; {what} is {figure(wanted[first])}"
+    accuse(exercise, suspects, seen, fits=lambda formula: agrees(formula, cases, got))
+    explain_ratio(exercise, got, wanted, seen)
+    explain_ignored(exercise, want, cases, got, wanted, seen)
+    exercise.fail(
+        otherwise,
+        seen=seen,
+        cause=f"the formula is another one: {len(cases) - len(wrong)} of {len(cases)} cases came out right",
+        look="this case by hand, one factor at a time",
+    )
+
+
+def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence[float], seen: str) -> None:
+    """Every result is off by one and the same power of ten, of 1,024, or by 8."""
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if b]
+    if any(equal(b, 0) for _, b in pairs):
+        return
+    if all(equal(a, 8 * b) for a, b in pairs):
+        exercise.fail(
+            "bits", seen=seen, cause="bits were counted", look="the size of one number: bytes, eight bits each"
+        )
+    for scale in SCALES:
+        if all(equal(a, scale * b) for a, b in pairs):
+            exercise.fail(
+                "units",
+                seen=seen,
+                cause=f"every result is {figure(max(scale, 1 / scale))} times too {'large' if scale > 1 else 'small'}: "
+                f"it is in another unit",
+                look="the unit in the first line of the blank",
+            )
+
+
+def explain_ignored(
+    exercise: type[Exercise],
+    want: Callable,
+    cases: Sequence[Case],
+    got: Sequence[float],
+    wanted: Sequence[float],
+    seen: str,
+) -> None:
+    """The result does not depend on a parameter that it should depend on."""
+    for place, name in enumerate(inspect.signature(want).parameters):
+        pairs = [
+            (i, j)
+            for i in range(len(cases))
+            for j in range(i)
+            if [k for k in range(len(cases[i])) if cases[i][k] is not cases[j][k] and cases[i][k] != cases[j][k]]
+            == [place]
+            and not equal(wanted[i], wanted[j])
+        ]
+        if pairs and all(equal(got[i], got[j]) for i, j in pairs):
+            exercise.fail(
+                "ignored",
+                seen=f"the result is the same whatever `{name}` is. {seen}",
+                cause=f"`{name}` does not occur in the formula, or a number stands where it belongs",
+                look=f"`{name}`: what does it stand for, and what does it multiply?",
+            )
+
+
+def agrees(formula: Callable[..., float], cases: Sequence[Case], got: Sequence[float]) -> bool:
+    """Whether `formula` gives what came back, in every case."""
+    try:
+        return all(equal(formula(*case), value) for case, value in zip(cases, got, strict=True))
+    except (ArithmeticError, ValueError):
+        return False
+
+
+def figure(value: float) -> str:
+    """A number as a person reads it."""
+    if isinstance(value, numbers.Integral) or (abs(value) < 1e15 and float(value).is_integer()):
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def shown(function: Callable, case: Case) -> str:
+    """A call in words: what each parameter was, a spec by its name."""
+    names = inspect.signature(function).parameters
+    said = [
+        f"{name} {value.name!r}" if isinstance(value, ModelSpec) else f"{name} {value:,}"
+        for name, value in zip(names, case, strict=True)
+    ]
+    return "with " + ", ".join(said)

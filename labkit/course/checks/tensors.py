@@ -21,9 +21,31 @@ def heads(num_heads: int, num_kv_heads: int, new: int, held: int, *, batch: int 
     return [torch.randn(batch, count, tokens, head_dim, dtype=torch.float64) for count, tokens in shapes]
 
 
-def agree(got: Tensor, want: Tensor, tolerance: float = TIGHT) -> bool:
-    """Whether two tensors of one shape agree within `tolerance`; NaN agrees with nothing."""
-    return got.shape == want.shape and bool((got - want).abs().max() <= tolerance)
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers, the same on every device: drawn on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def agree(got: Any, want: Tensor, tolerance: float = TIGHT, *, nan: bool = False) -> bool:
+    """Whether `got` is a tensor of `want`'s shape, within `tolerance` of it everywhere; 0: equal, whatever the dtypes.
+
+    Infinities have to be the same ones. NaN agrees with nothing, or with NaN where `nan` is true.
+    """
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        return False
+    if tolerance == 0:
+        same = got == want
+        return bool((same | ((got != got) & (want != want)) if nan else same).all())
+    return torch.allclose(got.double(), want.double(), rtol=0.0, atol=tolerance, equal_nan=nan)
+
+
+def near(got: Any, want: Tensor, ratio: float = 1e-3) -> bool:
+    """Whether `got` is `want` everywhere, within `ratio` of its largest number.
+
+    Bounded, and wide on purpose: 1e-3 is far above what float32 rounding or a small eps in a scale makes, and far below
+    what tells one rule for a scale from the next (1 in 256 at 8 bits).
+    """
+    return agree(got, want, ratio * want.double().abs().max().item())
 
 
 class Made(TorchDispatchMode):

@@ -1,29 +1,15 @@
-"""Lab 01, attention basics: one module per exercise, with its reference and its check."""
+"""Lab 01, attention basics: references in one module, one module per exercise for its check."""
 
 from __future__ import annotations
 
-from labkit.course.exercise import LabContents
-from labkit.labs.lab01.heads import Merge, Split, merge_heads, split_heads
-from labkit.labs.lab01.last_row import LastRow, attend_last
-from labkit.labs.lab01.leak import Leak, attend, leaky_attend
-from labkit.labs.lab01.mask import Mask, causal_mask
+from labkit.course.contents import LabContents
+from labkit.labs.lab01.heads import Merge, Split
+from labkit.labs.lab01.last_row import LastRow
+from labkit.labs.lab01.leak import Leak
+from labkit.labs.lab01.mask import Mask
 from labkit.labs.lab01.questions import PREDICTIONS, QUIZZES
-from labkit.labs.lab01.rope import Rope, apply_rope
-from labkit.labs.lab01.weights import Weights, attention_weights
-
-__all__ = [
-    "CONTENTS",
-    "Leak",
-    "apply_rope",
-    "attend",
-    "attend_last",
-    "attention_weights",
-    "causal_mask",
-    "leaky_attend",
-    "merge_heads",
-    "split_heads",
-]
-
+from labkit.labs.lab01.rope import Rope
+from labkit.labs.lab01.weights import Weights
 
 CONTENTS = LabContents(
     "01",

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise, Finding, NotYet
-from labkit.labs.lab01.tools import draw, recognise
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Give each head its own slice of every token's vector.
-
-    x: [batch, tokens, num_heads * head_dim].
-    Returns [batch, num_heads, tokens, head_dim]: head h has dimensions h * head_dim to (h + 1) * head_dim.
-    """
-    batch, tokens, _ = x.shape
-    return x.view(batch, tokens, num_heads, -1).transpose(1, 2)
+from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.tensors import draw
+from labkit.course.exercise import Exercise, NotYet
+from labkit.labs.lab01.references import merge_heads, split_heads
 
 
 class Split(Exercise):
@@ -43,81 +35,10 @@ class Split(Exercise):
         for tokens, num_heads in ((5, 3), (4, 4)):
             x = torch.arange(2 * tokens * num_heads * 6, dtype=torch.float64).view(2, tokens, num_heads * 6)
             got = self.call(answer, x, num_heads)
-            recognise(got, self.slips(x, num_heads), tolerance=0)
+            recognise(type(self), got, cuts(x, num_heads), tolerance=0)
             self.same(got, split_heads(x, num_heads), what=f"{tokens} tokens in {num_heads} heads")
         x = draw(1, 2, 8, dtype=torch.bfloat16)
         self.same(self.call(answer, x, 1), split_heads(x, 1), what="one head")
-
-    @staticmethod
-    def slips(x: Tensor, num_heads: int) -> Iterable[tuple[Tensor, Finding]]:
-        """Wrong ways to cut."""
-        batch, tokens, size = x.shape
-        head_dim = size // num_heads
-        cut = x.view(batch, tokens, num_heads, head_dim)
-        yield (
-            x.view(batch, num_heads, tokens, head_dim),
-            Finding(
-                "mixed-tokens",
-                "the shape is right, but head 0 holds slices of all heads of the first tokens",
-                "view straight to the final shape: it relabels in memory order, where a token's heads lie together",
-                "cut the last dimension first, then swap tokens and heads with transpose",
-            ),
-        )
-        yield (
-            x.transpose(1, 2).reshape(batch, num_heads, tokens, head_dim),
-            Finding(
-                "swapped-before-cut",
-                "the shape is right, but a row of head 0 holds one dimension of several tokens",
-                "tokens and dimensions were swapped first, and reshape then cut across both",
-                "cut the last dimension first, then swap tokens and heads",
-            ),
-        )
-        yield (
-            cut,
-            Finding(
-                "tokens-first",
-                f"shape {list(cut.shape)}: tokens before heads",
-                "the cut is right, the swap is missing",
-                "transpose the dimensions of tokens and heads",
-            ),
-        )
-        yield (
-            x.view(batch, tokens, head_dim, num_heads).permute(0, 3, 1, 2),
-            Finding(
-                "interleaved",
-                f"head 0 holds one in {num_heads} of a token's numbers instead of its first {head_dim}",
-                "the last dimension was cut as [head_dim, num_heads]",
-                "the order of the cut: num_heads first, head_dim inside it",
-            ),
-        )
-        yield (
-            x.view(batch, tokens, head_dim, num_heads).transpose(1, 2),
-            Finding(
-                "sizes-swapped",
-                f"{head_dim} heads of {num_heads} dimensions; {num_heads} of {head_dim} were asked for",
-                "num_heads was taken for head_dim",
-                "head_dim is x.shape[-1] // num_heads",
-            ),
-        )
-        yield (
-            cut.permute(0, 2, 3, 1),
-            Finding(
-                "dimensions-last",
-                "tokens stand last, where head_dim should be",
-                "one swap too many: this is the shape that keys have inside the score product",
-                "the docstring's order: batch, num_heads, tokens, head_dim",
-            ),
-        )
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """Lay the heads' results of each token side by side again: the inverse of split_heads.
-
-    x: [batch, num_heads, tokens, head_dim].
-    Returns [batch, tokens, num_heads * head_dim].
-    """
-    batch, num_heads, tokens, head_dim = x.shape
-    return x.transpose(1, 2).reshape(batch, tokens, num_heads * head_dim)
 
 
 class Merge(Exercise):
@@ -152,7 +73,7 @@ class Merge(Exercise):
                     look="reshape(), which copies where it must",
                 )
             raise
-        recognise(got, self.slips(heads), tolerance=0)
+        recognise(type(self), got, joins(heads), tolerance=0)
         self.same(got, x, what="5 tokens of 3 heads, merged")
         for tokens, num_heads in ((4, 4), (1, 2)):
             heads = draw(1, num_heads, tokens, 4, dtype=torch.bfloat16)
@@ -160,51 +81,55 @@ class Merge(Exercise):
                 self.call(answer, heads), merge_heads(heads), what=f"{tokens} tokens of {num_heads} heads, merged"
             )
 
-    @staticmethod
-    def slips(heads: Tensor) -> Iterable[tuple[Tensor, Finding]]:
-        """Wrong ways to join."""
-        batch, num_heads, tokens, head_dim = heads.shape
-        yield (
-            heads.reshape(batch, tokens, num_heads * head_dim),
-            Finding(
-                "mixed-tokens",
-                "the shape is right, but one token's vector holds one head's results of several tokens",
-                "reshape without swapping back: in memory, one head's tokens lie together",
-                "transpose(1, 2) first",
-            ),
-        )
-        yield (
-            heads.permute(0, 2, 3, 1).reshape(batch, tokens, -1),
-            Finding(
-                "interleaved",
-                "the heads' numbers alternate instead of lying side by side",
+
+def cuts(x: Tensor, num_heads: int) -> list[Suspect]:
+    """Wrong ways to cut."""
+    batch, tokens, size = x.shape
+    head_dim = size // num_heads
+    cut = x.view(batch, tokens, num_heads, head_dim)
+    return [
+        Suspect("mixed-tokens", x.view(batch, num_heads, tokens, head_dim),
+                "view straight to the final shape: it relabels in memory order, where a token's heads lie together",
+                "cut the last dimension first, then swap tokens and heads with transpose",
+                "the shape is right, but head 0 holds slices of all heads of the first tokens"),
+        Suspect("swapped-before-cut", x.transpose(1, 2).reshape(batch, num_heads, tokens, head_dim),
+                "tokens and dimensions were swapped first, and reshape then cut across both",
+                "cut the last dimension first, then swap tokens and heads",
+                "the shape is right, but a row of head 0 holds one dimension of several tokens"),
+        Suspect("tokens-first", cut, "the cut is right, the swap is missing",
+                "transpose the dimensions of tokens and heads", f"shape {list(cut.shape)}: tokens before heads"),
+        Suspect("interleaved", x.view(batch, tokens, head_dim, num_heads).permute(0, 3, 1, 2),
+                "the last dimension was cut as [head_dim, num_heads]",
+                "the order of the cut: num_heads first, head_dim inside it",
+                f"head 0 holds one in {num_heads} of a token's numbers instead of its first {head_dim}"),
+        Suspect("sizes-swapped", x.view(batch, tokens, head_dim, num_heads).transpose(1, 2),
+                "num_heads was taken for head_dim", "head_dim is x.shape[-1] // num_heads",
+                f"{head_dim} heads of {num_heads} dimensions; {num_heads} of {head_dim} were asked for"),
+        Suspect("dimensions-last", cut.permute(0, 2, 3, 1),
+                "one swap too many: this is the shape that keys have inside the score product",
+                "the docstring's order: batch, num_heads, tokens, head_dim",
+                "tokens stand last, where head_dim should be"),
+    ]  # fmt: skip
+
+
+def joins(heads: Tensor) -> list[Suspect]:
+    """Wrong ways to join."""
+    batch, num_heads, tokens, head_dim = heads.shape
+    return [
+        Suspect("mixed-tokens", heads.reshape(batch, tokens, num_heads * head_dim),
+                "reshape without swapping back: in memory, one head's tokens lie together", "transpose(1, 2) first",
+                "the shape is right, but one token's vector holds one head's results of several tokens"),
+        Suspect("interleaved", heads.permute(0, 2, 3, 1).reshape(batch, tokens, -1),
                 "the heads were moved to the last place before joining",
                 "heads stand before head_dim when the two are joined",
-            ),
-        )
-        one_vector = Finding(
-            "heads-blended",
-            f"vectors of {head_dim} numbers; {num_heads * head_dim} are needed",
-            "the heads were summed or averaged",
-            "merging keeps every number: heads lie side by side; the output projection blends them later",
-        )
-        yield heads.mean(1), one_vector
-        yield heads.sum(1), one_vector
-        yield (
-            heads.reshape(batch, num_heads * tokens, head_dim),
-            Finding(
-                "along-tokens",
-                f"{num_heads * tokens} tokens instead of {tokens}",
+                "the heads' numbers alternate instead of lying side by side"),
+        Suspect("heads-blended", [heads.mean(1), heads.sum(1)], "the heads were summed or averaged",
+                "merging keeps every number: heads lie side by side; the output projection blends them later",
+                f"vectors of {head_dim} numbers; {num_heads * head_dim} are needed"),
+        Suspect("along-tokens", heads.reshape(batch, num_heads * tokens, head_dim),
                 "heads were joined to tokens, not to head_dim",
                 "which two dimensions become one: num_heads and head_dim",
-            ),
-        )
-        yield (
-            heads.transpose(1, 2),
-            Finding(
-                "not-joined",
-                "four dimensions came back; three are needed",
-                "the swap is right, the join is missing",
-                "reshape to [batch, tokens, num_heads * head_dim]",
-            ),
-        )
+                f"{num_heads * tokens} tokens instead of {tokens}"),
+        Suspect("not-joined", heads.transpose(1, 2), "the swap is right, the join is missing",
+                "reshape to [batch, tokens, num_heads * head_dim]", "four dimensions came back; three are needed"),
+    ]  # fmt: skip

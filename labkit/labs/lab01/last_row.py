@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise, Finding, NotYet
-from labkit.labs.lab01.tools import TOLERANCE, draw, recognise
+from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.tensors import TIGHT, draw
+from labkit.course.exercise import Exercise, NotYet
+from labkit.labs.lab01.references import attend_last
 from labkit.ledger import ledger
-
-
-def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention output of the newest token alone, with the work of one row.
-
-    q, k, v: [batch, num_heads, tokens, head_dim], of all tokens; the newest stands last.
-    Returns [batch, num_heads, 1, head_dim].
-    """
-    scores = q[:, :, -1:] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return torch.softmax(scores, dim=-1) @ v
 
 
 class LastRow(Exercise):
@@ -59,8 +51,8 @@ class LastRow(Exercise):
                     look="the line in attend_last that cuts q: q[:, :, -1:]",
                 )
             raise
-        recognise(got, self.slips(q, k, v))
-        self.same(got, want, what="the newest token's output", tolerance=TOLERANCE)
+        recognise(type(self), got, suspects(q, k, v))
+        self.same(got, want, what="the newest token's output", tolerance=TIGHT)
         if work.scores > 2 * 3 * 7:
             self.fail(
                 "whole-matrix",
@@ -71,66 +63,29 @@ class LastRow(Exercise):
         q, k, v = (draw(1, 2, 1, 8, seed=seed, dtype=torch.float32) for seed in range(3))
         self.same(self.call(answer, q, k, v), attend_last(q, k, v), what="a single token", tolerance=1e-5)
 
-    @staticmethod
-    def slips(q: Tensor, k: Tensor, v: Tensor) -> Iterable[tuple[Tensor, Finding]]:
-        """Wrong rows."""
-        last, keys = q[:, :, -1:], k.transpose(-2, -1)
-        root = math.sqrt(q.shape[-1])
-        yield (
-            attend_last(q[:, :, :1], k, v),
-            Finding(
-                "first-query",
-                "this is what the first token's query finds",
-                "the wrong end of q was taken",
-                "the newest token stands last: index -1",
-            ),
-        )
-        yield (
-            attend_last(q, k, v)[:, :, 0],
-            Finding(
-                "dimension-lost",
-                "three dimensions came back; the one of length 1 is missing",
-                "an index such as -1 drops a dimension, a slice such as -1: keeps it",
-                "q[:, :, -1:]",
-            ),
-        )
-        yield (
-            v[:, :, :1],
-            Finding(
-                "sees-first-only",
-                "the output is the first token's value: nothing else was seen",
+
+def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
+    """Wrong rows."""
+    last, keys = q[:, :, -1:], k.transpose(-2, -1)
+    root = math.sqrt(q.shape[-1])
+    return [
+        Suspect("first-query", attend_last(q[:, :, :1], k, v), "the wrong end of q was taken",
+                "the newest token stands last: index -1", "this is what the first token's query finds"),
+        Suspect("dimension-lost", attend_last(q, k, v)[:, :, 0],
+                "an index such as -1 drops a dimension, a slice such as -1: keeps it", "q[:, :, -1:]",
+                "three dimensions came back; the one of length 1 is missing"),
+        Suspect("sees-first-only", v[:, :, :1],
                 "a causal mask for one query and no offset hides every key but the first",
                 "no mask is needed: the newest token may see all",
-            ),
-        )
-        yield (
-            v[:, :, -1:],
-            Finding(
-                "sees-itself-only",
-                "the output is the newest token's own value: nothing else was seen",
-                "the last of k and v was taken, as well as the last of q",
+                "the output is the first token's value: nothing else was seen"),
+        Suspect("sees-itself-only", v[:, :, -1:], "the last of k and v was taken, as well as the last of q",
                 "one query asks, but all keys and values answer: only q is cut",
-            ),
-        )
-        yield (
-            torch.softmax(last @ keys, dim=-1) @ v,
-            Finding("no-scale", "the weights are too sharp", "the division by sqrt(head_dim) is missing", "01.1"),
-        )
-        yield (
-            attend_last(q, k[:, :, :-1], v[:, :, :-1]),
-            Finding(
-                "not-itself",
-                "the newest token does not see itself",
-                "its own key and value were cut off",
-                "k and v are used whole; only q is cut",
-            ),
-        )
-        yield (
-            torch.softmax(last @ keys / root, dim=-2) @ v,
-            Finding(
-                "axis",
-                "the output is the plain sum of all values: every weight is 1",
-                "softmax ran along the queries, of which there is one",
-                "dim=-1: the keys",
-            ),
-        )
+                "the output is the newest token's own value: nothing else was seen"),
+        Suspect("no-scale", torch.softmax(last @ keys, dim=-1) @ v, "the division by sqrt(head_dim) is missing", "01.1",
+                "the weights are too sharp"),
+        Suspect("not-itself", attend_last(q, k[:, :, :-1], v[:, :, :-1]), "its own key and value were cut off",
+                "k and v are used whole; only q is cut", "the newest token does not see itself"),
+        Suspect("axis", torch.softmax(last @ keys / root, dim=-2) @ v,
+                "softmax ran along the queries, of which there is one", "dim=-1: the keys",
+                "the output is the plain sum of all values: every weight is 1"),
+    ]  # fmt: skip

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise, Finding
-from labkit.labs.lab01.tools import recognise
-
-
-def causal_mask(new_tokens: int, past: int) -> Tensor:
-    """Which keys each new token may see: bool [new_tokens, past + new_tokens], True = may see.
-
-    past: how many tokens are held already. Row i is the i-th new token, column j the token at position j.
-    """
-    position = torch.arange(new_tokens)[:, None] + past
-    return torch.arange(past + new_tokens)[None, :] <= position
+from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.exercise import Exercise
+from labkit.labs.lab01.references import causal_mask
 
 
 class Mask(Exercise):
@@ -49,7 +41,7 @@ class Mask(Exercise):
                 cause="numbers (0 and 1, or 0 and -inf) instead of permissions",
                 look="return the comparison itself: it is bool",
             )
-        recognise(got, self.slips(), tolerance=0)
+        recognise(type(self), got, suspects(), tolerance=0)
         for new_tokens, past in ((3, 2), (1, 0), (1, 7), (5, 0), (4, 9)):
             got, want = self.call(answer, new_tokens, past), causal_mask(new_tokens, past)
             if not isinstance(got, Tensor) or got.shape != want.shape or not torch.equal(got, want):
@@ -78,70 +70,28 @@ class Mask(Exercise):
             )
         self.like(got, got if isinstance(got, Tensor) and got.shape == (3, 5) else causal_mask(3, 2), what="the mask")
 
-    @staticmethod
-    def slips() -> Iterable[tuple[Tensor, Finding]]:
-        """Wrong masks for 3 new tokens after 2 held."""
-        want, row, column = causal_mask(3, 2), torch.arange(3)[:, None], torch.arange(5)[None, :]
-        yield (
-            ~want,
-            Finding(
-                "inverted",
-                "every permission is turned round: the first new token sees only what comes after it",
-                "True was taken for 'hidden'",
-                "the docstring: True = may see",
-            ),
-        )
-        yield (
-            column <= row,
-            Finding(
-                "no-offset",
-                "the first new token sees 1 key; it should see 3: the two held and itself",
-                "row i was taken for position i, as if nothing were held",
+
+def suspects() -> list[Suspect]:
+    """Wrong masks for 3 new tokens after 2 held."""
+    want, row, column = causal_mask(3, 2), torch.arange(3)[:, None], torch.arange(5)[None, :]
+    return [
+        Suspect("inverted", ~want, "True was taken for 'hidden'", "the docstring: True = may see",
+                "every permission is turned round: the first new token sees only what comes after it"),
+        Suspect("no-offset", column <= row, "row i was taken for position i, as if nothing were held",
                 "add past to the row's position",
-            ),
-        )
-        yield (
-            column < row + 2,
-            Finding(
-                "not-itself",
-                "the first new token sees 2 keys; it should see 3: itself, too",
-                "a strict comparison",
-                "<= instead of <",
-            ),
-        )
-        yield (
-            column <= row + 3,
-            Finding(
-                "sees-next",
-                "the first new token sees 4 keys; it should see 3: its successor is visible",
-                "the diagonal is one too far to the right",
+                "the first new token sees 1 key; it should see 3: the two held and itself"),
+        Suspect("not-itself", column < row + 2, "a strict comparison", "<= instead of <",
+                "the first new token sees 2 keys; it should see 3: itself, too"),
+        Suspect("sees-next", column <= row + 3, "the diagonal is one too far to the right",
                 "the first new token stands at position past, and sees position past at most",
-            ),
-        )
-        yield (
-            want & (column >= 2),
-            Finding(
-                "past-hidden",
-                "no new token sees a token that is held",
-                "the columns of the past are False",
-                "what was there before may be seen by every new token",
-            ),
-        )
-        yield (
-            torch.cat((torch.ones(3, 3).tril().bool(), torch.ones(3, 2).bool()), dim=1),
-            Finding(
-                "past-at-the-end",
-                "the last columns are visible to all, the first ones are not",
+                "the first new token sees 4 keys; it should see 3: its successor is visible"),
+        Suspect("past-hidden", want & (column >= 2), "the columns of the past are False",
+                "what was there before may be seen by every new token", "no new token sees a token that is held"),
+        Suspect("past-at-the-end", torch.cat((torch.ones(3, 3).tril().bool(), torch.ones(3, 2).bool()), dim=1),
                 "the columns of the past were put to the right of the new tokens'",
                 "the order of columns is the order of positions: the past comes first",
-            ),
-        )
-        yield (
-            torch.ones(3, 5).bool(),
-            Finding(
-                "all-visible",
-                "every new token sees every key, later ones included",
-                "nothing compares the key's position with the query's",
+                "the last columns are visible to all, the first ones are not"),
+        Suspect("all-visible", torch.ones(3, 5).bool(), "nothing compares the key's position with the query's",
                 "column j is visible to row i when j <= past + i",
-            ),
-        )
+                "every new token sees every key, later ones included"),
+    ]  # fmt: skip

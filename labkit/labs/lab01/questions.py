@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import Prediction, Quiz
+from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("01.p1", "By how much must one score lead another for its weight to be 100 times as large?"),

@@ -7,7 +7,7 @@ from functools import cache
 from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
-from labkit.course.exercise import Mistyped
+from labkit.course.contents import Mistyped
 
 LEAST, MOST = 4, 32  # tokens: fewer have no pattern to see, more leave no room for their labels
 LONGEST = 14  # characters of a label

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise, Finding, close
-from labkit.labs.lab01.tools import draw, recognise
+from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.tensors import agree, draw
+from labkit.course.exercise import Exercise
+from labkit.labs.lab01.references import attention_weights
 
 SINGLE = 1e-6  # bounded: a softmax in float32, as many libraries take it, is off by a few eps (1.2e-7)
-
-
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Weights of each query over all keys: softmax(q k^T / sqrt(head_dim)), one row per query.
-
-    q: [..., queries, head_dim]. k: [..., keys, head_dim].
-    Returns [..., queries, keys]: nothing negative, each row sums to 1.
-    """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return torch.softmax(scores, dim=-1)
 
 
 class Weights(Exercise):
@@ -49,9 +41,9 @@ class Weights(Exercise):
         q, k = draw(2, 4, 16), draw(2, 6, 16, seed=1)
         want = attention_weights(q, k)
         got = self.call(answer, q, k)
-        recognise(got, self.slips(q, k))
+        recognise(type(self), got, suspects(q, k))
         self.like(got, want, what="the weights of 4 queries over 6 keys")
-        if not close(got.sum(-1), torch.ones_like(got.sum(-1)), SINGLE):
+        if not agree(got.sum(-1), torch.ones_like(got.sum(-1)), SINGLE):
             self.fail(
                 "rows",
                 seen=f"the first row sums to {got[0, 0].sum():.3g}",
@@ -79,102 +71,42 @@ class Weights(Exercise):
             )
         self.same(got, attention_weights(q, k), what="weights of large scores", tolerance=1e-6)
 
-    @staticmethod
-    def slips(q: Tensor, k: Tensor) -> Iterable[tuple[Tensor, Finding]]:
-        """Wrong values and what each betrays."""
-        raw, root = q @ k.transpose(-2, -1), math.sqrt(q.shape[-1])
-        soft = torch.softmax
-        axis = Finding(
-            "axis",
-            "each column sums to 1; each row should",
-            "softmax ran along the queries: every key hands out 1, instead of every query spending 1",
-            "dim= of softmax: the keys are the last dimension",
-        )
-        no_softmax = Finding(
-            "no-softmax",
-            "scores came back, some of them negative",
-            "the last step is missing",
-            "softmax along the keys turns a row of scores into a row of weights",
-        )
-        batch_axis = Finding(
-            "batch-axis",
-            "neither rows nor columns sum to 1, but equal places of the two batches do",
-            "softmax ran along dim=0, which is the batch here",
-            "dim= of softmax, counted from the end: the keys are the last dimension, dim=-1",
-        )
-        yield soft(raw / root, 0), batch_axis
-        yield soft(raw, 0), batch_axis
-        yield soft(raw / root, -2), axis
-        yield soft(raw, -2), axis
-        yield raw / root, no_softmax
-        yield raw, no_softmax
-        yield (
-            soft(raw, -1),
-            Finding(
-                "no-scale",
-                "rows sum to 1, but they are sharper than they should be",
-                "the scores were not divided by sqrt(head_dim)",
-                "the step between the product and softmax",
-            ),
-        )
-        yield (
-            soft(raw / root**2, -1),
-            Finding(
-                "scale-twice",
-                "rows sum to 1, but they are flatter than they should be",
-                "the scores were divided by head_dim, not by its square root",
+
+def suspects(q: Tensor, k: Tensor) -> list[Suspect]:
+    """Wrong values and what each betrays."""
+    raw, root = q @ k.transpose(-2, -1), math.sqrt(q.shape[-1])
+    soft = torch.softmax
+    return [
+        Suspect("batch-axis", [soft(raw / root, 0), soft(raw, 0)], "softmax ran along dim=0, which is the batch here",
+                "dim= of softmax, counted from the end: the keys are the last dimension, dim=-1",
+                "neither rows nor columns sum to 1, but equal places of the two batches do"),
+        Suspect("axis", [soft(raw / root, -2), soft(raw, -2)],
+                "softmax ran along the queries: every key hands out 1, instead of every query spending 1",
+                "dim= of softmax: the keys are the last dimension", "each column sums to 1; each row should"),
+        Suspect("no-softmax", [raw / root, raw], "the last step is missing",
+                "softmax along the keys turns a row of scores into a row of weights",
+                "scores came back, some of them negative"),
+        Suspect("no-scale", soft(raw, -1), "the scores were not divided by sqrt(head_dim)",
+                "the step between the product and softmax", "rows sum to 1, but they are sharper than they should be"),
+        Suspect("scale-twice", soft(raw / root**2, -1), "the scores were divided by head_dim, not by its square root",
                 "the deviation of a sum of head_dim products grows with sqrt(head_dim)",
-            ),
-        )
-        yield (
-            soft(raw / 8, -1),
-            Finding(
-                "fixed-scale",
-                f"the scores were divided by 8; head_dim is {q.shape[-1]} here, so its root is {root:g}",
-                "a number was written down that fits a head_dim of 64 alone",
+                "rows sum to 1, but they are flatter than they should be"),
+        Suspect("fixed-scale", soft(raw / 8, -1), "a number was written down that fits a head_dim of 64 alone",
                 "take head_dim from the tensors: q.shape[-1]",
-            ),
-        )
-        yield (
-            soft(raw * root, -1),
-            Finding(
-                "scale-up",
-                "rows sum to 1, but nearly all weight sits on one key",
-                "the scores were multiplied by sqrt(head_dim) instead of divided",
+                f"the scores were divided by 8; head_dim is {q.shape[-1]} here, so its root is {root:g}"),
+        Suspect("scale-up", soft(raw * root, -1), "the scores were multiplied by sqrt(head_dim) instead of divided",
                 "the sign of the exponent: head_dim ** -0.5 divides",
-            ),
-        )
-        yield (
-            soft(raw / math.sqrt(k.shape[-2]), -1),
-            Finding(
-                "scale-by-keys",
-                "rows sum to 1, but the scale depends on how many keys there are",
+                "rows sum to 1, but nearly all weight sits on one key"),
+        Suspect("scale-by-keys", soft(raw / math.sqrt(k.shape[-2]), -1),
                 "the root was taken of the number of keys, not of head_dim",
                 "which dimension the dot product sums over: the last one of q",
-            ),
-        )
-        yield (
-            soft(raw, -1) / root,
-            Finding(
-                "scale-after",
-                f"rows sum to {1 / root:.2f}, which is 1 / sqrt(head_dim)",
-                "the division came after softmax",
+                "rows sum to 1, but the scale depends on how many keys there are"),
+        Suspect("scale-after", soft(raw, -1) / root, "the division came after softmax",
                 "divide the scores, then take softmax: the order matters because softmax is not linear",
-            ),
-        )
-        shares = Finding(
-            "proportional",
-            "rows sum to 1, but some weights are negative",
-            "scores were divided by their sum; a score may be negative, so that is no share",
-            "softmax divides exp(score) by the sum of exp(score)",
-        )
-        yield raw / raw.sum(-1, keepdim=True), shares
-        yield (
-            soft(raw / root, -1).transpose(-2, -1),
-            Finding(
-                "swapped",
-                "one row per key instead of one per query",
-                "the two dimensions of the result are swapped",
-                "queries are rows, keys are columns",
-            ),
-        )
+                f"rows sum to {1 / root:.2f}, which is 1 / sqrt(head_dim)"),
+        Suspect("proportional", raw / raw.sum(-1, keepdim=True),
+                "scores were divided by their sum; a score may be negative, so that is no share",
+                "softmax divides exp(score) by the sum of exp(score)", "rows sum to 1, but some weights are negative"),
+        Suspect("swapped", soft(raw / root, -1).transpose(-2, -1), "the two dimensions of the result are swapped",
+                "queries are rows, keys are columns", "one row per key instead of one per query"),
+    ]  # fmt: skip

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import LabContents
+from labkit.course.contents import LabContents
 from labkit.labs.lab02.chunk import AttendChunk
 from labkit.labs.lab02.decode import DecodeStep
 from labkit.labs.lab02.generation import GenerateWithCache
 from labkit.labs.lab02.growing import Growing
 from labkit.labs.lab02.preallocated import Preallocated
 from labkit.labs.lab02.questions import PREDICTIONS, QUIZZES
-from labkit.labs.lab02.references import (
-    GrowingCache,
-    PreallocatedCache,
-    attend_chunk,
-    cache_bytes,
-    decode_step,
-    generate_with_cache,
-    reusable_prefix,
-)
 from labkit.labs.lab02.reuse import ReusablePrefix
 from labkit.labs.lab02.size import CacheBytes
-
-__all__ = [
-    "CONTENTS",
-    "GrowingCache",
-    "PreallocatedCache",
-    "attend_chunk",
-    "cache_bytes",
-    "decode_step",
-    "generate_with_cache",
-    "reusable_prefix",
-]
-
 
 CONTENTS = LabContents(
     "02",

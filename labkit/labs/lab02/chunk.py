@@ -11,11 +11,10 @@ from torch import Tensor
 
 from labkit.attention import causal_mask
 from labkit.attention import fused_attention as attention
+from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.tensors import LOOSE, agree
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.references import (
-    attend_chunk,
-)
-from labkit.labs.lab02.tools import LOOSE
+from labkit.labs.lab02.references import attend_chunk
 
 
 class AttendChunk(Exercise):
@@ -45,88 +44,60 @@ class AttendChunk(Exercise):
             if isinstance(got, Tensor) and got.shape == want.shape and not got.isfinite().all():
                 self.explain(got.nan_to_num(0.0), q, k, v, new, held)
             self.like(got, want, what="the output")
-            if not torch.allclose(got, want, rtol=0, atol=LOOSE):
+            if not agree(got, want, LOOSE):
                 self.explain(got, q, k, v, new, held)
 
     def explain(self, got: Tensor, q: Tensor, k: Tensor, v: Tensor, new: int, held: int) -> None:
         """Find the mask that gives what was seen."""
 
-        def close_to(mask: Tensor) -> bool:
+        def fits(mask: Tensor) -> bool:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            return torch.allclose(got, out.nan_to_num(0.0), rtol=0, atol=LOOSE)
+            return agree(got, out.nan_to_num(0.0), LOOSE)
 
-        where = f"{new} new tokens after {held} cached"
-        every = torch.ones(new, new + held, dtype=torch.bool)
-        right = causal_mask(new, new + held)
-        if held and close_to(every.tril()):
-            self.fail(
-                "mask-offset",
-                seen=f"{where}: the first new token sees 1 key; it should see {held + 1}",
-                cause="row i of the mask was taken for position i, as if nothing were cached",
-                look="tril(): its diagonal starts at column 0. Where does the first new token stand?",
-            )
-        if held not in (0, new) and close_to(every.tril(new)):
-            self.fail(
-                "offset-is-new-tokens",
-                seen=f"{where}: the first new token sees {new + 1} keys; it should see {held + 1}",
-                cause=f"the triangle was shifted by the {new} new tokens",
-                look="what the shift has to skip: the cached tokens. How many are they, from kv_len and new_tokens?",
-            )
-        if held and close_to(every.tril(-held)):
-            self.fail(
-                "offset-negative",
-                seen=f"{where}: the first new token sees nothing",
-                cause="the offset has the wrong sign: tril(-n) takes diagonals away",
-                look="the order of the subtraction: a cache can only let a row see more",
-            )
-        if any(close_to(mask.to(q.dtype)) for mask in (right, every.tril(), ~right)):
-            self.fail(
-                "mask-added",
-                seen=f"{where}: nothing is hidden, some keys only weigh more",
-                cause=f"the mask is {str(q.dtype).removeprefix('torch.')}: numbers are added to the scores, and 0.0 "
-                "hides nothing",
-                look="the dtype of the mask: torch.bool says which keys may be seen",
-            )
-        if close_to(every):
-            self.fail(
-                "sees-everything",
-                seen=f"{where}: the first new token sees the ones behind it",
-                cause="no mask at all",
-                look="the mask: new tokens must not see each other's future",
-            )
-        if close_to(every.tril(held + 1)):
-            self.fail(
-                "sees-the-future",
-                seen=f"{where}: every token sees one token too many",
-                cause="the offset is one too large",
-                look="the offset when nothing is cached, kv_len == new_tokens: it must be 0",
-            )
-        if close_to(every.tril(held - 1)):
-            self.fail(
-                "blind-to-itself",
-                seen=f"{where}: no token sees itself",
-                cause="the offset is one too small, or `<` stands for `<=`",
-                look="the offset when nothing is cached, kv_len == new_tokens: it must be 0",
-            )
-        if close_to(~right) or close_to(every.triu(held)):
-            self.fail(
-                "mask-inverted",
-                seen=f"{where}: tokens see the ones behind them and not those before",
-                cause="the mask is upside down: True was taken for hidden, or triu for tril",
-                look="what True means in PyTorch's attn_mask: this key may be seen",
-            )
-        own = right.clone()
-        own[:, :held] = False
-        if held and close_to(own):
-            self.fail(
-                "cache-hidden",
-                seen=f"{where}: the new tokens see each other and nothing that is cached",
-                cause="the mask's columns for cached tokens are False",
-                look="the first kv_len - new_tokens columns: True in every row",
-            )
+        accuse(type(self), suspects(new, held, q.dtype), fits=fits)
         self.fail(
             "mask",
-            seen=f"{where}: the output fits no mask that this check knows",
+            seen=f"{new} new tokens after {held} cached: the output fits no mask that this check knows",
             cause="a mask that is right for another case",
             look="the rule for row i, in words, before code",
         )
+
+
+def suspects(new: int, held: int, dtype: torch.dtype) -> list[Suspect]:
+    """Wrong masks for `new` tokens after `held`: bool, or numbers of `dtype` that are added to the scores."""
+    every, right = torch.ones(new, new + held, dtype=torch.bool), causal_mask(new, new + held)
+    new_alone = right.clone()
+    new_alone[:, :held] = False
+    empty = "the offset when nothing is cached, kv_len == new_tokens: it must be 0"
+    where = f"{new} new tokens after {held} cached"
+    return [
+        Suspect("mask-offset", [every.tril()] if held else [],
+                "row i of the mask was taken for position i, as if nothing were cached",
+                "tril(): its diagonal starts at column 0. Where does the first new token stand?",
+                f"{where}: the first new token sees 1 key; it should see {held + 1}"),
+        Suspect("offset-is-new-tokens", [every.tril(new)] if held not in (0, new) else [],
+                f"the triangle was shifted by the {new} new tokens",
+                "what the shift has to skip: the cached tokens. How many are they, from kv_len and new_tokens?",
+                f"{where}: the first new token sees {new + 1} keys; it should see {held + 1}"),
+        Suspect("offset-negative", [every.tril(-held)] if held else [],
+                "the offset has the wrong sign: tril(-n) takes diagonals away",
+                "the order of the subtraction: a cache can only let a row see more",
+                f"{where}: the first new token sees nothing"),
+        Suspect("mask-added", [mask.to(dtype) for mask in (right, every.tril(), ~right)],
+                f"the mask is {str(dtype).removeprefix('torch.')}: numbers are added to the scores, and 0.0 hides "
+                "nothing", "the dtype of the mask: torch.bool says which keys may be seen",
+                f"{where}: nothing is hidden, some keys only weigh more"),
+        Suspect("sees-everything", every, "no mask at all", "the mask: new tokens must not see each other's future",
+                f"{where}: the first new token sees the ones behind it"),
+        Suspect("sees-the-future", every.tril(held + 1), "the offset is one too large", empty,
+                f"{where}: every token sees one token too many"),
+        Suspect("blind-to-itself", every.tril(held - 1), "the offset is one too small, or `<` stands for `<=`", empty,
+                f"{where}: no token sees itself"),
+        Suspect("mask-inverted", [~right, every.triu(held)],
+                "the mask is upside down: True was taken for hidden, or triu for tril",
+                "what True means in PyTorch's attn_mask: this key may be seen",
+                f"{where}: tokens see the ones behind them and not those before"),
+        Suspect("cache-hidden", [new_alone] if held else [], "the mask's columns for cached tokens are False",
+                "the first kv_len - new_tokens columns: True in every row",
+                f"{where}: the new tokens see each other and nothing that is cached"),
+    ]  # fmt: skip

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from labkit.attention import fused_attention as attention
+from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
 from labkit.course.plug import AttentionLayer
-from labkit.labs.lab02.references import (
-    decode_step,
-)
-from labkit.labs.lab02.tools import BATCH, TIGHT, close, tiny_model
+from labkit.labs.lab02.material import BATCH, tiny_model
+from labkit.labs.lab02.references import decode_step
 from labkit.ledger import ledger
 
 
@@ -123,8 +122,8 @@ class DecodeStep(Exercise):
         k, v = k[:, :, index : index + 1], v[:, :, index : index + 1]
         self.like(got_k, k, what="the appended K")
         self.like(got_v, v, what="the appended V")
-        if (got_k - layer.rotate(k, index)).abs().max() > TIGHT:
-            if close(got_k, v) or close(got_k, layer.rotate(v, index)):
+        if not agree(got_k, layer.rotate(k, index)):
+            if agree(got_k, v) or agree(got_k, layer.rotate(v, index)):
                 self.fail(
                     "k-and-v-swapped",
                     seen="what was appended as K is the token's V",
@@ -132,17 +131,17 @@ class DecodeStep(Exercise):
                     look="the order in `q, k, v = layer.project(x)` and in cache.append(k, v)",
                 )
             self.explain_keys(got_k, layer, k, index, second=second)
-        if (got_v - v).abs().max() > TIGHT:
+        if not agree(got_v, v):
             self.fail(
                 "v-changed",
                 seen="the cached V is not the token's V",
-                cause="V was rotated too" if index and close(got_v, layer.rotate(v, index)) else "V was changed",
+                cause="V was rotated too" if index and agree(got_v, layer.rotate(v, index)) else "V was changed",
                 look="what is appended: rotary positions belong to q and k only",
             )
 
     def explain_keys(self, got: Tensor, layer: AttentionLayer, k: Tensor, index: int, *, second: bool) -> None:
         """Say at which position a wrong key stands."""
-        found = next((p for p in range(128) if p != index and close(got, layer.rotate(k, p))), None)
+        found = next((p for p in range(128) if p != index and agree(got, layer.rotate(k, p))), None)
         if second:
             self.fail(
                 "state-kept",
@@ -169,25 +168,25 @@ class DecodeStep(Exercise):
         self, got: Any, layer: AttentionLayer, rotated: tuple[Tensor, Tensor, Tensor], want: Tensor, index: int
     ) -> None:
         """The output of one step, told apart by which keys it saw."""
-        if close(got, want):
+        if agree(got, want):
             return
         q, k, v = rotated
         q, k, v = q[:, :, index : index + 1], k[:, :, : index + 1], v[:, :, : index + 1]
-        if index and close(got, layer.merge(attention(q, k[:, :, :-1], v[:, :, :-1]))):
+        if index and agree(got, layer.merge(attention(q, k[:, :, :-1], v[:, :, :-1]))):
             self.fail(
                 "newest-left-out",
                 seen="the output does not depend on the new token's own K and V",
                 cause="the cache was read before the append",
                 look="the order: append, then read",
             )
-        if index and close(got, layer.merge(attention(q, k[:, :, -1:], v[:, :, -1:]))):
+        if index and agree(got, layer.merge(attention(q, k[:, :, -1:], v[:, :, -1:]))):
             self.fail(
                 "cache-unread",
                 seen="the output depends on the new token alone",
                 cause="attention got the new k and v, not what the cache holds",
                 look="the arguments of attention: keys, values = cache.read()",
             )
-        if index > 1 and close(got, layer.merge(attention(q, k[:, :, :1], v[:, :, :1]))):
+        if index > 1 and agree(got, layer.merge(attention(q, k[:, :, :1], v[:, :, :1]))):
             self.fail(
                 "causal-square",
                 seen=f"the output of token {index} depends on the first token's K and V alone",
@@ -195,7 +194,7 @@ class DecodeStep(Exercise):
                 "key 0",
                 look="the mask: everything in the cache is past, so one new token needs none",
             )
-        if close(got, layer.merge(attention(q, v, k))):
+        if agree(got, layer.merge(attention(q, v, k))):
             self.fail(
                 "k-and-v-swapped",
                 seen="the query met the values, and the keys were blended",

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from labkit.cache import Cache
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.references import (
-    generate_with_cache,
-)
-from labkit.labs.lab02.tools import BATCH, tiny_model
+from labkit.labs.lab02.material import BATCH, tiny_model
+from labkit.labs.lab02.references import generate_with_cache
 from labkit.llama import Llama
 
 

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from labkit.course.checks.caches import check_isolation, check_kinds, check_methods, check_seq_len, read_pair
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.references import (
-    GrowingCache,
-)
-from labkit.labs.lab02.tools import new_tokens
+from labkit.labs.lab02.material import new_tokens
+from labkit.labs.lab02.references import GrowingCache
 from labkit.ledger import ledger
 
 

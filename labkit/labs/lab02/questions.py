@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import Prediction, Quiz
+from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("02.p1", "Tokens whose K and V a layer computes in 16 passes without a cache", "tokens", 1.05),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import check_whole
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.references import (
-    reusable_prefix,
-)
+from labkit.labs.lab02.references import reusable_prefix
 
 
 class ReusablePrefix(Exercise):
@@ -46,14 +45,7 @@ class ReusablePrefix(Exercise):
 
     def case(self, answer: Callable, held: list[int], wanted: list[int], want: int) -> None:
         """One pair of token lists."""
-        got = self.call(answer, held, wanted)
-        if isinstance(got, bool) or not isinstance(got, int):
-            self.fail(
-                "not-a-number",
-                seen=f"a {type(got).__name__} came back",
-                cause="the tokens themselves were returned, or a tensor",
-                look="the docstring: how many, an int",
-            )
+        got = check_whole(type(self), self.call(answer, held, wanted), "how many tokens are reused")
         if got == want:
             return
         seen = f"held {held}, wanted {wanted}: you reuse {got}; {want} is right"

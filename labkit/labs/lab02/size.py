@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
-from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.references import (
-    cache_bytes,
-)
+from labkit.labs.lab02.references import cache_bytes
 from labkit.specs import ModelSpec
+
+ODD = ModelSpec(  # sizes that share no factor, so that a wrong one shows
+    name="odd", num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
+    vocab_size=17, max_seq_len=19,
+)  # fmt: skip
+WIDE = replace(ODD, name="wide", num_layers=5, num_heads=39, num_kv_heads=3, head_dim=34, hidden_size=323)
+LAB_MODEL = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+FACTORS = "the factors, one by one"
+SIZE = "the last parameter: it says how many bytes an element takes"
+
+Formula = Callable[[ModelSpec, int, int, int], float]
+
+
+def with_factor(change: Callable[[ModelSpec, int, int, int], float]) -> Formula:
+    """The right formula times another factor."""
+    return lambda *case: cache_bytes(*case) * change(*case)
+
+
+def with_element_of(nbytes: int) -> Formula:
+    """The formula for elements of so many bytes, whatever they are."""
+    return lambda spec, tokens, batch, size: cache_bytes(spec, tokens, batch, nbytes)
+
+
+def group(spec: ModelSpec) -> int:
+    """Query heads that share a KV head."""
+    return spec.num_heads // spec.num_kv_heads
+
+
+def written_down() -> list[Suspect]:
+    """Sizes of the lab model in the place of those of `spec`: each, each two, all three."""
+    return [
+        Suspect("hard-coded", with_factor(lambda spec, *_, names=names: replaced(spec, names)),
+                f"the lab model's own {' and '.join(names)} went into the formula",
+                "the parameter `spec`: every size of the model is one of its attributes")
+        for count in (1, 2, 3) for names in combinations(LAB_MODEL, count)
+    ]  # fmt: skip
+
+
+def replaced(spec: ModelSpec, names: tuple[str, ...]) -> float:
+    """The factor that the lab model's sizes, in the place of a spec's, make."""
+    factor = 1.0
+    for name in names:
+        factor *= LAB_MODEL[name] / getattr(spec, name)
+    return factor
 
 
 class CacheBytes(Exercise):
@@ -31,94 +73,29 @@ class CacheBytes(Exercise):
         "hard-coded": "The check asks about another model than the lab's. Where does a function learn a model's sizes?",
         "k-only": "A key without its value answers nothing.",
     }
-    spec = ModelSpec(
-        name="odd", num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
-        vocab_size=17, max_seq_len=19,
+    suspects: ClassVar = (
+        Suspect("elements", with_factor(lambda spec, tokens, batch, size: 1 / size),
+                "the numbers were counted, not their bytes", SIZE),
+        Suspect("fixed-dtype", [with_element_of(2), with_element_of(4), with_element_of(8)],
+                "the bytes of one element were written down as a number", SIZE),
+        Suspect("k-only", with_factor(lambda *_: 1 / 2), "K was counted and V was not", FACTORS),
+        Suspect("query-heads", with_factor(lambda spec, *_: group(spec)), "query heads were counted, not KV heads",
+                FACTORS),
+        Suspect("group-size", with_factor(lambda spec, *_: group(spec) / spec.num_kv_heads),
+                "num_heads // num_kv_heads was taken for the number of KV heads", FACTORS),
+        Suspect("hidden-size", with_factor(lambda spec, *_: spec.hidden_size / (spec.num_kv_heads * spec.head_dim)),
+                "hidden_size was taken for num_kv_heads * head_dim, which holds only without GQA", FACTORS),
+        Suspect("one-layer", with_factor(lambda spec, *_: 1 / spec.num_layers), "one layer was counted", FACTORS),
+        Suspect("one-row", with_factor(lambda spec, tokens, batch, size: 1 / batch), "the batch was left out", FACTORS),
+        Suspect("one-token", with_factor(lambda spec, tokens, batch, size: 1 / tokens),
+                "the number of tokens was left out", FACTORS),
+        *written_down(),
     )  # fmt: skip
-    tokens, batch = 31, 37
 
     def examine(self, answer: Callable) -> None:
-        """A spec whose sizes share no factor, so that a wrong factor can be read off the ratio, in two dtypes."""
-        sizes = (4, 2)
-        got = [self.number(self.call(answer, self.spec, self.tokens, self.batch, size)) for size in sizes]
-        want = [cache_bytes(self.spec, self.tokens, self.batch, size) for size in sizes]
-        if got != want:
-            ratios = got[0] / want[0], got[1] / want[1]
-            self.explain(ratios, f"{got[0]:,.0f} bytes in float32; K and V of this model take {want[0]:,}")
-        if not all(isinstance(value, int) for value in got):
-            self.fail(
-                "not-whole",
-                seen=f"{got[0]!r} came back: the right number, as a float",
-                cause="a division with `/`, or a factor written as a float, such as 2.0",
-                look="the operators: a product of ints is an int, and a count of bytes is whole",
-            )
-
-    def number(self, got: Any) -> int | float:
-        """`got`, when it is a number."""
-        if isinstance(got, (bool, Tensor)) or not isinstance(got, (int, float)):
-            self.fail(
-                "not-a-number",
-                seen=f"a {type(got).__name__} came back",
-                cause="something other than a count of bytes was returned",
-                look="the return: one int",
-            )
-        return got
-
-    def explain(self, ratios: tuple[float, float], seen: str) -> None:
-        """Name the factor that is missing or wrong. ratios: of float32, of float16."""
-        spec = self.spec
-        group = spec.num_heads // spec.num_kv_heads
-        known = {
-            "k-only": (1 / 2, "K was counted and V was not"),
-            "query-heads": (group, "query heads were counted, not KV heads"),
-            "group-size": (group / spec.num_kv_heads, "num_heads // num_kv_heads was taken for the number of KV heads"),
-            "hidden-size": (spec.hidden_size / (spec.num_kv_heads * spec.head_dim),
-                            "hidden_size was taken for num_kv_heads * head_dim, which holds only without GQA"),
-            "one-layer": (1 / spec.num_layers, "one layer was counted"),
-            "one-row": (1 / self.batch, "the batch was left out"),
-            "one-token": (1 / self.tokens, "the number of tokens was left out"),
-            "bits": (8, "bits were counted"),
-            **{"units" if i == 0 else f"units {i}": (1 / unit, "the result was scaled to kB, MB, KiB or MiB")
-               for i, unit in enumerate((2**10, 10**3, 2**20, 10**6, 2**30, 10**9))},
-        }  # fmt: skip
-        if ratios[0] != ratios[1]:
-            self.explain_dtype(ratios, seen)
-        for diagnosis, (factor, cause) in known.items():
-            if abs(ratios[0] / factor - 1) < 1e-6:
-                self.fail(diagnosis.split()[0], seen=seen, cause=cause, look="the factors, one by one")
-        self.explain_constants(ratios[0], seen)
-        self.fail(
-            "factors",
-            seen=seen,
-            cause="a factor is missing, doubled or divided by",
-            look="one layer's K for one token, written down as a shape; then what multiplies it",
-        )
-
-    def explain_dtype(self, ratios: tuple[float, float], seen: str) -> None:
-        """The ratio depends on the dtype: its size was left out, or written down."""
-        if abs(ratios[0] * 4 - 1) < 1e-9:
-            self.fail(
-                "elements",
-                seen=seen,
-                cause="the numbers were counted, not their bytes",
-                look="the parameter that the result does not depend on",
-            )
-        self.fail(
-            "fixed-dtype",
-            seen="the result is the same for float32 and float16" if ratios[0] * 2 == ratios[1] else seen,
-            cause="the bytes of one element were written down as a number",
-            look="the last parameter: it says how many bytes an element takes",
-        )
-
-    def explain_constants(self, ratio: float, seen: str) -> None:
-        """The sizes of the lab model in the place of those of `spec`."""
-        lab = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
-        for count in (1, 2, 3):
-            for names in combinations(lab, count):
-                if abs(ratio / prod(lab[name] / getattr(self.spec, name) for name in names) - 1) < 1e-9:
-                    self.fail(
-                        "hard-coded",
-                        seen=f"{seen}. The lab model's own {' and '.join(names)} gives exactly this",
-                        cause="a number of the lab model was written into the formula",
-                        look="the parameter `spec`: every size of the model is one of its attributes",
-                    )
+        """Two models, and each number changed alone."""
+        cases = [(ODD, 31, 37, 4), (ODD, 31, 37, 2), (ODD, 41, 37, 4), (ODD, 31, 29, 4), (WIDE, 31, 37, 4)]
+        judge(
+            type(self), answer, cache_bytes, cases, self.suspects, what="the cache in bytes", whole=True,
+            otherwise="factors",
+        )  # fmt: skip

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import LabContents
+from labkit.course.contents import LabContents
 from labkit.labs.lab03.cost import ConversationCost
 from labkit.labs.lab03.plan import Capacity, RequestBytes
 from labkit.labs.lab03.questions import PREDICTIONS, QUIZZES
-from labkit.labs.lab03.references import (
-    attainable,
-    cache_bytes,
-    capacity,
-    conversation_cost,
-    count_weights,
-    request_bytes,
-    tpot_floor,
-)
 from labkit.labs.lab03.size import CacheBytes, CountWeights
 from labkit.labs.lab03.speed import Attainable, TpotFloor
-
-__all__ = [
-    "CONTENTS",
-    "attainable",
-    "cache_bytes",
-    "capacity",
-    "conversation_cost",
-    "count_weights",
-    "request_bytes",
-    "tpot_floor",
-]
-
 
 CONTENTS = LabContents(
     "03",

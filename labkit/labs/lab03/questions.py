@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import Prediction, Quiz
+from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("03.p1", "Bytes that one token adds to the cache of Llama 3 70B in float16", "bytes", 1.05),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, count_weights
-from labkit.labs.lab03.tools import Suspect, judge
 from labkit.llama import Llama
 from labkit.specs import LayerGroup, ModelSpec
 
@@ -223,16 +224,5 @@ class CountWeights(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Three models that exist; what their tensors hold is what must come out."""
-
-        def count(spec: ModelSpec) -> int:
-            return live(spec)
-
-        judge(
-            type(self),
-            answer,
-            count,
-            [(TINY,), (BIASED,), (ROUNDED,)],
-            self.suspects,
-            what="the number of weights held",
-            whole=True,
-        )
+        cases = [(TINY,), (BIASED,), (ROUNDED,)]
+        judge(type(self), answer, live, cases, self.suspects, what="the number of weights held", whole=True)

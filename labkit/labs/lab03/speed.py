@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import attainable, tpot_floor
-from labkit.labs.lab03.tools import Suspect, judge
 
 
 class TpotFloor(Exercise):

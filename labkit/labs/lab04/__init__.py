@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import LabContents
+from labkit.course.contents import LabContents
 from labkit.labs.lab04.before_caching import CachedAttention
 from labkit.labs.lab04.fitting import MostKvHeads
 from labkit.labs.lab04.grouped import GroupedAttention
@@ -10,25 +10,6 @@ from labkit.labs.lab04.kinds import LayerElements
 from labkit.labs.lab04.merging import MergeKvHeads
 from labkit.labs.lab04.questions import PREDICTIONS, QUIZZES
 from labkit.labs.lab04.ranks import SplitKvHeads
-from labkit.labs.lab04.references import (
-    cached_attention,
-    grouped_attention,
-    layer_elements,
-    merge_kv_heads,
-    most_kv_heads,
-    split_kv_heads,
-)
-
-__all__ = [
-    "CONTENTS",
-    "cached_attention",
-    "grouped_attention",
-    "layer_elements",
-    "merge_kv_heads",
-    "most_kv_heads",
-    "split_kv_heads",
-]
-
 
 CONTENTS = LabContents(
     "04",

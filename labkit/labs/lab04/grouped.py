@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.attention import Constants
 from labkit.attention import online_attention as attention
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import TIGHT, agree, bytes_made, heads
 from labkit.course.exercise import Exercise
 from labkit.labs.lab04.references import grouped_attention
@@ -113,34 +114,25 @@ class GroupedAttention(Exercise):
         every = torch.ones(new, kv_len, dtype=torch.bool)
         stacked = torch.ones(group * new, kv_len, dtype=torch.bool)
         offset = "the diagonal of the triangle: kv_len - new_tokens columns are past for every new token"
-        known = {
-            "sees-the-future": (every, "no mask: new tokens see the ones behind them", "the mask: tril"),
-            "mask-offset": (
-                every.tril(),
-                "row i of the mask was taken for position i, as if nothing were cached",
-                offset,
-            ),
-            "mask-over-stacked-rows": (
-                stacked.tril(held).view(group, new, kv_len).repeat(k.shape[1], 1, 1),
-                "the triangle ran over all stacked rows, so that the second head of a group sees more than the first",
-                "the shape of the scores where they are masked: [batch, num_heads, new_tokens, kv_len]",
-            ),
-            "mask-offset-too-large": (every.tril(held + 1), "every token sees one token too many", offset),
-        }
-        for diagnosis, (mask, cause, look) in known.items():
-            if agree(got, masked(q, k, v, mask)):
-                self.fail(diagnosis, seen=f"{where}: the heads are right, the mask is not", cause=cause, look=look)
-        for shift, without in (
-            (0, "without the offset of what is cached"),
-            (kv_len - group * new, "offset by all of them"),
-        ):
-            if agree(got, masked(q, k, v, stacked.tril(shift).view(group, new, kv_len).repeat(k.shape[1], 1, 1))):
-                self.fail(
-                    "mask-over-stacked-rows",
-                    seen=f"{where}: each head sees other keys",
-                    cause=f"the triangle ran over all stacked rows, {without}; every query head needs the same mask",
-                    look="the shape of the scores where they are masked: [batch, num_heads, new_tokens, kv_len]",
-                )
+        shape = "the shape of the scores where they are masked: [batch, num_heads, new_tokens, kv_len]"
+
+        def over_rows(shift: int) -> Tensor:
+            return stacked.tril(shift).view(group, new, kv_len).repeat(k.shape[1], 1, 1)
+
+        accuse(type(self), [
+            Suspect("sees-the-future", every, "no mask: new tokens see the ones behind them", "the mask: tril"),
+            Suspect("mask-offset", every.tril(),
+                    "row i of the mask was taken for position i, as if nothing were cached", offset),
+            Suspect("mask-over-stacked-rows", over_rows(held),
+                    "the triangle ran over all stacked rows, so that the second head of a group sees more than the "
+                    "first", shape),
+            Suspect("mask-offset-too-large", every.tril(held + 1), "every token sees one token too many", offset),
+            Suspect("mask-over-stacked-rows", over_rows(0), "the triangle ran over all stacked rows, without the "
+                    "offset of what is cached; every query head needs the same mask", shape),
+            Suspect("mask-over-stacked-rows", over_rows(kv_len - group * new), "the triangle ran over all stacked "
+                    "rows, offset by all of them; every query head needs the same mask", shape),
+        ], f"{where}: the heads are right, the mask is not",
+           fits=lambda mask: agree(got, masked(q, k, v, mask)))  # fmt: skip
 
     def check_work(self, answer: Callable) -> None:
         """One decode step of 6 query heads on 2 KV heads: K and V neither made anew nor read more than once."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.checks.numbers import check_whole
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
 from labkit.labs.lab04.references import layer_elements
 from labkit.specs import Layer
@@ -60,30 +61,27 @@ class LayerElements(Exercise):
         width, kv = layer.k_dim + layer.v_dim, layer.num_kv_heads
         held = layer.tokens_held(seq_len)
         one_side = (held * kv * layer.k_dim, held * kv * layer.v_dim)
-        known: dict[str, tuple[bool, str, str]] = {
-            "k-only": (layer.k_dim == layer.v_dim and got == one_side[0] > 0, "V was not counted", "both widths"),
-            "k-width-for-both": (got in (2 * one_side[0], 2 * one_side[1]) and layer.kind in ("full", "window"),
-                                 "one width was taken for K and for V", "layer.k_dim + layer.v_dim"),
-            "window-ignored": (layer.kind == "window" and got == seq_len * kv * width,
-                               "every token was counted; those that left the window are dropped", "min"),
-            "window-overfull": (layer.kind == "window" and got == (layer.window or 0) * kv * width,
-                                "a full window was counted before it is full", "min(seq_len, layer.window)"),
-            "latent-twice": (layer.kind == "latent" and got == 2 * seq_len * layer.latent_dim,
-                             "the latent was counted for K and for V", "the one vector both are made from"),
-            "latent-per-head": (layer.kind == "latent" and kv > 0 and got % (seq_len * layer.latent_dim * kv) == 0
-                                and got > 0,
-                                "the latent was counted once per head", "all heads share one vector per token"),
-            "latent-as-heads": (layer.kind == "latent" and got == seq_len * kv * width,
-                                "the heads' K and V were counted; they are made when needed, not kept",
-                                "layer.latent_dim"),
-            "shared-counted": (layer.kind == "shared" and got > 0,
-                               "K and V were counted that another layer keeps", 'what the docstring says of "shared"'),
-            "state-counted": (layer.kind == "state" and got != 0,
-                              "a state does not grow with tokens", 'what the docstring says of "state"'),
-            "one-token": (seq_len > 1 and got * held in (sum(one_side), held * layer.latent_dim) and got > 0,
-                          "the tokens were left out", "seq_len"),
-        }  # fmt: skip
-        for diagnosis, (fits, cause, look) in known.items():
-            if fits:
-                self.fail(diagnosis, seen=seen, cause=cause, look=look)
+        latent, window, dense = layer.kind == "latent", layer.kind == "window", layer.kind in ("full", "window")
+        accuse(type(self), [
+            Suspect("k-only", layer.k_dim == layer.v_dim and got == one_side[0] > 0, "V was not counted",
+                    "both widths"),
+            Suspect("k-width-for-both", dense and got in (2 * one_side[0], 2 * one_side[1]),
+                    "one width was taken for K and for V", "layer.k_dim + layer.v_dim"),
+            Suspect("window-ignored", window and got == seq_len * kv * width,
+                    "every token was counted; those that left the window are dropped", "min"),
+            Suspect("window-overfull", window and got == (layer.window or 0) * kv * width,
+                    "a full window was counted before it is full", "min(seq_len, layer.window)"),
+            Suspect("latent-twice", latent and got == 2 * seq_len * layer.latent_dim,
+                    "the latent was counted for K and for V", "the one vector both are made from"),
+            Suspect("latent-per-head", latent and kv > 0 and got > 0 and got % (seq_len * layer.latent_dim * kv) == 0,
+                    "the latent was counted once per head", "all heads share one vector per token"),
+            Suspect("latent-as-heads", latent and got == seq_len * kv * width,
+                    "the heads' K and V were counted; they are made when needed, not kept", "layer.latent_dim"),
+            Suspect("shared-counted", layer.kind == "shared" and got > 0,
+                    "K and V were counted that another layer keeps", 'what the docstring says of "shared"'),
+            Suspect("state-counted", layer.kind == "state" and got != 0, "a state does not grow with tokens",
+                    'what the docstring says of "state"'),
+            Suspect("one-token", seq_len > 1 and got > 0 and got * held in (sum(one_side), held * layer.latent_dim),
+                    "the tokens were left out", "seq_len"),
+        ], seen)  # fmt: skip
         self.fail("count", seen=seen, cause="a factor is missing or one too many", look="this layer, by hand")

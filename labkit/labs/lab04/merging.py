@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
 from labkit.labs.lab04.references import merge_kv_heads
@@ -73,23 +74,22 @@ class MergeKvHeads(Exercise):
         rows = weight.unflatten(0, (-1, num_kv_heads // group, group)).mean(2).transpose(0, 1)
         mixed = weight.unflatten(0, (-1, group)).mean(1).view_as(want)
         scales = "the mean keeps a key's size; softmax feels every other"
-        known: dict[str, tuple[list[Tensor], str, str]] = {
-            "strangers-merged": ([strangers], "heads that are not neighbours were merged: 0 with "
-                                 f"{num_kv_heads // group}", "the order of the dimensions: [groups, heads in a group, "
-                                 "head_dim]; query head h reads h // num_queries_per_kv before and after"),
-            "rows-interleaved": ([mixed, rows, rows.reshape(want.shape)], "neighbouring rows were averaged, which "
-                                 "belong to one head", "how the rows lie: all of head 0 first"),
-            "summed": ([groups.sum(1)], "the heads were added up", scales),
-            "divided-wrongly": ([groups.sum(1) / num_kv_heads, groups.sum(1) / group**0.5],
-                                "the sum was divided by another number than the heads in it", scales),
-            "first-only": ([groups[:, 0], groups[:, -1]], "one head of each group was kept, the others dropped",
-                           "the docstring: their mean"),
-            "all-in-one": ([heads.mean(0).expand_as(want)], "all heads were averaged, whatever the group",
-                           "the parameter `group`"),
-        }  # fmt: skip
-        for diagnosis, (candidates, cause, look) in known.items():
-            if any(agree(got, candidate) for candidate in candidates):
-                self.fail(diagnosis, seen=f"{where}: the shape fits, the heads do not", cause=cause, look=look)
+        recognise(type(self), got, [
+            Suspect("strangers-merged", strangers,
+                    f"heads that are not neighbours were merged: 0 with {num_kv_heads // group}",
+                    "the order of the dimensions: [groups, heads in a group, head_dim]; query head h reads "
+                    "h // num_queries_per_kv before and after"),
+            Suspect("rows-interleaved", [mixed, rows, rows.reshape(want.shape)],
+                    "neighbouring rows were averaged, which belong to one head",
+                    "how the rows lie: all of head 0 first"),
+            Suspect("summed", groups.sum(1), "the heads were added up", scales),
+            Suspect("divided-wrongly", [groups.sum(1) / num_kv_heads, groups.sum(1) / group**0.5],
+                    "the sum was divided by another number than the heads in it", scales),
+            Suspect("first-only", [groups[:, 0], groups[:, -1]], "one head of each group was kept, the others dropped",
+                    "the docstring: their mean"),
+            Suspect("all-in-one", heads.mean(0).expand_as(want), "all heads were averaged, whatever the group",
+                    "the parameter `group`"),
+        ], f"{where}: the shape fits, the heads do not")  # fmt: skip
         self.fail(
             "values",
             seen=f"{where}: the first row of the result starts with {got.flatten()[0].item():.3f}; it should be "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import Prediction, Quiz
+from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("04.p1", "Bytes a decode step moves with K and V repeated, over grouped attention's", "times", 1.2),

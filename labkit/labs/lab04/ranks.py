@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.numbers import check_whole
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab04.references import split_kv_heads
 
@@ -70,31 +72,26 @@ class SplitKvHeads(Exercise):
         if not isinstance(got, (tuple, list)) or len(got) != 2:
             self.fail("not-a-pair", seen=f"{where}: a {type(got).__name__} came back", cause="one number is missing",
                       look="the return: heads per GPU, copies")  # fmt: skip
-        if any(isinstance(x, bool) or not isinstance(x, int) for x in got):
-            self.fail("not-whole", seen=f"{where}: {tuple(got)} came back", cause="a division with `/`",
-                      look="heads are whole: //")  # fmt: skip
-        if tuple(got) != want:
-            self.explain(tuple(got), want, where, num_heads // num_kv_heads, num_kv_heads)
+        pair = tuple(check_whole(type(self), number, "a count of heads or of GPUs") for number in got)
+        if pair != want:
+            self.explain(pair, want, where, num_heads // num_kv_heads, num_kv_heads)
 
     def explain(self, got: tuple, want: tuple[int, int], where: str, group: int, num_kv_heads: int) -> None:
         """Name the mistake in a pair of numbers."""
         seen = f"{where}: you say {got[0]} per GPU, {got[1]} copies; it is {want[0]} and {want[1]}"
-        known = {
-            "swapped": (got == want[::-1], "the two numbers changed places", "the return: heads per GPU first"),
-            "no-head": (got[0] == 0, "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
-                        "the smallest thing a GPU can keep: one head"),
-            "no-copies-yet": (got[1] == 0, "ranks // num_kv_heads is 0 when there are fewer GPUs than KV heads",
-                              "a head that is kept on one GPU has 1 copy"),
-            "never-copied": (got[0] == want[0] and got[1] == 1, "heads were divided and never copied",
-                             "GPUs times heads per GPU, over the heads there are"),
-            "group-size": (got[0] == want[0] and got[1] == group, "num_queries_per_kv was taken for the copies",
-                           "query heads that share a KV head may all be on one GPU: GPUs over KV heads"),
-            "all-everywhere": (got[0] == num_kv_heads, "every GPU was given every KV head",
-                               "a GPU needs only the KV heads that its own query heads read"),
-        }  # fmt: skip
-        for diagnosis, (fits, cause, look) in known.items():
-            if fits:
-                self.fail(diagnosis, seen=seen, cause=cause, look=look)
+        accuse(type(self), [
+            Suspect("swapped", got == want[::-1], "the two numbers changed places", "the return: heads per GPU first"),
+            Suspect("no-head", got[0] == 0, "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
+                    "the smallest thing a GPU can keep: one head"),
+            Suspect("no-copies-yet", got[1] == 0, "ranks // num_kv_heads is 0 when there are fewer GPUs than KV heads",
+                    "a head that is kept on one GPU has 1 copy"),
+            Suspect("never-copied", got == (want[0], 1), "heads were divided and never copied",
+                    "GPUs times heads per GPU, over the heads there are"),
+            Suspect("group-size", got == (want[0], group), "num_queries_per_kv was taken for the copies",
+                    "query heads that share a KV head may all be on one GPU: GPUs over KV heads"),
+            Suspect("all-everywhere", got[0] == num_kv_heads, "every GPU was given every KV head",
+                    "a GPU needs only the KV heads that its own query heads read"),
+        ], seen)  # fmt: skip
         self.fail("count", seen=seen, cause="one of the two numbers is off",
                   look="GPUs x heads per GPU = KV heads x copies")  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import LabContents
+from labkit.course.contents import LabContents
 from labkit.labs.lab05.axes import QuantizeCache
 from labkit.labs.lab05.bits import BitsPerElement
 from labkit.labs.lab05.one_pass import MeanSurprise
@@ -10,31 +10,8 @@ from labkit.labs.lab05.one_token_groups import GroupsToQuantize
 from labkit.labs.lab05.packing import Pack
 from labkit.labs.lab05.quantizing import Quantize
 from labkit.labs.lab05.questions import PREDICTIONS, QUIZZES
-from labkit.labs.lab05.references import (
-    QuantizedLayer,
-    bits_per_element,
-    groups_to_quantize,
-    mean_surprise,
-    pack,
-    packed_scores,
-    quantize,
-    quantize_cache,
-)
 from labkit.labs.lab05.residual import QuantizedLayerExercise
 from labkit.labs.lab05.scores import PackedScores
-
-__all__ = [
-    "CONTENTS",
-    "QuantizedLayer",
-    "bits_per_element",
-    "groups_to_quantize",
-    "mean_surprise",
-    "pack",
-    "packed_scores",
-    "quantize",
-    "quantize_cache",
-]
-
 
 CONTENTS = LabContents(
     "05",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import quantize, quantize_cache
-from labkit.labs.lab05.tools import name_it
 
 SIZES = (2, 3, 24, 16)  # batch, KV heads, tokens, head_dim: the groups of 4 and 8 are none of them
 PLACE = (1, 1, 13, 6)  # the number that is made large, in the middle of everything
 TOLERANCE = 1e-3  # bounded: a wrong code is off by a scale, 0.01 or more; an eps of 1e-6 in a scale by under 3e-4
 
+alike = partial(agree, tolerance=TOLERANCE)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -52,9 +55,9 @@ class QuantizeCache(Exercise):
             v[:, :, 3] *= 30.0  # a token that is large in every channel
             got = self.pair(answer, k, v, nbits, group_size)
             want = quantize_cache(k, v, nbits, group_size)
-            if not all(agree(*sides) for sides in zip(got, want, strict=True)):
+            if not all(alike(*sides) for sides in zip(got, want, strict=True)):
                 self.explain_values(got, want, (k, v), nbits, group_size)
-                self.explain_groups(answer, [not agree(*sides) for sides in zip(got, want, strict=True)], group_size)
+                self.explain_groups(answer, [not alike(*sides) for sides in zip(got, want, strict=True)], group_size)
         half = torch.randn(2, 1, 2, 8, 4).to(torch.bfloat16)
         for side, got_half in zip("KV", self.pair(answer, half[0], half[1], 4, 4), strict=True):
             self.like(got_half, half[0], what=f"{side} of bfloat16 tensors")
@@ -68,18 +71,18 @@ class QuantizeCache(Exercise):
                       look="the return: two tensors of numbers, shaped as k and v")  # fmt: skip
         for side, part in zip("KV", got, strict=True):
             if isinstance(part, Tensor):
-                name_it(type(self), {
-                    "not-turned-back": (part.shape == k.mT.shape != k.shape, "tokens and head_dim are still swapped",
-                                        "the last step for keys: .mT once more"),
-                    "groups-left": (part.dim() == k.dim() + 1, "the groups still have a dimension of their own",
-                                    "the opposite of unflatten: .flatten(-2)"),
-                }, f"{side} came back as {list(part.shape)}; it went in as {list(k.shape)}")  # fmt: skip
+                accuse(type(self), [
+                    Suspect("not-turned-back", part.shape == k.mT.shape != k.shape,
+                            "tokens and head_dim are still swapped", "the last step for keys: .mT once more"),
+                    Suspect("groups-left", part.dim() == k.dim() + 1, "the groups still have a dimension of their own",
+                            "the opposite of unflatten: .flatten(-2)"),
+                ], f"{side} came back as {list(part.shape)}; it went in as {list(k.shape)}")  # fmt: skip
             self.like(part, k, what=side)
         return got[0], got[1]
 
     def explain_values(self, got: Pair, want: Pair, given: Pair, nbits: int, group_size: int) -> None:
         """Name what else than the groups can make other numbers."""
-        if agree(got[0], want[1]) and agree(got[1], want[0]):
+        if alike(got[0], want[1]) and alike(got[1], want[0]):
             self.fail("swapped", seen="V came back first", cause="the two changed places", look="the return: K, V")
         for mine, other in ((0, 1), (1, 0)):
             if (got[mine] - given[other]).abs().mean() < 0.5 * (got[mine] - given[mine]).abs().mean():
@@ -95,17 +98,19 @@ class QuantizeCache(Exercise):
             worst = int((back - right).abs().argmax())
             shown = [f"{part.flatten()[worst].item():.3f}" for part in (raw, back, right)]
             others = [quantize_cache(*given, bits, group_size)["KV".index(name)] for bits in (8, 4, 2) if bits != nbits]
-            name_it(type(self), {
-                "not-quantized": (agree(back, raw), "it went through unchanged", f"the line that quantizes {name}"),
-                "codes-returned": (agree(back, without[2]), "the codes were returned", "codes * scale + zero"),
-                "zero-not-added": (agree(back, without[0]) or agree(back, without[1]),
-                                   "the zero point was not added", "codes * scale + zero"),
-                "fixed-bits": (any(agree(back, other) for other in others), "another number of bits was written down",
-                               "the parameter nbits"),
-                "rearranged": (not agree(back, right) and agree(back.flatten().sort()[0], right.flatten().sort()[0]),
-                               "the numbers are right, their places are not: the way back is not the way there",
-                               "the dimensions before and after; a reshape does not swap dimensions, .mT does"),
-            }, "{} in {} bits: a number of {} became {}; it should be {}".format(name, nbits, *shown))  # fmt: skip
+            accuse(type(self), [
+                Suspect("not-quantized", alike(back, raw), "it went through unchanged",
+                        f"the line that quantizes {name}"),
+                Suspect("codes-returned", alike(back, without[2]), "the codes were returned", "codes * scale + zero"),
+                Suspect("zero-not-added", alike(back, without[0]) or alike(back, without[1]),
+                        "the zero point was not added", "codes * scale + zero"),
+                Suspect("fixed-bits", any(alike(back, other) for other in others),
+                        "another number of bits was written down", "the parameter nbits"),
+                Suspect("rearranged",
+                        not alike(back, right) and alike(back.flatten().sort()[0], right.flatten().sort()[0]),
+                        "the numbers are right, their places are not: the way back is not the way there",
+                        "the dimensions before and after; a reshape does not swap dimensions, .mT does"),
+            ], "{} in {} bits: a number of {} became {}; it should be {}".format(name, nbits, *shown))  # fmt: skip
 
     def explain_groups(self, answer: Callable, wrong: list[bool], group_size: int) -> None:
         """Make one number large, see which others change: they share its scale. Name the groups from that."""
@@ -129,25 +134,28 @@ class QuantizeCache(Exercise):
         whole = len(places) == spoilt.shape[axis]
         per = {"key": "group_size successive tokens of one channel", "value": "group_size successive channels of one "
                "token"}[noun]  # fmt: skip
-        name_it(type(self), {
-            "rows-mixed": (0 in along, "rows of the batch share a scale: what one user sends changes another's cache",
-                           f"the dimensions that were joined before the groups were cut; {per}"),
-            "heads-mixed": (1 in along, "heads share a scale, whose sizes have nothing to do with each other",
-                            f"the dimensions that were joined before the groups were cut; {per}"),
-            "tile-shares-a-scale": ({2, 3} <= along, "a block of tokens and channels has one scale",
-                                    f"the shape that quantize gets: its last dimension is {per}"),
-            "keys-per-token": (axis == 2 and along == {3}, "channels of one token share a scale: the default of many "
-                               "libraries, or k reshaped where it should be transposed",
-                               "k.mT before the groups are cut: the tokens of a channel come last"),
-            "values-per-channel": (axis == 3 and along == {2}, "tokens of one channel share a scale, as is right for "
-                                   "keys", "the values' last dimension is head_dim as it is: no .mT"),
-            "group-size-ignored": (along == {axis} and whole, "group_size was not used: all of them share a scale",
-                                   "unflatten(-1, (-1, group_size)) before quantize"),
-            "strided-groups": (along == {axis} and len(places) == group_size and places.tolist() != right_places,
-                               "a group holds numbers that are not successive", "the order in unflatten: "
-                               "(-1, group_size), groups first"),
-            "group-size": (len(places) != group_size, "a group has another size than group_size", per),
-        }, described(noun, spoilt))  # fmt: skip
+        accuse(type(self), [
+            Suspect("rows-mixed", 0 in along,
+                    "rows of the batch share a scale: what one user sends changes another's cache",
+                    f"the dimensions that were joined before the groups were cut; {per}"),
+            Suspect("heads-mixed", 1 in along, "heads share a scale, whose sizes have nothing to do with each other",
+                    f"the dimensions that were joined before the groups were cut; {per}"),
+            Suspect("tile-shares-a-scale", {2, 3} <= along, "a block of tokens and channels has one scale",
+                    f"the shape that quantize gets: its last dimension is {per}"),
+            Suspect("keys-per-token", axis == 2 and along == {3},
+                    "channels of one token share a scale: the default of many libraries, or k reshaped where it "
+                    "should be transposed", "k.mT before the groups are cut: the tokens of a channel come last"),
+            Suspect("values-per-channel", axis == 3 and along == {2},
+                    "tokens of one channel share a scale, as is right for keys",
+                    "the values' last dimension is head_dim as it is: no .mT"),
+            Suspect("group-size-ignored", along == {axis} and whole,
+                    "group_size was not used: all of them share a scale",
+                    "unflatten(-1, (-1, group_size)) before quantize"),
+            Suspect("strided-groups", along == {axis} and len(places) == group_size and places.tolist() != right_places,
+                    "a group holds numbers that are not successive",
+                    "the order in unflatten: (-1, group_size), groups first"),
+            Suspect("group-size", len(places) != group_size, "a group has another size than group_size", per),
+        ], described(noun, spoilt))  # fmt: skip
 
     def changed_by_one(self, answer: Callable, side: int, group_size: int) -> Tensor:
         """Which numbers of K (side 0) or V (1) come back otherwise when the one at PLACE is large; bool, itself too.
@@ -163,11 +171,6 @@ class QuantizeCache(Exercise):
             changed |= (self.pair(answer, other[0], other[1], 4, group_size)[side] - before).abs() > TOLERANCE
         changed[PLACE] = True
         return changed
-
-
-def agree(got: Tensor, want: Tensor) -> bool:
-    """Whether two tensors of one shape agree within TOLERANCE."""
-    return bool((got - want).abs().max() <= TOLERANCE)
 
 
 def spread(mask: Tensor) -> set[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import ClassVar
 
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import bits_per_element
-from labkit.labs.lab05.tools import name_it
 
 CASES = (  # tokens, nbits, group_size, residual_length, full_bits
     (1000, 4, 64, 128, 16),
@@ -47,43 +47,46 @@ def per_packed(tokens: int, nbits: int, group: int, residual: int, full_bits: in
 
 META = "what each group keeps beside its codes: 2 numbers of 16 bits, shared by group_size codes"
 PACKED = "the number of packed tokens: max(0, tokens - residual_length) // group_size * group_size"
-KNOWN: dict[str, tuple[tuple[Rule, ...], str, str]] = {
-    "total": ((lambda *a: bits_per_element(*a) * a[0],), "the bits of all tokens were returned",
-              "the average: divide by tokens"),
-    "bytes": ((lambda *a: bits_per_element(*a) / 8,), "bytes were returned", "the name: bits"),
-    "ratio": ((lambda *a: bits_per_element(*a) / a[4], lambda *a: a[4] / bits_per_element(*a)),
-              "a ratio to full precision was returned", "the docstring: bits that one number takes"),
-    "not-a-fraction": ((lambda *a: int(bits_per_element(*a)), lambda *a: round(bits_per_element(*a))),
-                       "the result was made whole", "an average of bits has a fraction: `/`, and no rounding"),
-    "no-metadata": ((rule(per=lambda n, g, f: n),), "scale and zero point were not counted", META),
-    "scale-only": ((rule(per=lambda n, g, f: n + 16 / g),), "one of scale and zero point was not counted", META),
-    "metadata-in-bytes": ((rule(per=lambda n, g, f: n + 4 / g), rule(per=lambda n, g, f: n + 2 / g)),
-                          "scale and zero point were counted in bytes, the codes in bits", META),
-    "metadata-per-number": ((rule(per=lambda n, g, f: n + 32),), "every number was given a scale and a zero point of "
-                            "its own", META),
-    "metadata-twice": ((rule(per=lambda n, g, f: n + 64 / g),), "scale and zero point were counted twice, as for K "
-                       "and V: this is an average over numbers, of whichever they are", META),
-    "metadata-in-full-bits": ((rule(per=lambda n, g, f: n + 2 * f / g),), "scale and zero point were counted with "
-                              "full_bits each", "the docstring: 16 bits each, whatever the cache's dtype"),
-    "floor-division": ((rule(per=lambda n, g, f: n + 32 // g),), "2 * 16 // group_size drops a fraction of a bit",
-                       "the division: `/`"),
-    "no-residual": ((rule(lambda t, g, r: t), rule(lambda t, g, r: t // g * g)),
-                    "residual_length was left out: every token was counted as packed, or every whole group", PACKED),
-    "no-whole-groups": ((rule(lambda t, g, r: max(0, t - r)), rule(lambda t, g, r: t - r)),
-                        "all tokens but the residual were packed; an incomplete group waits", PACKED),
-    "rounded-up": ((rule(lambda t, g, r: -(-max(0, t - r) // g) * g), rule(lambda t, g, r: -(-(t - r) // g) * g)),
-                   "an incomplete group was counted as a whole one", PACKED),
-    "negative": ((rule(lambda t, g, r: (t - r) // g * g), rule(lambda t, g, r: int((t - r) / g) * g)),
-                 "with fewer tokens than residual_length, less than none were packed", "max(0, ...)"),
-    "residual-at-a-time": ((rule(lambda t, g, r: t // r * r if r else t // g * g),),
-                           "the residual was taken to be packed as a whole when it is full, as some libraries do",
-                           "the docstring: group_size at a time, at least the newest residual_length stay"),
-    "fixed-full-bits": ((rule(full=lambda f: 16),), "16 was written down for full precision", "full_bits"),
-    "parts-swapped": ((rule(lambda t, g, r: t - whole_groups(t, g, r)),),
-                      "packed tokens were counted in full, and the others packed", "which count goes with which size"),
-    "packed-alone": ((per_packed,), "the bits of all tokens were divided by the packed tokens alone",
-                     "an average over all tokens: divide by tokens"),
-}  # fmt: skip
+SUSPECTS = (
+    Suspect("total", lambda *a: bits_per_element(*a) * a[0], "the bits of all tokens were returned",
+            "the average: divide by tokens"),
+    Suspect("bytes", lambda *a: bits_per_element(*a) / 8, "bytes were returned", "the name: bits"),
+    Suspect("ratio", (lambda *a: bits_per_element(*a) / a[4], lambda *a: a[4] / bits_per_element(*a)),
+            "a ratio to full precision was returned", "the docstring: bits that one number takes"),
+    Suspect("not-a-fraction", (lambda *a: int(bits_per_element(*a)), lambda *a: round(bits_per_element(*a))),
+            "the result was made whole", "an average of bits has a fraction: `/`, and no rounding"),
+    Suspect("no-metadata", rule(per=lambda n, g, f: n), "scale and zero point were not counted", META),
+    Suspect("scale-only", rule(per=lambda n, g, f: n + 16 / g), "one of scale and zero point was not counted", META),
+    Suspect("metadata-in-bytes", (rule(per=lambda n, g, f: n + 4 / g), rule(per=lambda n, g, f: n + 2 / g)),
+            "scale and zero point were counted in bytes, the codes in bits", META),
+    Suspect("metadata-per-number", rule(per=lambda n, g, f: n + 32),
+            "every number was given a scale and a zero point of its own", META),
+    Suspect("metadata-twice", rule(per=lambda n, g, f: n + 64 / g),
+            "scale and zero point were counted twice, as for K and V: this is an average over numbers, of whichever "
+            "they are", META),
+    Suspect("metadata-in-full-bits", rule(per=lambda n, g, f: n + 2 * f / g),
+            "scale and zero point were counted with full_bits each",
+            "the docstring: 16 bits each, whatever the cache's dtype"),
+    Suspect("floor-division", rule(per=lambda n, g, f: n + 32 // g),
+            "2 * 16 // group_size drops a fraction of a bit", "the division: `/`"),
+    Suspect("no-residual", (rule(lambda t, g, r: t), rule(lambda t, g, r: t // g * g)),
+            "residual_length was left out: every token was counted as packed, or every whole group", PACKED),
+    Suspect("no-whole-groups", (rule(lambda t, g, r: max(0, t - r)), rule(lambda t, g, r: t - r)),
+            "all tokens but the residual were packed; an incomplete group waits", PACKED),
+    Suspect("rounded-up",
+            (rule(lambda t, g, r: -(-max(0, t - r) // g) * g), rule(lambda t, g, r: -(-(t - r) // g) * g)),
+            "an incomplete group was counted as a whole one", PACKED),
+    Suspect("negative", (rule(lambda t, g, r: (t - r) // g * g), rule(lambda t, g, r: int((t - r) / g) * g)),
+            "with fewer tokens than residual_length, less than none were packed", "max(0, ...)"),
+    Suspect("residual-at-a-time", rule(lambda t, g, r: t // r * r if r else t // g * g),
+            "the residual was taken to be packed as a whole when it is full, as some libraries do",
+            "the docstring: group_size at a time, at least the newest residual_length stay"),
+    Suspect("fixed-full-bits", rule(full=lambda f: 16), "16 was written down for full precision", "full_bits"),
+    Suspect("parts-swapped", rule(lambda t, g, r: t - whole_groups(t, g, r)),
+            "packed tokens were counted in full, and the others packed", "which count goes with which size"),
+    Suspect("packed-alone", per_packed, "the bits of all tokens were divided by the packed tokens alone",
+            "an average over all tokens: divide by tokens"),
+)  # fmt: skip
 
 
 class BitsPerElement(Exercise):
@@ -109,32 +112,4 @@ class BitsPerElement(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Groups that divide and that do not, no residual, too few tokens to pack, another full precision."""
-        got = []
-        for case in CASES:
-            value = self.call(answer, *case)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                self.fail("not-a-number", seen=f"{type(value).__name__} {str(value)[:40]} came back",
-                          cause="something other than one number was returned", look="the return: a float")  # fmt: skip
-            got.append(float(value))
-        wrong = [not same(value, bits_per_element(*case)) for value, case in zip(got, CASES, strict=True)]
-        if any(wrong):
-            self.explain(got, wrong.index(True))
-
-    def explain(self, got: list[float], at: int) -> None:
-        """Name the rule that gives what was seen in every case; `at` is the first that is wrong."""
-        tokens, nbits, group_size, residual_length, full_bits = CASES[at]
-        want = bits_per_element(*CASES[at])
-        seen = (f"{tokens} tokens, {nbits} bits in groups of {group_size}, residual {residual_length}, full_bits "
-                f"{full_bits}: you get {got[at]:.4g}; {want:.4g} is right")  # fmt: skip
-        known = {
-            diagnosis: (any(all(map(same, got, [rule(*case) for case in CASES])) for rule in rules), cause, look)
-            for diagnosis, (rules, cause, look) in KNOWN.items()
-        }
-        name_it(type(self), known, seen)
-        self.fail("count", seen=seen, cause="a part is missing, or one too many",
-                  look="this case by hand: tokens packed, bits of a packed number, bits of the others")  # fmt: skip
-
-
-def same(got: float, want: float) -> bool:
-    """Equal but for the order in which floats were added."""
-    return abs(got - want) <= 1e-9 * abs(want)
+        judge(type(self), answer, bits_per_element, CASES, SUSPECTS, what="the average in bits", otherwise="count")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from labkit.course.exercise import Exercise
-from labkit.ledger import memory_of, tensors_in
 
 BATCH, HEADS, HEAD_DIM = 2, 3, 5
 STEP, VALUES = 64.0, 32.0  # from one token's numbers to the next one's; from keys to values
@@ -88,13 +86,3 @@ class Recorder:
                 look="read(): restore each group, one by one; waiting tokens are K and V already",
             )
         return packed.k + CHANGE, packed.v + CHANGE
-
-
-def tensors_held(cache: Any) -> list[Tensor]:
-    """The tensors among an object's attributes, also inside lists, tuples, dicts and deques."""
-    return list(tensors_in([list(value) if isinstance(value, deque) else value for value in vars(cache).values()]))
-
-
-def bytes_behind(tensors: Sequence[Tensor]) -> int:
-    """Bytes of memory that these tensors keep alive, each counted once. A slice keeps all that it was cut from."""
-    return sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import pack
-from labkit.labs.lab05.tools import name_it
 
 
 class Pack(Exercise):
@@ -64,17 +64,20 @@ class Pack(Exercise):
     def explain_shape(self, got: list[int], want: list[int], codes: list[int], nbits: int, where: str) -> None:
         """Name the packing that gives so many bytes; the base class speaks of the others."""
         size, here = 8 // nbits, len(codes) - 1
-        name_it(type(self), {
-            "not-packed": (got == codes and nbits < 8, "each code still has a byte of its own: nothing is saved, "
-                           "whatever the report says", "the docstring: n * nbits / 8 bytes"),
-            "fixed-bits": (nbits != 4 and got == [*codes[:-1], codes[-1] // 2],
-                           "two codes went into each byte, as for 4 bits", "how many codes fill 8 bits: 8 // nbits"),
-            "wrong-dimension": (any(got == [n // size if dim == at else n for dim, n in enumerate(codes)]
-                                    for at in range(here)), "another dimension than the last was packed",
-                                "codes[..., place::per_byte]: the dots stand for all dimensions but the last"),
-            "groups-left": (got == [*want, size], "the codes of a byte stand side by side in a dimension of their own",
-                            "combine that dimension: shift, then OR or add"),
-        }, f"{where}: {codes} became {got}; it should be {want}")  # fmt: skip
+        accuse(type(self), [
+            Suspect("not-packed", got == codes and nbits < 8,
+                    "each code still has a byte of its own: nothing is saved, whatever the report says",
+                    "the docstring: n * nbits / 8 bytes"),
+            Suspect("fixed-bits", nbits != 4 and got == [*codes[:-1], codes[-1] // 2],
+                    "two codes went into each byte, as for 4 bits", "how many codes fill 8 bits: 8 // nbits"),
+            Suspect("wrong-dimension",
+                    any(got == [n // size if dim == at else n for dim, n in enumerate(codes)] for at in range(here)),
+                    "another dimension than the last was packed",
+                    "codes[..., place::per_byte]: the dots stand for all dimensions but the last"),
+            Suspect("groups-left", got == [*want, size],
+                    "the codes of a byte stand side by side in a dimension of their own",
+                    "combine that dimension: shift, then OR or add"),
+        ], f"{where}: {codes} became {got}; it should be {want}")  # fmt: skip
 
     def explain(self, got: Tensor, want: Tensor, codes: Tensor, nbits: int, where: str) -> None:
         """Name the packing that gives these bytes."""
@@ -92,23 +95,24 @@ class Pack(Exercise):
 
         places = ", ".join(map(str, codes.flatten()[:4].tolist()))
         seen = f"{where}, starting {places}: byte 0 is {first[0]}; it should be {first[1]}"
-        name_it(type(self), {
-            "eight-bits": (nbits == 8, "with 8 bits a code fills its byte: nothing is to be shifted or joined",
-                           "8 // nbits is 1 here"),
-            "halves": (by(apart, shifts) or by(apart, shifts[::-1]),
-                       f"codes that lie {codes.shape[-1] // size} apart share a byte", "neighbours: codes[..., 0::2] "
-                       "and codes[..., 1::2] for 4 bits, not the first half and the second"),
-            "first-code-high": (by(neighbours, shifts[::-1]), "the first code went into the highest bits",
-                                "the docstring: byte 0 holds code 0 and 16 times code 1"),
-            "unshifted": (by(neighbours, [0] * size), "the codes lie on top of each other",
-                          "the shift: place * nbits bits to the left"),
-            "fixed-bits": (nbits != 4 and by(neighbours, [4 * place for place in range(size)]),
-                           "codes were shifted by 4 bits, whatever nbits is", "the shift: place * nbits"),
-            "codes-lost": (any(torch.equal(got, neighbours[..., place]) or torch.equal(
-                got, neighbours[..., place] << (place * nbits)) for place in range(size)),
-                           "of each byte's codes one was kept", "the loop over places, and what it adds to"),
-            "wrong-shift": (any(by(neighbours, [step * place for place in range(size)]) for step in range(1, 9)),
-                            "codes were shifted, by another number of bits than they have", "place * nbits"),
-        }, seen)  # fmt: skip
+        accuse(type(self), [
+            Suspect("eight-bits", nbits == 8, "with 8 bits a code fills its byte: nothing is to be shifted or joined",
+                    "8 // nbits is 1 here"),
+            Suspect("halves", by(apart, shifts) or by(apart, shifts[::-1]),
+                    f"codes that lie {codes.shape[-1] // size} apart share a byte",
+                    "neighbours: codes[..., 0::2] and codes[..., 1::2] for 4 bits, not the first half and the second"),
+            Suspect("first-code-high", by(neighbours, shifts[::-1]), "the first code went into the highest bits",
+                    "the docstring: byte 0 holds code 0 and 16 times code 1"),
+            Suspect("unshifted", by(neighbours, [0] * size), "the codes lie on top of each other",
+                    "the shift: place * nbits bits to the left"),
+            Suspect("fixed-bits", nbits != 4 and by(neighbours, [4 * place for place in range(size)]),
+                    "codes were shifted by 4 bits, whatever nbits is", "the shift: place * nbits"),
+            Suspect("codes-lost",
+                    any(torch.equal(got, neighbours[..., place]) or torch.equal(
+                    got, neighbours[..., place] << (place * nbits)) for place in range(size)),
+                    "of each byte's codes one was kept", "the loop over places, and what it adds to"),
+            Suspect("wrong-shift", any(by(neighbours, [step * place for place in range(size)]) for step in range(1, 9)),
+                    "codes were shifted, by another number of bits than they have", "place * nbits"),
+        ], seen)  # fmt: skip
         self.fail("values", seen=seen, cause="codes were combined in another way",
                   look="byte 0, in binary: which bits belong to which code?")  # fmt: skip

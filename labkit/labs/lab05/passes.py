@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from labkit.course.checks.suspects import Suspect
 
 PART, FIRST = 32, 64  # tokens a pass; the first position that is scored
 
@@ -75,8 +76,8 @@ def surprise(rows: Tensor, targets: Tensor) -> Tensor:
     return -rows.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def known_means(rows: Tensor, targets: Tensor, surprises: Tensor) -> Mapping[str, tuple[list[float], str, str]]:
-    """What mistakes make of the same passes: the values each can give, the cause, and where to look."""
+def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
+    """What mistakes make of the same passes."""
     scored = surprises[FIRST - 1 :]
     mean = scored.mean().item()
     about = torch.arange(1, len(targets))  # the token that each surprise is about
@@ -87,40 +88,32 @@ def known_means(rows: Tensor, targets: Tensor, surprises: Tensor) -> Mapping[str
         [surprises[start : start + PART] for start in range(FIRST, len(surprises), PART)],
     )]  # fmt: skip
     wrapped = torch.cat((scored, surprise(rows[-1:], targets[:1])))
-    return {
-        "perplexity": ([math.exp(mean)], "exp was applied: that is perplexity", "the return: the mean itself"),
-        "bits": ([mean / math.log(2)], "a logarithm to base 2 was taken", "the docstring: nats, the natural logarithm"),
-        "negative": ([-mean], "the sign: log p instead of -log p", "the sign of the logarithm"),
-        "sum-not-mean": ([scored.sum().item()], "surprises were added up", "mean(), or a division by their number"),
-        "scored-from-the-start": (
-            [surprises.mean().item()],
-            "the first 64 tokens are scored too; they have little context, and no cache is read for the first 32",
-            "the slice before the mean: positions from 64 on",
-        ),
-        "starts-beside-64": (
-            [surprises[start:].mean().item() for start in (FIRST - 2, FIRST) if start < len(surprises)],
-            "the first token scored is not that at position 64: logits at position 63 predict it",
-            "the slice before the mean: [63:], when surprise 0 is about token 1",
-        ),
-        "predicts-itself": (
-            [surprise(rows, targets)[start:].mean().item() for start in (FIRST - 1, FIRST)],
-            "logits at a position were compared with the token at that position, which the model was given",
-            "the targets: from start + 1 to start + 32",
-        ),
-        "boundary-skipped": (
-            [kind.mean().item() for kind in
-             (surprises[(about >= FIRST) & (about % PART != 0)], inside, inside[FIRST - 2 :], inside[FIRST - 1 :])],
-            "logits[:-1] against targets[1:] within a part: the first token of every part is predicted by nobody",
-            "the targets: tokens[0, start + 1 : start + 33], one beyond the part",
-        ),
-        "mean-of-means": (
-            [torch.stack(kind).mean().item() for kind in means if kind],
-            "a mean was taken in each part, and of these another, as if all parts were of one length",
-            "join all surprises, then one mean",
-        ),
-        "wraps-round": (
-            [wrapped.mean().item()],
-            "the last logits were scored against the first token, as torch.roll does",
-            "the last part: it has one target fewer than logits",
-        ),
-    }  # fmt: skip
+    return [
+        Suspect("perplexity", [math.exp(mean)], "exp was applied: that is perplexity", "the return: the mean itself"),
+        Suspect("bits", [mean / math.log(2)], "a logarithm to base 2 was taken",
+                "the docstring: nats, the natural logarithm"),
+        Suspect("negative", [-mean], "the sign: log p instead of -log p", "the sign of the logarithm"),
+        Suspect("sum-not-mean", [scored.sum().item()], "surprises were added up",
+                "mean(), or a division by their number"),
+        Suspect("scored-from-the-start", [surprises.mean().item()],
+                "the first 64 tokens are scored too; they have little context, and no cache is read for the first 32",
+                "the slice before the mean: positions from 64 on"),
+        Suspect("starts-beside-64",
+                [surprises[start:].mean().item() for start in (FIRST - 2, FIRST) if start < len(surprises)],
+                "the first token scored is not that at position 64: logits at position 63 predict it",
+                "the slice before the mean: [63:], when surprise 0 is about token 1"),
+        Suspect("predicts-itself", [surprise(rows, targets)[start:].mean().item() for start in (FIRST - 1, FIRST)],
+                "logits at a position were compared with the token at that position, which the model was given",
+                "the targets: from start + 1 to start + 32"),
+        Suspect("boundary-skipped",
+                [kind.mean().item() for kind in
+                 (surprises[(about >= FIRST) & (about % PART != 0)], inside, inside[FIRST - 2 :], inside[FIRST - 1 :])],
+                "logits[:-1] against targets[1:] within a part: the first token of every part is predicted by nobody",
+                "the targets: tokens[0, start + 1 : start + 33], one beyond the part"),
+        Suspect("mean-of-means", [torch.stack(kind).mean().item() for kind in means if kind],
+                "a mean was taken in each part, and of these another, as if all parts were of one length",
+                "join all surprises, then one mean"),
+        Suspect("wraps-round", [wrapped.mean().item()],
+                "the last logits were scored against the first token, as torch.roll does",
+                "the last part: it has one target fewer than logits"),
+    ]  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.tensors import near
 from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import quantize
-from labkit.labs.lab05.tools import NaNAs255, broken, name_it, near
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -88,18 +90,18 @@ class Quantize(Exercise):
         if isinstance(part, Tensor):
             shape, along = part.shape, range(x.dim() - 1)
             others = [x.amin(dim, keepdim=keep).shape for dim in along for keep in (True, False)]
-            known = {
-                "zero-is-a-code": (name == "zero" and not part.is_floating_point(),
-                                   "the zero point was rounded to the code that stands for 0",
-                                   "the docstring's formula: codes * scale + zero, so zero is one of the numbers"),
-                "one-scale-for-all": (part.numel() == 1 < want.numel(), "min and max were taken of the whole tensor",
-                                      "amin and amax of the last dimension: dim=-1"),
-                "no-keepdim": (shape == want.shape[:-1] != want.shape, "the group's dimension was dropped",
-                               "keepdim=True: codes [..., group] and scale [..., 1] must broadcast"),
-                "wrong-dimension": (shape != want.shape and shape in others,
-                                    "min and max were taken along another dimension", "a group is the last: dim=-1"),
-            }  # fmt: skip
-            name_it(type(self), known, f"{name} of {part.dtype} {list(shape)} for x {list(x.shape)}")
+            known = [
+                Suspect("zero-is-a-code", name == "zero" and not part.is_floating_point(),
+                        "the zero point was rounded to the code that stands for 0",
+                        "the docstring's formula: codes * scale + zero, so zero is one of the numbers"),
+                Suspect("one-scale-for-all", part.numel() == 1 < want.numel(),
+                        "min and max were taken of the whole tensor", "amin and amax of the last dimension: dim=-1"),
+                Suspect("no-keepdim", shape == want.shape[:-1] != want.shape, "the group's dimension was dropped",
+                        "keepdim=True: codes [..., group] and scale [..., 1] must broadcast"),
+                Suspect("wrong-dimension", shape != want.shape and shape in others,
+                        "min and max were taken along another dimension", "a group is the last: dim=-1"),
+            ]  # fmt: skip
+            accuse(type(self), known, f"{name} of {part.dtype} {list(shape)} for x {list(x.shape)}")
         self.like(part, want, what=f"{name} for {x.dtype} numbers")
 
     def explain(self, x: Tensor, got: Parts, nbits: int, which: int) -> None:
@@ -118,48 +120,52 @@ class Quantize(Exercise):
         no_zero = bool((zero == 0).all())
         everything = near(scale, ((x.max() - x.min()) / last).expand_as(scale))
         steps_of = "the scale: (high - low) / (2**nbits - 1), the number of steps between the first code and the last"
-        name_it(type(self), {
-            "swapped": (near(zero, right) and near(scale, low), "scale and zero changed places", "the return"),
-            "one-scale-for-all": (x.dim() > 1 and everything, "min and max were taken of the whole tensor",
-                                  "amin and amax of the last dimension: dim=-1"),
-            "fixed-bits": (nbits != 4 and cuts[15], "15, the last code of 4 bits, was written down", "2**nbits - 1"),
-            "one-level-too-many": (cuts[last + 1], f"the range was cut into {last + 1} steps, so that the greatest "
-                                   f"number gets code {last + 1}, which {nbits} bits do not have", steps_of),
-            "symmetric": (no_zero and by_largest, "scale from the largest absolute value, no zero point: codes of "
-                          "numbers that do not occur are wasted", "the docstring: the least number gets code 0"),
-            "abs-max": (by_largest, "the scale was taken from the largest absolute value, or from the greatest number",
-                        steps_of),
-            "half-the-codes": (any(cuts.get(steps) for steps in (half, half - 1)),
-                               "the range was cut as for signed codes, half of which lie below 0", steps_of),
-            "scale-inverted": (near(scale, 1 / right), "steps per number in place of numbers per step",
-                               "the docstring's formula: codes are multiplied by scale"),
-        }, seen)  # fmt: skip
+        accuse(type(self), [
+            Suspect("swapped", near(zero, right) and near(scale, low), "scale and zero changed places", "the return"),
+            Suspect("one-scale-for-all", x.dim() > 1 and everything, "min and max were taken of the whole tensor",
+                    "amin and amax of the last dimension: dim=-1"),
+            Suspect("fixed-bits", nbits != 4 and cuts[15], "15, the last code of 4 bits, was written down",
+                    "2**nbits - 1"),
+            Suspect("one-level-too-many", cuts[last + 1],
+                    f"the range was cut into {last + 1} steps, so that the greatest number gets code {last + 1}, "
+                    f"which {nbits} bits do not have", steps_of),
+            Suspect("symmetric", no_zero and by_largest,
+                    "scale from the largest absolute value, no zero point: codes of numbers that do not occur are "
+                    "wasted", "the docstring: the least number gets code 0"),
+            Suspect("abs-max", by_largest,
+                    "the scale was taken from the largest absolute value, or from the greatest number", steps_of),
+            Suspect("half-the-codes", any(cuts.get(steps) for steps in (half, half - 1)),
+                    "the range was cut as for signed codes, half of which lie below 0", steps_of),
+            Suspect("scale-inverted", near(scale, 1 / right), "steps per number in place of numbers per step",
+                    "the docstring's formula: codes are multiplied by scale"),
+        ], seen)  # fmt: skip
         if near(scale.abs(), right):
             as_codes = [sign * low / right for sign in (1, -1)]
-            name_it(type(self), {
-                "zero-is-a-code": (any(near(zero, code) or near(zero, code.round()) for code in as_codes),
-                                   "the zero point was given in steps", "the docstring: codes * scale + zero; zero is "
-                                   "one of the numbers, not a code"),
-                "zero-sign": (near(zero, -low), "zero was made to be subtracted", "the docstring: + zero"),
-                "reversed": (near(zero, high), "codes were counted down from the greatest number",
-                             "the docstring: the least number gets code 0"),
-                "no-zero": (no_zero, "zero was left at 0", "what code 0 stands for: the least number"),
-            }, seen)  # fmt: skip
+            accuse(type(self), [
+                Suspect("zero-is-a-code", any(near(zero, code) or near(zero, code.round()) for code in as_codes),
+                        "the zero point was given in steps",
+                        "the docstring: codes * scale + zero; zero is one of the numbers, not a code"),
+                Suspect("zero-sign", near(zero, -low), "zero was made to be subtracted", "the docstring: + zero"),
+                Suspect("reversed", near(zero, high), "codes were counted down from the greatest number",
+                        "the docstring: the least number gets code 0"),
+                Suspect("no-zero", no_zero, "zero was left at 0", "what code 0 stands for: the least number"),
+            ], seen)  # fmt: skip
         self.explain_codes(x, codes, right, low, f"{where}: codes {str(shown.tolist())[:60]}", last)
 
     def explain_codes(self, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, seen: str, last: int) -> None:
         """Scale and zero are right, or unknown; name the rule that gives these codes."""
         unsubtracted = (x / scale).round().long()
-        name_it(type(self), {
-            "truncated": (torch.equal(codes, ((x - low) / scale + 1e-5).long()),
-                          "fractions were cut off, so that errors reach a whole scale", "round() before uint8"),
-            "zero-not-subtracted": (any(torch.equal(codes, c) for c in (unsubtracted % 256, unsubtracted.clamp(0, 255),
-                                                                        unsubtracted.clamp(0, last))),
-                                    "x was divided as it is: numbers below 0 have no code", "x - low, then divide"),
-            "not-divided": (torch.equal(codes, (x - low).round().long()), "x - low was rounded without the scale",
-                            "how many steps of one scale lie between low and x?"),
-            "code-too-large": (bool((codes > last).any()), f"{last} is the last code", "the scale, or a clamp"),
-        }, seen)  # fmt: skip
+        accuse(type(self), [
+            Suspect("truncated", torch.equal(codes, ((x - low) / scale + 1e-5).long()),
+                    "fractions were cut off, so that errors reach a whole scale", "round() before uint8"),
+            Suspect("zero-not-subtracted",
+                    any(torch.equal(codes, c) for c in (unsubtracted % 256, unsubtracted.clamp(0, 255),
+                    unsubtracted.clamp(0, last))), "x was divided as it is: numbers below 0 have no code",
+                    "x - low, then divide"),
+            Suspect("not-divided", torch.equal(codes, (x - low).round().long()),
+                    "x - low was rounded without the scale", "how many steps of one scale lie between low and x?"),
+            Suspect("code-too-large", bool((codes > last).any()), f"{last} is the last code", "the scale, or a clamp"),
+        ], seen)  # fmt: skip
         self.fail("error", seen=f"{seen}; some number is more than half a scale off, or an end has another code",
                   cause="a step of the rule does something else than the docstring says",
                   look="x - low, divided by scale, rounded; by hand for one group")  # fmt: skip
@@ -190,3 +196,27 @@ class Quantize(Exercise):
                       f"{int(got[0].max())} of 255, scale {got[1].max().item():.1g}",
                       cause="an eps, added to the scale or its least value, is larger than the scale",
                       look="treat a scale of 0 apart: torch.where(scale == 0, ...)")  # fmt: skip
+
+
+def broken(x: Tensor, quantized: tuple[Tensor, Tensor, Tensor], nbits: int) -> Tensor:
+    """Which groups break a promise, bool [...]: codes in range, both ends used, errors of half a scale at most.
+
+    Bounded: half a scale, and what rounding of the dtype adds to scale, zero and each of the last code's steps.
+    """
+    last, eps = 2**nbits - 1, torch.finfo(x.dtype).eps
+    codes, scale, zero = (part.double() for part in quantized)
+    error = (codes * scale + zero - x.double()).abs()
+    bound = (0.5 + 4 * last * eps) * scale.abs() + 2 * eps * x.double().abs().amax(-1, keepdim=True)
+    least, greatest = (codes.gather(-1, pick(-1, keepdim=True)) for pick in (x.argmin, x.argmax))
+    return ((codes > last) | (least != 0) | (greatest != last) | (error > bound)).any(-1)
+
+
+class NaNAs255(TorchDispatchMode):
+    """A machine that makes 255 of a NaN converted to uint8. C leaves it open: others make 0 of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(func)
+        if given is not None and result.dtype == torch.uint8 and args[given].is_floating_point():
+            result.masked_fill_(args[given].isnan(), 255)
+        return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.course.exercise import Prediction, Quiz
+from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("05.p1", "Error of the other numbers of a group with an outlier of 20, over that without", "times", 1.4),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from labkit.course.checks.caches import check_methods, read_pair
+from labkit.course.checks.caches import bytes_behind, check_methods, read_pair, tensors
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.bookkeeping import check_given, check_read
-from labkit.labs.lab05.layers import Recorder, bytes_behind, numbered_pair, tensors_held
+from labkit.labs.lab05.layers import Recorder, numbered_pair
 from labkit.labs.lab05.references import QuantizedLayer
 
 CASES = (  # group_size, residual_length, tokens of each append
@@ -166,9 +164,7 @@ class QuantizedLayerExercise(Exercise):
         k, v = numbered_pair(0, 120)
         self.run(partial(cache.append, k, v))
         limit = 3 * (4 + 3) * (k.nbytes + v.nbytes) // 120
-        held: list[Tensor] = []
-        with contextlib.suppress(TypeError):  # an object without attributes of its own
-            held = tensors_held(cache)
+        held = tensors(cache)
         if sum(x.nbytes for x in held) > limit:
             self.fail(
                 "keeps-originals",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import TIGHT, Made, agree
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import packed_scores
@@ -79,58 +80,43 @@ class PackedScores(Exercise):
         codes_ = codes.to(q.dtype)
         products, zeros = (q * scale) @ codes_.mT, (q * zero).sum(-1, keepdim=True)
         signed = codes.view(torch.int8).to(q.dtype)
-        known: Mapping[str, tuple[tuple[Tensor, ...], str, str]] = {
-            "zero-forgotten": ((products,), "the zero point is nowhere", "the second term: q * zero"),
-            "scale-forgotten": ((q @ codes_.mT + zeros,), "the scale is nowhere", "the first term: q * scale"),
-            "zero-scaled": (
-                (products + (q * scale * zero).sum(-1, keepdim=True),),
-                "the zero point was multiplied by the scale too, as in (codes + zero) * scale",
-                "the docstring: codes * scale + zero. The second term takes q as it came",
-            ),
-            "zero-subtracted": (
-                (products - zeros, products - (q * scale * zero).sum(-1, keepdim=True)),
-                "the zero point was subtracted; other formats do that, (codes - zero) * scale among them",
-                "the docstring: codes * scale + zero",
-            ),
-            "zero-unweighted": (
-                (products + zero.sum(-1, keepdim=True), products + zero.mean(-1, keepdim=True)),
-                "the zero points were added to the scores without q",
-                "the second term: q[d] * zero[d], summed over channels",
-            ),
-            "zero-not-per-channel": (
-                tuple(products + q.sum(-1, keepdim=True) * total
-                      for total in (zero.sum(-1, keepdim=True), zero.mean(-1, keepdim=True))),
-                "the sum of q was multiplied by the sum, or the mean, of the zero points",
-                "the order: multiply channel by channel, then add up",
-            ),
-            "zero-of-all-queries": (
-                (products + (q * zero).sum(), products + (q * zero).sum((-2, -1), keepdim=True)),
-                "q * zero was summed over queries, heads or rows as well",
-                "the sum: over the last dimension only, sum(-1, keepdim=True)",
-            ),
-            "one-scale": (
-                tuple((q @ codes_.mT) * one + zeros
-                      for one in (scale.mean(-1, keepdim=True), scale[..., :1], scale.sum(-1, keepdim=True))),
-                "one scale for all channels was applied to the sums",
-                "q * scale, before the product",
-            ),
-            "scale-inverted": (((q / scale) @ codes_.mT + zeros,), "q was divided by the scale", "q * scale"),
-            "codes-signed": (
-                ((q * scale) @ signed.mT + zeros,),
-                "codes from 128 on became negative: they went through int8",
-                "the conversion: from uint8 straight to q's dtype",
-            ),
-            "divided-by-root": (
-                ((products + zeros) * q.shape[-1] ** -0.5,),
-                "the scores were divided by sqrt(head_dim); q is taken as it comes",
-                "the docstring: q @ k.mT, no more",
-            ),
-            "softmax": (((products + zeros).softmax(-1),), "softmax was applied", "the docstring: scores, not weights"),
-        }  # fmt: skip
-        for diagnosis, (values, cause, look) in known.items():
-            if any(agree(got, value.expand_as(got)) for value in values):
-                self.fail(diagnosis, seen=f"{where}: scores off by up to {(got - products - zeros).abs().max():.3g}",
-                          cause=cause, look=look)  # fmt: skip
+        known = [
+            Suspect("zero-forgotten", products, "the zero point is nowhere", "the second term: q * zero"),
+            Suspect("scale-forgotten", q @ codes_.mT + zeros, "the scale is nowhere", "the first term: q * scale"),
+            Suspect("zero-scaled", products + (q * scale * zero).sum(-1, keepdim=True),
+                    "the zero point was multiplied by the scale too, as in (codes + zero) * scale",
+                    "the docstring: codes * scale + zero. The second term takes q as it came"),
+            Suspect("zero-subtracted", (products - zeros, products - (q * scale * zero).sum(-1, keepdim=True)),
+                    "the zero point was subtracted; other formats do that, (codes - zero) * scale among them",
+                    "the docstring: codes * scale + zero"),
+            Suspect("zero-unweighted", (products + zero.sum(-1, keepdim=True), products + zero.mean(-1, keepdim=True)),
+                    "the zero points were added to the scores without q",
+                    "the second term: q[d] * zero[d], summed over channels"),
+            Suspect("zero-not-per-channel",
+                    tuple(products + q.sum(-1, keepdim=True) * total
+                    for total in (zero.sum(-1, keepdim=True), zero.mean(-1, keepdim=True))),
+                    "the sum of q was multiplied by the sum, or the mean, of the zero points",
+                    "the order: multiply channel by channel, then add up"),
+            Suspect("zero-of-all-queries",
+                    (products + (q * zero).sum(), products + (q * zero).sum((-2, -1), keepdim=True)),
+                    "q * zero was summed over queries, heads or rows as well",
+                    "the sum: over the last dimension only, sum(-1, keepdim=True)"),
+            Suspect("one-scale",
+                    tuple((q @ codes_.mT) * one + zeros
+                    for one in (scale.mean(-1, keepdim=True), scale[..., :1], scale.sum(-1, keepdim=True))),
+                    "one scale for all channels was applied to the sums", "q * scale, before the product"),
+            Suspect("scale-inverted", (q / scale) @ codes_.mT + zeros, "q was divided by the scale", "q * scale"),
+            Suspect("codes-signed", (q * scale) @ signed.mT + zeros,
+                    "codes from 128 on became negative: they went through int8",
+                    "the conversion: from uint8 straight to q's dtype"),
+            Suspect("divided-by-root", (products + zeros) * q.shape[-1] ** -0.5,
+                    "the scores were divided by sqrt(head_dim); q is taken as it comes",
+                    "the docstring: q @ k.mT, no more"),
+            Suspect("softmax", (products + zeros).softmax(-1), "softmax was applied",
+                    "the docstring: scores, not weights"),
+        ]  # fmt: skip
+        off = f"{where}: scores off by up to {(got - products - zeros).abs().max():.3g}"
+        accuse(type(self), known, off, fits=lambda value: agree(got, value.expand_as(got)))
         if agree(got - zeros, (got - zeros).round(), 1e-6):
             self.fail(
                 "q-rounded",

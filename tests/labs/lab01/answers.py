@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.labs.lab01 import apply_rope, attention_weights, causal_mask, leaky_attend
+from labkit.labs.lab01.references import apply_rope, attention_weights, causal_mask, leaky_attend
 from tests.labs.answer import Wrong
 
 

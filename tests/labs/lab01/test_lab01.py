@@ -11,8 +11,11 @@ import torch
 
 from labkit import models, plots
 from labkit.course import editions
-from labkit.course.exercise import Mistyped, examine
-from labkit.labs.lab01 import CONTENTS, Leak, causal_mask, figures
+from labkit.course.contents import Mistyped
+from labkit.course.examine import examine
+from labkit.labs.lab01 import CONTENTS, figures
+from labkit.labs.lab01.leak import Leak
+from labkit.labs.lab01.references import causal_mask
 from labkit.labs.lab01.sentence import label, sentence_tokens
 from labkit.labs.lab01.widget import AttentionExplorer, read_sentence
 from tests.cache.test_recording import SPEC

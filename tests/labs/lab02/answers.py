@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from labkit.attention import causal_mask, online_attention
 from labkit.attention import fused_attention as attention
 from labkit.cache import Cache
-from labkit.labs.lab02 import GrowingCache, PreallocatedCache
+from labkit.labs.lab02.references import GrowingCache, PreallocatedCache
 from tests.labs.answer import Wrong
 
 # 02.1

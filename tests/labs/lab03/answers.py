@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from labkit import sizing
-from labkit.labs.lab03 import (
+from labkit.labs.lab03.references import (
     cache_bytes,
     capacity,
     conversation_cost,

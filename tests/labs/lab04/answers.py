@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from labkit import sizing
 from labkit.attention import attention, causal_mask
-from labkit.labs.lab04 import grouped_attention, layer_elements, split_kv_heads
+from labkit.labs.lab04.references import grouped_attention, layer_elements, split_kv_heads
 from tests.labs.answer import Wrong
 
 # 04.1

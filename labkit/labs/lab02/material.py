@@ -9,8 +9,6 @@ from labkit.llama import Llama
 from labkit.specs import ModelSpec
 
 BATCH, HEADS, HEAD_DIM = 2, 3, 4  # of the small tensors that the caches are tried with
-TIGHT = 1e-9  # bounded: float64 sums of fewer than 100 terms of order 1 differ by less than 1e-13 between orders
-LOOSE = 1e-5  # bounded: float32 sums of fewer than 100 terms of order 1
 
 
 def new_tokens(count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -29,8 +27,3 @@ def tiny_model() -> Llama:
     for block in model.blocks:
         block.attention.qkv.weight.mul_(3)
     return model
-
-
-def close(got: Tensor, want: Tensor) -> bool:
-    """Whether two float64 tensors of one shape agree within `TIGHT`."""
-    return bool((got - want).abs().max() <= TIGHT)
