@@ -1,8 +1,8 @@
 """The time of one decode step by position, with a cache and without: the curve of lab 02.
 
-    python -m benchmarks.positions [--positions 8 64 128 207 512] | tail -1 > data/results/decode_NAME.json
+    python -m benchmarks.positions [--positions 8 64 128 207 512] | tail -1 > data/results/NAME_positions.json
 
-Lab 02 draws what it finds in `data/results/decode_*.json` beside the learner's own points.
+Lab 02 draws what `labkit.results` finds there beside the learner's own points.
 """
 
 from __future__ import annotations

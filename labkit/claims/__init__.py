@@ -19,7 +19,7 @@ from typing import Any
 from labkit import specs
 from labkit.claims.claim import Claim, ClaimsFile, Otherwise, Source, read, same
 from labkit.claims.compute import evaluate
-from labkit.claims.page import page, rows
+from labkit.claims.page import Table, for_a_lab, page
 
 __all__ = [
     "FILE",
@@ -27,6 +27,7 @@ __all__ = [
     "Claim",
     "Otherwise",
     "Source",
+    "Table",
     "as_page",
     "claim",
     "claims",
@@ -70,10 +71,19 @@ def recompute(claim: Claim | Otherwise) -> Any:
     return evaluate(claim.compute)
 
 
-def table(lab: str | None = None, *, ids: Iterable[str] | None = None, verdict: str | None = None) -> str:
-    """Claims as a markdown table: those a lab settles, those of one verdict, or those named, in that order; or all."""
+def table(lab: str | None = None, *, ids: Iterable[str] | None = None, verdict: str | None = None) -> Table:
+    """Claims as a markdown table: those a lab settles, those of one verdict, or those named, in that order; or all.
+
+    Raises SpecError for an id that is not there, is another lab's or has another verdict, and when none is left.
+    """
     chosen = claims() if ids is None else [claim(id) for id in ids]
-    return rows([one for one in chosen if lab in (None, one.lab) and verdict in (None, one.verdict)])
+    fits = [one for one in chosen if lab in (None, one.lab) and verdict in (None, one.verdict)]
+    if ids is not None and len(fits) < len(chosen):
+        other = next(one for one in chosen if one not in fits)
+        raise specs.SpecError(f"claim {other.id} belongs to lab {other.lab} and is {other.verdict!r}: leave its id out")
+    if not fits:
+        raise specs.SpecError(f"no claim has lab {lab} and verdict {verdict}: leave one of the two out")
+    return for_a_lab(sources(), fits)
 
 
 def as_page() -> str:

@@ -40,11 +40,12 @@ Text = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, config=CONFIG)
 class Source:
-    """One text: its title, the short title that the labs use, and who made it, where the text says so."""
+    """One text: its title, the short title that the labs use, who made it, where the text says so, and its address."""
 
     title: Text
     short: Text
     by: str = ""
+    url: Annotated[str, Field(pattern=r"^(https://[^\s()]+)?$")] = ""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -74,7 +75,7 @@ class Claim:
     recomputed: Figures
     compute: Any
     verdict: Literal["holds", "holds if", "wrong"]
-    lab: Annotated[str, Field(pattern=r"^0[1-7]$")]
+    lab: Annotated[str, Field(pattern=r"^\d{2}$")]
     unit: str = ""
     ours: str = ""
     relation: Literal["equals", "at least", "at most", "within"] = "equals"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from labkit.claims.claim import Claim, Source, entries
@@ -18,20 +18,60 @@ holds each claim with its computation, written as data; a test runs them all and
 
 GB is 10⁹ bytes and GiB 2³⁰; K in a context length is 1,024. Where a text gives a formula or an order of growth, the
 figure is what that gives for the case named; where it gives a measured time, ours is the bound that judges it.
+A text's title links to it where its address is known.
 `make docs` writes this page.
 """
 VERDICTS = ("holds", "holds if", "wrong")
 COUNTED_THINGS = ("conversations", "layers", "requests", "users")
 
 
-def rows(claims: Sequence[Claim]) -> str:
-    """A table of claims."""
-    lines = ["| claim | the text | recomputed | verdict | lab |", "|---|---|---|---|---|"]
+class Table(str):
+    """Markdown that a notebook shows as a table, and print as it is."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def rows(claims: Sequence[Claim], columns: Mapping[str, Callable[[Claim], str]]) -> str:
+    """A table of claims. columns: the heading of each, and what stands in it."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for claim in claims:
-        ours = figures(claim.recomputed, claim.ours or claim.unit)
-        cells = [f"{claim.id} · {claim.claim}", claimed(claim), ours, why(claim), claim.lab]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(escaped(cell(claim)) for cell in columns.values()) + " |")
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """As a table's cell shows it: a bar would end the cell, two dollar signs would begin a formula."""
+    return text.replace("|", "\\|").replace("$", "\\$")
+
+
+def for_a_lab(sources: Mapping[str, Source], claims: Sequence[Claim]) -> Table:
+    """A table that a lab shows: which text says it in place of which lab settles it."""
+    columns = {"claim": named, "made in": lambda claim: made_in(claim.source, sources[claim.source]), **FIGURES}
+    return Table(rows(claims, columns))
+
+
+def made_in(key: str, source: Source) -> str:
+    """A text by key and short title, linked where its address is known."""
+    return f"{key} {linked(f'*{source.short}*', source)}"
+
+
+def linked(title: str, source: Source) -> str:
+    """A title with the text's address, if it is known."""
+    return f"[{title}]({source.url})" if source.url else title
+
+
+def named(claim: Claim) -> str:
+    """A claim and its id."""
+    return f"{claim.id} · {claim.claim}"
+
+
+def ours(claim: Claim) -> str:
+    """The figure as it was recomputed."""
+    return figures(claim.recomputed, claim.ours or claim.unit)
 
 
 def page(sources: Mapping[str, Source], claims: Sequence[Claim]) -> str:
@@ -39,8 +79,9 @@ def page(sources: Mapping[str, Source], claims: Sequence[Claim]) -> str:
     parts = [HEAD, summary(sources, claims)]
     for key, source in sources.items():
         by = f" · {source.by}" if source.by else ""
-        table = rows([claim for claim in claims if claim.source == key])
-        parts.append(f"## {key} · {source.title}\n\nIn the labs: *{source.short}*{by}\n\n{table}\n")
+        columns = {"claim": named, **FIGURES, "lab": lambda claim: claim.lab}
+        table = rows([claim for claim in claims if claim.source == key], columns)
+        parts.append(f"## {key} · {linked(source.title, source)}\n\nIn the labs: *{source.short}*{by}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -87,3 +128,6 @@ def figures(value: Any, unit: str) -> str:
     if values == [1] and unit in COUNTED_THINGS:
         unit = unit.removesuffix("s")
     return f"{separator.join(texts)} {unit}".rstrip()
+
+
+FIGURES: Mapping[str, Callable[[Claim], str]] = {"the text": claimed, "recomputed": ours, "verdict": why}

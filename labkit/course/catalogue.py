@@ -7,17 +7,16 @@ import importlib
 import pkgutil
 import re
 
-from labkit import labs
 from labkit.course.contents import LabContents, Mistyped
 
+LABS = "labkit.labs"  # by name: what a course is made of imports the course, not the other way round
 LAB = re.compile(r"lab\d\d")
 
 
 def numbers() -> list[str]:
     """The labs there are, as "01", "02", ..."""
-    return sorted(
-        module.name.removeprefix("lab") for module in pkgutil.iter_modules(labs.__path__) if LAB.fullmatch(module.name)
-    )
+    folders = pkgutil.iter_modules(importlib.import_module(LABS).__path__)
+    return sorted(module.name.removeprefix("lab") for module in folders if LAB.fullmatch(module.name))
 
 
 def contents(number: str) -> LabContents:
@@ -27,4 +26,4 @@ def contents(number: str) -> LabContents:
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=2, cutoff=0.3) or known
         raise Mistyped(f"there is no lab {wanted!r}; nearest: {', '.join(near)}")
-    return importlib.import_module(f"{labs.__name__}.lab{wanted}").CONTENTS
+    return importlib.import_module(f"{LABS}.lab{wanted}").CONTENTS

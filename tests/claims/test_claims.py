@@ -1,6 +1,7 @@
 """The claims ledger: every figure recomputed, every verdict derived, the page up to date, bad files named in a line."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -245,6 +246,7 @@ class TestBadFiles:
             (changed(correction="none"), 'line 12: 000-01 verdict: "holds" takes no correction'),
             (changed(relation="within"), 'line 9: 000-01 claimed: "within" needs two ends'),
             (changed(lab="3"), "line 13: claims.0.lab"),
+            (GOOD.replace("    short: Text\n", "    short: Text\n    url: javascript:1\n"), "line 6: sources.000.url"),
             (changed(compute=None), "line 7: claims.0.compute is missing: add it"),
             (changed(compute="{sums: [2, 2]}"), "line 11: 000-01 compute: name one function or one of sum"),
             (changed(counted="true"), "line 14: 000-01 counted: true if one of"),
@@ -289,7 +291,26 @@ class TestThePage:
         rows = claims.table(ids=["004-02", "000-03"]).splitlines()[2:]
         assert [row[2:8] for row in rows] == ["004-02", "000-03"]
 
+    def test_an_id_of_another_lab_or_verdict_and_a_table_of_nothing_are_refused(self):
+        with pytest.raises(SpecError, match=r"claim 000-10 belongs to lab 01 and is 'holds': leave its id out"):
+            claims.table("03", ids=["000-03", "000-10"])
+        with pytest.raises(SpecError, match="no claim has lab 99"):
+            claims.table("99")
+
+    def test_a_lab_s_table_names_the_text_and_links_it_where_its_address_is_known(self):
+        table = claims.table("04", ids=["003-04", "004-20"])
+        assert "| 003 *KV Cache in LLMs Explained* |" in table
+        assert f"| 004 [*Understanding KV Cache in LLM Inference*]({claims.sources()['004'].url}) |" in table
+        assert f"## 004 · [Understanding KV Cache in LLM Inference]({claims.sources()['004'].url})" in claims.as_page()
+
+    def test_a_notebook_shows_a_table_where_print_writes_its_text(self):
+        table = claims.table("05")
+        assert table._repr_markdown_() == repr(table) == str(table)
+
+    def test_two_dollar_signs_begin_no_formula(self):
+        assert not re.search(r"(?<!\\)\$", claims.as_page())
+
     def test_units_are_those_of_each_figure(self):
         assert "| 40 GB | 40.0 GiB | **holds if** GiB is meant; 42.9 GB otherwise |" in claims.table(ids=["004-21"])
-        assert "| $9 to $10 | $9.00 |" in claims.table(ids=["000-17"])
+        assert r"| \$9 to \$10 | \$9.00 |" in claims.table(ids=["000-17"])
         assert "| at least 1 request | 1 request |" in claims.table(ids=["003-12"])

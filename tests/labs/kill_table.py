@@ -33,14 +33,19 @@ def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> s
     return HEAD + "\n".join(rows) + f"\n\n{len(rows)} wrong answers, {len(exercises)} checks.\n"
 
 
-def main() -> None:
-    """Write the table."""
+def gather() -> tuple[list[Wrong], dict[str, Exercise]]:
+    """Every lab's wrong answers, and every exercise by its id."""
     answers, exercises = [], {}
     for number in numbers():
         answers += importlib.import_module(f"tests.labs.lab{number}.answers").WRONG
         exercises |= {exercise.id: exercise for exercise in contents(number).exercises}
+    return answers, exercises
+
+
+def main() -> None:
+    """Write the table."""
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(kill_table(answers, exercises), encoding="utf-8")
+    TABLE.write_text(kill_table(*gather()), encoding="utf-8")
 
 
 if __name__ == "__main__":

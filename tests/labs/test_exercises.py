@@ -11,16 +11,13 @@ from labkit.course.catalogue import contents, numbers
 from labkit.course.examine import examine
 from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
-from tests.labs.kill_table import TABLE, kill_table
+from tests.labs.kill_table import TABLE, gather, kill_table
 
 LABS = {number: contents(number) for number in numbers()}
-EXERCISES: dict[str, Exercise] = {exercise.id: exercise for lab in LABS.values() for exercise in lab.exercises}
-WRONG: list[Wrong] = []
-RIGHT: list[tuple[str, object]] = []
-for number in LABS:
-    module = importlib.import_module(f"tests.labs.lab{number}.answers")
-    WRONG += module.WRONG
-    RIGHT += [(exercise, answer) for exercise, answer in module.RIGHT]
+WRONG, EXERCISES = gather()
+RIGHT: list[tuple[str, object]] = [
+    pair for number in LABS for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
+]
 
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)

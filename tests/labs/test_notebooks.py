@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
+from labkit import claims
 from labkit.course import editions
 from labkit.course.catalogue import contents, numbers
 
@@ -34,12 +35,25 @@ def text_of(cell: nbformat.NotebookNode) -> str:
         if output.output_type == "stream":
             parts.append(output.text)
         elif output.output_type in ("execute_result", "display_data"):
-            parts.append(output.data.get("text/plain", ""))
+            parts.append(output.data.get("text/markdown") or output.data.get("text/plain", ""))
     return "".join(parts)
 
 
 def test_there_is_one_notebook_per_lab() -> None:
     assert [path.name[:2] for path in NOTEBOOKS] == numbers()
+
+
+def test_the_readmes_course_is_the_catalogues() -> None:
+    """Each lab that there is has its row: title, notebook, and the minutes that the notebook gives for its core."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d\d) (.+)\]\(notebooks/(.+)\) \| .+ \| (\d+) \|$", readme, flags=re.MULTILINE)
+    labs = []
+    for path in NOTEBOOKS:
+        prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+        minutes = re.search(r"^\| \*\*.*core.*\*\* \| \*\*(\d+)\*\* \|$", prose, flags=re.MULTILINE)
+        assert minutes, f"{path.name} does not say how long its core takes"
+        labs.append((path.name[:2], contents(path.name[:2]).title, path.name, minutes[1]))
+    assert rows == labs
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,6 +73,19 @@ class TestNotebook:
         assert notebook.metadata.kernelspec.name == "python3"
         assert "widgets" not in notebook.metadata
         assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+    def test_its_verdicts_on_claims_come_from_the_ledger(self, path: Path) -> None:
+        notebook, number = read(path), path.name[:2]
+        tables = [
+            cell.source for cell in notebook.cells if cell.cell_type == "markdown" and "| verdict |" in cell.source
+        ]
+        assert tables == [], "typed by hand: let claims.table() make it"
+        if claims.claims(number):
+            shown = [cell for _, cell in editions.code_cells(notebook) if f'claims.table("{number}"' in cell.source]
+            assert len(shown) == 1
+            rows = text_of(shown[0]).splitlines()[2:]
+            assert rows
+            assert set(rows) <= set(claims.table(number).splitlines())
 
     def test_is_mostly_compared(self, path: Path) -> None:
         cells = [cell for _, cell in editions.code_cells(read(path))]

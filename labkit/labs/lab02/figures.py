@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -11,8 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of
-from labkit.specs import DATA
+from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line
 
 
 def work_per_step(prompt: int, steps: int) -> Figure:
@@ -80,9 +77,7 @@ def time_per_token(
     """
     shape, axes = figure(7.4, 3.8)
     for name, timings in seconds.items():
-        middle = [timing.median * 1e3 for timing in timings]
-        spread = [timing.spread * 1e3 for timing in timings]
-        axes.errorbar(positions, middle, spread, fmt="o-", markersize=4, capsize=2, color=COLORS[name], label=name)
+        timed_line(axes, positions, timings, COLORS[name], name)
         expected = [value * 1e3 for value in theory[name]]
         axes.plot(positions, expected, ":", color=COLORS[name], label=f"{name}, theory")
     for index, (device, name, position, value) in enumerate(recorded):
@@ -128,18 +123,3 @@ def change_by_layer(changes: Sequence[float]) -> Figure:
     axes.set(xlabel="layer", ylabel="relative change\nof the other tokens' keys", ylim=(0, None))
     axes.grid(False, axis="x")
     return shape
-
-
-def recorded_decode() -> list[tuple[str, str, int, float]]:
-    """Recorded times of a decode step, as (device, "with cache" or "without cache", position, seconds).
-
-    From the figures called `with_cache_ms_at_<position>` and `without_cache_ms_at_<position>` in
-    `data/results/decode_*.json`; empty when there is no such file.
-    """
-    found = []
-    for path in sorted((DATA / "results").glob("decode_*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in record.get("figures", {}).items():
-            if match := re.fullmatch(r"(with|without)_cache_ms_at_(\d+)", name):
-                found.append((str(record["device"]), f"{match[1]} cache", int(match[2]), float(value) / 1e3))
-    return found

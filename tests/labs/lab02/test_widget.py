@@ -1,8 +1,5 @@
-import json
-
 import pytest
 
-from labkit.labs.lab02 import figures
 from labkit.labs.lab02.widget import CacheStepper
 
 WORDS = ["The", "capital", "of", "France", "is", "Paris", "."]
@@ -40,15 +37,3 @@ def test_the_picture_follows_both_sliders(stepper):
 def test_a_words_markup_is_shown_and_not_obeyed():
     stepper = CacheStepper(["a", "<b>"], prompt=1, num_layers=1, bytes_per_token=1, step=1)
     assert "&lt;b&gt;" in stepper.label.value
-
-
-def test_recorded_points_are_read_from_results_and_absent_without_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "DATA", tmp_path)
-    assert figures.recorded_decode() == []
-    (tmp_path / "results").mkdir()
-    record = {"device": "GPU X", "figures": {"with_cache_ms_at_128": 2.5, "without_cache_ms_at_128": 5, "other": 1}}
-    (tmp_path / "results" / "decode_x.json").write_text(json.dumps(record))
-    assert figures.recorded_decode() == [
-        ("GPU X", "with cache", 128, 0.0025),
-        ("GPU X", "without cache", 128, 0.005),
-    ]
