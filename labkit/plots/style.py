@@ -56,8 +56,8 @@ def row_of(
 ) -> tuple[Figure, list[Axes]]:
     """A row of panels, as a list; `widths` are relative."""
     plt.rcParams.update(STYLE)
-    shape, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, width_ratios=widths)
-    return shape, list(axes[0])
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, width_ratios=widths)
+    return fig, list(axes[0])
 
 
 def bare(axes: Axes) -> Axes:
@@ -82,6 +82,15 @@ def timed_line(axes: Axes, lengths: Sequence[float], timings: Sequence[Timing], 
     axes.errorbar(lengths, middle, [below, above], fmt="o-", markersize=4, capsize=2, color=color, label=label)
 
 
+def whiskers(value: float, low: float, high: float) -> list[list[float]]:
+    """The ends of an error bar on a logarithmic axis, as `errorbar` takes them: how far below and above `value`.
+
+    An end at or below 0, which such an axis has no place for, is drawn a decade below `value`.
+    """
+    below = value - low
+    return [[below if value - below > 0 else 0.9 * value], [high - value]]
+
+
 def against_length(
     lengths: Sequence[float],
     curves: Mapping[str, Sequence[float]],
@@ -92,7 +101,7 @@ def against_length(
     log: bool = False,
 ) -> Figure:
     """Some quantity against a length, a curve per name. `level`: a horizontal line and what it stands for."""
-    shape, axes = figure(7.0, 3.2)
+    fig, axes = figure(7.0, 3.2)
     fallback = iter((COLORS["with cache"], COLORS["query"], COLORS["value"]))
     for name, values in curves.items():
         color = COLORS.get(name) or next(fallback)
@@ -107,4 +116,4 @@ def against_length(
         plain_ticks(axes.yaxis)
     if len(curves) > 1 or level:
         axes.legend(fontsize=8)
-    return shape
+    return fig

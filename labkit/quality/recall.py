@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ class Answer:
     """What a model with one cache made of one fact.
 
     hit: every token of the answer is the likeliest one. log_probability: mean over the answer's tokens, in nats.
-    position: of the answer's first token in the text; None where the text does not have it. text_tokens: its length.
+    position: of the answer's first token where the text first has it, as whole words; None where it does not.
+    text_tokens: the text's length.
     """
 
     fact: Fact
@@ -86,22 +88,26 @@ def recall(
 
     Each cache reads a text once, `chunk` tokens a pass; every question is put to a copy of it, so no cache has to take
     tokens back. The question comes in one pass, after a line break, then the answer, whatever the model would have
-    said. full: one more cache to measure, first, under the name "full". Raises ValueError for bad input.
+    said. Answers come in the order of `facts`. full: one more cache to measure, first, under the name "full". Raises
+    ValueError for bad input.
     """
     check_chunk(chunk)
+    if full is not None and "full" in caches:
+        raise ValueError('one of the caches is called "full" already: give it another name, or leave `full` out')
     caches = caches if full is None else {"full": full, **caches}
     if not caches or not facts:
         raise ValueError(f"recall needs at least one cache and one fact; got {len(caches)} and {len(facts)}")
-    answers: dict[str, list[Answer]] = {name: [] for name in caches}
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in caches}
     for text in dict.fromkeys(fact.text for fact in facts):
         tokens = torch.tensor([tokenizer(text).input_ids], dtype=torch.long)
-        asked = [fact for fact in facts if fact.text == text]
         for name, make in caches.items():
             cache = new_cache(name, make)
             for piece in tokens.split(chunk, dim=1) if tokens.numel() else ():
                 run(model, piece, cache)
-            answers[name] += [ask(model, tokenizer, cache, fact, tokens.shape[1]) for fact in asked]
-    return {name: Recall(tuple(found)) for name, found in answers.items()}
+            for place, fact in enumerate(facts):
+                if fact.text == text:
+                    answers[name][place] = ask(model, tokenizer, cache, fact, tokens.shape[1])
+    return {name: Recall(tuple(found[place] for place in range(len(facts)))) for name, found in answers.items()}
 
 
 def ask(model: Model, tokenizer: Any, cache: Any, fact: Fact, text_tokens: int) -> Answer:
@@ -116,11 +122,11 @@ def ask(model: Model, tokenizer: Any, cache: Any, fact: Fact, text_tokens: int) 
     if answer.shape[1] > 1:
         logits.append(run(model, answer[:, :-1], fork))
     logs = torch.cat(logits).double().log_softmax(dim=-1).cpu()
-    place = fact.text.lower().find(fact.answer.lower())
+    found = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", fact.text, re.IGNORECASE)  # a word, not part of one
     return Answer(
         fact,
         hit=torch.equal(logs.argmax(dim=-1), answer[0]),
         log_probability=logs.gather(1, answer.T).mean().item(),
-        position=None if place < 0 else len(tokenizer(fact.text[:place].rstrip()).input_ids),
+        position=len(tokenizer(fact.text[: found.start()].rstrip()).input_ids) if found else None,
         text_tokens=text_tokens,
     )

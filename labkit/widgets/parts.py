@@ -15,11 +15,11 @@ def wide() -> dict[str, Any]:
     return {"layout": ipywidgets.Layout(width="640px"), "style": {"description_width": "80px"}}
 
 
-def png(shape: Figure) -> bytes:
+def png(fig: Figure) -> bytes:
     """A figure as PNG bytes; the figure is closed."""
     file = io.BytesIO()
-    shape.savefig(file, format="png")
-    plt.close(shape)
+    fig.savefig(file, format="png")
+    plt.close(fig)
     return file.getvalue()
 
 

@@ -47,13 +47,16 @@ def test_the_readmes_course_is_the_catalogues() -> None:
     """Each lab that there is has its row: title, notebook, and the minutes that the notebook gives for its core."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[(\d\d) (.+)\]\(notebooks/(.+)\) \| .+ \| (\d+) \|$", readme, flags=re.MULTILINE)
-    labs = []
-    for path in NOTEBOOKS:
-        prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
-        minutes = re.search(r"^\| \*\*.*core.*\*\* \| \*\*(\d+)\*\* \|$", prose, flags=re.MULTILINE)
-        assert minutes, f"{path.name} does not say how long its core takes"
-        labs.append((path.name[:2], contents(path.name[:2]).title, path.name, minutes[1]))
+    labs = [(path.name[:2], contents(path.name[:2]).title, path.name, str(core_minutes(path))) for path in NOTEBOOKS]
     assert rows == labs
+
+
+def core_minutes(path: Path) -> int:
+    """What a notebook's time card says of its core."""
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    minutes = re.search(r"^\| \*\*.*core.*\*\* \| \*\*(\d+)\*\* \|$", prose, flags=re.MULTILINE)
+    assert minutes, f"{path.name} does not say how long its core takes"
+    return int(minutes[1])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -86,6 +89,9 @@ class TestNotebook:
             rows = text_of(shown[0]).splitlines()[2:]
             assert rows
             assert set(rows) <= set(claims.table(number).splitlines())
+
+    def test_the_minutes_of_its_blanks_fit_into_its_core(self, path: Path) -> None:
+        assert sum(exercise.minutes for exercise in exercises_of(path).values()) <= core_minutes(path)
 
     def test_is_mostly_compared(self, path: Path) -> None:
         cells = [cell for _, cell in editions.code_cells(read(path))]

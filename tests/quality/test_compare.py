@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,79 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labkit import models
-from labkit.cache import Cache, GrowingCache, Step
+from labkit.cache import Cache
 from labkit.generation import generate
 from labkit.hf import wrap
 from labkit.llama import Llama
-from labkit.quality import (
-    Answer,
-    Fact,
-    Quality,
-    Recall,
-    compare,
-    load_facts,
-    load_text,
-    passes,
-    perplexity,
-    recall,
-)
-from tests.shapes import TINY as SPEC
+from labkit.quality import Quality, compare, passes, perplexity
+from tests.quality.subjects import SPEC, CoarseCache, LateCache, make, surprise, text
 from tests.tiny import VOCAB, hf_model
-
-
-class CoarseCache(GrowingCache):
-    """Keeps the signs of K alone, times one size: two levels."""
-
-    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
-        super().write(k.sign() * k.abs().mean(), v, step)
-
-
-class LateCache(CoarseCache):
-    """Coarse, but its first pass attends to what it was given: as Hugging Face's QuantizedCache does."""
-
-    def attend(self, q: Tensor, step: Step | None = None, **options) -> Tensor:
-        if self.seq_len > q.shape[2]:
-            return super().attend(q, step, **options)
-        exact = GrowingCache()
-        exact.append(*self.given)
-        return exact.attend(q)
-
-    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
-        self.given = k, v
-        super().write(k, v, step)
-
-
-def make(layer) -> Cache:
-    return Cache.of(SPEC.num_layers, layer)
-
-
-def wide(dtype: torch.dtype = torch.float64) -> Llama:
-    """A random model with weights wide enough that damaged keys show in its logits."""
-    model = models.random(SPEC, dtype=dtype, pack=False)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            parameter.mul_(12)
-    return model
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, SPEC.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def surprise(logits: Tensor, tokens: Tensor) -> Tensor:
-    """-log p of each token but the first, `[tokens - 1]`, written out."""
-    wanted = logits[0, :-1].double().gather(1, tokens[0, 1:, None])[:, 0]
-    return logits[0, :-1].double().logsumexp(dim=-1) - wanted
 
 
 def quality(seed: int, tokens: int, **bytes_held) -> Quality:
     draw = torch.rand(3, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return Quality(draw[0], draw[1], draw[2], draw[2] > 0.5, **bytes_held)
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return wide()
 
 
 def test_the_full_cache_beside_itself_has_ratio_one_no_divergence_and_always_agrees(model: Llama) -> None:
@@ -316,117 +252,3 @@ def test_a_model_that_does_not_give_logits_is_told_how(model: Llama) -> None:
         perplexity(
             lambda tokens, cache: model(tokens, cache, last_only=True), text(60), model.cache, chunk=8, context=16
         )
-
-
-def test_one_of_our_texts_is_found_by_name_and_any_other_by_path(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.txt"
-    mine.write_text("Señora", encoding="utf-8")
-    assert load_text("lighthouse") == load_text("lighthouse.txt")
-    assert load_text(mine) == load_text(str(mine)) == "Señora"
-    with pytest.raises(ValueError, match=r"no text is called 'lighthous'; nearest: lighthouse.*path of a text file"):
-        load_text("lighthous")
-    mine.write_bytes(b"\xff\xfe")
-    for wrong in (mine, tmp_path, "a text instead of its name " * 300):
-        with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
-            load_text(wrong)
-
-
-def test_facts_come_with_their_text_in_the_order_of_the_file() -> None:
-    facts = load_facts("lighthouse")
-    assert len(facts) == 11
-    assert {fact.text for fact in facts} == {load_text("lighthouse")}
-    assert [fact for fact in load_facts() if fact.text == facts[0].text] == facts
-    with pytest.raises(ValueError, match=r"nearest: lighthouse.*Fact\(text, question, answer\)"):
-        load_facts("lighthose")
-    with pytest.raises(ValueError, match="needs a question and an answer"):
-        Fact("text", "question", " ")
-
-
-def test_a_recall_counts_hits_and_its_spread_is_not_zero_when_all_hit() -> None:
-    answers = [Answer(Fact("", "q", "a"), hit, value, None, 0) for hit, value in ((True, -1.0), (True, -3.0))]
-    all_hit = Recall(tuple(answers))
-    assert (all_hit.hits, all_hit.facts, all_hit.share) == (2, 2, 1)
-    assert all_hit.share_spread == pytest.approx((1 / 4) / (1 + 1 / 2))
-    assert (all_hit.log_probability, all_hit.log_probability_spread) == (-2, 1)
-    half = Recall((answers[0], replace(answers[1], hit=False)))
-    assert half.share_spread == pytest.approx(math.sqrt(1 / 8 + 1 / 16) / 1.5)
-    assert str(half).startswith("1 of 2 facts recalled, a share of 0.50 ± 0.29; log-probability -2.0 ± 1.0")
-
-
-class Words:
-    """A tokenizer of words, whose ids are their order of first appearance."""
-
-    def __init__(self) -> None:
-        self.ids: dict[str, int] = {}
-
-    def __call__(self, text: str, add_special_tokens: bool = True):
-        words = [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
-        return type("Encoding", (), {"input_ids": words})
-
-
-def test_recall_says_what_a_pass_over_the_whole_prompt_says(model: Llama) -> None:
-    words = Words()
-    story = "the cat sat on the red mat and the dog ran to a far hill"
-    facts = [
-        Fact(story, "so the cat sat on", "the red mat"),
-        Fact(story, "it ran to", "nowhere"),
-        Fact("", "why", "cat"),
-    ]
-    found = recall(model, words, {"grown": model.cache}, facts, chunk=4)["grown"]
-    assert [answer.fact for answer in found.answers] == facts
-    assert [answer.position for answer in found.answers] == [4, None, None]
-    assert [answer.text_tokens for answer in found.answers] == [15, 15, 0]
-    for answer in found.answers:
-        prompt = words(f"{answer.fact.text} {answer.fact.question} {answer.fact.answer}").input_ids
-        length = len(words(answer.fact.answer).input_ids)
-        tokens = torch.tensor([prompt])
-        by_hand = -surprise(model(tokens), tokens)[-length:].mean()
-        assert answer.log_probability == pytest.approx(by_hand.item(), rel=1e-10)
-        assert answer.hit == torch.equal(model(tokens)[0, -length - 1 : -1].argmax(-1), tokens[0, -length:])
-
-
-def test_a_copy_of_a_cache_leaves_it_as_it_was(model: Llama) -> None:
-    for layer in (GrowingCache, CoarseCache):
-        cache = make(layer)
-        model(text(10), cache)
-        before, fork = [layer.k.clone() for layer in cache.layers], copy.deepcopy(cache)
-        model(text(5, seed=1), fork)
-        assert cache.seq_len == 10
-        assert all(torch.equal(old, layer.k) for old, layer in zip(before, cache.layers, strict=True))
-
-
-def test_every_question_is_put_to_a_cache_that_has_read_the_text_alone(model: Llama) -> None:
-    words = Words()
-    facts = [Fact("the cat sat on the mat", question, "cat") for question in ("who sat", "what lay there", "who sat")]
-    found = recall(model, words, {"coarse": lambda: make(CoarseCache)}, facts, chunk=3, full=model.cache)
-    assert list(found) == ["full", "coarse"]
-    for answers in found.values():
-        first, other, again = (answer.log_probability for answer in answers.answers)
-        assert first == again != other
-
-
-def test_recall_of_nothing_is_refused(model: Llama) -> None:
-    fact = Fact("a text", "a question", "an answer")
-    for caches, facts, chunk, message in (
-        ({"full": model.cache}, [], 8, "got 1 and 0"),
-        ({}, [fact], 8, "got 0 and 1"),
-        ({"full": model.cache}, [fact], 0, "at least 1; got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            recall(model, Words(), caches, facts, chunk=chunk)
-
-
-def test_the_lab_model_recalls_facts_of_a_text_it_read_and_none_without_it(lab_model, monkeypatch) -> None:
-    monkeypatch.delenv("LABKIT_MODEL", raising=False)
-    model, tokenizer = models.load(device="cpu"), models.tokenizer()
-    start = load_text("lighthouse")[:2200]
-    facts = [replace(fact, text=start) for fact in load_facts("lighthouse") if fact.answer in start]
-    found = recall(model, tokenizer, {"full": model.cache}, facts)["full"]
-    alone = recall(model, tokenizer, {"full": model.cache}, [fact.without_text() for fact in facts])["full"]
-    assert found.facts >= 2
-    assert found.share >= 0.5
-    assert alone.hits == 0
-    assert alone.log_probability < found.log_probability - 1
-    for answer in found.answers:
-        tokens = tokenizer(start).input_ids[answer.position :]
-        assert tokenizer.decode(tokens).lstrip().startswith(answer.fact.answer)

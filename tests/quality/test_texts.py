@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from labkit import models
+from labkit.quality import Fact, load_facts, load_text
 
 FOLDER = Path(__file__).parents[2] / "data" / "texts"
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.txt"))}
@@ -138,3 +139,27 @@ def test_facts_are_enough_and_stand_in_every_quarter_in_order(name):
     assert len(facts) >= LEAST_FACTS
     assert places == sorted(places)
     assert {4 * place // len(text) for place in places} == {0, 1, 2, 3}
+
+
+def test_one_of_our_texts_is_found_by_name_and_any_other_by_path(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Señora", encoding="utf-8")
+    assert load_text("lighthouse") == load_text("lighthouse.txt")
+    assert load_text(mine) == load_text(str(mine)) == "Señora"
+    with pytest.raises(ValueError, match=r"no text is called 'lighthous'; nearest: lighthouse.*path of a text file"):
+        load_text("lighthous")
+    mine.write_bytes(b"\xff\xfe")
+    for wrong in (mine, tmp_path, "a text instead of its name " * 300):
+        with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+            load_text(wrong)
+
+
+def test_facts_come_with_their_text_in_the_order_of_the_file() -> None:
+    facts = load_facts("lighthouse")
+    assert len(facts) == 11
+    assert {fact.text for fact in facts} == {load_text("lighthouse")}
+    assert [fact for fact in load_facts() if fact.text == facts[0].text] == facts
+    with pytest.raises(ValueError, match=r"nearest: lighthouse.*Fact\(text, question, answer\)"):
+        load_facts("lighthose")
+    with pytest.raises(ValueError, match="needs a question and an answer"):
+        Fact("text", "question", " ")

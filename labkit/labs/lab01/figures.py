@@ -14,7 +14,7 @@ from labkit.plots.style import COLORS, HEAT, bare, figure, row_of
 
 def lookup(query: Tensor, keys: Tensor, weights: Tensor, names: Sequence[str], features: Sequence[str]) -> Figure:
     """One query against key cards: the cards, the scores, the weights. `keys` is `[names, features]`."""
-    shape, (cards, bars, shares) = row_of(3, 9.0, 2.9, widths=(2.2, 1, 1))
+    fig, (cards, bars, shares) = row_of(3, 9.0, 2.9, widths=(2.2, 1, 1))
     table, rows = [query.tolist(), *keys.tolist()], ["query", *names]
     low, high = min(map(min, table)), max(map(max, table))
     bare(cards).imshow(table, cmap=HEAT, vmin=low, vmax=high, aspect="auto")
@@ -39,24 +39,24 @@ def lookup(query: Tensor, keys: Tensor, weights: Tensor, names: Sequence[str], f
         low, high = min(0, *values), max(0, *values)
         axes.set_xlim(low - 0.05 * (high - low), high + 0.4 * (high - low or 1))
         axes.set_title(title, fontsize=10)
-    return shape
+    return fig
 
 
 def largest_weights(unscaled: Tensor, scaled: Tensor) -> Figure:
     """Histograms of the largest weight of each query, without and with the division by sqrt(head_dim)."""
-    shape, axes = figure(7.0, 2.8)
+    fig, axes = figure(7.0, 2.8)
     bins = [i / 40 for i in range(41)]
     axes.hist(scaled.tolist(), bins=bins, color=COLORS["key"], label="scores / sqrt(head_dim)")
     axes.hist(unscaled.tolist(), bins=bins, color=COLORS["highlight"], alpha=0.75, label="scores as they are")
     axes.set(xlabel="largest weight of a query over 32 keys", ylabel="queries", xlim=(0, 1))
     axes.legend()
-    return shape
+    return fig
 
 
 def permissions(mask: Tensor, past: int) -> Figure:
     """A causal mask, `[new_tokens, past + new_tokens]`: which keys each new token may see."""
     new_tokens, kv_len = mask.shape
-    shape, axes = figure(0.55 * kv_len + 2.4, 0.5 * new_tokens + 1.4)
+    fig, axes = figure(0.55 * kv_len + 2.4, 0.5 * new_tokens + 1.4)
     color = [COLORS["pale"], COLORS["key"]]
     for i in range(new_tokens):
         for j in range(kv_len):
@@ -69,12 +69,12 @@ def permissions(mask: Tensor, past: int) -> Figure:
     axes.set(xlim=(0, kv_len), ylim=(new_tokens, 0), xlabel="key at position (blue: may be seen)", aspect="equal")
     axes.set_xticks([j + 0.5 for j in range(kv_len)], [str(j) for j in range(kv_len)])
     axes.set_yticks([i + 0.5 for i in range(new_tokens)], [f"new {i} (at {past + i})" for i in range(new_tokens)])
-    return shape
+    return fig
 
 
 def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, right: Tensor) -> Figure:
     """Which token each number of a head belongs to, for two ways of splitting `[heads, tokens, head_dim]` token ids."""
-    shape, panels = row_of(2, 8.4, 2.3)
+    fig, panels = row_of(2, 8.4, 2.3)
     for axes, heads, title in (
         (panels[0], wrong, "view to the final shape: heads mix tokens"),
         (panels[1], right, "cut, then transpose"),
@@ -96,12 +96,12 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
         axes.set_xlabel(f"in each head, left to right: places 0 to {tokens - 1}")
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel("head_dim")
-    return shape
+    return fig
 
 
 def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
     """Rotary positions: how far three pairs have turned by each position, and a score against the distance."""
-    shape, (turn, score) = row_of(2, 8.6, 3.0)
+    fig, (turn, score) = row_of(2, 8.6, 3.0)
     for pair, color, end in ((0, "key", 13), (8, "query", 65), (16, "value", 65)):
         positions = [step / 10 for step in range(10 * (end - 1) + 1)]
         angle = [(p * float(frequencies[pair])) % (2 * math.pi) for p in positions]
@@ -115,43 +115,43 @@ def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
         score.plot(distances, row, style, color=COLORS[color])
     score.set(xlabel="distance between query and key (tokens)", ylabel="score")
     score.legend(["query at position 100", "query at position 5,000"], fontsize=8)
-    return shape
+    return fig
 
 
 def key_change(change: Mapping[str, Sequence[float]]) -> Figure:
     """Relative change of the old tokens' keys by layer, log scale. Keys of `change`: "mask on", "mask off"."""
-    shape, axes = figure(7.4, 3.2)
+    fig, axes = figure(7.4, 3.2)
     for name, color in (("mask off", "highlight"), ("mask on", "key")):
         values = [max(value, 1e-9) for value in change[name]]
         axes.semilogy(range(len(values)), values, "o-", markersize=4, color=COLORS[color], label=name)
     axes.axhline(1.2e-7, color=COLORS["theory"], linestyle=":", label="spacing of float32 numbers, 1.2e-7")
     axes.set(xlabel="layer", ylabel="relative change of old keys\n(0 drawn at 1e-9)", ylim=(5e-10, 10))
     axes.legend(fontsize=8)
-    return shape
+    return fig
 
 
 def last_row(weights: Tensor, words: Sequence[str]) -> Figure:
     """One attention matrix `[tokens, tokens]`: the row that the next token needs framed, the others faded."""
     tokens = len(words)
-    shape, axes = figure(5.4, 3.9)
+    fig, axes = figure(5.4, 3.9)
     shade = [[float(weights[i, j]) if j <= i else float("nan") for j in range(tokens)] for i in range(tokens)]
     image = bare(axes).imshow(shade, cmap=HEAT, vmin=0, vmax=1)
     veil = plt.Rectangle((-0.5, -0.5), tokens, tokens - 1, facecolor="white", alpha=0.55, linewidth=0)
     axes.add_patch(veil)
-    shape.colorbar(image, ax=axes, label="weight (rows above: the same scale, faded)", shrink=0.9)
+    fig.colorbar(image, ax=axes, label="weight (rows above: the same scale, faded)", shrink=0.9)
     axes.add_patch(
         plt.Rectangle((-0.5, tokens - 1.5), tokens, 1, fill=False, edgecolor=COLORS["highlight"], linewidth=2.5)
     )
     axes.set(ylim=(tokens - 0.5, -0.5), xlim=(-0.5, tokens - 0.5), xlabel="key", ylabel="query")
     axes.set_xticks(range(tokens), words, rotation=60, ha="right")
     axes.set_yticks(range(tokens), words)
-    return shape
+    return fig
 
 
 def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figure:
     """Attention of some layers, mean over heads. `weights` is `[num_layers, num_heads, tokens, tokens]`."""
     side = max(3.3, 0.6 + 0.12 * len(words))  # inches: room for one label per token
-    shape, panels = row_of(len(layers), side * len(layers), side + 0.4, widths=None)
+    fig, panels = row_of(len(layers), side * len(layers), side + 0.4, widths=None)
     for axes, layer in zip(panels, layers, strict=True):
         image = bare(axes).imshow(weights[layer].mean(0).tolist(), cmap=HEAT, vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, mean of {weights.shape[1]} heads", fontsize=10)
@@ -159,13 +159,13 @@ def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figur
         axes.set_yticks(range(len(words)), words if axes is panels[0] else [], fontsize=7)
         axes.set_xlabel("key")
     panels[0].set_ylabel("query")
-    shape.colorbar(image, ax=panels, label="weight", shrink=0.8)
-    return shape
+    fig.colorbar(image, ax=panels, label="weight", shrink=0.8)
+    return fig
 
 
 def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
     """Stacked shares of attention by layer: to the first token, the token itself, the one before, all others."""
-    shape, axes = figure(7.6, 3.2)
+    fig, axes = figure(7.6, 3.2)
     colors = [COLORS["highlight"], COLORS["query"], COLORS["value"], COLORS["pale"]]
     bottom = [0.0] * len(next(iter(shares.values())))
     for (name, values), color in zip(shares.items(), colors, strict=True):
@@ -173,12 +173,12 @@ def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
         bottom = [below + value for below, value in zip(bottom, values, strict=True)]
     axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), xlim=(-0.5, len(bottom) - 0.5))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, fontsize=8)
-    return shape
+    return fig
 
 
 def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str) -> Figure:
     """One query's weights over the words it may see; the query's own word is marked. `weights` is `[tokens]`."""
-    shape, axes = figure(max(5.5, 0.42 * len(words) + 1.2), 2.7)
+    fig, axes = figure(max(5.5, 0.42 * len(words) + 1.2), 2.7)
     colors = [COLORS["highlight"] if i == query else COLORS["key"] for i in range(len(words))]
     axes.bar(range(len(words)), weights.tolist(), color=colors)
     axes.axvspan(query + 0.5, len(words) - 0.5, color=COLORS["pale"], zorder=0)
@@ -186,14 +186,14 @@ def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str)
     top = min(1.0, max(0.05, 1.15 * float(weights.max())))
     axes.set(ylabel="weight", ylim=(0, top), xlim=(-0.6, len(words) - 0.4))
     axes.set_title(title, fontsize=10)
-    return shape
+    return fig
 
 
 def times_by_length(
     lengths: Sequence[int], seconds: Mapping[str, Sequence[float]], ylabel: str = "milliseconds"
 ) -> Figure:
     """Measured time against the number of tokens, both axes logarithmic."""
-    shape, axes = figure(7.0, 3.3)
+    fig, axes = figure(7.0, 3.3)
     looks = [(COLORS["without cache"], "o-"), (COLORS["key"], "s-"), (COLORS["value"], "^-")]
     for (name, values), (color, style) in zip(seconds.items(), looks, strict=False):
         axes.loglog(lengths, [1e3 * value for value in values], style, color=color, label=name, markersize=5)
@@ -201,4 +201,4 @@ def times_by_length(
     axes.minorticks_off()
     axes.set(xlabel="tokens in the prompt", ylabel=ylabel)
     axes.legend()
-    return shape
+    return fig

@@ -14,7 +14,7 @@ from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_
 
 def work_per_step(prompt: int, steps: int) -> Figure:
     """Tokens run at each step of a generation, one cell per token: without a cache and with one."""
-    shape, panels = row_of(2, 8.4, 3.0)
+    fig, panels = row_of(2, 8.4, 3.0)
     total = prompt + steps - 1
     for axes, cached in zip(panels, (False, True), strict=True):
         run = 0
@@ -31,8 +31,8 @@ def work_per_step(prompt: int, steps: int) -> Figure:
     panels[0].set_ylabel("position of the token")
     marks = {"run, without a cache": "without cache", "run, with a cache": "with cache", "kept, not run": "pale"}
     patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in marks.values()]
-    shape.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
-    return shape
+    fig.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
+    return fig
 
 
 def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, layers_done: int) -> Figure:
@@ -42,7 +42,7 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
     `prompt + i - 1`. Columns of this step are highlighted in the layers that have run.
     """
     first, end = (0, prompt) if step == 0 else (prompt + step - 1, prompt + step)
-    shape, axes = figure(9.0, 3.7)
+    fig, axes = figure(9.0, 3.7)
     state = [[0.0] * len(words) for _ in range(num_layers)]
     for layer in range(num_layers):
         for position in range(end):
@@ -62,7 +62,7 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in marks]
     handles, names = [*patches, end_of_prompt], [*(name for name, _ in marks), "end of the prompt"]
     axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    return shape
+    return fig
 
 
 def time_per_token(
@@ -75,7 +75,7 @@ def time_per_token(
 
     seconds, theory: by "with cache" and "without cache". recorded: (device, name, position, seconds).
     """
-    shape, axes = figure(7.4, 3.8)
+    fig, axes = figure(7.4, 3.8)
     for name, timings in seconds.items():
         timed_line(axes, positions, timings, COLORS[name], name)
         expected = [value * 1e3 for value in theory[name]]
@@ -86,24 +86,24 @@ def time_per_token(
     axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token (log scale)")
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def step_times(seconds: Sequence[float], prompt: int) -> Figure:
     """The time of each step of one generation: the prefill of `prompt` tokens, then decode."""
-    shape, axes = figure(7.4, 2.9)
+    fig, axes = figure(7.4, 2.9)
     colors = [COLORS["query"], *[COLORS["with cache"]] * (len(seconds) - 1)]
     axes.bar(range(len(seconds)), [value * 1e3 for value in seconds], color=colors)
     axes.set(xlabel="step (each gives one token)", ylabel="ms")
     axes.set_xticks(range(0, len(seconds), 4))
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (colors[0], colors[-1])]
     axes.legend(patches, [f"prefill, {prompt} tokens: TTFT", "decode, 1 token each: TPOT"], fontsize=8)
-    return shape
+    return fig
 
 
 def tokens_per_turn(stateless: Sequence[int], stateful: Sequence[int]) -> Figure:
     """Tokens run in each turn of a conversation, for a server that forgets and one that keeps its cache."""
-    shape, axes = figure(6.4, 2.9)
+    fig, axes = figure(6.4, 2.9)
     for shift, values, name, color in (
         (-0.2, stateless, "stateless: the whole history again", COLORS["without cache"]),
         (0.2, stateful, "stateful: what is new", COLORS["with cache"]),
@@ -113,13 +113,13 @@ def tokens_per_turn(stateless: Sequence[int], stateful: Sequence[int]) -> Figure
     axes.set_xticks(range(len(stateless)), [f"turn {turn + 1}" for turn in range(len(stateless))])
     axes.set(ylabel="tokens run")
     axes.legend(fontsize=8)
-    return shape
+    return fig
 
 
 def change_by_layer(changes: Sequence[float]) -> Figure:
     """Relative change of the keys, one bar per layer."""
-    shape, axes = figure(7.0, 2.7)
+    fig, axes = figure(7.0, 2.7)
     axes.bar(range(len(changes)), changes, color=COLORS["key"])
     axes.set(xlabel="layer", ylabel="relative change\nof the other tokens' keys", ylim=(0, None))
     axes.grid(False, axis="x")
-    return shape
+    return fig

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, CYCLE, MARKERS, figure, plain_ticks
+from labkit.plots.style import COLORS, CYCLE, MARKERS, figure, plain_ticks, timed_line
 
 
 def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], published: Sequence[float]) -> Figure:
     """Stacked bars in GiB, a bar per row: what arithmetic says each part takes, and a mark at the published total."""
-    shape, axes = figure(7.6, 0.9 + 0.45 * len(rows))
+    fig, axes = figure(7.6, 0.9 + 0.45 * len(rows))
     known = {"weights": COLORS["weights"], "cache": COLORS["cache"]}
     others = iter((COLORS["query"], COLORS["value"], COLORS["reference GPU"]))
     start = np.zeros(len(rows))
@@ -31,7 +31,7 @@ def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], publ
     axes.set(xlabel="GiB (2³⁰ bytes)", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def frontier(curves: Mapping[str, Sequence[tuple[int, int]]], *, title: str = "") -> Figure:
@@ -39,7 +39,7 @@ def frontier(curves: Mapping[str, Sequence[tuple[int, int]]], *, title: str = ""
 
     curves: by name, pairs of context and requests. A pair with no request is left out.
     """
-    shape, axes = figure(7.6, 3.8)
+    fig, axes = figure(7.6, 3.8)
     for (name, pairs), color, marker in zip(curves.items(), CYCLE, MARKERS, strict=False):
         shown = [(context, requests) for context, requests in pairs if requests > 0]
         axes.plot(*zip(*shown, strict=True), marker=marker, markersize=4, color=color, label=name)
@@ -48,24 +48,20 @@ def frontier(curves: Mapping[str, Sequence[tuple[int, int]]], *, title: str = ""
     powers_of_two(axes, contexts)
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def decode_times(
     contexts: Sequence[int], timings: Mapping[str, Sequence[Timing]], floors: Mapping[str, Sequence[float]]
 ) -> Figure:
     """Milliseconds of a decode step against the tokens held: measured points, and the floor in seconds as a line."""
-    shape, axes = figure(7.4, 3.4)
+    fig, axes = figure(7.4, 3.4)
     for (name, samples), color in zip(timings.items(), CYCLE, strict=False):
-        middle = [timing.median * 1e3 for timing in samples]
-        spread = [timing.spread * 1e3 for timing in samples]
-        axes.errorbar(
-            contexts, middle, spread, fmt="o-", markersize=4, capsize=2, color=color, label=f"{name}, measured"
-        )
+        timed_line(axes, contexts, samples, color, f"{name}, measured")
         axes.plot(contexts, [value * 1e3 for value in floors[name]], ":", color=color, label=f"{name}, floor")
     axes.set(xlabel="tokens held by each request", ylabel="ms per step", ylim=(0, None))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def throughput(
@@ -81,7 +77,7 @@ def throughput(
     rate goes to, a dashed level at the right. balances: the batch at which K and V equal the weights, marked on its
     curve.
     """
-    shape, axes = figure(7.6, 3.8)
+    fig, axes = figure(7.6, 3.8)
     for (name, values), color in zip(rates.items(), CYCLE, strict=False):
         pairs = list(zip(batches, values, strict=True))
         fits = [pair for pair in pairs if pair[0] <= limits[name]]
@@ -102,7 +98,7 @@ def throughput(
     plain_ticks(axes.yaxis)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figure:
@@ -110,7 +106,7 @@ def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequenc
 
     points: by kind of work, triples of a label, an intensity and a rate in operations per second.
     """
-    shape, axes = figure(7.6, 4.0)
+    fig, axes = figure(7.6, 4.0)
     found = [triple for triples in points.values() for triple in triples]
     ridge = flop_per_s / bytes_per_s
     low = min(ridge, *(x for _, x, _ in found)) / 5  # room for the labels at the left
@@ -137,7 +133,7 @@ def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequenc
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def powers_of_two(axes: Axes, values: Sequence[int]) -> None:

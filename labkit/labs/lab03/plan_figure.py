@@ -29,7 +29,7 @@ def plan_bars(plans: Sequence[Plan]) -> Figure:
     """
     if not plans:
         raise ValueError("plan_bars needs at least one plan: plan_bars([sizing.plan(model, gpu)])")
-    shape, axes = figure(7.6, 1.15 + 0.72 * len(plans))
+    fig, axes = figure(7.6, 1.15 + 0.72 * len(plans))
     limit = _limit(plans)
     for row, plan in enumerate(plans):
         _bar(axes, row, plan, limit)
@@ -38,7 +38,7 @@ def plan_bars(plans: Sequence[Plan]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(False, axis="y")
     axes.legend(handles=_legend(plans), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, fontsize=8)
-    return shape
+    return fig
 
 
 def _needed(plan: Plan) -> float:

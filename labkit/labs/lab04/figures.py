@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line
+from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line, whiskers
 
 WAYS = {"MHA": COLORS["theory"], "GQA, repeated": COLORS["without cache"], "GQA, grouped": COLORS["with cache"]}
 KINDS = {
@@ -25,7 +25,7 @@ LINES = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7")
 
 def head_groups(num_heads: int, kv_heads: Sequence[int]) -> Figure:
     """Which KV head each query head reads, a panel for each number of KV heads."""
-    shape, panels = row_of(len(kv_heads), 9.0, 2.5)
+    fig, panels = row_of(len(kv_heads), 9.0, 2.5)
     for axes, count in zip(panels, kv_heads, strict=True):
         group = num_heads // count
         places = [(group - 1) / 2 + index * group for index in range(count)]
@@ -41,9 +41,9 @@ def head_groups(num_heads: int, kv_heads: Sequence[int]) -> Figure:
         axes.set_title(f"{name}: {count} KV head{'s' if count > 1 else ''}, num_queries_per_kv = {group}", fontsize=9)
         bare(axes).set(xlim=(-0.7, num_heads - 0.3), ylim=(-0.45, 1.35))
         axes.axis("off")
-    shape.legend([heads, held], ["query head", "KV head: K and V, cached"], loc="outside lower center", ncols=2,
+    fig.legend([heads, held], ["query head", "KV head: K and V, cached"], loc="outside lower center", ncols=2,
                  fontsize=8)  # fmt: skip
-    return shape
+    return fig
 
 
 def expansion_times(
@@ -53,7 +53,7 @@ def expansion_times(
 
     timings, theory (seconds): by "MHA", "GQA, repeated", "GQA, grouped".
     """
-    shape, axes = figure(7.8, 3.6)
+    fig, axes = figure(7.8, 3.6)
     for name, values in timings.items():
         timed_line(axes, contexts, values, WAYS[name], name)
         expected = [value * 1e3 for value in theory[name]]
@@ -63,7 +63,7 @@ def expansion_times(
     axes.minorticks_off()
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
@@ -72,7 +72,7 @@ def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
     rows: (model, kind, bytes kept, bytes with MHA); the kind is one of `KINDS`.
     """
     rows = sorted(rows, key=lambda row: row[2])
-    shape, axes = figure(8.4, 0.3 * len(rows) + 1.2)
+    fig, axes = figure(8.4, 0.3 * len(rows) + 1.2)
     for place, (_, kind, kept, full) in enumerate(rows):
         axes.plot([kept, full], [place, place], color=COLORS["pale"], linewidth=4, zorder=1)
         axes.plot(full, place, "|", markersize=11, markeredgewidth=2, color=COLORS["theory"], zorder=2)
@@ -88,7 +88,7 @@ def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
     would = plt.Line2D([], [], marker="|", linestyle="", color=COLORS["theory"], markersize=11, markeredgewidth=2)
     axes.legend([*marks, would], [*used, "with MHA"], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(False, axis="y")
-    return shape
+    return fig
 
 
 def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float) -> Figure:
@@ -97,11 +97,11 @@ def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float
     rows: name -> (perplexity, low end, high end); "original" first.
     guessing: the perplexity of a model that knows nothing, the number of words in its vocabulary.
     """
-    shape, axes = figure(7.6, 0.32 * len(rows) + 1.1)
+    fig, axes = figure(7.6, 0.32 * len(rows) + 1.1)
     for place, (name, (value, low, high)) in enumerate(rows.items()):
         color = COLORS["with cache"] if name == "original" else COLORS["without cache"]
         axes.barh(place, value, left=0, color=color, height=0.62)
-        axes.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", capsize=2, linewidth=1)
+        axes.errorbar(value, place, xerr=whiskers(value, low, high), color="black", capsize=2, linewidth=1)
         written = f"{value / 1e6:.2g} million" if value > 1e6 else f"{value:,.0f}"
         axes.text(high * 1.15, place, written, va="center", fontsize=8, backgroundcolor="white")
     axes.axvline(guessing, color=COLORS["theory"], linestyle="--", linewidth=1, label=f"guessing: {guessing:,.0f}")
@@ -110,12 +110,12 @@ def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(10, max(max(high for *_, high in rows.values()), guessing) * 6))
     axes.grid(False, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return shape
+    return fig
 
 
 def over_ranks(curves: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     """A cache over many GPUs. curves: name -> {GPUs: (share of the cache on each, all together over one GPU's)}."""
-    shape, panels = row_of(2, 9.2, 3.4)
+    fig, panels = row_of(2, 9.2, 3.4)
     titles = ("kept on each GPU", "kept on all GPUs together")
     labels = ("share of one request's cache", "times one request's cache")
     ranks = sorted({rank for points in curves.values() for rank in points})
@@ -139,5 +139,5 @@ def over_ranks(curves: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figur
     for axes in panels:
         axes.minorticks_off()
     handles, names = panels[0].get_legend_handles_labels()
-    shape.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
-    return shape
+    fig.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
+    return fig

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from labkit.measure import Timing
-from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, plain_ticks, row_of, timed_line
+from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, plain_ticks, row_of, timed_line, whiskers
 
 FORMATS = {
     "full": COLORS["theory"],
@@ -37,7 +37,7 @@ def rounding(x: Sequence[float], nbits: Sequence[int]) -> Figure:
     that it comes back as. Beside a row: the scale, which is the distance of levels, and the largest error.
     """
     values = np.asarray(x, dtype=float)
-    shape, axes = figure(8.0, 0.75 + 0.95 * len(nbits))
+    fig, axes = figure(8.0, 0.75 + 0.95 * len(nbits))
     names = []
     for row, count in enumerate(nbits):
         top = 2**count - 1
@@ -60,7 +60,7 @@ def rounding(x: Sequence[float], nbits: Sequence[int]) -> Figure:
     axes.set(xlabel="value of the number", ylim=(len(nbits) - 0.65, -0.75))
     axes.grid(False, axis="y")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
-    return shape
+    return fig
 
 
 def channel_sizes(keys: Tensor, values: Tensor, num_kv_heads: int = 1) -> Figure:
@@ -68,7 +68,7 @@ def channel_sizes(keys: Tensor, values: Tensor, num_kv_heads: int = 1) -> Figure
 
     keys, values: mean absolute value, `[num_layers, num_kv_heads * head_dim]`. White lines part the KV heads.
     """
-    shape, panels = row_of(2, 9.4, 3.6)
+    fig, panels = row_of(2, 9.4, 3.6)
     both = np.concatenate([sizes.float().numpy(force=True) for sizes in (keys, values)])
     norm = LogNorm(max(np.quantile(both, 0.05), both.max() / DECADES), both.max())
     for axes, sizes, title in zip(panels, (keys, values), ("keys", "values"), strict=True):
@@ -80,19 +80,19 @@ def channel_sizes(keys: Tensor, values: Tensor, num_kv_heads: int = 1) -> Figure
             axes.axvline(head * head_dim - 0.5, color="white", linewidth=1.2)
         axes.set_title(title)
     panels[0].set_ylabel("layer")
-    bar = shape.colorbar(image, ax=panels, label="mean absolute value", extend="min")
+    bar = fig.colorbar(image, ax=panels, label="mean absolute value", extend="min")
     plain_ticks(bar.ax.yaxis)
-    return shape
+    return fig
 
 
 def token_channel_map(x: Tensor, y: Tensor, titles: Sequence[str]) -> Figure:
     """Absolute values of two tensors `[tokens, channels]`, one head's K and V, each with its own colour scale."""
-    shape, panels = row_of(2, 9.4, 3.6)
+    fig, panels = row_of(2, 9.4, 3.6)
     for axes, values, title in zip(panels, (x, y), titles, strict=True):
         image = heat(axes, values.abs(), "channel", vmin=0)
         axes.set(ylabel="token", title=title)
-        shape.colorbar(image, ax=axes, label="absolute value")
-    return shape
+        fig.colorbar(image, ax=axes, label="absolute value")
+    return fig
 
 
 def error_maps(maps: Mapping[str, Tensor], *, largest: float | None = None) -> Figure:
@@ -103,19 +103,19 @@ def error_maps(maps: Mapping[str, Tensor], *, largest: float | None = None) -> F
     """
     errors = {name: values.detach().abs().float().cpu() for name, values in maps.items()}
     top = largest or max(values.max().item() for values in errors.values()) or 1.0
-    shape, panels = row_of(len(maps), 1.2 + max(4.6, 2.4 * len(maps)), 3.6)
+    fig, panels = row_of(len(maps), 1.2 + max(4.6, 2.4 * len(maps)), 3.6)
     for axes, (name, values) in zip(panels, errors.items(), strict=True):
         image = heat(axes, values.where(values > 0, float("nan")), "channel", norm=LogNorm(top / DECADES, top))
         axes.set_facecolor(COLORS["pale"])
         axes.set_title(f"{name}\nRMS {values.square().mean().sqrt().item():.3g}", fontsize=9)
     panels[0].set_ylabel("token")
-    shape.colorbar(image, ax=panels, label="absolute error (pale: exact)", extend="both" if largest else "min")
-    return shape
+    fig.colorbar(image, ax=panels, label="absolute error (pale: exact)", extend="both" if largest else "min")
+    return fig
 
 
 def axis_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
     """Relative RMS errors as bars: a group for each tensor ("keys", "values"), a bar for each way to group numbers."""
-    shape, axes = figure(6.6, 3.2)
+    fig, axes = figure(6.6, 3.2)
     ways = list(dict.fromkeys(way for group in errors.values() for way in group))
     width = 0.8 / len(ways)
     for index, way in enumerate(ways):
@@ -129,7 +129,7 @@ def axis_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.margins(y=0.12)
     axes.grid(False, axis="x")
     axes.legend(title="scale and zero point", title_fontsize=8, **BESIDE)
-    return shape
+    return fig
 
 
 def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]) -> Figure:
@@ -137,15 +137,16 @@ def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]
 
     points: name -> (bits per element, ratio, low end, high end). The legend repeats each ratio.
     """
-    shape, axes = figure(8.8, max(3.8, 0.6 + 0.21 * len(points)))
+    fig, axes = figure(8.8, max(3.8, 0.6 + 0.21 * len(points)))
     axes.axhline(1, color=COLORS["theory"], linestyle="--", linewidth=1, label="full cache")
     for (name, (nbits, ratio, low, high)), color, marker in zip(
         points.items(), cycle(POINTS), cycle(MARKERS), strict=False
     ):
         written = f"{ratio:.3f}" if ratio < 2 else f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
-        ends = [[ratio - low], [high - ratio]]
+        ends = whiskers(ratio, low, high)
         axes.errorbar(nbits, ratio, ends, fmt=marker, markersize=6, capsize=5, color=color, label=f"{name}: {written}")
-    least, most = min(low for *_, low, _ in points.values()), max(high for *_, high in points.values())
+    least = min(ratio - whiskers(ratio, low, high)[0][0] for _, ratio, low, high in points.values())
+    most = max(high for *_, high in points.values())
     room = max(most / least, 1.02) ** 0.06
     axes.set(xscale="log", yscale="log", xlabel="bits per element, with metadata", ylabel="perplexity / full cache's")
     axes.set(xlim=(min(2, *(nbits for nbits, *_ in points.values())) * 0.94, 17.5))
@@ -156,7 +157,7 @@ def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]
         axes.yaxis.set_major_locator(MaxNLocator(6) if most < 1.6 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.minorticks_off()
     axes.legend(**BESIDE)
-    return shape
+    return fig
 
 
 def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing]]) -> Figure:
@@ -165,7 +166,7 @@ def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing
     timings: by name, for each context. An upright line stands at the first context at which a packed cache's median is
     below that of "full", if there is one.
     """
-    shape, axes = figure(7.8, 3.6)
+    fig, axes = figure(7.8, 3.6)
     others = cycle((COLORS["query"], COLORS["value"], COLORS["reference GPU"]))
     for name, values in timings.items():
         timed_line(axes, contexts, values, FORMATS.get(name) or next(others), name)
@@ -183,12 +184,12 @@ def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: names[index] not in timings)  # the upright line last
     axes.legend([handles[index] for index in order], [names[index] for index in order], **BESIDE)
-    return shape
+    return fig
 
 
 def bytes_parts(rows: Mapping[str, Mapping[str, float]], unit: str = "bits per element") -> Figure:
     """Where a format's bits go: a bar for each name, stacked from `PARTS`, with the sum behind it, in `unit`."""
-    shape, axes = figure(8.0, 0.9 + 0.4 * len(rows))
+    fig, axes = figure(8.0, 0.9 + 0.4 * len(rows))
     start = np.zeros(len(rows))
     for part in dict.fromkeys(part for row in rows.values() for part in row):
         sizes = np.array([row.get(part, 0.0) for row in rows.values()])
@@ -201,7 +202,7 @@ def bytes_parts(rows: Mapping[str, Mapping[str, float]], unit: str = "bits per e
     axes.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.1 * start.max()))
     axes.grid(False, axis="y")
     axes.legend(**BESIDE)
-    return shape
+    return fig
 
 
 def disagreement(rows: Mapping[str, tuple[float, float]]) -> Figure:
@@ -209,7 +210,7 @@ def disagreement(rows: Mapping[str, tuple[float, float]]) -> Figure:
 
     rows: name -> (relative RMS error of K, KL in nats per token).
     """
-    shape, panels = row_of(2, 8.6, 0.9 + 0.42 * len(rows))
+    fig, panels = row_of(2, 8.6, 0.9 + 0.42 * len(rows))
     titles = ("how exactly K comes back", "how the answers change")
     labels = ("relative RMS error of K", "KL to the full cache, nats per token")
     for which, axes in enumerate(panels):
@@ -222,10 +223,10 @@ def disagreement(rows: Mapping[str, tuple[float, float]]) -> Figure:
         axes.set(xlabel=labels[which], ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.18 * max(values)))
         axes.set_title(titles[which], fontsize=10)
         axes.grid(False, axis="y")
-    shape.legend(
+    fig.legend(
         [plt.Rectangle((0, 0), 1, 1, color=COLORS["with cache"])], ["least"], loc="outside lower center", fontsize=8
     )
-    return shape
+    return fig
 
 
 def heat(axes: Axes, values: Tensor, xlabel: str, **scale):

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import pytest
 import torch
 
+from labkit import plots
 from labkit.labs.lab01 import figures
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+from labkit.labs.lab01.references import causal_mask
 
 
 def widths(axes) -> list[float]:
@@ -46,3 +41,22 @@ def test_shares_are_stacked_in_the_order_given() -> None:
         (0.75, 0.125),
         (0.875, 0.125),
     ]
+
+
+def test_the_mask_figure_colours_what_may_be_seen() -> None:
+    fig = figures.permissions(causal_mask(2, 3), past=3)
+    colors = [plt.matplotlib.colors.to_hex(patch.get_facecolor()) for patch in fig.axes[0].patches]
+    assert [color.upper() == plots.COLORS["key"] for color in colors] == causal_mask(2, 3).flatten().tolist()
+
+
+def test_the_head_figure_writes_each_numbers_token() -> None:
+    right = torch.arange(4).view(1, 4, 1).expand(3, 4, 2)
+    fig = figures.heads_in_memory(4, 3, 2, right, right)
+    assert [text.get_text() for text in fig.axes[0].texts] == list("012301230123") * 2
+
+
+def test_the_key_figure_shows_layers_and_values() -> None:
+    fig = figures.key_change({"mask on": [0.0, 1e-7], "mask off": [0.0, 0.5]})
+    lines = {line.get_label(): line.get_ydata() for line in fig.axes[0].lines}
+    assert list(lines["mask off"]) == [1e-9, 0.5]
+    assert list(lines["mask on"]) == [1e-9, 1e-7]

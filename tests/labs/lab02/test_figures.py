@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
-import pytest
-
 from labkit.labs.lab02 import figures
 from labkit.measure import Timing
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
-
-
-def widths(axes) -> list[float]:
-    return [bar.get_width() for bar in axes.patches]
 
 
 def test_time_per_token_draws_medians_and_theory_in_milliseconds() -> None:

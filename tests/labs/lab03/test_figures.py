@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pytest
 
 from labkit.labs.lab03 import figures
 from labkit.measure import Timing
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:

@@ -3,7 +3,6 @@ import shutil
 import statistics
 import time
 
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -34,12 +33,6 @@ def hatched(figure):
 
 def texts(figure):
     return [text.get_text() for text in figure.axes[0].texts]
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture

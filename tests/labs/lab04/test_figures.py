@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pytest
 
 from labkit.labs.lab04 import figures
 from labkit.measure import Timing
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def test_head_groups_draw_a_line_from_each_query_head_to_the_kv_head_it_reads() -> None:

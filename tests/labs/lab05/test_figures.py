@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,12 +10,6 @@ from matplotlib.colors import to_hex
 from labkit import plots
 from labkit.labs.lab05 import figures
 from labkit.measure import Timing
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def legend(axes):
@@ -135,9 +128,9 @@ def test_quality_against_bits_draws_points_with_their_ends_over_a_line_at_one() 
 
 @pytest.mark.parametrize("most", [1.001, 1.3, 3.0, 15.0, 800.0])
 def test_quality_against_bits_has_ticks_to_read_by_at_every_range(most: float) -> None:
-    shape = figures.quality_against_bits({"float16": (16, 1, 1, 1), "int2": (2.5, most, 1 + (most - 1) / 2, most)})
-    shape.canvas.draw()
-    (axes,) = shape.axes
+    fig = figures.quality_against_bits({"float16": (16, 1, 1, 1), "int2": (2.5, most, 1 + (most - 1) / 2, most)})
+    fig.canvas.draw()
+    (axes,) = fig.axes
     low, high = axes.get_ylim()
     labels = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
     assert 3 <= len(labels) <= 12

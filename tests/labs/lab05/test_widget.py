@@ -37,7 +37,6 @@ def tokens() -> Tensor:
 def closed():
     yield
     assert plt.get_fignums() == []  # the widget closes what it draws
-    plt.close("all")
 
 
 @pytest.fixture
