@@ -13,7 +13,7 @@ from labkit.course.contents import LabContents, Prediction, Quiz
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
 from labkit.models import random
-from tests.course.test_exercise import Double, double
+from tests.course.exercises import Double, double
 from tests.shapes import TINY
 
 CONTENTS = LabContents(

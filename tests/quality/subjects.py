@@ -6,33 +6,31 @@ import torch
 from torch import Tensor
 
 from labkit import models
-from labkit.cache import Cache, GrowingCache
+from labkit.cache import Cache, GrowingCache, Step
 from labkit.llama import Llama
-from labkit.specs import ModelSpec
-
-SPEC = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)
+from tests.shapes import TINY as SPEC
 
 
 class CoarseCache(GrowingCache):
     """Keeps the signs of K alone, times one size: two levels."""
 
-    def write(self, k: Tensor, v: Tensor) -> None:
-        super().write(k.sign() * k.abs().mean(), v)
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        super().write(k.sign() * k.abs().mean(), v, step)
 
 
 class LateCache(CoarseCache):
     """Coarse, but its first pass attends to what it was given: as Hugging Face's QuantizedCache does."""
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, step: Step | None = None, **options) -> Tensor:
         if self.seq_len > q.shape[2]:
-            return super().attend(q)
+            return super().attend(q, step, **options)
         exact = GrowingCache()
         exact.append(*self.given)
         return exact.attend(q)
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         self.given = k, v
-        super().write(k, v)
+        super().write(k, v, step)
 
 
 def make(layer) -> Cache:

@@ -1,0 +1,94 @@
+"""Numbers that answers give: what is one, what is whole, and which formula it is."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkit.course.checks.numbers import check_number, check_whole, equal, judge
+from labkit.course.checks.suspects import Suspect
+from labkit.course.exercise import NotYet
+from tests.course.exercises import Double
+
+
+def area(width: int, height: int) -> int:
+    """The right formula."""
+    return width * height
+
+
+CASES = [(3, 5), (7, 5), (3, 11)]
+SUSPECTS = [Suspect("sum", [lambda w, h: w + h, lambda w, h: w + h + 1], "added", "the operator")]
+
+
+def diagnosis(answer, **options) -> str:
+    """What `judge` says of an answer; "" when it passes."""
+    try:
+        judge(Double, answer, area, CASES, SUSPECTS, what="the area", whole=True, **options)
+    except NotYet as not_yet:
+        return not_yet.finding.diagnosis
+    return ""
+
+
+@pytest.mark.parametrize("got", [None, True, "12", [12], (12, 1), torch.tensor(12), 1j, numpy.bool_(True)])
+def test_what_is_no_number_is_said(got) -> None:
+    with pytest.raises(NotYet) as caught:
+        check_number(Double, got, "a count")
+    assert caught.value.finding.diagnosis == "not-a-number"
+
+
+@pytest.mark.parametrize("got", [12, numpy.int64(12), numpy.uint8(12)])
+def test_whole_numbers_of_numpy_are_whole(got) -> None:
+    assert check_whole(Double, got, "a count") == 12
+
+
+@pytest.mark.parametrize("got", [12.0, 12.5, numpy.float32(12), Fraction(25, 2), math.inf, math.nan])
+def test_what_is_not_whole_or_a_float_is_said(got) -> None:
+    with pytest.raises(NotYet) as caught:
+        check_whole(Double, got, "a count")
+    assert caught.value.finding.diagnosis == "not-whole"
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=1e-300, max_value=1e300))
+def test_a_number_equals_itself_but_for_rounding_and_nothing_twice_as_large(x: float) -> None:
+    assert equal(x, x * (1 + 1e-12))
+    assert not equal(x, 2 * x)
+    assert not equal(x, math.inf)
+    assert not equal(math.nan, x)
+    assert not equal(x, 10**400)
+
+
+def test_infinity_equals_only_itself() -> None:
+    assert equal(math.inf, math.inf)
+    assert not equal(math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (area, ""),
+        (lambda w, h: numpy.int64(w * h), ""),
+        (lambda w, h: float(w * h), "not-whole"),
+        (lambda w, h: w + h, "sum"),
+        (lambda w, h: w + h + 1, "sum"),
+        (lambda w, h: 8 * w * h, "bits"),
+        (lambda w, h: w * h / 1000, "units"),
+        (lambda w, h: 5 * w, "ignored"),
+        (lambda w, h: w**h, "values"),
+        (lambda w, h: math.inf, "ignored"),
+        (lambda w, h: 10**400, "ignored"),
+        (lambda w, h: None, "returned-none"),
+    ],
+)
+def test_an_answer_is_told_apart_by_the_formula_it_agrees_with_in_every_case(answer, said: str) -> None:
+    assert diagnosis(answer) == said
+
+
+def test_a_formula_that_fits_one_case_only_is_not_named() -> None:
+    assert diagnosis(lambda w, h: w + h if w == 3 and h == 5 else 0) == "values"
+    assert diagnosis(lambda w, h: 1, otherwise="count") in ("count", "ignored")
