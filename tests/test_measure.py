@@ -20,9 +20,10 @@ def test_alternate_takes_turns_and_drops_the_warmup() -> None:
     assert all(len(timing.samples) == 3 for timing in timings.values())
 
 
-def test_a_longer_call_takes_longer() -> None:
-    timings = measure.alternate({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02)}, repeats=3)
-    assert timings["long"].median > timings["short"].median
+def test_a_call_is_timed_from_its_start_to_its_end() -> None:
+    start = time.perf_counter()
+    seconds = measure.time_call(lambda: time.sleep(0.02))
+    assert 0.02 <= seconds <= time.perf_counter() - start
 
 
 def test_median_and_spread_are_of_the_samples() -> None:
@@ -38,9 +39,10 @@ def test_read_bandwidth_is_bytes_over_seconds(monkeypatch) -> None:
     assert measure.read_bandwidth(nbytes=64 * 2**20) == 64 * 2**20 / 0.25  # the best sample: noise only slows
 
 
-def test_read_bandwidth_is_that_of_some_memory() -> None:
-    gigabytes = measure.read_bandwidth(nbytes=64 * 2**20, repeats=3) / 1e9
-    assert 0.5 < gigabytes < 20_000  # slower than any RAM, faster than any GPU: something else was measured
+def test_read_bandwidth_is_at_least_that_of_the_whole_call() -> None:
+    nbytes, start = 16 * 2**20, time.perf_counter()
+    best = measure.read_bandwidth(nbytes=nbytes, repeats=3)
+    assert best >= 3 * nbytes / (time.perf_counter() - start)  # the best of three reads is no slower than their mean
 
 
 def test_memory_names_free_total_and_used() -> None:

@@ -113,22 +113,22 @@ class Quality:
 
     @property
     def ratio_spread(self) -> float:
-        """Paired."""
+        """Of the perplexity over the full cache's: from what the two surprises differ by, token by token."""
         return self.ratio * block_error(self.surprise - self.full_surprise)
 
     @property
     def difference_spread(self) -> float:
-        """Paired."""
+        """Of the perplexity minus the full cache's: from what the two differ by, token by token."""
         return block_error(self.perplexity * self.surprise - self.full_perplexity * self.full_surprise)
 
     @property
     def kl_spread(self) -> float:
-        """In nats per token."""
+        """Of the mean divergence, in nats per token."""
         return block_error(self.divergence)
 
     @property
     def agreement_spread(self) -> float:
-        """As a share."""
+        """Of the share of tokens on which both caches agree."""
         return block_error(self.agrees.double())
 
     def __str__(self) -> str:

@@ -45,12 +45,12 @@ class Recall:
 
     @property
     def hits(self) -> int:
-        """Facts recalled."""
+        """How many of the facts were recalled: every token of the answer was the likeliest."""
         return sum(answer.hit for answer in self.answers)
 
     @property
     def share(self) -> float:
-        """Hits per fact."""
+        """Hits per fact, from 0 to 1."""
         return self.hits / self.facts
 
     @property

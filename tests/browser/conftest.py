@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,21 +66,43 @@ def server(tmp_path_factory) -> Iterator[Server]:
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--ServerApp.port_retries=0"]
-    with open(home / "server.log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api?token={token}", timeout=2).read()
-                break
-            except OSError:
-                assert process.poll() is None, (home / "server.log").read_text()
-                assert time.monotonic() < deadline, (home / "server.log").read_text()
-                time.sleep(0.25)
+    address = f"http://127.0.0.1:{port}"
+    with running(command, f"{address}/api?token={token}", home / "server.log", environment):
         yield Server(address, token, folder)
+
+
+@contextmanager
+def running(
+    command: list[str], address: str, log: Path, environment: dict[str, str] | None = None, seconds: float = 90
+) -> Iterator[subprocess.Popen]:
+    """A server that answers at `address` inside the block; it is gone afterwards, also when it never answered.
+
+    Fails with what the server logged when it ends or does not answer within `seconds`.
+    """
+    with open(log, "w") as written:
+        process = subprocess.Popen(command, env=environment, stdout=written, stderr=written)
+    deadline = time.monotonic() + seconds
+    try:
+        while not answers(address):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.25)
+        yield process
+    finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def answers(address: str) -> bool:
+    """Whether something answers there."""
+    try:
+        urllib.request.urlopen(address, timeout=2).read()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -90,7 +113,9 @@ def page(server: Server, request) -> Iterator:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         made = browser.new_page(viewport={"width": 1280, "height": 1000})
         made.set_default_timeout(60_000)
-        yield made
-        if folder := os.environ.get("LABKIT_SCREENSHOTS"):
-            made.screenshot(path=Path(folder) / f"{request.node.name}.png")
-        browser.close()
+        try:
+            yield made
+            if folder := os.environ.get("LABKIT_SCREENSHOTS"):
+                made.screenshot(path=Path(folder) / f"{request.node.name}.png")
+        finally:
+            browser.close()

@@ -42,7 +42,7 @@ class Split(Exercise):
 
 
 class Merge(Exercise):
-    """And back."""
+    """From one vector per token and head back to one per token."""
 
     id = "01.3b"
     title = "Merge the heads"

@@ -65,7 +65,7 @@ class LastRow(Exercise):
 
 
 def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
-    """Wrong rows."""
+    """What other rows, other scales and masks that hide too much come to."""
     last, keys = q[:, :, -1:], k.transpose(-2, -1)
     root = math.sqrt(q.shape[-1])
     return [

@@ -59,7 +59,7 @@ def replaced(spec: ModelSpec, names: tuple[str, ...]) -> float:
 
 
 class CacheBytes(Exercise):
-    """Bytes from shapes."""
+    """How many bytes a model's cache takes, computed from the model's sizes before there is a cache."""
 
     id, title, minutes, difficulty = "02.6", "Bytes of a cache", 2, 1
     reference = staticmethod(cache_bytes)

@@ -12,7 +12,7 @@ from labkit.labs.lab03.references import attainable, tpot_floor
 
 
 class TpotFloor(Exercise):
-    """Bytes over bandwidth."""
+    """The time that reading weights and cache takes, which no decode step can be faster than."""
 
     id, title, minutes, difficulty = "03.4", "The floor of a decode step", 3, 2
     reference = staticmethod(tpot_floor)
@@ -57,7 +57,7 @@ class TpotFloor(Exercise):
 
 
 class Attainable(Exercise):
-    """Two roofs."""
+    """What arithmetic and memory each allow; the lower of the two roofs is what can be reached."""
 
     id, title, minutes, difficulty = "03.5", "The roofline", 3, 2
     reference = staticmethod(attainable)

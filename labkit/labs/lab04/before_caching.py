@@ -148,5 +148,5 @@ class WrittenInPlace:
         """The new token stands in its place already."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All tokens."""
+        """K and V of all tokens, the newest included."""
         return self.k, self.v

@@ -43,7 +43,7 @@ class MergeKvHeads(Exercise):
         self.same(got, merge_kv_heads(half, 6, 2), what="the merged bfloat16 weight", tolerance=0.05)
 
     def compare(self, answer: Callable, weight: Tensor, num_kv_heads: int, group: int) -> None:
-        """One weight."""
+        """Judge the merge of one weight or bias: how many rows came back, then their values."""
         got, want = self.call(answer, weight, num_kv_heads, group), merge_kv_heads(weight, num_kv_heads, group)
         where = f"{num_kv_heads} heads of {len(weight) // num_kv_heads} rows, merged {group} at a time"
         if isinstance(got, Tensor) and got.shape == weight.shape and group > 1:

@@ -35,7 +35,7 @@ def rule(packed: Callable | None = None, per: Callable | None = None, full: Call
 
 
 def whole_groups(tokens: int, group: int, residual: int) -> int:
-    """Tokens packed."""
+    """How many tokens are packed: the whole groups of those older than the residual."""
     return max(0, tokens - residual) // group * group
 
 

@@ -47,7 +47,7 @@ class GroupsToQuantize(Exercise):
             self.like(group, numbered(range(4)).bfloat16(), what="a group of bfloat16 keys")
 
     def case(self, answer: Callable, held: int, new: int, group_size: int) -> None:
-        """One call."""
+        """Judge one call: sizes of groups, then which tokens are in them and which go on waiting."""
         got = self.call(answer, numbered(range(held)), numbered(range(held, held + new)), group_size)
         where = f"{held} waiting, {new} new, group_size {group_size}"
         groups, rest = self.parts(got, where)

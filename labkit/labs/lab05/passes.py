@@ -20,12 +20,12 @@ class LossyCache:
         self.reset()
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Let all tokens go, as a new cache has none."""
         self.rows = torch.zeros(0, Passes.VOCABULARY, dtype=torch.float64)
 
     @property
     def seq_len(self) -> int:
-        """Tokens held."""
+        """How many tokens the cache holds."""
         return len(self.rows)
 
     def append(self, new: Tensor) -> Tensor:
