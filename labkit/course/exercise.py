@@ -74,6 +74,12 @@ class Exercise:
         kept = copy.deepcopy((args, kwargs))
         result = cls.run(lambda: answer(*args, **kwargs))
         cls.check_unchanged(kept, (args, kwargs))
+        cls.check_returned(result)
+        return result
+
+    @classmethod
+    def check_returned(cls, result: Any) -> None:
+        """Fail when nothing was returned."""
         if result is None:
             cls.fail(
                 "returned-none",
@@ -81,7 +87,6 @@ class Exercise:
                 cause="no `return` on the path that was taken",
                 look="the last line: return the result",
             )
-        return result
 
     @classmethod
     def check_unchanged(cls, before: Any, after: Any) -> None:

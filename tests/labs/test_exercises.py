@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter
 
 import pytest
@@ -54,6 +55,11 @@ def test_every_card_is_complete() -> None:
         assert 1 <= exercise.difficulty <= 5, exercise.id
         assert [bool(hint) for hint in exercise.hints] == [True] * 3, exercise.id
         assert all(need in EXERCISES for need in exercise.needs), exercise.id
+
+
+def test_every_reference_is_in_its_labs_references() -> None:
+    for exercise in EXERCISES.values():
+        assert inspect.getmodule(exercise.reference).__name__ == f"labkit.labs.lab{exercise.id[:2]}.references"
 
 
 def test_hints_for_a_failure_speak_of_diagnoses_that_some_wrong_answer_gets() -> None:

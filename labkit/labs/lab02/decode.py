@@ -79,8 +79,7 @@ class DecodeStep(Exercise):
             self.check_work(work.kv_projections, index)
             self.check_appended(cache, layer, index)
             self.check_keys(cache, layer, k, v, second=second)
-            if got is None:
-                self.fail("returned-none", seen="decode_step returned None", cause="no return", look="the last line")
+            self.check_returned(got)
             self.like(got, want[:, index : index + 1], what="the output")
             outputs.append(got)
         for index in (*range(2, x.shape[1]), 1, 0):  # the second token's past is one key: it tells too little apart

@@ -101,8 +101,7 @@ class GenerateWithCache(Exercise):
                 look="what you keep before the first decode step",
             )
         self.check_calls(watched.calls, prompt, count, cache, history.shape[1])
-        if got is None:
-            self.fail("returned-none", seen="None came back", cause="no return", look="the last line")
+        self.check_returned(got)
         self.like(got, want, what="the result")
         if not torch.equal(got, want):
             self.fail(

@@ -51,8 +51,7 @@ class CachedAttention(Exercise):
         kept = [x.clone() for x in (q, k, v)]
         got = self.run(lambda: answer(q, k, v, cache))
         self.check_unchanged(kept, [q, k, v])
-        if got is None:
-            self.fail("returned-none", seen="cached_attention returned None", cause="no return", look="the last line")
+        self.check_returned(got)
         return got
 
     def check_kept(self, cache: GrowingCache, k: Tensor, v: Tensor, num_heads: int) -> None:
