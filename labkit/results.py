@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from labkit.specs import DATA
 
-FALL = 0.9  # of a time, to that of the next position: less than this is no noise
+FALL = 0.9  # the share of an earlier step's time that a later one may take, as noise
 
 
 class Step(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit.attention import fused_attention as attention
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
 from labkit.course.plug import AttentionLayer
@@ -171,35 +172,22 @@ class DecodeStep(Exercise):
             return
         q, k, v = rotated
         q, k, v = q[:, :, index : index + 1], k[:, :, : index + 1], v[:, :, : index + 1]
-        if index and agree(got, layer.merge(attention(q, k[:, :, :-1], v[:, :, :-1]))):
-            self.fail(
-                "newest-left-out",
-                seen="the output does not depend on the new token's own K and V",
-                cause="the cache was read before the append",
-                look="the order: append, then read",
-            )
-        if index and agree(got, layer.merge(attention(q, k[:, :, -1:], v[:, :, -1:]))):
-            self.fail(
-                "cache-unread",
-                seen="the output depends on the new token alone",
-                cause="attention got the new k and v, not what the cache holds",
-                look="the arguments of attention: keys, values = cache.read()",
-            )
-        if index > 1 and agree(got, layer.merge(attention(q, k[:, :, :1], v[:, :, :1]))):
-            self.fail(
-                "causal-square",
-                seen=f"the output of token {index} depends on the first token's K and V alone",
-                cause="a causal triangle that starts in the top left corner, such as is_causal=True: its only row sees "
-                "key 0",
-                look="the mask: everything in the cache is past, so one new token needs none",
-            )
-        if agree(got, layer.merge(attention(q, v, k))):
-            self.fail(
-                "k-and-v-swapped",
-                seen="the query met the values, and the keys were blended",
-                cause="keys and values changed places between read and attention",
-                look="the order in `keys, values = cache.read()` and in attention(q, keys, values)",
-            )
+        accuse(type(self), [
+            Suspect("newest-left-out", [(q, k[:, :, :-1], v[:, :, :-1])] if index else [],
+                    "the cache was read before the append", "the order: append, then read",
+                    "the output does not depend on the new token's own K and V"),
+            Suspect("cache-unread", [(q, k[:, :, -1:], v[:, :, -1:])] if index else [],
+                    "attention got the new k and v, not what the cache holds",
+                    "the arguments of attention: keys, values = cache.read()",
+                    "the output depends on the new token alone"),
+            Suspect("causal-square", [(q, k[:, :, :1], v[:, :, :1])] if index > 1 else [],
+                    "a causal triangle that starts in the top left corner, such as is_causal=True: its only row sees "
+                    "key 0", "the mask: everything in the cache is past, so one new token needs none",
+                    f"the output of token {index} depends on the first token's K and V alone"),
+            Suspect("k-and-v-swapped", [(q, v, k)], "keys and values changed places between read and attention",
+                    "the order in `keys, values = cache.read()` and in attention(q, keys, values)",
+                    "the query met the values, and the keys were blended"),
+        ], fits=lambda operands: agree(got, layer.merge(attention(*operands))))  # fmt: skip
         self.fail(
             "query-position" if index else "values",
             seen=f"K and V are right, the output of token {index} is not",

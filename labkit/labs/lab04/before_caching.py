@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.attention import online_attention as attention
 from labkit.cache.dense import GrowingCache
+from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree, bytes_made, heads
 from labkit.course.exercise import Exercise
 from labkit.labs.lab04.references import cached_attention
@@ -99,20 +100,15 @@ class CachedAttention(Exercise):
         if agree(got, want):
             return
         times = q.shape[1] // k.shape[1]
-        if agree(got, attention(q, k[:, :, -new:], v[:, :, -new:])):
-            self.fail(
-                "cache-unread",
-                seen="the output depends on the new tokens alone",
-                cause="attention got the new k and v, not what the cache holds",
-                look="keys, values = cache.read()",
-            )
-        if agree(got, attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1))):
-            self.fail(
-                "head-mapping",
-                seen="what is cached is right; query head 1 reads another KV head than before",
-                cause="repeat lays whole sets of heads side by side, repeat_interleave keeps neighbours together",
-                look="the rule h // num_queries_per_kv; grouped_attention follows it without any repetition",
-            )
+        accuse(type(self), [
+            Suspect("cache-unread", [(k[:, :, -new:], v[:, :, -new:])],
+                    "attention got the new k and v, not what the cache holds", "keys, values = cache.read()",
+                    "the output depends on the new tokens alone"),
+            Suspect("head-mapping", [(k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1))],
+                    "repeat lays whole sets of heads side by side, repeat_interleave keeps neighbours together",
+                    "the rule h // num_queries_per_kv; grouped_attention follows it without any repetition",
+                    "what is cached is right; query head 1 reads another KV head than before"),
+        ], fits=lambda pair: agree(got, attention(q, *pair)))  # fmt: skip
         self.fail(
             "values",
             seen=f"what is cached is right, the output for {new} new tokens is not",

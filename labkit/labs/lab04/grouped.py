@@ -76,30 +76,27 @@ class GroupedAttention(Exercise):
         group, held = num_heads // num_kv_heads, kv_len - new
         where = f"{num_heads} query heads, {num_kv_heads} KV heads, {new} new tokens after {held} cached"
         k_all, v_all = k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)
-        if agree(got, attention(q, k_all, v_all)):
-            self.fail(
-                "head-mapping",
-                seen=f"{where}: query head 1 reads KV head {1 % num_kv_heads}; it should read KV head {1 // group}",
-                cause="query head h was sent to KV head h % num_kv_heads, as k.repeat or a reshape to "
-                "[num_queries_per_kv, num_kv_heads] does",
-                look="the rule in the docstring: neighbours share, h // num_queries_per_kv",
-            )
+        accuse(type(self), [
+            Suspect("head-mapping", [(q, k_all, v_all)],
+                    "query head h was sent to KV head h % num_kv_heads, as k.repeat or a reshape to "
+                    "[num_queries_per_kv, num_kv_heads] does",
+                    "the rule in the docstring: neighbours share, h // num_queries_per_kv",
+                    f"{where}: query head 1 reads KV head {1 % num_kv_heads}; it should read KV head {1 // group}"),
+        ], fits=lambda operands: agree(got, attention(*operands)))  # fmt: skip
         self.explain_mask(got, q, k, v, where)
-        for diagnosis, scale, cause in (
-            ("unscaled", 1.0, "the scores were not divided by sqrt(head_dim)"),
-            ("scaled-twice", q.shape[-1] ** -1.0, "the scores were divided by head_dim, not by its square root"),
-        ):
-            if agree(got, attention(q, k, v, Constants(scale=scale))):
-                self.fail(diagnosis, seen=f"{where}: the weights are too {'sharp' if scale == 1 else 'flat'}",
-                          cause=cause, look="the line that makes the scores: head_dim ** -0.5")  # fmt: skip
+        line = "the line that makes the scores: head_dim ** -0.5"
         mixed = q.transpose(1, 2).reshape(q.shape)
-        if new > 1 and agree(got, attention(mixed, k, v)):
-            self.fail(
-                "tokens-and-heads-mixed",
-                seen=f"{where}: right for one new token, wrong for several",
-                cause="the reshape ran over heads and tokens in another order than they lie in",
-                look="the dimensions of q, in order: [batch, num_heads, new_tokens, head_dim]; split num_heads alone",
-            )
+        accuse(type(self), [
+            Suspect("unscaled", [(q, 1.0)], "the scores were not divided by sqrt(head_dim)", line,
+                    f"{where}: the weights are too sharp"),
+            Suspect("scaled-twice", [(q, q.shape[-1] ** -1.0)],
+                    "the scores were divided by head_dim, not by its square root", line,
+                    f"{where}: the weights are too flat"),
+            Suspect("tokens-and-heads-mixed", [(mixed, None)] if new > 1 else [],
+                    "the reshape ran over heads and tokens in another order than they lie in",
+                    "the dimensions of q, in order: [batch, num_heads, new_tokens, head_dim]; split num_heads alone",
+                    f"{where}: right for one new token, wrong for several"),
+        ], fits=lambda query: agree(got, attention(query[0], k, v, Constants(scale=query[1]))))  # fmt: skip
         self.fail(
             "values",
             seen=f"{where}: the output fits no attention that this check knows",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import TIGHT, Made, agree
+from labkit.course.checks.tensors import TIGHT, Made, agree, near
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import packed_scores
 from labkit.ledger import tensors_in
@@ -134,7 +134,7 @@ class PackedScores(Exercise):
         with Large(codes.numel()) as made:
             answer(*inputs)
         halfway = (keys, codes * scale, codes + zero, codes + zero / scale)
-        if any(torch.allclose(x.reshape_as(k), k) for x in made.scaled for k in (*halfway, *(k.mT for k in halfway))
+        if any(near(x.reshape_as(k), k) for x in made.scaled for k in (*halfway, *(k.mT for k in halfway))
                if x.numel() == k.numel()):  # fmt: skip
             self.fail(
                 "dequantized",
