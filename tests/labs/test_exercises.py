@@ -39,6 +39,7 @@ def test_check_rejects_a_wrong_answer_with_its_diagnosis(wrong: Wrong) -> None:
     assert verdict.status == "not yet", f"{wrong.mistake} was accepted"
     assert verdict.finding is not None
     assert verdict.finding.diagnosis == wrong.diagnosis, verdict.finding
+    assert all((verdict.finding.seen, verdict.finding.cause, verdict.finding.look)), verdict.finding
 
 
 def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart() -> None:
