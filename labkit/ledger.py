@@ -81,7 +81,8 @@ class Ledger(TorchFunctionMode):
     def __init__(self, watch: Iterable[tuple[Tensor, float]] = ()) -> None:
         super().__init__()
         self.work = Work()
-        self.watched = [(weight, share) for weight, share in watch]  # kept alive, so that an id means one tensor
+        # kept alive, so that an id means one tensor; a prepacked weight reads as a copy, made when it is asked for
+        self.watched = [(getattr(weight, "_prepacked", weight), share) for weight, share in watch]
         self.shares = {memory_of(weight): share for weight, share in self.watched}
 
     def __torch_function__(

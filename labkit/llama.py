@@ -217,8 +217,11 @@ class Llama(nn.Module):
         for block in self.blocks:
             yield block.attention.qkv.weight, 1.0
 
-    def pack(self) -> Llama:
-        """Lay the weights out for decoding on this CPU, where that helps (see `packing`); they cannot change after."""
+    def prepack(self) -> Llama:
+        """Lay the weights out for this CPU's kernels, where that helps (see `prepacked`); they cannot change after.
+
+        Each is kept in that form alone, but a tied head, which serves as the embedding too, in both.
+        """
         for module in [*self.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear) and can_prepack(child.weight):
@@ -230,7 +233,7 @@ class Llama(nn.Module):
     def load(self, weights: Mapping[str, Tensor]) -> Llama:
         """Take weights under Hugging Face's names; ValueError when one is missing, misshapen, or has no place here."""
         if any(isinstance(module, PrepackedLinear) for module in self.modules()):
-            raise ValueError("the model is packed: load the weights first, then pack()")
+            raise ValueError("the model is prepacked: load the weights first, then prepack()")
         unused = {name for name in weights if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
         for name, parameter in self.named_parameters():
             sources = hf_names(name)

@@ -67,13 +67,16 @@ def spec() -> ModelSpec:
     return _spec(folder(), source())
 
 
-def load(dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, *, pack: bool = True) -> Llama:
+def load(
+    dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, *, prepack: bool = True
+) -> Llama:
     """The model in use, with its weights in `dtype` on `device` (None: the one that `pick_device` picks).
 
-    pack: lay bfloat16 weights out for decoding on a CPU; they cannot change afterwards. Raises ModelError.
+    prepack: on a CPU whose products are faster so, lay weights out for its kernels (see `prepacked`); they can be read,
+    but cannot change afterwards. Raises ModelError.
     """
     model = from_folder(folder(), dtype, pick_device().torch_device if device is None else device, source())
-    return model.pack() if pack else model
+    return model.prepack() if prepack else model
 
 
 def tokenizer() -> Any:
@@ -93,11 +96,12 @@ def random(
     device: torch.device | str = "cpu",
     seed: int = 0,
     *,
-    pack: bool = True,
+    prepack: bool = True,
 ) -> Llama:
     """A model of any shape with random weights, normal with deviation 0.02; norms are 1.
 
-    One seed gives the same weights on one kind of device and dtype; a GPU draws others than a CPU. `pack` as in `load`.
+    One seed gives the same weights on one kind of device and dtype; a GPU draws others than a CPU.
+    prepack: as in `load`.
     """
     model = _empty(spec, dtype, device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -107,7 +111,7 @@ def random(
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-    return model.pack() if pack else model
+    return model.prepack() if prepack else model
 
 
 def from_folder(

@@ -87,14 +87,6 @@ def test_weights_are_converted_to_the_dtype_asked_for_and_angles_are_not(tmp_pat
     assert torch.equal(model.frequencies, Llama(model.spec).frequencies)
 
 
-def test_packed_bfloat16_decodes_to_the_same_values_as_unpacked(tmp_path, named):
-    named(saved(tmp_path))
-    tokens = torch.arange(9)[None]
-    packed, plain = (models.load(torch.bfloat16, "cpu", pack=pack)(tokens) for pack in (True, False))
-    # Bounded: bfloat16 keeps 8 bits; a sum order that differs may move each of the few roundings by one step.
-    assert (packed - plain).abs().max() <= 2**-6 * plain.abs().max()
-
-
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

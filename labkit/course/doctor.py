@@ -65,6 +65,19 @@ def check_torch() -> Line:
     return Line("torch", True, f"torch {torch.__version__}, {set_threads()} CPU threads")
 
 
+def check_weights() -> Line:
+    """In which dtypes a CPU's products read weights that are laid out for them, and what was measured."""
+    import torch
+
+    from labkit.prepacked import LEAST_GAIN, float32_gain, has_product
+
+    used = ["bfloat16"] if has_product(torch.bfloat16) else []
+    gain = float32_gain() if has_product(torch.float32) else 0.0
+    used += ["float32"] if gain >= LEAST_GAIN else []
+    detail = f"prepacked on a CPU in {' and '.join(used) or 'no dtype'}"
+    return Line("weights", True, f"{detail} (in float32 {gain:.1f} times as fast; used from {LEAST_GAIN:g})")
+
+
 def check_device() -> Line:
     """The device that was picked, and the memory free on it."""
     import psutil
@@ -136,6 +149,7 @@ def _table(thorough: bool) -> list[tuple[str, Callable[[], Line]]]:
     return [
         ("Python", check_python),
         ("torch", check_torch),
+        ("weights", check_weights),
         ("device", check_device),
         ("profile", check_profile),
         ("model", lambda: check_model(thorough)),

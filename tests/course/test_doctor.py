@@ -10,7 +10,7 @@ import torch
 from labkit import device, lab_model
 from labkit.course import doctor
 
-NAMES = ["Python", "torch", "device", "profile", "model", "working folder", "cache folder", "widgets"]
+NAMES = ["Python", "torch", "weights", "device", "profile", "model", "working folder", "cache folder", "widgets"]
 
 
 @pytest.fixture(autouse=True)

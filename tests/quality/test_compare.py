@@ -43,7 +43,7 @@ def test_the_full_caches_perplexity_is_that_of_one_pass_without_a_cache(model: L
 
 
 def test_chunks_of_any_size_give_the_full_cache_the_same_perplexity() -> None:
-    model = models.random(SPEC, pack=False)
+    model = models.random(SPEC, prepack=False)
     assert model(text(120)).abs().max() < 1
     by_size = [perplexity(model, text(120), chunk=chunk, context=60).perplexity for chunk in (1, 7, 32, 60)]
     # Bounded: float32, logits below 1 at the end of sums of at most 96 terms, in each of 2 layers and the head. A

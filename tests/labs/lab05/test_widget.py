@@ -21,7 +21,7 @@ SPEC = ModelSpec("tiny", 2, 4, 2, 32, 48, 96, 100, 512)
 @pytest.fixture(scope="module")
 def model() -> Llama:
     """Weights wide enough that 2 bits show in the logits."""
-    made = models.random(SPEC, pack=False)
+    made = models.random(SPEC, prepack=False)
     for name, parameter in made.named_parameters():
         if "norm" not in name:
             parameter.mul_(12)
@@ -189,7 +189,7 @@ def test_start_values_outside_the_controls_are_answered_by_sizing(model, tokens,
 
 
 def test_a_head_dim_that_no_group_divides_has_its_line_and_breaks_nothing(tokens) -> None:
-    model = models.random(ModelSpec("narrow", 1, 2, 1, 8, 16, 32, 100, 512), pack=False)
+    model = models.random(ModelSpec("narrow", 1, 2, 1, 8, 16, 32, 100, 512), prepack=False)
     widget = Quantizing(model, tokens)
     assert "do not divide a head_dim of 8" in widget.label.value
     for control, value in (("nbits", 2), ("group_size", 16), ("key_axis", "token"), ("sink_length", 4)):
@@ -211,7 +211,7 @@ def test_tokens_that_cannot_be_measured_are_refused_at_once(model, wrong, how, l
 
 
 def test_a_model_with_a_window_keeps_it_and_its_bytes(tokens) -> None:
-    model = models.random(ModelSpec("windowed", 1, 2, 1, 16, 16, 32, 100, 512, window=24), pack=False)
+    model = models.random(ModelSpec("windowed", 1, 2, 1, 16, 16, 32, 100, 512, window=24), prepack=False)
     widget = Quantizing(model, tokens, nbits=4)
     held = sizing.cache_bytes(model.spec, 2000, dtype=Quantized(4, 16, 0, drops=False))
     full = sizing.cache_bytes(model.spec, 2000, dtype=Dense("float16", drops=False))
@@ -220,6 +220,6 @@ def test_a_model_with_a_window_keeps_it_and_its_bytes(tokens) -> None:
 
 
 def test_a_bfloat16_model_can_be_asked(tokens) -> None:
-    widget = Quantizing(models.random(SPEC, torch.bfloat16, pack=False), tokens, nbits=4, key_axis="token")
+    widget = Quantizing(models.random(SPEC, torch.bfloat16, prepack=False), tokens, nbits=4, key_axis="token")
     assert widget.k.dtype == torch.float32
     assert "perplexity ratio" in widget.quality.value
