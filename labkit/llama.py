@@ -227,7 +227,7 @@ class Llama(nn.Module):
                 if isinstance(child, nn.Linear) and can_prepack(child.weight):
                     setattr(module, name, PrepackedLinear(child.weight, child.bias))
         if self.head is None and can_prepack(self.embedding.weight):
-            self.head = PrepackedLinear(self.embedding.weight)
+            self.head = PrepackedLinear(self.embedding.weight, copied=True)
         return self
 
     def load(self, weights: Mapping[str, Tensor]) -> Llama:

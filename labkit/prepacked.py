@@ -9,6 +9,7 @@ built to ask for plain products: that is measured, once per process, and used wh
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -82,16 +83,21 @@ def reorder(weight: Tensor) -> Tensor:
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer that keeps its weight in prepacked form only. It has no backward pass, and cannot change."""
+    """A linear layer that keeps its weight in prepacked form only. It has no backward pass, and cannot change.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    copied: the weight stays where it came from, too, as an embedding does that serves as the head: this copy of it then
+    counts neither among a model's parameters nor in its state.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, copied: bool = False) -> None:
         super().__init__()
-        self.dtype, self.prepacked = weight.dtype, reorder(weight)
-        self.bias = None if bias is None else bias.detach()
+        self.dtype, self.copied, prepacked = weight.dtype, copied, reorder(weight)
+        self.prepacked = prepacked if copied else nn.Parameter(prepacked, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """How it is copied: an opaque tensor cannot be."""
-        return type(self), (self.prepacked.to_dense(), self.bias)
+    def __deepcopy__(self, memo: dict) -> PrepackedLinear:
+        """What an opaque tensor lacks."""
+        return type(self)(self.prepacked.to_dense(), copy.deepcopy(self.bias, memo), copied=self.copied)
 
     @property
     def weight(self) -> Tensor:
@@ -117,3 +123,10 @@ class PrepackedLinear(nn.Module):
                 "the model with prepack=False, or load it in that dtype on that device"
             )
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As `nn.Linear` does, so that the state of a prepacked model fits a plain one."""
+        if not self.copied:
+            destination[f"{prefix}weight"] = self.prepacked.detach().to_dense()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()

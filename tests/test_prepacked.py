@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from labkit import models, prepacked
@@ -95,13 +96,17 @@ def test_a_tied_head_is_prepacked_apart_from_the_embedding(gains):
     assert torch.equal(model.head.weight, model.embedding.weight)  # exact
 
 
-def test_no_weight_is_kept_twice_but_a_tied_heads(gains):
-    plain, model = models.random(UNTIED, prepack=False), models.random(UNTIED)
-    size = sum(weight.numel() for weight in plain.parameters())
-    kept = sum(weight.numel() for weight in model.parameters())
-    kept += sum(module.weight.numel() for module in prepacked_modules(model))
-    kept += sum(module.bias.numel() for module in prepacked_modules(model) if module.bias is not None)
-    assert kept == size
+@pytest.mark.parametrize("spec", [TIED, UNTIED], ids=["tied head", "head of its own"])
+def test_a_prepacked_model_has_the_parameters_and_the_state_of_a_plain_one(gains, spec):
+    plain, model = models.random(spec, prepack=False), models.random(spec)
+    for size in (Tensor.numel, lambda weight: weight.nbytes):
+        assert sum(map(size, model.parameters())) == sum(map(size, plain.parameters()))  # exact
+    state = model.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[name], weight) for name, weight in plain.state_dict().items())  # exact
+    again = Llama(spec)
+    again.load_state_dict(state, assign=True)
+    assert torch.equal(again(TOKENS), plain(TOKENS))  # exact
 
 
 @dtypes
