@@ -243,17 +243,17 @@ class QuantizedCache(LayerCache):
     def kernel_for(self, q: Tensor) -> Callable[..., Tensor] | None:
         """The kernel that answers these queries, if there is one: for one new token, no soft cap and no gradient.
 
-        On a GPU float8 needs compute capability 8.9; on a CPU codes must be whole and keys per channel.
+        On a GPU float8 needs compute capability 8.9; on a CPU codes must fill 16-bit words.
         """
         if q.shape[2] != 1 or self.constants.soft_cap is not None or q.dtype == torch.float64:
             return None
         if wants_gradient(q, *(self.sinks or ()), *(self.recent or ())):
             return None
-        whole = isinstance(self.quantize_keys.nbits, int)
         if q.is_cuda:
+            whole = isinstance(self.quantize_keys.nbits, int)
             there = kernels.available(q.device) and (whole or torch.cuda.get_device_capability(q.device) >= (8, 9))
             return packed_decode_attention if there else None
-        if q.device.type == "cpu" and whole and self.k is not None and self.v is not None:
+        if q.device.type == "cpu" and self.k is not None and self.v is not None:
             from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
 
             return on_cpu.packed_decode_attention_cpu if on_cpu.takes(q, self.k, self.v) else None

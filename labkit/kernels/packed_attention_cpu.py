@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import math
 import os
 import sys
 import threading
@@ -38,7 +37,7 @@ from labkit.quantization import Packed, Quantizer
 # LLVM may regroup sums, which lets it use vectors, but not assume that there is no NaN.
 compiled: Any = njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 PART = 1024  # packed tokens to a part, about
-PAYS = 2**19  # codes of K and V below which waking another thread takes longer than it saves
+PAYS = 2**20  # codes of K and V, half a millisecond's work; of less, waking a thread would cost too large a share
 
 
 def takes(q: Tensor, k: Packed, v: Packed) -> bool:

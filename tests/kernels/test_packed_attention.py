@@ -1,12 +1,19 @@
 """The packed decode kernels, Triton's and the CPU's, and their plain-PyTorch twin against attention in float64."""
 
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import kernels
-from labkit.attention import Visibility, attention
+from labkit.attention import Constants, Visibility, attention
 from labkit.cache import QuantizedCache
 from labkit.kernels import packed_attention_cpu
 from labkit.kernels.packed_attention import packed_attention
@@ -142,6 +149,32 @@ def test_a_group_that_is_nan_shows_in_its_head_only(nbits):
         assert not out[:, :2].isnan().any()
 
 
+def in_a_process(code):
+    """Run Python code in a process of its own, which must end well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def read_scales():
+    """Every finite positive scale there is, read by the loops out of a tile of keys."""
+    for metadata, end in ((torch.float16, 0x7C00), (torch.bfloat16, 0x7F80)):
+        scales = torch.arange(end, dtype=torch.int16)
+        rows = torch.zeros(end, 6, dtype=torch.uint8)
+        rows[:, 4:] = scales.view(torch.uint8).view(-1, 2)
+        got, zero = np.empty(end, np.float32), np.empty(end, np.float32)
+        once = np.int64(1)
+        packed_attention_cpu._metadata(rows.numpy(), 4, once, 0, False, metadata == torch.bfloat16, got, zero)
+        assert (got.view(np.int32) == float32_bits(scales, metadata)).all()  # exact, to the bit
+
+
+def float32_bits(bits, metadata):
+    """The float32 bits of 16-bit floats, in whole numbers: nothing that flushed denormals could touch."""
+    if metadata == torch.bfloat16:
+        return (bits.int() << 16).numpy()
+    size = bits.numpy().view(np.float16).astype(object)
+    return np.array([struct.unpack("<i", struct.pack("<f", float(x)))[0] for x in size])
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="is about CPUs")
 class TestOnACPU:
     """Which calls the compiled loops answer; that they agree with their twin, every test above says."""
@@ -150,31 +183,82 @@ class TestOnACPU:
         q, k, v, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(nbits, axis=axis))
         return (q if tokens == 1 else q.expand(-1, -1, tokens, -1)), k, v
 
-    @pytest.mark.parametrize("nbits", [8, 4, 2])
-    def test_whole_bits_with_keys_per_channel_are_taken(self, nbits):
-        assert packed_attention_cpu.takes(*self.arguments(nbits))
+    @pytest.mark.parametrize("axis", ["channel", "token"])
+    @pytest.mark.parametrize("nbits", CODES, ids=str)
+    def test_every_format_of_a_cache_is_taken(self, nbits, axis):
+        assert packed_attention_cpu.takes(*self.arguments(nbits, axis))
 
     def test_what_is_not_taken_is_refused_and_says_who_takes_it(self):
         q, k, v = self.arguments()
+        odd = q, *(some.quantize(torch.randn(2, 2, 48, 16)) for some in quantizers(2, group=4))
         refused = [
-            self.arguments(FLOAT8[0]), self.arguments(axis="token"), self.arguments(tokens=3), (q.double(), k, v),
-            (q.clone().requires_grad_(), k, v), (q, k, self.arguments(8)[2]),
+            odd, self.arguments(tokens=3), (q.double(), k, v), (q.clone().requires_grad_(), k, v),
+            (q, k, self.arguments(8)[2]), (q, k, replace(v, quantizer=replace(v.quantizer, axis="channel"))),
         ]  # fmt: skip
         for arguments in refused:
             with pytest.raises(ValueError, match="packed_attention takes all of these"):
                 packed_attention_cpu.packed_decode_attention_cpu(*arguments)
+        with pytest.raises(ValueError, match="no soft cap"):
+            packed_attention_cpu.packed_decode_attention_cpu(q, k, v, Constants(soft_cap=5.0))
 
-    def test_a_cache_hands_its_decode_steps_to_them_and_the_ledger_counts_their_reads(self, monkeypatch):
-        calls, real = [], packed_attention_cpu._attend
-        monkeypatch.setattr(packed_attention_cpu, "_attend", lambda *args: (calls.append(1), real(*args)))
+    def test_a_cache_hands_its_decode_steps_to_them_and_the_ledger_counts_their_reads(self):
         cache = QuantizedCache(4, group_size=16, residual_length=16)
         cache.append(*torch.randn(2, 1, 2, 60, 16))
+        q = torch.randn(1, 6, 1, 16)
         with ledger() as work:
-            cache.attend(torch.randn(1, 6, 1, 16))
-        assert len(calls) == 1
+            cache.attend(q)
         assert work.bytes_read == cache.nbytes
-        cache.attend(torch.randn(1, 6, 2, 16))
-        assert len(calls) == 1
+        assert cache.kernel_for(q) is packed_attention_cpu.packed_decode_attention_cpu
+        assert cache.kernel_for(torch.randn(1, 6, 2, 16)) is None
+
+    @pytest.mark.parametrize("threads", [2, 3, 7])
+    def test_any_number_of_threads_gives_the_same_numbers(self, threads, monkeypatch):
+        q, k, v, options, _ = case(2, 3, 3, 2600, 64, torch.float32, quantizers(4, 32), before=3)
+        assert 2 * k.rows.numel() > packed_attention_cpu.PAYS
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            alone = packed_attention_cpu.packed_decode_attention_cpu(q, k, v, **options)
+            torch.set_num_threads(threads)
+            assert torch.equal(packed_attention_cpu.packed_decode_attention_cpu(q, k, v, **options), alone)  # exact
+        finally:
+            torch.set_num_threads(before)
+
+    def test_one_compilation_serves_every_layout_and_dtype(self):
+        q, k, v, options, _ = case(2, 2, 3, 75, 32, torch.float32, quantizers(8), before=2)
+        packed_attention_cpu.packed_decode_attention_cpu(q, k, v, **options)
+        first = packed_attention_cpu._attend.signatures
+        strided = [torch.stack((x, x), dim=-1)[..., 0] for x in (q, k.rows, v.rows)]
+        for dtype in DTYPES:
+            packed_attention_cpu.packed_decode_attention_cpu(
+                strided[0].to(dtype), replace(k, rows=strided[1]), replace(v, rows=strided[2]),
+                before=[x.mT.contiguous().mT.to(dtype) for x in options["before"]],
+            )  # fmt: skip
+        assert packed_attention_cpu._attend.signatures == first
+        assert len(first) == 1
+
+    def test_every_16_bit_scale_is_read_as_it_is_with_denormals_kept_and_flushed(self):
+        read_scales()
+        in_a_process("""
+import torch
+from tests.kernels.test_packed_attention import read_scales
+torch.set_flush_denormal(True)
+read_scales()
+""")
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_process_shares_work_out_to_threads_of_its_own(self):
+        in_a_process("""
+import os
+from labkit.kernels.packed_attention_cpu import share_out
+done = []
+share_out(lambda index, threads: done.append(index), 3)
+child = os.fork()
+share_out(lambda index, threads: done.append(index), 3)
+assert sorted(done) == [0, 0, 1, 1, 2, 2]
+os._exit(0) if child == 0 else None
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""")
 
     def test_half_precision_and_inference_mode_are_taken(self):
         q, k, v = self.arguments(2)
