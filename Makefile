@@ -8,6 +8,7 @@
 #
 # PYTHON=   the Python that makes .venv, 3.11 to 3.13
 # PIP_ARGS= more arguments for pip, such as --index-url for a build of torch without CUDA
+# LABKIT_BUSY=allow  let times be measured on a busy machine (notebooks, benchmarks); they say so
 # PY=       a Python that has everything already (conda, a container): no .venv is made
 
 PYTHON ?= python3
@@ -65,6 +66,7 @@ gpu: $(TEST_READY)
 	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
 
 notebooks: $(TEST_READY)
+	$(PY) -m labkit.measure
 	LABKIT_DEVICE=cpu LABKIT_PROFILE=quick $(SCRATCH) $(PY) -m nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(PY) -m nbstripout --keep-output --keep-count --keep-id --extra-keys \

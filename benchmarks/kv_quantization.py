@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers import Cache as HFCache
 from transformers.cache_utils import CacheLayerMixin, Fp8QuantizedLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 
-from benchmarks.report import bar, finish
+from benchmarks.report import bar, begin, finish
 from labkit import models, quality
 from labkit.cache import Cache, LayerCache, PreallocatedCache, QuantizedCache
 from labkit.device import set_threads
@@ -218,6 +218,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of the timing")
     arguments = parser.parse_args()
     set_threads()
+    begin()
     print(f"{device_name()}; context {CONTEXT}, chunks of {CHUNK}, {SCORED} tokens scored of each text")
     figures: dict[str, float] = {}
     bars = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from benchmarks.report import bar, finish
+from benchmarks.report import bar, begin, finish
 from labkit.course import editions
 from labkit.course.catalogue import contents, numbers
 
@@ -52,6 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lab", nargs="+", default=numbers(), choices=numbers())
     arguments = parser.parse_args()
+    begin()
     figures: dict[str, float] = {}
     bars = []
     for number in arguments.lab:

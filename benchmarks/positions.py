@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs
 
 import torch
 
-from benchmarks.report import bar, finish
+from benchmarks.report import bar, begin, finish
 from labkit import models
 from labkit.cache import Cache
 from labkit.device import pick_device, set_threads
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     set_threads()
+    begin()
     device = pick_device().torch_device
     model = models.load(device=device)
     print(f"{device_name(device)}; float32, batch 1")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ import torch
 from labkit.ledger import Ledger, Work, ledger
 
 __all__ = [
+    "BusyError",
     "Ledger",
     "Timing",
     "Work",
@@ -24,10 +29,14 @@ __all__ = [
     "memory",
     "peak_memory",
     "provenance",
+    "quiet",
     "read_bandwidth",
     "time_call",
 ]
 
+MOST_BY_OTHERS = 0.25  # cores that other processes may use beside a figure that is to be kept
+UNITS = {"a read": "GB/s", "a product": "GFLOP/s"}
+LEAST_OF_BEFORE = 0.7  # of the greatest speed that this machine gave before; quiet runs differ by less
 PEAK_BEGINS = "labkit.measure.peak_memory"  # marks, among the profiler's events, where `peak_memory` starts to count
 
 
@@ -144,3 +153,109 @@ def peak_memory(
             held += event.nbytes()  # negative when memory is given back
             peak = max(peak, held)
     return peak
+
+
+class BusyError(RuntimeError):
+    """The machine does something else as well: a time measured now would be of both."""
+
+
+def quiet(known: Path | None = None) -> dict[str, str]:
+    """What a quiet CPU gives, ready for provenance; BusyError, naming the figure, when it gives less or others use it.
+
+    Others' use of the cores is read over half a second; a product and a read are timed, and compared with the greatest
+    speeds that this machine gave before, which `known` holds (a file in labkit's cache folder).
+    `LABKIT_BUSY=allow` lets a busy machine pass, and what was busy stands in the answer.
+    """
+    allowed = os.environ.get("LABKIT_BUSY", "").strip()
+    if allowed not in ("", "allow"):
+        raise ValueError(f"LABKIT_BUSY is unset or allow; got {allowed}")
+    import psutil
+
+    others = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+    speeds = {"a read": round(read_bandwidth(nbytes=128 * 2**20, repeats=5) / 1e9, 1), "a product": product_speed()}
+    known = known or default_known()
+    if reason := busy(others, speeds, before := known_speeds(known)):
+        if not allowed:
+            raise BusyError(
+                f"{reason}: wait until this machine is quiet, or set LABKIT_BUSY=allow to measure all the same"
+            )
+        return {"busy": reason}
+    keep_speeds(known, {name: max(speed, before.get(name, 0.0)) for name, speed in speeds.items()})
+    return {"quiet": ", ".join(f"{name} at {speed:g} {UNITS[name]}" for name, speed in speeds.items())}
+
+
+def busy(others: float, speeds: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """Why a machine is not quiet, with the figure; empty when it is. others: cores that other processes use."""
+    if others > MOST_BY_OTHERS:
+        return f"other processes use {others:.1f} cores"
+    for name, speed in speeds.items():
+        if speed < LEAST_OF_BEFORE * before.get(name, 0.0):
+            return (
+                f"{name} runs at {speed:g} {UNITS[name]}, this machine gave {before[name]:g}: something else is running"
+            )
+    return ""
+
+
+def product_speed() -> float:
+    """GFLOP/s of a float32 product of two square matrices, the best of five."""
+    square = torch.ones(1024, 1024)
+    timing = alternate({"product": lambda: square @ square}, repeats=5)["product"]
+    return round(2 * 1024**3 / min(timing.samples) / 1e9, 1)
+
+
+def default_known() -> Path:
+    """Where the greatest speeds of this machine are kept."""
+    from labkit.lab_model import cache_folder
+
+    return cache_folder() / "speeds.json"
+
+
+def this_machine() -> str:
+    """What speeds belong to: the processor, as precisely as it says what it is, the threads and the torch in use."""
+    model = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def known_speeds(known: Path) -> dict[str, float]:
+    """The greatest speeds that this machine gave before; empty when none are known."""
+    try:
+        return json.loads(known.read_text(encoding="utf-8")).get(this_machine(), {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def keep_speeds(known: Path, speeds: Mapping[str, float]) -> None:
+    """Write them beside other machines', all or nothing; a folder that cannot be written to keeps none."""
+    try:
+        all_known = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        all_known = {}
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False, encoding="utf-8") as file:
+            json.dump(all_known | {this_machine(): dict(speeds)}, file, indent=1)
+        os.replace(file.name, known)
+    except OSError:
+        return
+
+
+def main() -> int:
+    """Say whether this machine is quiet; 1 when it is not."""
+    from labkit.device import set_threads
+
+    set_threads()
+    try:
+        print(*(f"{name}: {what}" for name, what in quiet().items()), sep="\n")
+    except BusyError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

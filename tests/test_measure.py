@@ -81,3 +81,42 @@ def test_peak_memory_counts_what_is_held_at_once_and_not_what_was_there_or_was_l
 
     peak = measure.peak_memory(run, lambda: [torch.zeros(size // 4)])
     assert size <= peak < 1.1 * size
+
+
+class TestQuiet:
+    """Whether a time measured now would be of one thing alone."""
+
+    def test_a_quiet_machine_passes(self) -> None:
+        assert not measure.busy(0.1, {"a read": 40.0, "a product": 300.0}, {"a read": 41.0, "a product": 310.0})
+        assert not measure.busy(0.1, {"a read": 40.0, "a product": 300.0}, {})  # nothing known yet
+
+    @pytest.mark.parametrize(
+        ("others", "read", "said"),
+        [(1.6, 40.0, "other processes use 1.6 cores"), (0.0, 12.0, "a read runs at 12 GB/s, this machine gave 41")],
+    )
+    def test_a_busy_machine_is_named_by_its_figure(self, others, read, said) -> None:
+        assert said in measure.busy(others, {"a read": read, "a product": 300.0}, {"a read": 41.0, "a product": 310.0})
+
+    def test_a_slow_read_is_refused_and_allowed_only_when_said(self, tmp_path, monkeypatch) -> None:
+        known = tmp_path / "some" / "speeds.json"
+        measure.keep_speeds(known, {"a read": 1e6, "a product": 1e6})
+        monkeypatch.delenv("LABKIT_BUSY", raising=False)
+        with pytest.raises(measure.BusyError, match=r"LABKIT_BUSY=allow"):
+            measure.quiet(known)
+        monkeypatch.setenv("LABKIT_BUSY", "allow")
+        assert "busy" in measure.quiet(known)
+        assert measure.known_speeds(known) == {"a read": 1e6, "a product": 1e6}
+        monkeypatch.setenv("LABKIT_BUSY", "yes")
+        with pytest.raises(ValueError, match="LABKIT_BUSY is unset or allow; got yes"):
+            measure.quiet(known)
+
+    def test_speeds_are_kept_by_machine_and_a_damaged_file_is_as_none(self, tmp_path) -> None:
+        known = tmp_path / "speeds.json"
+        known.write_text('{"another machine": {"a read": 7.0}}')
+        assert measure.known_speeds(known) == {}
+        measure.keep_speeds(known, {"a read": 3.0})
+        assert measure.known_speeds(known) == {"a read": 3.0}
+        assert json.loads(known.read_text())["another machine"] == {"a read": 7.0}
+        assert [path.name for path in tmp_path.iterdir()] == ["speeds.json"]
+        known.write_text("{")
+        assert measure.known_speeds(known) == {}
