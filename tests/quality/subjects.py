@@ -39,7 +39,7 @@ def make(layer) -> Cache:
 
 def wide(dtype: torch.dtype = torch.float64) -> Llama:
     """A random model with weights wide enough that damaged keys show in its logits."""
-    model = models.random(SPEC, dtype=dtype, pack=False)
+    model = models.random(SPEC, dtype=dtype, prepack=False)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             parameter.mul_(12)
