@@ -14,7 +14,7 @@ from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache, Qua
 from labkit.cache.recording import RecordingCache
 from labkit.cache.step import rectangle
 from labkit.course.plug import PluggedLayer
-from labkit.labs import lab02 as labs
+from labkit.labs.lab02 import references as labs
 from tests.attending import how
 from tests.bounds import attention_bound
 
