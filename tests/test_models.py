@@ -232,8 +232,9 @@ def test_the_conversion_is_checked_against_hugging_faces_own_reading_of_the_file
         del theirs
         converted = transformers.AutoModelForCausalLM.from_pretrained(lab, dtype=torch.float32)(tokens).logits
     assert torch.equal(converted, expected)  # exact: the same weights in the same code
-    # Bounded by 1e-4: float32 through 30 layers, products summed in another order; about 3e-5 is seen.
-    assert (models.load(device="cpu")(tokens) - expected).abs().max() < 1e-4
+    # Bounded: float32 through 30 layers, products summed in another order. Of plain and of prepacked weights, on texts,
+    # logits are seen 2e-5 of their spread from those in float64.
+    assert (models.load(device="cpu")(tokens) - expected).abs().max() < 2e-4 * expected.std()
 
 
 def test_the_tokenizer_has_a_chat_template_and_a_padding_token(lab):
