@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from labkit.limits import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
 PROFILES = ("quick", "full")
@@ -67,17 +67,6 @@ def set_threads() -> int:
     threads = int(text) if text else usable_cores()
     torch.set_num_threads(threads)
     return threads
-
-
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPU cores this process may use: its affinity, lowered by a container's CPU quota where one is set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))  # "max" when there is no quota
-    except (OSError, ValueError, ZeroDivisionError):
-        pass
-    return max(cores, 1)
 
 
 def profile() -> str:

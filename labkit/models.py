@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from labkit.device import first_line, pick_device
+from labkit.files import read_text, real_file, user_path
 from labkit.lab_model import NAME, ModelError, cache_folder, ensure_lab_model
-from labkit.llama import Llama, hf_names, rope_frequencies
+from labkit.llama import Llama, rope_frequencies
 from labkit.specs import ModelSpec, decoder_spec
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+OR_UNSET = "Name a folder or a hub id (owner/name), or unset it."
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -54,11 +56,18 @@ def folder(progress: bool = True) -> Path:
     named = named_model()
     if not named:
         return ensure_lab_model(progress)
-    path = Path(named).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = user_path(named)
+        if path.is_dir():
+            for file in path.iterdir():  # whoever opens a pipe waits for ever
+                if not file.is_dir():
+                    real_file(file)
+            return path
+    except OSError as error:
+        what = f"{Path(error.filename).name[:80]}: " if error.filename else ""
+        raise ModelError(f"LABKIT_MODEL={named[:80]} cannot be used: {what}{error.strerror}. {OR_UNSET}") from None
     if not HUB_ID.fullmatch(named):
-        raise ModelError(f"LABKIT_MODEL={named}: no such folder. Name a folder or a hub id (owner/name), or unset it.")
+        raise ModelError(f"LABKIT_MODEL={named[:80]}: no such folder. {OR_UNSET}")
     return _from_hub(named)
 
 
@@ -80,13 +89,16 @@ def load(
 
 
 def tokenizer() -> Any:
-    """The tokenizer of the model in use, a transformers tokenizer with its chat template. Raises ModelError."""
+    """The tokenizer of the model in use, a transformers tokenizer with its chat template. Raises ModelError.
+
+    Code that a model's folder brings along is not run.
+    """
     from transformers import AutoTokenizer
 
     path = folder()
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception, transformers many types
         raise ModelError(f"{path} has no tokenizer that transformers can read ({first_line(error)})") from error
 
 
@@ -123,11 +135,12 @@ def from_folder(
     """
     shape = _spec(path, name or path.name)
     try:
-        return _fill(_empty(shape, dtype, device), Checkpoint(path))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ModelError(
-            f"{path} cannot be loaded: {first_line(error)}. Fetch it again, or name another model."
-        ) from error
+        weights = Checkpoint(path)
+        _on_meta(shape, dtype).check_shapes(weights.shapes())  # before there is memory for what the config promises
+        return _fill(_empty(shape, dtype, device), weights)
+    except (SafetensorError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = first_line(error) or type(error).__name__
+        raise ModelError(f"{path} cannot be loaded: {said}. Fetch it again, or name another model.") from error
 
 
 def from_hf(model: Any) -> Llama:
@@ -143,7 +156,10 @@ class Checkpoint(Mapping[str, Tensor]):
         self.files = {name: file for file in files for name in file.keys()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
+        tensor = self.files[name].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, no floating-point numbers: quantized weights are not read")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -151,19 +167,37 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the files' headers."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files that make up a folder's model: those of its index, or else its only one."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        found = [path / name for name in names]
+        found = [path / name for name in _indexed(index)]
     else:
         found = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")]
     missing = [file.name for file in found if not file.is_file()]
     if missing or not found:
         raise ValueError(f"it has no {', '.join(missing) or '*.safetensors file'}")
     return found
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of the files that an index lists, each a file beside it."""
+    try:
+        content = json.loads(read_text(index))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index.name} is not valid JSON ({first_line(error)})") from None
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index.name} has no weight_map from tensors to file names")
+    names = sorted(set(listed.values()))
+    if outside := [name for name in names if PurePath(name).name != name or not name.endswith(".safetensors")]:
+        raise ValueError(f"{index.name} names {outside[0][:80]!r}, which is no safetensors file beside it")
+    return names
 
 
 def _spec(path: Path, name: str) -> ModelSpec:
@@ -175,22 +209,25 @@ def _spec(path: Path, name: str) -> ModelSpec:
 
 def _empty(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> Llama:
     """A model with memory for its weights and nothing in it: no weight is ever held twice."""
-    with torch.device("meta"):
-        model = Llama(spec).to(dtype)
+    model = _on_meta(spec, dtype)
     model.to_empty(device=device).requires_grad_(False)
     model.frequencies = rope_frequencies(spec).to(device)
     return model
 
 
+def _on_meta(spec: ModelSpec, dtype: torch.dtype) -> Llama:
+    """A model without memory: shapes only."""
+    with torch.device("meta"):
+        return Llama(spec).to(dtype)
+
+
 def _fill(model: Llama, weights: Mapping[str, Tensor]) -> Llama:
-    """Load `weights`; a tensor that our decoder has no place for would silently change the answer, so it is refused."""
-    used = {source for name, _ in model.named_parameters() for source in hf_names(name)}
-    unused = [name for name in weights if name not in used and not name.endswith("rotary_emb.inv_freq")]
-    if model.head is None:
-        unused = [name for name in unused if name != "lm_head.weight"]
-    if unused:
-        raise ValueError(f"the decoder has no place for {unused[0]} ({len(unused)} such tensors)")
-    return model.load(weights)
+    """Load `weights`; ValueError when they do not fit, or when one is not a number: it would spoil every answer."""
+    model.load(weights)
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in parameter.aminmax()):
+            raise ValueError(f"{name} has values that are not finite (NaN or infinity) in {parameter.dtype}")
+    return model
 
 
 def _from_hub(name: str) -> Path:

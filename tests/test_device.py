@@ -2,8 +2,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from labkit import device
 
@@ -120,19 +118,3 @@ def test_a_thread_count_that_is_none_is_refused(monkeypatch, setting):
     monkeypatch.setenv("LABKIT_THREADS", setting)
     with pytest.raises(ValueError, match="LABKIT_THREADS"):
         device.set_threads()
-
-
-@given(quota=st.integers(1, 10**7), period=st.integers(1, 10**6))
-def test_a_container_quota_lowers_the_core_count_and_never_to_zero(tmp_path_factory, quota, period):
-    folder = tmp_path_factory.mktemp("cgroup")
-    unlimited = device.usable_cores(folder)
-    (folder / "cpu.max").write_text(f"{quota} {period}\n")
-    cores = device.usable_cores(folder)
-    assert 1 <= cores <= unlimited
-    assert cores == unlimited or cores >= quota / period > cores - 1
-
-
-def test_no_quota_leaves_the_core_count(tmp_path):
-    unlimited = device.usable_cores(tmp_path)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert device.usable_cores(tmp_path) == unlimited

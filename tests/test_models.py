@@ -1,8 +1,11 @@
+import builtins
 import json
 import os
+import re
 import socket
 import subprocess
 import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -136,6 +139,113 @@ def test_a_tensor_that_our_decoder_has_no_place_for_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"no place for model\.layers\.0\.self_attn\.o_proj\.bias"):
         models.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path, bad):
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = bad
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1\.mlp\.down\.weight has values that are not finite"):
+        models.from_folder(tmp_path)
+
+
+def test_a_weight_too_large_for_the_dtype_asked_for_is_refused(tmp_path):
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e6
+    save_file(weights, tmp_path / "model.safetensors")
+    models.from_folder(tmp_path, torch.bfloat16)
+    with pytest.raises(ModelError, match=r"norm\.weight has values that are not finite .* in torch\.float16"):
+        models.from_folder(tmp_path, torch.float16)
+
+
+def test_weights_that_are_codes_of_a_quantized_model_are_refused(tmp_path):
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"norm\.weight holds torch\.int8.*quantized"):
+        models.from_folder(tmp_path)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "no weight_map"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\ufeff{}", "no weight_map"),
+        ('{"weight_map": []}', "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "no weight_map"),
+        ('{"weight_map": {}}', "no *.safetensors"),
+        (
+            '{"weight_map": {"a": "../other/model.safetensors"}}',
+            "'../other/model.safetensors', which is no safetensors",
+        ),
+        ('{"weight_map": {"a": "/etc/model.safetensors"}}', "which is no safetensors file beside it"),
+        ('{"weight_map": {"a": ".."}}', "which is no safetensors file beside it"),
+        ('{"weight_map": {"a": "model.pkl"}}', "which is no safetensors file beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "it has no gone.safetensors"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_one_clear_error(tmp_path, content, said):
+    saved(tmp_path / "other")
+    folder = saved(tmp_path / "model")
+    (folder / INDEX).write_text(content)
+    with pytest.raises(ModelError) as caught:
+        models.from_folder(folder)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9},
+        {"vocab_size": 10**12},
+        {"intermediate_size": 10**15},
+        {"num_attention_heads": 10**6, "num_key_value_heads": 10**6},
+        {"hidden_size": 10**30},
+        {"max_position_embeddings": 10**18, "hidden_size": 2**62},
+    ],
+)
+def test_a_config_that_promises_more_than_there_is_is_refused_before_memory_is_taken(tmp_path, changes):
+    edit_config(saved(tmp_path), **changes)
+    tracemalloc.start()
+    with pytest.raises(ModelError) as caught:
+        models.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX, "model.safetensors"])
+def test_a_pipe_in_a_models_folder_is_refused_by_name_and_hangs_nothing(tmp_path, named, name):
+    folder = saved(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    named(folder)
+    for use in (models.load, models.tokenizer, models.spec):
+        with pytest.raises(ModelError, match=rf"{re.escape(name)}: it is a pipe"):
+            use()
+
+
+def test_code_that_a_folder_brings_along_is_not_run_and_nobody_is_asked(tmp_path, named, monkeypatch, capsys):
+    folder = saved(tmp_path)
+    edit_config(folder, auto_map={"AutoTokenizer": ["code.Mine", None]})
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"})
+    )
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question"))
+    named(folder)
+    with pytest.raises(ModelError, match="no tokenizer that transformers can read"):
+        models.tokenizer()
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_old_checkpoints_with_stored_rotary_frequencies_load(tmp_path):

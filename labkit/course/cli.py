@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import ipaddress
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 JUPYTER = Path(__file__).resolve().parent / "jupyter"  # settings for JupyterLab: no questions about news
@@ -35,22 +36,78 @@ class AddressError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status. What a person can mend is said in one line on stderr."""
+    """Run one command; returns its exit status. What a person can mend is said in one line on stderr.
+
+    Output that cannot be written ends a command too: quietly when the reader has gone (`labkit size --list | head`).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to fail
+    status, ended = 0, None
+    try:
+        try:
+            status = _run(arguments)
+        except SystemExit as error:  # argparse's, after --help or a line on what is wrong
+            ended = error
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            what = error.filename or "the output"
+            _complain(f"{what} cannot be written or read ({error.strerror or error})")
+            status = 1
+        ended = None
+    for stream in (sys.stdout, sys.stderr):
+        if not _flushes(stream):  # send what it holds to nowhere, or Python tries once more when it ends
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if ended:
+        raise ended
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The command itself, its own errors as a line on stderr."""
     options = _parser().parse_args(arguments)
     from labkit.course.workspace import WorkspaceError
     from labkit.lab_model import ModelError
 
     try:
         return options.run(options)
-    except KeyboardInterrupt:
-        return 130
     except (AddressError, ModelError, WorkspaceError) as error:
-        print(f"labkit: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
 
 
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"labkit: {line}", file=sys.stderr)
+
+
+def _flushes(stream: TextIO) -> bool:
+    """Whether a stream takes what was written to it."""
+    try:
+        if stream:  # None where it was closed
+            stream.flush()
+        return True
+    except OSError:
+        return False
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse's, save that help which cannot be written is an error."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="labkit", description="KV-cache labs: set up, check, open.")
+    parser = Parser(prog="labkit", description="KV-cache labs: set up, check, open.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="check everything a lab needs, one line each")
     doctor.set_defaults(run=run_doctor)
@@ -58,9 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     model.set_defaults(run=run_model)
     opener = commands.add_parser("open", help="open the labs in JupyterLab")
     opener.add_argument("--port", default=os.environ.get("PORT") or "8888", help="default: PORT, or 8888")
-    opener.add_argument(
-        "--host", default=host_from_environment(), help="default: HOST if it is an address, or 127.0.0.1"
-    )
+    opener.add_argument("--host", help="default: HOST if it is this machine's own, or 127.0.0.1")
     opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
     opener.set_defaults(run=run_open)
     _add_size(commands)
@@ -99,11 +154,23 @@ def _add_size(commands: Any) -> None:
 
 
 def host_from_environment() -> str:
-    """`HOST`, where it holds an address: some shells and conda export one that holds a machine's name or type."""
-    host = os.environ.get("HOST", "")
+    """`HOST`, where it holds an address that only this machine reaches, or 127.0.0.1.
+
+    Some shells and conda export one that holds a machine's name or type. Letting others in takes a word on the command
+    line: an address that they can reach is not taken from the environment, which a line on stderr says.
+    """
+    host = os.environ.get("HOST", "").strip()
+    if host == "localhost":
+        return host
     with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(host))
-    return host if host == "localhost" else "127.0.0.1"
+        address = ipaddress.ip_address(host)
+        if address.is_loopback:
+            return str(address)
+        _complain(
+            f"HOST={host} in the environment would let other machines in and is left out; "
+            f"if that is meant, type `make lab HOST={host}`"
+        )
+    return "127.0.0.1"
 
 
 def run_doctor(options: argparse.Namespace) -> int:
@@ -134,14 +201,15 @@ def run_open(options: argparse.Namespace) -> int:
     from labkit.course.workspace import refresh
     from labkit.lab_model import ensure_lab_model
 
-    port = check_address(options.host, options.port)
+    host = options.host or host_from_environment()
+    port = check_address(host, options.port)
     if not os.environ.get("LABKIT_MODEL", "").strip():
         ensure_lab_model()
     work = ROOT / "work"
-    for line in refresh(ROOT / "notebooks", work):
-        print(line)
-    command = jupyter_command(work, options.host, port, no_browser=options.no_browser)
-    sys.stdout.flush()
+    lines = refresh(ROOT / "notebooks", work)
+    with contextlib.suppress(OSError):  # the labs open also where nobody reads this
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    command = jupyter_command(work, host, port, no_browser=options.no_browser)
     os.execve(command[0], command, jupyter_environment(dict(os.environ)))
 
 
@@ -183,8 +251,12 @@ def check_address(host: str, port: str) -> int:
 
 
 def jupyter_command(work: Path, host: str, port: int, *, no_browser: bool) -> list[str]:
-    """JupyterLab on exactly this address, with a token, in `work`, showing the first lab. Its own settings stay."""
+    """JupyterLab on exactly this address, in `work`, showing the first lab, open to who has its token or password.
+
+    All other settings of the learner's own stay.
+    """
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={host}", f"--ServerApp.port={port}"]
+    command.append("--ServerApp.identity_provider_class=labkit.course.guard.Guarded")
     command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
     if (work / FIRST_LAB).is_file():
         command.append(f"--LabApp.default_url=/lab/tree/{FIRST_LAB}")

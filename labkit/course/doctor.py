@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 OLDEST, NEWEST = (3, 11), (3, 13)
 LEAST_FREE_BYTES = 2_000_000_000
 WIDGETS = Path("labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json")
+MORE_MEMORY = "close other programs, or raise the limit (ulimit -v, a container's): a lab needs 2 GB of free memory"
 REINSTALL = "run `make clean` and `make lab` again"
 
 
@@ -80,23 +82,18 @@ def check_weights() -> Line:
 
 def check_device() -> Line:
     """The device that was picked, and the memory free on it."""
-    import psutil
-    import torch
-
     from labkit.device import pick_device
+    from labkit.measure import memory
 
     device = pick_device()
-    if device.torch_device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    seen = memory(device.torch_device)
+    free, total = seen["free"], seen["total"]
     detail = (
         f"{device.reason}{'' if device.reason.endswith('.') else ','} {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     )
     if os.environ.get("LABKIT_DEVICE", "").strip().lower() == "cuda" and device.torch_device.type != "cuda":
         return Line("device", False, detail, "free or repair the GPU, or unset LABKIT_DEVICE; the labs run on the CPU")
-    remedy = "close other programs: a lab needs 2 GB of free memory"
-    return Line("device", free >= LEAST_FREE_BYTES, detail, remedy)
+    return Line("device", free >= LEAST_FREE_BYTES, detail, MORE_MEMORY)
 
 
 def check_profile() -> Line:
@@ -108,11 +105,11 @@ def check_profile() -> Line:
 
 def check_model(thorough: bool = False) -> Line:
     """The model's files are there and whole. Fetches nothing."""
-    from labkit.lab_model import NAME, damage, lab_model_folder
+    from labkit.lab_model import NAME, damage
 
     if named := os.environ.get("LABKIT_MODEL", "").strip():
         return Line("model", True, f"{named} (LABKIT_MODEL; read when a lab loads it)")
-    folder = lab_model_folder()
+    folder = _cache() / NAME
     reason = damage(folder, thorough)
     if reason:
         return Line("model", False, f"{NAME} in {folder}: {reason}", "run `labkit model` (fetches 93 MB, once)")
@@ -120,17 +117,25 @@ def check_model(thorough: bool = False) -> Line:
 
 
 def check_work_folder() -> Line:
-    """The current folder, where progress is kept, can be written to."""
-    return _writable("working folder", Path.cwd(), "make it writable, or work in a folder that is")
+    """The current folder, where progress is kept, can be written to; `LABKIT_PROGRESS`, where set, names a file."""
+    from labkit.course.progress import default_path
+    from labkit.files import real_file, user_path
+
+    try:
+        real_file(default_path())
+    except OSError as error:
+        detail = f"LABKIT_PROGRESS={os.environ.get('LABKIT_PROGRESS', '')[:80]} cannot be used ({error.strerror})"
+        return Line("working folder", False, detail, "set it to a file in a writable folder, or unset it")
+    return _writable("working folder", user_path("."), "make it writable, or work in a folder that is")
 
 
 def check_cache_folder() -> Line:
     """The cache folder can be written to; one that is read-only serves as well once the model is in it."""
-    from labkit.lab_model import cache_folder, damage, lab_model_folder
+    from labkit.lab_model import NAME, damage
 
-    folder = cache_folder()
+    folder = _cache()
     line = _writable("cache folder", folder, "make it writable, or set LABKIT_CACHE to a folder that is")
-    if not line.ok and damage(lab_model_folder()) is None:
+    if not line.ok and damage(folder / NAME) is None:
         return Line("cache folder", True, f"{folder}, read-only, with the model in it")
     return line
 
@@ -163,18 +168,35 @@ def _guarded(name: str, check: Callable[[], Line]) -> Line:
     """A check that raises is a failing line: the doctor reports on a broken installation, it must not break."""
     try:
         return check()
-    except ImportError as error:
-        return Line(name, False, f"does not import ({error})", REINSTALL)
-    except ValueError as error:
-        return Line(name, False, str(error), "correct the setting and start again")
     except Exception as error:
-        return Line(name, False, f"{type(error).__name__}: {error}", REINSTALL)
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said:
+            return Line(name, False, f"memory ran out ({said})", MORE_MEMORY)
+        if isinstance(error, ImportError):
+            return Line(name, False, f"does not import ({said})", REINSTALL)
+        if isinstance(error, ValueError | OSError):
+            return Line(name, False, said, "correct the setting and start again")
+        return Line(name, False, f"{type(error).__name__}: {said}", REINSTALL)
+
+
+def _cache() -> Path:
+    """The cache folder; ValueError when what LABKIT_CACHE says can be none."""
+    from labkit.lab_model import ModelError, cache_folder
+
+    try:
+        return cache_folder()
+    except ModelError as error:
+        raise ValueError(str(error)) from None
 
 
 def _writable(name: str, folder: Path, remedy: str) -> Line:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    """Whether files can be written in a folder, or in the nearest above it that exists, where it would be made."""
+    from labkit.files import folder_problem, nearest
+
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        if (problem := folder_problem(folder)) is not None:
+            return Line(name, False, f"{folder} cannot be written to ({problem})", remedy)
+        with tempfile.TemporaryFile(dir=nearest(folder)) as file:
             file.write(b"x")
     except OSError as error:
         return Line(name, False, f"{folder} cannot be written to ({error.strerror or error})", remedy)

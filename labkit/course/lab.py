@@ -43,8 +43,6 @@ class Lab:
         self.quizzes = {quiz.id: quiz for quiz in self.contents.quizzes}
         self.progress = progress or Progress()
         self.verdicts: dict[str, Verdict] = {}
-        self.guesses: dict[str, float] = {}
-        self.hints_given: dict[str, int] = {}
         print(f"Lab {self.number} · {self.contents.title}")
         print(doctor.card())
 
@@ -119,15 +117,22 @@ class Lab:
     def hint(self, id: str) -> None:
         """The next of three hints; after a failed check, first what speaks to that failure."""
         exercise = self.find(self.exercises, id, "exercise")
-        verdict = self.verdicts.get(id)
-        diagnosis = verdict.finding.diagnosis if verdict and verdict.finding else ""
-        special = exercise.hints_for.get(diagnosis)
-        key = f"{id} {diagnosis}" if special else id
-        given = self.hints_given.get(key, 0)
-        steps = ([special] if special else []) + list(exercise.hints)
-        self.hints_given[key] = given + 1
-        self.progress.count("exercises", id, "hints")
-        print(cards.hint(exercise, steps, given))
+        diagnosis = self.diagnosis(id)
+        counts = self.progress.get("exercises", id)
+        given = counts.get("hints", 0) - sum(many for name, many in counts.items() if name.startswith("hints "))
+        steps, counters = list(exercise.hints), ["hints"]
+        if special := exercise.hints_for.get(diagnosis):
+            steps, counters = [special, *steps], ["hints", f"hints {diagnosis}"]
+            given = counts.get(counters[1], 0)
+        self.progress.count("exercises", id, *counters)
+        print(cards.hint(exercise, steps, max(given, 0)))
+
+    def diagnosis(self, id: str) -> str:
+        """What the latest check of an exercise found wrong, in this session or before; empty when nothing."""
+        if verdict := self.verdicts.get(id):
+            return verdict.finding.diagnosis if verdict.finding else ""
+        known = self.progress.get("exercises", id)
+        return "" if known.get("passed") else str(known.get("last_diagnosis", ""))
 
     def solution(self, id: str) -> None:
         """Show the reference."""
@@ -138,16 +143,15 @@ class Lab:
     # Guesses and questions.
 
     def predict(self, id: str, guess: Any = ...) -> None:
-        """Keep a guess until `reveal`. `...` stands for no guess."""
+        """Keep a guess until `reveal`. `...` stands for none, or for the one that the progress file has."""
         prediction = self.find(self.predictions, id, "prediction")
         if guess is ... or guess is None:
-            self.guesses.pop(id, None)
-            print(cards.no_guess(prediction))
+            earlier = self.guess(id)
+            print(cards.no_guess(prediction) if earlier is None else cards.kept(prediction, earlier))
             return
         number = as_number(guess)
         if number is None:
             raise Mistyped(f"{id}: a guess is one number, such as guess=10; got {str(guess)[:40]!r}")
-        self.guesses[id] = number
         first = self.progress.get("predictions", id).get("first_guess", number)
         self.progress.record("predictions", id, guess=number, first_guess=first)
         print(cards.kept(prediction, number))
@@ -156,7 +160,11 @@ class Lab:
         """Set the guess beside the figure."""
         prediction = self.find(self.predictions, id, "prediction")
         self.progress.record("predictions", id, value=float(value))
-        print(cards.reveal(prediction, self.guesses.get(id), value))
+        print(cards.reveal(prediction, self.guess(id), value))
+
+    def guess(self, id: str) -> float | None:
+        """The guess that was made, in this session or before; None when there is none."""
+        return as_number(self.progress.get("predictions", id).get("guess"))
 
     def quiz(self, id: str, answer: str = ...) -> None:  # type: ignore[assignment]
         """Answer a question with the letter of an option; every option has its own reply."""

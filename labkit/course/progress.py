@@ -1,29 +1,33 @@
 """What a learner has done, in one JSON file beside the notebooks. Losing it loses nothing else.
 
-Every change is a read, a merge and an atomic replace under a lock, so two kernels may write at once. When the file
-cannot be used the session goes on in memory, after one line that says so.
+Every change is a read, a merge and an atomic replace under a lock, so two kernels may write at once. While the file
+cannot be used, changes wait in memory, after one line that says so, and each later change tries to write them all.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from labkit.course.files import write_whole
+from labkit.files import locked, make_folder, read_text, real_file, remove_leftovers, user_path, write_whole
 
 FORMAT = 1
 KINDS = ("exercises", "predictions", "quizzes")
-COUNTERS = ("attempts", "hints", "solutions")
+COUNTERS = ("attempts", "hints", "solutions")  # alone, or with more words behind: "hints scale"
+LOCK_SECONDS = 10
+
+Data = dict[str, Any]
+Change = Callable[[Data], None]
 
 
 def default_path() -> Path:
-    """`LABKIT_PROGRESS`, or `progress.json` in the kernel's folder, which is the notebook's."""
-    return Path(os.environ.get("LABKIT_PROGRESS") or "progress.json").absolute()
+    """`LABKIT_PROGRESS`, or `progress.json` in the kernel's folder, which is the notebook's. Raises OSError."""
+    return user_path(os.environ.get("LABKIT_PROGRESS", "").strip() or "progress.json")
 
 
 def well_formed(data: Any) -> bool:
@@ -35,20 +39,23 @@ def well_formed(data: Any) -> bool:
     entries = [entry for kind in KINDS for entry in data[kind].values()]
     if not all(isinstance(entry, dict) for entry in entries):
         return False
-    return all(type(entry.get(counter, 0)) is int for entry in entries for counter in COUNTERS)
+    counts = [value for entry in entries for name, value in entry.items() if name.partition(" ")[0] in COUNTERS]
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 class Progress:
     """The file, and this session's copy of it."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or default_path()
-        self.data: dict[str, Any] = self.empty()
-        self.saving = True
-        self.update(lambda data: None, write=False)
+        self.path = path
+        self.saved = self.empty()  # what the file held when this session last read or wrote it
+        self.unsaved: list[Change] = []
+        self.data = self.empty()  # the one with the others applied
+        self.lost = False
+        self.update(None)
 
     @staticmethod
-    def empty() -> dict[str, Any]:
+    def empty() -> Data:
         """A file with nothing in it."""
         return {"format": FORMAT, **{kind: {} for kind in KINDS}}
 
@@ -58,68 +65,99 @@ class Progress:
 
     def record(self, kind: str, key: str, **entry: Any) -> None:
         """Merge `entry` into what is known, here and in the file."""
+        self.update(lambda data: data[kind].setdefault(key, {}).update(entry))
 
-        def merge(data: dict[str, Any]) -> None:
-            data[kind].setdefault(key, {}).update(entry)
+    def count(self, kind: str, key: str, *counters: str) -> None:
+        """Add one to each counter, in the file as it stands now, so that two kernels lose no count."""
 
-        self.update(merge)
-
-    def count(self, kind: str, key: str, what: str) -> None:
-        """Add one to a counter, in the file as it stands now, so that two kernels lose no count."""
-
-        def add(data: dict[str, Any]) -> None:
+        def add(data: Data) -> None:
             entry = data[kind].setdefault(key, {})
-            entry[what] = entry.get(what, 0) + 1
+            entry.update({counter: entry.get(counter, 0) + 1 for counter in counters})
 
         self.update(add)
 
-    def update(self, change: Any, *, write: bool = True) -> None:
-        """Apply `change` to the file's newest content, or to the copy in memory when there is no usable file."""
-        if not self.saving:
+    def update(self, change: Change | None) -> None:
+        """Apply a change, and all that wait, to the file's newest content; keep them waiting if it cannot be written.
+
+        None only reads.
+        """
+        if change:
+            self.unsaved.append(change)
             change(self.data)
+        try:
+            self.save()
+        except OSError as error:
+            if not self.lost:
+                self.lost = True
+                print(
+                    f"progress is kept in memory only: {self.name} cannot be used "
+                    f"({error.strerror or 'another process holds its lock'}). Nothing else is affected. Make it a file "
+                    f"in a writable folder with free space; your next check then saves all, if this kernel still runs."
+                )
             return
-        try:
-            if not write and not self.path.exists():
+        if self.lost:
+            self.lost = False
+            print(f"progress is saved again, in {self.name}; nothing of this session is missing.")
+
+    @property
+    def name(self) -> str:
+        """The file's name, as messages give it."""
+        return (self.path or Path(os.environ.get("LABKIT_PROGRESS", ""))).name[:80]
+
+    def save(self) -> None:
+        """Read the file, apply what waits, and write it. Raises OSError."""
+        # Found once: a notebook may change its folder later.
+        self.path = default_path() if self.path is None else user_path(self.path)
+        data = None
+        if not self.unsaved:  # reading needs no lock, which a folder that is read-only does not have
+            try:
+                data = self.content(self.path)
+            except FileNotFoundError:
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=10):
-                self.data = self.read()
-                change(self.data)
-                if write:
-                    self.write()
-        except (OSError, Timeout) as error:
-            self.saving = False
-            change(self.data)
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            print(
-                f"progress is kept in memory only: {self.path.name} cannot be written ({reason}). Nothing else is "
-                f"affected. To keep it, make the folder writable and restart the kernel."
-            )
+        if data is None:
+            make_folder(self.path.parent)
+            with locked(self.path, 0.5 if self.lost else LOCK_SECONDS):
+                remove_leftovers(self.path)
+                data = self.newest(self.path)
+                for change in self.unsaved:
+                    change(data)
+                if self.unsaved:
+                    self.write(self.path, data)
+        self.unsaved.clear()
+        self.saved, self.data = data, copy.deepcopy(data)
 
-    def read(self) -> dict[str, Any]:
-        """The file's content. A damaged file is set aside, never overwritten."""
+    @staticmethod
+    def content(path: Path) -> Data | None:
+        """What the file holds; None when it is damaged. Raises OSError."""
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if not well_formed(data):
-                raise ValueError("unknown format")
-            return data
-        except FileNotFoundError:
-            return self.data
+            data = json.loads(read_text(path))
         except (ValueError, RecursionError):
-            aside = self.set_aside()
-            print(f"{self.path.name} could not be read and is kept as {aside.name}; progress starts anew.")
-            return self.data
+            return None
+        return data if well_formed(data) else None
 
-    def set_aside(self) -> Path:
+    def newest(self, path: Path) -> Data:
+        """What the file holds, or what was saved last. A damaged file is set aside, never overwritten."""
+        try:
+            if (data := self.content(path)) is not None:
+                return data
+            aside = self.set_aside(real_file(path))
+            print(f"{path.name} could not be read and is kept as {aside.name}; progress starts anew.")
+        except FileNotFoundError:
+            pass
+        return copy.deepcopy(self.saved)
+
+    @staticmethod
+    def set_aside(path: Path) -> Path:
         """Move the file to a name that is free."""
         number = 1
-        while (aside := self.path.with_name(f"{self.path.stem}.damaged-{number}.json")).exists():
+        while os.path.lexists(aside := path.with_name(f"{path.stem}.damaged-{number}.json")):
             number += 1
-        self.path.rename(aside)
+        path.rename(aside)
         return aside
 
-    def write(self) -> None:
+    @staticmethod
+    def write(path: Path, data: Data) -> None:
         """Replace the file in one step. A file that was made read-only stays as it is."""
-        if self.path.exists() and not os.access(self.path, os.W_OK):
+        if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "the file is read-only")
-        write_whole(self.path, json.dumps(self.data, indent=1, sort_keys=True).encode())
+        write_whole(path, json.dumps(data, indent=1, sort_keys=True).encode())

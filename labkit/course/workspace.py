@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from labkit.course.files import write_whole
+from labkit.files import locked, make_folder, read_text, remove_leftovers, write_whole
 
 MANIFEST = ".labkit-copies.json"
 
@@ -24,18 +24,25 @@ def refresh(notebooks: Path, work: Path) -> list[str]:
     """Bring `work` up to date with `notebooks/*.ipynb`; returns one line per notebook that was copied or kept back.
 
     New: copied. As it was copied before: replaced by the newer version. Changed by the learner: left alone, and named
-    when a newer version exists. Raises WorkspaceError.
+    when a newer version exists. Safe to call from several processes at once. Raises WorkspaceError.
     """
+    lines: list[str] = []
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        copies = _read(work / MANIFEST)
-        lines = [_refresh_one(source, work, copies) for source in sorted(notebooks.glob("*.ipynb"))]
+        make_folder(work)
+        with locked(work.parent / f".{work.name}", timeout=60):
+            remove_leftovers(work / MANIFEST)
+            copies = _read(work / MANIFEST)
+            for source in sorted(notebooks.glob("*.ipynb")):
+                remove_leftovers(work / source.name)
+                if line := _refresh_one(source, work, copies):
+                    lines.append(line)
     except OSError as error:
+        done = f"done so far: {', '.join(lines)}; the rest is as it was" if lines else "no notebook in it was changed"
         raise WorkspaceError(
-            f"The work folder {work} cannot be used ({error.strerror or error}). Make it a writable folder with free "
-            "space and run `make lab` again; nothing in it was changed."
+            f"The work folder {work} cannot be used ({error.strerror or 'another process holds its lock'}). Make it a "
+            f"writable folder with free space and run `make lab` again; {done}."
         ) from error
-    return [line for line in lines if line]
+    return lines
 
 
 def _refresh_one(source: Path, work: Path, copies: dict[str, list[str]]) -> str | None:
@@ -69,9 +76,9 @@ def _kept_back(target: Path) -> str:
 def _read(manifest: Path) -> dict[str, list[str]]:
     """What was copied before; a damaged manifest counts as none, so that every file counts as the learner's."""
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = json.loads(read_text(manifest))
         return {str(name): [str(version) for version in versions] for name, versions in found.items()}
-    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
 
 

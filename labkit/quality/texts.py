@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from labkit.files import read_text, user_path
 from labkit.specs import DATA, unknown
 
 TEXTS = DATA / "texts"
@@ -33,7 +34,7 @@ def load_text(name: str | Path) -> str:
     own = {path.stem: path for path in TEXTS.glob("*.txt")}
     path = own.get(name.removesuffix(".txt")) if isinstance(name, str) else None
     try:
-        return (path or Path(name).expanduser()).read_text(encoding="utf-8")
+        return read_text(path or user_path(name))
     except FileNotFoundError:
         raise ValueError(f"{unknown('text', str(name), own)}. Or give the path of a text file") from None
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
+import errno
+import io
 import json
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -10,10 +11,15 @@ import urllib.error
 import urllib.request
 
 import pytest
+from traitlets.config import Config
 
 from labkit import lab_model
 from labkit.course import cli, doctor
+from labkit.course.guard import Guarded
 from labkit.course.workspace import WorkspaceError
+from labkit.quality.texts import load_text
+
+ROOT = cli.ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -152,19 +158,26 @@ def test_a_work_folder_that_cannot_be_used_is_one_line_on_stderr(opened, tmp_pat
 
 
 def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_path, free):
-    """The command itself, run: it must listen, refuse a stranger, and serve lab 01's file from `work/`."""
+    """The command itself, run: it must listen, refuse a stranger, and serve lab 01's file from `work/`.
+
+    The learner's settings switch Jupyter's own check off, which must not be obeyed.
+    """
     work = tmp_path / "work"
     work.mkdir()
     (work / cli.FIRST_LAB).write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
-    token = secrets.token_hex(8)
     own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    (tmp_path / "JUPYTER_CONFIG_DIR").mkdir()
+    settings = {"IdentityProvider": {"token": ""}, "ServerApp": {"token": "", "password": ""}}
+    (tmp_path / "JUPYTER_CONFIG_DIR/jupyter_server_config.json").write_text(json.dumps(settings))
     command = cli.jupyter_command(work, "127.0.0.1", free, no_browser=True)
-    environment = cli.jupyter_environment({**os.environ, **own, "JUPYTER_TOKEN": token})
+    environment = cli.jupyter_environment({**os.environ, **own, "JUPYTER_TOKEN": ""})
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{free}"
         wait_for(address, server, tmp_path / "log")
+        token = json.loads(next((tmp_path / "JUPYTER_RUNTIME_DIR").glob("jpserver-*.json")).read_text())["token"]
+        assert len(token) >= 40
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/api/contents/{cli.FIRST_LAB}")
         with urllib.request.urlopen(f"{address}/api/contents/{cli.FIRST_LAB}?token={token}") as response:
@@ -204,17 +217,202 @@ def test_the_command_is_installed_as_labkit():
     ("exported", "host"),
     [
         (None, "127.0.0.1"),
-        ("0.0.0.0", "0.0.0.0"),
+        ("", "127.0.0.1"),
         ("::1", "::1"),
+        ("127.0.0.2", "127.0.0.2"),
         ("localhost", "localhost"),
         ("x86_64-conda-linux-gnu", "127.0.0.1"),
         ("a-machines-name", "127.0.0.1"),
     ],
 )
-def test_an_exported_host_that_is_no_address_is_not_taken_for_one(monkeypatch, exported, host) -> None:
+def test_an_exported_host_that_is_no_address_is_not_taken_for_one(monkeypatch, capsys, exported, host) -> None:
     if exported is not None:
         monkeypatch.setenv("HOST", exported)
     assert cli.host_from_environment() == host
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("exported", ["0.0.0.0", "::", "192.168.0.7", "8.8.8.8", "fe80::1"])
+def test_others_are_let_in_by_the_command_line_alone(opened, monkeypatch, capsys, free, exported) -> None:
+    monkeypatch.setenv("HOST", exported)
+    monkeypatch.setattr(cli, "check_address", lambda host, port: int(port))
+    cli.main(["open", "--port", str(free)])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"make lab HOST={exported}" in said
+    cli.main(["open", "--port", str(free), "--host", exported])
+    assert capsys.readouterr().err == ""
+    ips = [[flag for flag in command if flag.startswith("--ServerApp.ip=")] for command in opened]
+    assert ips == [["--ServerApp.ip=127.0.0.1"], [f"--ServerApp.ip={exported}"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, False),
+        ({"IdentityProvider": {"token": ""}}, False),
+        ({"IdentityProvider": {"token": "  "}}, False),
+        ({"ServerApp": {"token": ""}}, False),
+        ({"PasswordIdentityProvider": {"token": ""}}, False),
+        ({"IdentityProvider": {"token": "mine"}}, True),
+        ({"PasswordIdentityProvider": {"token": "", "hashed_password": "argon2:x"}}, True),
+    ],
+)
+def test_nobody_gets_in_without_token_or_password_whatever_a_settings_file_says(settings, kept) -> None:
+    config = Config(settings)
+    if "token" in config.ServerApp:  # as the server hands an older name on
+        config.IdentityProvider.token = config.ServerApp.token
+    guard = Guarded(config=config)
+    assert guard.auth_enabled
+    assert guard.token_generated != kept
+    assert (guard.token in ("mine", "")) == kept
+    guard.token = ""
+    assert guard.auth_enabled
+
+
+BROKEN = {"reader gone": BrokenPipeError(errno.EPIPE, "Broken pipe"), "disk full": OSError(errno.ENOSPC, "No space")}
+
+
+class Broken(io.RawIOBase):
+    """What lies below a stream, and takes nothing."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, content):
+        raise self.error
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("command", [["doctor"], ["model"], ["size", "qwen2.5-7b"], ["size", "--list"], ["--help"]])
+def test_output_that_cannot_be_written_is_one_line_or_none(monkeypatch, capsys, tmp_path, command, broken) -> None:
+    monkeypatch.setattr(doctor, "checks", lambda thorough: [doctor.Line("Python", True, "fine")])
+    monkeypatch.setattr(lab_model, "ensure_lab_model", lambda **how: tmp_path)
+    stream = io.TextIOWrapper(io.BufferedWriter(Broken(BROKEN[broken])), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        status = cli.main(command)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr().err
+    if broken == "reader gone":
+        assert (status, said) == (0, "")
+    else:
+        assert status == 1
+        assert said == "labkit: the output cannot be written or read (No space)\n"
+
+
+COMMANDS = [["size", "--list", "gpus"], ["size", "no-such-model"], ["model"], ["--help"]]
+FORKS = """
+import itertools, json, os, sys
+from labkit.course import cli
+reader, closed = os.pipe()
+os.close(reader)  # `closed` is a pipe that nobody reads
+full = os.open("/dev/full", os.O_WRONLY)
+STREAMS = {"full out": (full, None), "full err": (None, full), "gone out": (closed, None), "gone err": (None, closed)}
+for command, streams in itertools.product(json.loads(sys.argv[1]), STREAMS):
+    kept, err = os.pipe()
+    if (child := os.fork()) == 0:
+        break
+    os.close(err)
+    with os.fdopen(kept, errors="replace") as file:
+        said = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([command, streams, status, said]), flush=True)
+else:
+    sys.exit()
+quiet = os.open(os.devnull, os.O_WRONLY)
+for number, (wanted, other) in enumerate(zip(STREAMS[streams], (quiet, err)), start=1):
+    os.dup2(other if wanted is None else wanted, number)
+sys.exit(cli.main(command))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_every_command_ends_well_on_every_broken_output() -> None:
+    """Real processes: Python itself flushes what is left when it ends."""
+    environment = {**os.environ, "LABKIT_CACHE": "~nobody-of-this-name", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONUNBUFFERED"] = ""  # as a learner's Python: it writes at the end
+    command = [sys.executable, "-c", FORKS, json.dumps(COMMANDS)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(results) == 4 * len(COMMANDS)
+    for command, streams, status, err in results:
+        case = (command, streams, status, err)
+        fails = command in (["size", "no-such-model"], ["model"])
+        assert "Traceback" not in err, case
+        assert "Exception ignored" not in err, case
+        assert status == (1 if fails or streams == "full out" else 0) or (fails and streams == "gone err"), case
+        if streams == "full out" and not fails:
+            assert err == "labkit: the output cannot be written or read (No space left on device)\n", case
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_the_terminal_lacks_is_escaped(encoding, monkeypatch) -> None:
+    bytes_out, bytes_err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_out, encoding=encoding))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(bytes_err, encoding=encoding))
+    monkeypatch.setattr(doctor, "checks", lambda thorough: [doctor.Line("é\udcff", False, "kv labs é", "mend")])
+    assert cli.main(["doctor"]) == 1
+    monkeypatch.setenv("LABKIT_MODEL", "é→\udcff")
+    assert cli.main(["model"]) == 1
+    assert b"FAIL" in bytes_out.getvalue()
+    assert bytes_err.getvalue().startswith(b"labkit: ")
+
+
+NO_FILES = {
+    "pipe": lambda path: os.mkfifo(path),
+    "folder without one": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path.name),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "huge": lambda path: (path.touch(), os.truncate(path, 10**12)),
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("user", ["model", "cache", "text"])
+def test_whatever_a_path_leads_to_every_user_of_it_says_one_line(kind, user, tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "odd.json"
+    NO_FILES[kind](path)
+    before = {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()}
+    if user == "text":
+        with pytest.raises(ValueError, match=r"cannot be read|nearest") as caught:
+            load_text(path)
+        assert "\n" not in str(caught.value)
+        return
+    elif user == "model":
+        monkeypatch.setenv("LABKIT_MODEL", str(path))
+        assert cli.main(["model"]) == 1
+    elif kind in ("folder without one", "nothing"):
+        return  # such a cache is a good one
+    else:
+        monkeypatch.setenv("LABKIT_CACHE", str(path))
+        assert cli.main(["model"]) == 1
+        (line,) = [line for line in doctor.checks() if line.name == "cache folder"]
+        assert not line.ok
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/x.json", "n" * 300 + ".json", "./" + "n" * 300])
+def test_a_name_that_cannot_be_is_one_line_for_every_user_of_it(named, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("LABKIT_MODEL", "LABKIT_CACHE"):
+        monkeypatch.delenv("LABKIT_MODEL", raising=False)
+        monkeypatch.setenv(variable, named)
+        assert cli.main(["model"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2
+    assert all(len(line) < 400 for line in said.splitlines())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_jupyter_gets_our_settings_after_the_learners_own_and_asks_nothing_about_news() -> None:

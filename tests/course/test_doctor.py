@@ -1,4 +1,6 @@
 import builtins
+import errno
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from labkit import device, lab_model
+from labkit import device, lab_model, limits
 from labkit.course import doctor
 
 NAMES = ["Python", "torch", "weights", "device", "profile", "model", "working folder", "cache folder", "widgets"]
@@ -97,8 +99,78 @@ def test_too_little_memory_fails(monkeypatch, free, ok):
     monkeypatch.setenv("LABKIT_DEVICE", "cpu")
     memory = SimpleNamespace(available=free, total=8_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(limits, "_group_memory", lambda root: [])
     assert line("device").ok == ok
     assert "of 8.0 GB free" in line("device").detail
+
+
+def test_memory_that_a_container_does_not_give_is_not_free(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABKIT_DEVICE", "cpu")
+    monkeypatch.setattr(limits, "_group_memory", lambda root: [(700_000_000, 500_000_000)])
+    found = line("device")
+    assert not found.ok
+    assert "0.2 of 0.7 GB free" in found.detail
+    assert "limit" in found.remedy
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), ImportError(f"libtorch.so: failed to map: {os.strerror(errno.ENOMEM)}"), OSError(12, "x")]
+)
+def test_memory_that_runs_out_in_a_check_is_named_and_not_taken_for_a_broken_installation(monkeypatch, error):
+    def fail():
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) if isinstance(error, OSError) else error
+
+    monkeypatch.setattr(doctor, "check_torch", fail)
+    found = line("torch")
+    assert not found.ok
+    assert "memory ran out" in found.detail
+    assert "ulimit" in found.remedy
+
+
+CACHES = {
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "file": lambda path: path.touch(),
+    "pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_path_that_can_be_no_folder_fails(monkeypatch, tmp_path, kind, below):
+    CACHES[kind](tmp_path / "odd")
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "odd" / below))
+    assert not line("cache folder").ok
+    assert not line("model").ok
+    assert "make clean" not in str(line("cache folder"))
+
+
+def test_a_link_to_a_folder_is_a_cache_as_good_as_any(monkeypatch, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "link/deeper"))
+    assert line("cache folder").ok
+
+
+@pytest.mark.parametrize("variable", ["LABKIT_CACHE", "LABKIT_PROGRESS"])
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/c", "n" * 300])
+def test_a_setting_that_can_be_no_path_fails_its_line_and_names_itself(monkeypatch, variable, named):
+    monkeypatch.setenv(variable, named)
+    found = line({"LABKIT_CACHE": "cache folder", "LABKIT_PROGRESS": "working folder"}[variable])
+    assert not found.ok
+    assert variable in str(found)
+    assert "make clean" not in str(found)
+
+
+def test_a_current_folder_that_was_deleted_fails_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("LABKIT_PROGRESS", raising=False)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    found = line("working folder")
+    assert not found.ok
+    assert "deleted" in found.detail
+    assert "make clean" not in found.remedy
 
 
 def test_a_missing_model_fails_with_the_command_that_fetches_it(tmp_path):

@@ -169,6 +169,48 @@ def test_hints_and_solutions_are_counted_in_the_progress_file(lab: Lab) -> None:
     assert lab.progress.get("exercises", "00.1") == {"hints": 2, "solutions": 1}
 
 
+def restarted(lab: Lab) -> Lab:
+    """The same lab after its kernel was started anew: it knows what the progress file knows."""
+    return Lab("00", progress=Progress(lab.progress.path))
+
+
+def test_after_a_restart_hints_go_on_where_they_were(lab: Lab, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Double, "hints_for", {"values": "Twice, not three times."})
+    lab.hint("00.1")
+    lab.check("00.1", lambda x: x * 3)
+    lab.hint("00.1")
+    again = restarted(lab)
+    capsys.readouterr()
+    again.hint("00.1")
+    assert capsys.readouterr().out.strip() == "00.1 · hint 2 of 4 · one"
+    again.check("00.1", lambda x: x * 2)
+    again = restarted(lab)
+    capsys.readouterr()
+    again.hint("00.1")
+    assert capsys.readouterr().out.strip() == "00.1 · hint 2 of 3 · two"
+    assert again.progress.get("exercises", "00.1")["hints"] == 4
+
+
+def test_after_a_restart_a_guess_is_still_there(lab: Lab, capsys) -> None:
+    lab.predict("00.p1", guess=9)
+    again = restarted(lab)
+    capsys.readouterr()
+    again.reveal("00.p1", 8)
+    assert "You said 9 tokens" in capsys.readouterr().out
+    again.predict("00.p1", guess=...)
+    assert "kept: 9 tokens" in capsys.readouterr().out
+    again.predict("00.p1", guess=7)
+    again.reveal("00.p1", 8)
+    assert "You said 7 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written", ["9", None, True, [9], float("nan")])
+def test_a_guess_in_the_file_that_is_no_number_is_none(lab: Lab, capsys, written) -> None:
+    lab.progress.record("predictions", "00.p1", guess=written)
+    lab.reveal("00.p1", 8)
+    assert "You had not guessed" in capsys.readouterr().out
+
+
 def test_the_ledger_watches_the_labs_model_unless_told_otherwise(lab: Lab) -> None:
     lab.__dict__["model"] = random(TINY)
     with lab.ledger() as work:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from labkit import files
+from labkit.course import progress as progress_module
 from labkit.course.progress import Progress, default_path
 
 
@@ -133,3 +137,146 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(tmp_path: Path)
     assert after.get("exercises", "01.1") == {"passed": True}
     after.record("exercises", "01.3", passed=True)
     assert json.loads(path.read_text())["exercises"].keys() == {"01.1", "01.3"}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes writing fail with an error's code, until it is told None."""
+    write = files.write_whole
+
+    def fail(code: int | None) -> None:
+        def refuse(*_):
+            raise OSError(code, os.strerror(code or 0))
+
+        monkeypatch.setattr(progress_module, "write_whole", write if code is None else refuse)
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_could_not_be_saved_is_saved_when_it_can_be_and_each_is_said_once(tmp_path, capsys, failing, code):
+    path = tmp_path / "progress.json"
+    progress = Progress(path)
+    progress.count("exercises", "01.1", "attempts")
+    failing(code)
+    for number in range(3):
+        progress.count("exercises", "01.1", "attempts")
+        progress.record("quizzes", f"01.q{number}", first_answer="a")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "in memory only" in said
+    assert os.strerror(code) in said
+    assert progress.get("exercises", "01.1") == {"attempts": 4}
+    failing(None)
+    Progress(path).count("exercises", "01.1", "attempts")  # another kernel's
+    progress.record("exercises", "01.1", passed=True)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "saved again" in said
+    content = json.loads(path.read_text())
+    assert content["exercises"]["01.1"] == {"attempts": 5, "passed": True}
+    assert len(content["quizzes"]) == 3
+    progress.record("exercises", "01.1", passed=True)
+    assert capsys.readouterr().out == ""
+    failing(code)
+    progress.record("exercises", "01.2", passed=True)
+    assert "in memory only" in capsys.readouterr().out  # lost again, said again
+
+
+def test_what_waits_is_counted_once_when_the_file_was_removed_meanwhile(tmp_path, failing) -> None:
+    progress = Progress(tmp_path / "progress.json")
+    progress.count("exercises", "01.1", "attempts")
+    failing(errno.ENOSPC)
+    progress.count("exercises", "01.1", "attempts")
+    (tmp_path / "progress.json").unlink()
+    failing(None)
+    progress.count("exercises", "01.1", "attempts")
+    assert json.loads((tmp_path / "progress.json").read_text())["exercises"]["01.1"] == {"attempts": 3}
+
+
+ODD = {
+    "pipe": lambda path: os.mkfifo(path),
+    "folder": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path.name),
+    "link into a folder that is not there": lambda path: path.symlink_to("no/progress.json"),
+    "lock is a pipe": lambda path: os.mkfifo(f"{path}.lock"),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ODD)
+def test_a_path_that_is_no_file_is_left_alone_in_one_line_and_used_once_it_is_one(kind, tmp_path, capsys) -> None:
+    path = tmp_path / "progress.json"
+    ODD[kind](path)
+    before = {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()}
+    progress = Progress(path)
+    progress.record("exercises", "01.1", passed=True)
+    progress.record("exercises", "01.2", passed=True)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert progress.get("exercises", "01.2") == {"passed": True}
+    assert {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()} == before
+    for entry in tmp_path.iterdir():
+        entry.rmdir() if entry.is_dir() else entry.unlink()
+    progress.record("exercises", "01.3", passed=True)
+    assert json.loads(path.read_text())["exercises"].keys() == {"01.1", "01.2", "01.3"}
+
+
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/p.json", "n" * 300, "link/deeper/p.json"])
+def test_a_name_that_can_be_no_file_is_one_line_and_a_session_in_memory(named, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setenv("LABKIT_PROGRESS", named)
+    progress = Progress()
+    progress.record("exercises", "01.1", passed=True)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert progress.get("exercises", "01.1") == {"passed": True}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_deleted_folder_is_one_line_and_a_session_in_memory(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("LABKIT_PROGRESS", raising=False)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    progress = Progress()
+    progress.record("exercises", "01.1", passed=True)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert progress.get("exercises", "01.1") == {"passed": True}
+
+
+def test_a_tilde_is_the_home_folder_and_no_folder_of_that_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LABKIT_PROGRESS", "~/p.json")
+    monkeypatch.chdir(tmp_path)
+    Progress().record("exercises", "01.1", passed=True)
+    assert (tmp_path / "home/p.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_link_stays_a_link_and_both_names_share_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("real/progress.json")
+    Progress(tmp_path / "link.json").record("exercises", "01.1", passed=True)
+    assert (tmp_path / "link.json").is_symlink()
+    assert Progress(tmp_path / "real/progress.json").get("exercises", "01.1") == {"passed": True}
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real"]
+
+
+def test_a_file_in_a_folder_that_is_read_only_is_still_read(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "progress.json"
+    Progress(path).record("exercises", "01.1", passed=True)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(progress_module, "locked", refuse)
+    assert Progress(path).get("exercises", "01.1") == {"passed": True}
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_killed_writer_left_is_removed_after_an_hour(tmp_path: Path) -> None:
+    for name in (".progress.json.old.tmp", ".progress.json.new.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".progress.json.old.tmp", (time.time() - 4000,) * 2)
+    Progress(tmp_path / "progress.json").record("exercises", "01.1", passed=True)
+    assert sorted(os.listdir(tmp_path)) == [".progress.json.new.tmp", "progress.json", "progress.json.lock"]

@@ -1,7 +1,9 @@
 import itertools
 import json
+import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,59 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_no_leftover(folders, 
         refresh(notebooks, work)
     assert (work / NAMES[0]).read_text() == "one"
     assert sorted(path.name for path in work.iterdir()) == [MANIFEST, NAMES[0]]
+
+
+def test_a_disk_that_fills_up_on_the_way_tells_what_was_done_so_far(folders, monkeypatch):
+    notebooks, work = folders
+    (notebooks / NAMES[1]).write_text("two")
+    write = workspace.write_whole
+
+    def full(path, content, mode):
+        if path.name == NAMES[1]:
+            raise OSError(28, "No space left on device")
+        write(path, content, mode)
+
+    monkeypatch.setattr(workspace, "write_whole", full)
+    with pytest.raises(WorkspaceError, match=r"done so far: 01_a\.ipynb: copied; the rest is as it was"):
+        refresh(notebooks, work)
+    assert (work / NAMES[0]).read_text() == "one"
+    assert not (work / NAMES[1]).exists()
+    (work / NAMES[0]).unlink()
+    (notebooks / NAMES[0]).unlink()
+    with pytest.raises(WorkspaceError, match="no notebook in it was changed"):
+        refresh(notebooks, work)
+
+
+def test_several_at_once_all_end_well_with_every_notebook_there_once(folders):
+    notebooks, work = folders
+    for number in range(20):
+        (notebooks / f"{number:02}_x.ipynb").write_text(f"{number}")
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda _: refresh(notebooks, work), range(4)))
+    assert sum(map(len, said)) == 21  # each was copied by one of them
+    assert len(list(work.glob("*.ipynb"))) == 21
+    assert refresh(notebooks, work) == []
+
+
+@pytest.mark.parametrize("odd", ["pipe", "folder", "dangling link", "loop"])
+def test_what_is_no_notebook_is_kept_as_the_learners(folders, odd):
+    notebooks, work = folders
+    work.mkdir()
+    target = work / NAMES[0]
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "dangling link": lambda path: os.symlink("no", path)}
+    make.get(odd, lambda path: os.symlink(path.name, path))(target)
+    before = target.lstat()
+    (line,) = refresh(notebooks, work)
+    assert "yours is kept" in line
+    assert target.lstat() == before
+
+
+@pytest.mark.parametrize("place", ["dangling link", "pipe"])
+def test_a_work_folder_that_is_none_is_one_clear_error(folders, place):
+    notebooks, work = folders
+    work.symlink_to("nowhere") if place == "dangling link" else os.mkfifo(work)
+    with pytest.raises(WorkspaceError, match=r"leads nowhere|no folder"):
+        refresh(notebooks, work)
 
 
 def test_a_file_where_the_folder_should_be_is_one_clear_error(folders):
