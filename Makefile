@@ -15,14 +15,23 @@ PYTHON ?= python3
 PY ?= .venv/bin/python
 PIP_ARGS ?=
 WORKERS ?= 2
-CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+ifeq ($(origin CHROMIUM),undefined)
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+endif
 
 # An installation is fit for exactly these two files; their checksum is part of its stamp's name.
 KEY := $(shell cat pyproject.toml requirements.lock | cksum | tr ' ' '-')
-ifeq ($(PY),.venv/bin/python)
+ifeq ($(value PY),.venv/bin/python)
 LAB_READY := .venv/.lab-$(KEY)
 TEST_READY := .venv/.test-$(KEY)
 endif
+
+# What was given, as one word of the shell, whatever is in it: $(call one_word,NAME). A ~/ at its beginning is the home folder.
+quoted = '$(subst ','\'',$(1))'
+one_word = $(if $(filter ~/%,$(firstword $(value $(1)))),"$$HOME"/$(call quoted,$(subst <~/,,<$(value $(1)))),$(call quoted,$(value $(1))))
+override PYTHON := $(call one_word,PYTHON)
+override PY := $(call one_word,PY)
+unexport PYTHON PY
 
 # OpenMP threads that wait spin for milliseconds by default: on a busy machine two are then slower than one.
 export GOMP_SPINCOUNT ?= 20000
@@ -30,7 +39,7 @@ export GOMP_SPINCOUNT ?= 20000
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-startup-timeout=120 \
 	-p no:randomly -p no:cacheprovider
 # Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.
-LISTEN = $(if $(filter command%,$(origin HOST)),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
+LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(if $(PORT),--port $(call one_word,PORT))
 SCRATCH = LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
 .PHONY: lab test lint unit notebooks-test browser gpu notebooks docs lock clean
@@ -47,14 +56,14 @@ lint: $(TEST_READY)
 
 unit: lint
 	$(PY) -m labkit.course.cli model
-	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(WORKERS)
+	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS)
 
 notebooks-test: unit
 	$(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
 
 browser: notebooks-test
-	@if [ -n "$(CHROMIUM)" ]; then \
-		CHROMIUM="$(CHROMIUM)" $(PY) -m pytest tests/browser; \
+	@if [ -n $(call one_word,CHROMIUM) ]; then \
+		CHROMIUM=$(call one_word,CHROMIUM) $(PY) -m pytest tests/browser; \
 	else \
 		echo "SKIPPED: the browser tests. They need Chromium: install it, or set CHROMIUM= to a browser." >&2; \
 		[ "$$CI" != true ]; \
@@ -87,17 +96,18 @@ lock:
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Two that run at once set up one after the other; the second finds that there is nothing left to do.
+ONCE := labkit/course/once.py
+
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: name one, as in  make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		echo $(PYTHON)" is not Python 3.11, 3.12 or 3.13: name one, as in  make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
-	$(PYTHON) -m venv .venv
-	@touch $@
+	$(PYTHON) $(ONCE) $@ $(PYTHON) -m venv .venv
 
 .venv/.lab-$(KEY): .venv/.made
-	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e .
-	@rm -f .venv/.lab-* .venv/.test-* && touch $@
+	$(PY) $(ONCE) $@ $(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e .
 
 .venv/.test-$(KEY): .venv/.made
-	$(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
-	@rm -f .venv/.lab-* .venv/.test-* && touch $@ .venv/.lab-$(KEY)
+	$(PY) $(ONCE) $@ $(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
+	@touch .venv/.lab-$(KEY)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,23 +94,27 @@ def test_each_licence_is_there_in_full():
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder with what make needs to decide what to do."""
-    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
+    """A folder with what make needs to decide what to do, of a name as people have them."""
+    folder = tmp_path / "kv labs é 'x' $HOME"
+    (folder / "labkit/course").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "labkit/course/once.py"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def make(folder, *arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["make", *arguments], cwd=folder, env=outside(), capture_output=True, text=True, check=False)
+
+
+def outside():
+    """The environment without what a make around these tests has set."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
 def stamp(folder):
     """The name that make gives to a finished installation of these two files."""
     planned = make(folder, "-n", "lab").stdout
-    return folder / re.search(r"touch (\.venv/\.lab-\S+)", planned)[1]
+    return folder / re.search(r"once\.py (\.venv/\.lab-\S+)", planned)[1]
 
 
 def installed(folder):
@@ -126,7 +131,7 @@ def test_the_first_make_lab_installs_the_lock_and_the_second_installs_nothing(cl
     installed(clone)
     second = make(clone, "-n", "lab").stdout
     assert "pip" not in second
-    assert second.split() == [".venv/bin/python", "-m", "labkit.course.cli", "open"]
+    assert shlex.split(second) == [".venv/bin/python", "-m", "labkit.course.cli", "open"]
 
 
 def test_files_merely_touched_install_nothing_and_a_changed_lock_installs_again(clone):
@@ -143,7 +148,7 @@ def test_files_merely_touched_install_nothing_and_a_changed_lock_installs_again(
 
 def test_a_python_that_has_everything_is_used_without_a_venv(clone):
     planned = make(clone, "-n", "lab", "PY=python3").stdout
-    assert planned.split() == ["python3", "-m", "labkit.course.cli", "open"]
+    assert shlex.split(planned) == ["python3", "-m", "labkit.course.cli", "open"]
 
 
 def test_a_python_of_another_version_is_refused_with_what_to_type(clone):
@@ -161,8 +166,92 @@ def test_pip_arguments_reach_pip(clone):
     assert "--index-url here -e ." in make(clone, "-n", "lab", "PIP_ARGS=--index-url here").stdout
 
 
-def test_port_and_host_reach_the_command(clone):
-    (clone / "labkit/course").mkdir(parents=True)
-    (clone / "labkit/course/cli.py").write_text("import os; print(os.environ['PORT'], os.environ['HOST'])")
-    result = make(clone, "-s", "lab", f"PY={sys.executable}", "PORT=8901", "HOST=localhost")
-    assert result.stdout == "8901 localhost\n"
+@pytest.fixture
+def command(clone):
+    """In the command's place, a file that prints the arguments that it is called with."""
+    for name in ("labkit/__init__.py", "labkit/course/__init__.py"):  # a whole package, or an installed one would win
+        (clone / name).touch()
+    (clone / "labkit/course/cli.py").write_text("import sys; print(sys.argv[1:])")
+    return clone
+
+
+def test_port_and_host_reach_the_command(command):
+    result = make(command, "-s", "lab", f"PY={sys.executable}", "PORT=8901", "HOST=localhost")
+    assert result.stdout == "['open', '--host', 'localhost', '--port', '8901']\n"
+
+
+@pytest.mark.parametrize("odd", ["a b", "a'b", 'a"b', "a$b", "a;b", "a&b", "(a)", "*", "é", "a\\b", "a#b", "%", "a  b"])
+def test_every_variable_reaches_its_place_whole(command, odd):
+    result = make(command, "-s", "lab", f"PY={sys.executable}", f"HOST={odd}", f"PORT={odd}")
+    assert result.stdout == f"{['open', '--host', odd, '--port', odd]}\n"
+
+
+def linked_python(folder):
+    """A Python whose path has spaces, a quote, a dollar sign and an accent."""
+    bin = folder / "my 'own' $py é"
+    bin.mkdir()
+    (bin / "python").symlink_to(sys.executable)
+    return bin / "python"
+
+
+def test_a_python_whose_path_has_spaces_runs_the_command_and_makes_the_venv(command):
+    python = linked_python(command)
+    assert make(command, "-s", "lab", f"PY={python}").stdout == "['open']\n"
+    planned = make(command, "-n", "lab", f"PYTHON={python}").stdout
+    assert [str(python), "-m", "venv", ".venv"] == shlex.split(planned.splitlines()[-3])[-4:]
+
+
+def test_a_tilde_is_the_home_folder(command, monkeypatch):
+    monkeypatch.setenv("HOME", str(command))
+    linked_python(command).parent.rename(command / "py env")
+    assert make(command, "-s", "lab", "PY=~/py env/python").stdout == "['open']\n"
+
+
+def test_tests_get_their_workers_and_their_browser_whole(clone):
+    planned = make(clone, "-n", "browser", "PY=python3", "WORKERS=3", "CHROMIUM=/Apps/Google Chrome/c")
+    words = shlex.split(planned.stdout.replace("\\\n", " "))
+    assert "CHROMIUM=/Apps/Google Chrome/c" in words
+    assert words[words.index("-n") + 1] == "3"
+
+
+SLOW = """#!/bin/sh
+[ "$1" = -c ] && exec {python} "$@"
+[ "${{1##*/}}" = once.py ] && exec {python} "$@"
+echo run >> runs
+sleep 0.3
+[ "$2" = venv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python
+exit 0
+"""
+
+
+def test_two_set_ups_at_once_do_each_step_once_and_both_end_well(command):
+    python = command / "slow python"
+    python.write_text(SLOW.format(python=shlex.quote(sys.executable)))
+    python.chmod(0o755)
+    (command / "runs").touch()
+    both = [
+        subprocess.Popen(["make", "lab", f"PYTHON={python}"], cwd=command, env=outside(), stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("waiting for it" in one for one in said) == 1
+    assert (command / "runs").read_text() == "run\n" * 4  # venv and pip once, the command itself twice
+    assert stamp_names(command) == 1
+
+
+def stamp_names(folder):
+    return len(list((folder / ".venv").glob(".lab-*")))
+
+
+def test_a_set_up_that_fails_leaves_no_stamp_and_fails(clone):
+    once = [sys.executable, "labkit/course/once.py", ".venv/.lab-2"]
+    (clone / ".venv").mkdir()
+    (clone / ".venv/.lab-1").touch()
+    assert subprocess.run([*once, "false"], cwd=clone, check=False).returncode == 1
+    assert stamp_names(clone) == 0  # what was installed before may be half replaced
+    assert subprocess.run([*once, "sh", "-c", "kill -9 $$"], cwd=clone, check=False).returncode == 137
+    assert stamp_names(clone) == 0
+    assert subprocess.run([*once, "true"], cwd=clone, check=False).returncode == 0
+    assert stamp_names(clone) == 1
+    assert subprocess.run([*once, "false"], cwd=clone, check=False).returncode == 0  # nothing left to do
