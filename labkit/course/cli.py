@@ -226,7 +226,25 @@ def jupyter_environment(environment: dict[str, str]) -> dict[str, str]:
     places = [environment.get("JUPYTER_CONFIG_PATH"), str(JUPYTER)]
     environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # why: docs/design.md
-    return environment
+    return environment | spare_folders()
+
+
+def spare_folders() -> dict[str, str]:
+    """Places in `work/` for what Jupyter and IPython keep in the home folder, where that cannot be written to."""
+    from jupyter_core.paths import jupyter_config_dir, jupyter_data_dir, jupyter_runtime_dir
+
+    from labkit.course.doctor import writable
+
+    homes = {
+        "JUPYTER_CONFIG_DIR": jupyter_config_dir(),
+        "JUPYTER_DATA_DIR": jupyter_data_dir(),
+        "JUPYTER_RUNTIME_DIR": jupyter_runtime_dir(),
+        "IPYTHONDIR": os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython"),
+    }
+    bad = [name for name, folder in homes.items() if not writable(name, Path(folder), "").ok]
+    if bad:
+        _complain("the home folder cannot be written to: Jupyter keeps its settings in work/.home")
+    return {name: str(ROOT / "work" / ".home" / name.lower()) for name in bad}
 
 
 def check_address(host: str, port: str) -> int:

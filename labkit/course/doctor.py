@@ -126,7 +126,7 @@ def check_work_folder() -> Line:
     except OSError as error:
         detail = f"LABKIT_PROGRESS={os.environ.get('LABKIT_PROGRESS', '')[:80]} cannot be used ({error.strerror})"
         return Line("working folder", False, detail, "set it to a file in a writable folder, or unset it")
-    return _writable("working folder", user_path("."), "make it writable, or work in a folder that is")
+    return writable("working folder", user_path("."), "make it writable, or work in a folder that is")
 
 
 def check_cache_folder() -> Line:
@@ -134,7 +134,7 @@ def check_cache_folder() -> Line:
     from labkit.lab_model import NAME, damage
 
     folder = _cache()
-    line = _writable("cache folder", folder, "make it writable, or set LABKIT_CACHE to a folder that is")
+    line = writable("cache folder", folder, "make it writable, or set LABKIT_CACHE to a folder that is")
     if not line.ok and damage(folder / NAME) is None:
         return Line("cache folder", True, f"{folder}, read-only, with the model in it")
     return line
@@ -189,7 +189,7 @@ def _cache() -> Path:
         raise ValueError(str(error)) from None
 
 
-def _writable(name: str, folder: Path, remedy: str) -> Line:
+def writable(name: str, folder: Path, remedy: str) -> Line:
     """Whether files can be written in a folder, or in the nearest above it that exists, where it would be made."""
     from labkit.files import folder_problem, nearest
 

@@ -270,6 +270,26 @@ def test_nobody_gets_in_without_token_or_password_whatever_a_settings_file_says(
     assert guard.auth_enabled
 
 
+def test_a_home_that_cannot_be_written_to_is_said_once_and_jupyter_keeps_its_files_in_work(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.spare_folders() == {}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    spare = cli.spare_folders()
+    assert spare.keys() == {"JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"}
+    assert len(set(spare.values())) == 4
+    assert all(folder.startswith(str(ROOT / "work" / ".home")) for folder in spare.values())
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    assert "JUPYTER_RUNTIME_DIR" not in cli.spare_folders()  # one that was named and is good stays
+
+
 BROKEN = {"reader gone": BrokenPipeError(errno.EPIPE, "Broken pipe"), "disk full": OSError(errno.ENOSPC, "No space")}
 
 
