@@ -72,8 +72,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     """The command itself, its own errors as a line on stderr."""
     options = _parser().parse_args(arguments)
     from labkit.course.workspace import WorkspaceError
+    from labkit.files import user_path
     from labkit.lab_model import ModelError
 
+    try:
+        user_path(".")
+    except OSError as error:  # torch would end this process without a word of ours
+        _complain(str(error.strerror))
+        return 1
     try:
         return options.run(options)
     except (AddressError, ModelError, WorkspaceError) as error:

@@ -270,6 +270,15 @@ def test_nobody_gets_in_without_token_or_password_whatever_a_settings_file_says(
     assert guard.auth_enabled
 
 
+@pytest.mark.parametrize("command", [["doctor"], ["model"], ["open"], ["size", "qwen2.5-7b"]])
+def test_in_a_folder_that_was_deleted_every_command_is_one_line(command, monkeypatch, tmp_path, capsys) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(command) == 1
+    assert capsys.readouterr() == ("", "labkit: the current folder was deleted: change to another\n")
+
+
 def test_a_home_that_cannot_be_written_to_is_said_once_and_jupyter_keeps_its_files_in_work(
     monkeypatch, tmp_path, capsys
 ) -> None:
