@@ -40,7 +40,8 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-sta
 	-p no:randomly -p no:cacheprovider
 # Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.
 LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(if $(PORT),--port $(call one_word,PORT))
-SCRATCH = LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
+# What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
+SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
 .PHONY: lab test lint unit notebooks-test browser gpu notebooks docs lock clean
 

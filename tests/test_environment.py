@@ -107,8 +107,9 @@ def make(folder, *arguments):
 
 
 def outside():
-    """The environment without what a make around these tests has set."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    """The environment without what a make around these tests has set, and with one encoding."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return {**kept, "PYTHONIOENCODING": "utf-8"}
 
 
 def stamp(folder):
