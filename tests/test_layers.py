@@ -19,6 +19,7 @@ PACKAGE = ROOT / "labkit"
 
 # From the bottom; rooms of one floor do not know each other. A room is a module or a package of labkit.
 FLOORS = (
+    ("files", "limits"),
     ("specs", "device", "lab_model"),
     ("sizing",),
     ("attention", "quantization", "prepacked"),
