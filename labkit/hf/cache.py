@@ -1,0 +1,100 @@
+"""A labkit cache as transformers' `past_key_values`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import transformers
+from torch import Tensor
+
+from labkit.cache import Cache
+from labkit.hf.layer import WrappedLayer
+from labkit.hf.masks import Masks
+from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
+
+
+class WrappedCache(transformers.Cache):
+    """A labkit cache, `source`, that `generate()` and `forward()` of a transformers model take as `past_key_values`."""
+
+    def __init__(self, source: Cache, attends: bool = False) -> None:
+        self.masks = Masks()
+        self.wrapped = [WrappedLayer(layer, self.masks, attends) for layer in source.layers]
+        super().__init__(layers=list(self.wrapped))
+        self.source = source
+        self.visited: list[int] = []  # layers that the pass under way has updated, in order
+        self.start = 0  # tokens held before it
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise CannotHold(f"the model asks for {name!r} of its cache, which a labkit cache has not: {OWN_CACHE}")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise CannotHold(f"the model takes its cache for a list of tensors: {OWN_CACHE}")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """As of a layer; ValueError when the model has more layers than the cache, or a pass was interrupted."""
+        if layer_idx >= len(self.layers):
+            raise CannotHold(f"the cache has {len(self.layers)} layers, the model has more: make it for this model")
+        if layer_idx in self.visited or not self.visited:
+            self.begin_pass(layer_idx)
+        elif self.wrapped[self.visited[-1]].waiting is not None:
+            raise CannotHold(f"the model did not attend with the K and V that the cache gave it: {WITHOUT}")
+        check_even({self.wrapped[layer_idx].get_seq_length(), self.start})
+        self.visited.append(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def begin_pass(self, layer_idx: int) -> None:
+        """A pass begins with layer `layer_idx`: what an earlier one left unfinished is dropped, or refused.
+
+        A layer that holds nothing may be one that the model never updates; what others hold must agree.
+        """
+        self.forget_pass()
+        check_no_padding(self.source)
+        lengths = [layer.get_seq_length() for layer in self.wrapped]
+        self.start = lengths[layer_idx]
+        check_even({length for length in lengths if length} | {self.start})
+
+    def forget_pass(self) -> None:
+        """The next update begins a pass, whatever the last one was."""
+        self.visited = []
+        self.masks.clear()
+        for layer in self.wrapped:
+            layer.waiting = None
+
+    def reset(self) -> None:
+        """Forget everything, counters included."""
+        self.forget_pass()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens. transformers gives their number as a negative one."""
+        self.forget_pass()
+        super().crop(tokens_to_remove)
+
+    def no_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A labkit cache has no states of convolutions or recurrences, and no indexer's keys: raises `CannotHold`."""
+        raise CannotHold(
+            f"the model keeps more than K and V of its layers (a state, or an indexer's keys), which a labkit cache "
+            f"does not hold: {OWN_CACHE}"
+        )
+
+    has_previous_state = get_conv_state = update_conv_state = no_state
+    get_recurrent_state = update_recurrent_state = update_indexer = no_state
+
+
+def check_even(lengths: set[int]) -> None:
+    """ValueError when layers that should hold the same number of tokens do not."""
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the layers hold between {min(lengths)} and {max(lengths)} tokens: a pass over them was interrupted, or "
+            f"the model updates a layer twice. truncate({min(lengths)}) on the labkit cache goes back to what all of "
+            f"them hold; reset() starts anew"
+        )
+
+
+def check_no_padding(source: Cache) -> None:
+    """ValueError when padding was said to the labkit cache, where transformers does not look."""
+    if source.padding is not None:
+        raise ValueError("give transformers an attention_mask instead of padding: reset() the cache first")
