@@ -48,10 +48,13 @@ class WrappedCache(transformers.Cache):
     def begin_pass(self, layer_idx: int) -> None:
         """A pass begins with layer `layer_idx`: what an earlier one left unfinished is dropped, or refused.
 
-        A layer that holds nothing may be one that the model never updates; what others hold must agree.
+        A layer that holds nothing may be one that the model never updates; what others hold must agree. The first says
+        how many tokens there are, so that it must be one that is updated.
         """
         self.forget_pass()
         check_no_padding(self.source)
+        if layer_idx:
+            raise CannotHold(f"the model keeps K and V from layer {layer_idx} on, other things before: {OWN_CACHE}")
         lengths = [layer.get_seq_length() for layer in self.wrapped]
         self.start = lengths[layer_idx]
         check_even({length for length in lengths if length} | {self.start})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from labkit.cache import Cache
 from labkit.hf import wrap
@@ -187,6 +187,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="the cache has 2 layers, the model has more"):
             generate(llama, prompt(), wrap(Cache.growing(2)))
 
+    def test_padding_said_to_the_labkit_cache_afterwards(self, llama):
+        cache = wrap(Cache.growing(LAYERS))
+        cache.source.set_padding(torch.tensor([1]))
+        with pytest.raises(ValueError, match="attention_mask instead of padding"):
+            llama(prompt(), past_key_values=cache)
+
     def test_padding_said_to_the_labkit_cache(self):
         cache = Cache.growing(LAYERS)
         cache.padding = (1,)
@@ -207,67 +213,113 @@ def test_the_installed_transformers_is_one_that_labkit_supports():
     assert (5, 15) <= (major, minor) < (6, 0)
 
 
-class TestAttentionThroughTheCache:
-    def logits(self, model, cache, ids, mask, chunk):
-        parts = []
-        for start in range(0, ids.shape[1], chunk):
-            stop = start + chunk
-            parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
-        return torch.cat(parts, dim=1)
-
-    @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral, window 6"])
-    @pytest.mark.parametrize("chunk", [1, 4, 30])
-    @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("through", [False, True], ids=["read back", "attended through"])
+class TestAnInterruptedPass:
     @torch.no_grad()
-    def test_logits_are_those_of_transformers_own_attention(self, name, chunk, padded):
-        model, ids = hf_model(name), prompt(2, 30)
-        mask = torch.ones_like(ids)
-        mask[1, : 7 if padded else 0] = 0
-        expected = self.logits(model, DynamicCache(config=model.config), ids, mask, chunk)
-        got = self.logits(model, wrap(Cache.growing(LAYERS), model), ids, mask, chunk)
-        real = mask.bool()
-        # Bounded: float32, three layers of wide weights, sums of at most 80 terms in another order.
-        torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-4)
+    def interrupted(self, model, through):
+        """A cache whose last pass, of two tokens, ended in the middle of the second layer."""
+        cache = wrap(Cache.growing(LAYERS), *([model] if through else []))
+        model(prompt(2), past_key_values=cache)
 
-    @pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
-    def test_a_quantized_cache_read_packed_makes_the_tokens_that_its_numbers_make(self, mode):
-        def cache():
-            return Cache.quantized(LAYERS, 4, group_size=8, residual_length=3)
+        def interrupt(*args):
+            raise KeyboardInterrupt
 
-        ids = prompt(2, 40)
-        expected = generate(hf_model("llama"), ids, wrap(cache()), **MODES[mode])
-        packed, model = cache(), hf_model("llama")
-        assert torch.equal(generate(model, ids, wrap(packed, model), **MODES[mode]), expected)
-        assert packed[0].packed_len == 48  # of the 51 tokens held, whole groups of 8 that leave 3
+        hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(2, 2), past_key_values=cache)
+        hook.remove()
+        return cache
 
     @torch.no_grad()
-    def test_a_model_that_attends_otherwise_shows_it_cannot_read_the_cache(self):
-        model, other = hf_model("llama"), hf_model("llama")
-        assert other(prompt(), past_key_values=wrap(Cache.growing(LAYERS), model)).logits.isnan().all()
+    def test_does_not_go_on(self, through):
+        model = hf_model("llama")
+        cache = self.interrupted(model, through)
+        with pytest.raises(ValueError, match=r"between 9 and 11 tokens.*truncate\(9\)"):
+            model(prompt(2, 1), past_key_values=cache)
+        assert [layer.seq_len for layer in cache.source] == [11, 11, 9]  # the refusal changed nothing
 
     @torch.no_grad()
-    def test_the_model_still_takes_other_caches(self):
-        model, plain = hf_model("llama"), hf_model("llama")
-        wrap(Cache.growing(LAYERS), model)
-        assert torch.equal(generate(model, prompt(), DynamicCache()), generate(plain, prompt(), DynamicCache()))
+    def test_goes_on_after_it_was_cut_back(self, through):
+        model = hf_model("llama")
+        cache, whole = self.interrupted(model, through), wrap(Cache.growing(LAYERS), *([model] if through else []))
+        cache.source.truncate(9)
+        model(prompt(2), past_key_values=whole)
+        logits = [model(prompt(2, 2), past_key_values=past).logits for past in (cache, whole)]
+        assert torch.equal(*logits)  # exact
 
     @torch.no_grad()
-    @pytest.mark.parametrize("hole", [slice(10, 14), slice(26, 30)])
-    def test_a_mask_that_hides_more_than_left_padding_is_refused(self, hole):
-        model, ids = hf_model("llama"), prompt(2, 30)
-        mask = torch.ones_like(ids)
-        mask[1, hole] = 0
-        with pytest.raises(ValueError, match=r"use wrap\(cache\) without the model"):
-            model(ids, attention_mask=mask, past_key_values=wrap(Cache.growing(LAYERS), model))
+    def test_of_the_first_layer_alone_leaves_nothing_behind(self, through):
+        model = hf_model("llama")
+        cache = wrap(Cache.preallocated(LAYERS, 10), *([model] if through else []))
+        model(prompt(2), past_key_values=cache)
+        with pytest.raises(ValueError, match="room for 10 tokens"):
+            model(prompt(2, 2), past_key_values=cache)
+        assert cache.source.seq_len == 9
+        model(prompt(2, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_layers_that_the_model_never_updates_may_be_there_at_the_end():
+    model = hf_model("llama")
+    cache, spare = wrap(Cache.growing(LAYERS)), wrap(Cache.growing(LAYERS + 2))
+    for tokens in (9, 1, 3):
+        assert torch.equal(*(model(prompt(2, tokens), past_key_values=past).logits for past in (cache, spare)))  # exact
+
+
+ENCODER_DECODER = {
+    "vocab_size": VOCAB, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "decoder_start_token_id": 1, "forced_eos_token_id": None, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+}  # fmt: skip
+
+
+class TestAnEncoderDecoder:
+    def model(self, name):
+        torch.manual_seed(0)
+        config = {
+            "bart": lambda: transformers.BartConfig(**ENCODER_DECODER),
+            "t5": lambda: transformers.T5Config(**ENCODER_DECODER, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+        }[name]()
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.2)
+        return model
+
+    @pytest.mark.parametrize("name", ["bart", "t5"])
+    @pytest.mark.parametrize("mode", ["greedy", "beams"])
+    def test_makes_the_same_tokens_with_two_labkit_caches(self, name, mode):
+        model = self.model(name)
+        ours = EncoderDecoderCache(wrap(Cache.growing(2)), wrap(Cache.growing(2)))
+        theirs = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        got, expected = (generate(model, prompt(2), past, **MODES[mode]) for past in (ours, theirs))
+        assert torch.equal(got, expected)  # exact
+
+    def test_cannot_attend_through_one(self):
+        with pytest.raises(ValueError, match=r"EncoderDecoderCache\(wrap\(one\), wrap\(another\)\)"):
+            wrap(Cache.growing(2), self.model("bart"))
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["read back", "attended through"])
+class TestAutocast:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @torch.no_grad()
+    def test_logits_are_those_of_the_dynamic_cache(self, through, dtype):
+        model, theirs = hf_model("llama"), DynamicCache()
+        ours = wrap(Cache.growing(LAYERS), *([model] if through else []))
+        with torch.autocast("cpu", dtype=dtype):
+            for tokens in (9, 1):
+                got, expected = (model(prompt(2, tokens), past_key_values=past).logits for past in (ours, theirs))
+                # Bounded: an entry or two of attention rounded to the other side, then three layers of wide weights.
+                apart = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
+                torch.testing.assert_close(got, expected, rtol=0, atol=apart)
+        assert ours.source[0].held()[0].dtype == dtype  # RoPE makes float32 keys, which attention would round
 
     @torch.no_grad()
-    def test_sinks_of_a_padded_batch_are_refused_and_the_next_batch_is_taken(self):
-        model, ids = hf_model("llama"), prompt(2, 30)
-        mask = torch.ones_like(ids)
-        mask[1, :7] = 0
-        cache = wrap(Cache.quantized(LAYERS, 4, group_size=8, residual_length=3, sink_length=4), model)
-        with pytest.raises(ValueError, match="take sink_length=0"):
-            model(ids, attention_mask=mask, past_key_values=cache)
-        cache.reset()
-        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
-        assert cache.get_seq_length() == 30
+    def test_a_quantized_cache_takes_it(self, through):
+        model = hf_model("llama")
+        cache = wrap(Cache.quantized(LAYERS, 8, group_size=8), *([model] if through else []))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(prompt(2), past_key_values=cache)
+            assert model(prompt(2, 1), past_key_values=cache).logits.isfinite().all()
