@@ -248,7 +248,8 @@ def verdict(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], bound: 
 @cache
 def outcomes(kind: str) -> dict[str, str]:
     """What generate() of a tiny model of that type does with a labkit cache: "equal" to what it does with its own,
-    "ran" (where K and V are quantized), "refused: " and the reason, or else what went wrong.
+    "ran" (where K and V are quantized), "refused: " and the reason, or else what went wrong. And whether its padding is
+    "seen" in the logits, or "ignored".
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -256,7 +257,8 @@ def outcomes(kind: str) -> dict[str, str]:
         batches = prompts(model)
         expected = {name: generate(model, *batch, own_cache(model)) for name, batch in batches.items()}
         layers = num_layers(model)
-        found = {}
+        blind = generate(model, batches["padded"][0], batches["unpadded"][1], own_cache(model))
+        found = {"padding": "ignored" if torch.equal(blind[1], expected["padded"][1]) else "seen"}
 
         def tried(past: Callable[[], Any], batch: str, judge: Callable[..., str]) -> str:
             try:
@@ -287,6 +289,17 @@ def outcomes(kind: str) -> dict[str, str]:
             found[f"wrap(int8, model), {batch}"] = tried(lambda: wrap(quantized(), model), batch, ran)
             found[f"afterwards, {batch}"] = tried(lambda: own_cache(model), batch, exact)
         return found
+
+
+def wrong(kind: str) -> dict[str, str]:
+    """What of `outcomes` may not be."""
+    found = outcomes(kind)
+    right = ("seen", "ignored", "equal", "ran", "refused: ")
+    return {
+        how: what
+        for how, what in found.items()
+        if not what.startswith(right) or (how.startswith("afterwards") and what != "equal")
+    }
 
 
 def main(kinds: list[str]) -> None:

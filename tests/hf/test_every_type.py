@@ -4,41 +4,39 @@ from contextlib import suppress
 
 import pytest
 
-from tests.every_type import TEXT, UNTRIED, VISION, outcomes
+from tests.every_type import TEXT, UNTRIED, VISION, outcomes, wrong
 
-SERVED = ("equal", "ran")
-
-
-def tried(kind):
-    """What the type does; the test is skipped where no tiny model of it can be made or run, whatever its cache."""
-    try:
-        return outcomes(kind)
-    except Exception as error:
-        return pytest.skip(f"{kind}: {type(error).__name__}: {error}")
+TRIED = [kind for kind in TEXT if kind not in UNTRIED]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TEXT if kind not in UNTRIED])
+@pytest.mark.parametrize("kind", TRIED)
 def test_every_type_makes_its_own_tokens_or_is_refused(kind):
-    found = outcomes(kind)
-    assert {how: what for how, what in found.items() if not what.startswith((*SERVED, "refused: "))} == {}
-    assert {what for how, what in found.items() if how.startswith("afterwards")} == {"equal"}
-
-
-@pytest.mark.parametrize("kind", VISION)
-def test_every_type_that_sees_makes_its_own_tokens_of_text_or_is_refused(kind):
-    found = tried(kind)
-    assert {how: what for how, what in found.items() if not what.startswith((*SERVED, "refused: "))} == {}
-    assert {what for how, what in found.items() if how.startswith("afterwards")} == {"equal"}
+    assert wrong(kind) == {}
 
 
 def test_most_types_are_served():
-    served = {
-        how: sum(outcomes(kind)[how] in SERVED for kind in TEXT if kind not in UNTRIED) for how in outcomes("llama")
-    }
-    assert served["wrap(cache), padded"] >= 125
-    assert served["wrap(cache, model), padded"] >= 90
-    assert served["wrap(int8), padded"] >= 110
-    assert served["wrap(int8, model), padded"] >= 80
+    served = {how: sum(outcomes(kind)[how] in ("equal", "ran") for kind in TRIED) for how in outcomes("llama")}
+    assert served["wrap(cache), padded"] >= 130
+    assert served["wrap(cache, model), padded"] >= 95
+    assert served["wrap(int8), padded"] >= 130
+    assert served["wrap(int8, model), padded"] >= 95
+
+
+def test_padding_shows_in_nearly_every_type():
+    assert {kind for kind in TRIED if outcomes(kind)["padding"] == "ignored"} <= {
+        "cpmant", "reformer", "rwkv", "xlm", "xlnet",
+    }  # fmt: skip
+
+
+def test_every_type_that_sees_makes_its_own_tokens_of_text_or_is_refused():
+    tried, failed = [], {}
+    for kind in VISION:
+        with suppress(Exception):  # not made tiny, or not run on text alone, whatever its cache
+            failed[kind] = wrong(kind)
+            tried.append(kind)
+    assert {kind: found for kind, found in failed.items() if found} == {}
+    assert len(tried) >= 40
+    assert {"llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma", "idefics3", "internvl"} <= set(tried)
 
 
 def test_no_type_is_left_out_that_could_be_tried():
