@@ -58,6 +58,7 @@ class WrappedCache(transformers.Cache):
         lengths = [layer.get_seq_length() for layer in self.wrapped]
         self.start = lengths[layer_idx]
         check_even({length for length in lengths if length} | {self.start})
+        self.masks.crop(self.start)  # what was padding and is no longer held may come back as something else
 
     def forget_pass(self) -> None:
         """The next update begins a pass, whatever the last one was."""
@@ -69,12 +70,29 @@ class WrappedCache(transformers.Cache):
     def reset(self) -> None:
         """Forget everything, counters included."""
         self.forget_pass()
+        self.masks.blank = None
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
         self.forget_pass()
         super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.masks.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows in succession."""
+        super().batch_repeat_interleave(repeats)
+        if self.masks.blank is not None:
+            self.masks.blank = self.masks.blank.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, int `[rows]` or bool `[batch]`."""
+        super().batch_select_indices(indices)
+        self.masks.select_rows(indices)
 
     def no_state(self, *args: Any, **kwargs: Any) -> NoReturn:
         """A labkit cache has no states of convolutions or recurrences, and no indexer's keys: raises `CannotHold`."""

@@ -15,9 +15,14 @@ ADDITIVE = -1e4
 
 
 class Masks:
-    """What the masks of the pass under way hide. All layers of a kind get the same one: it is looked through once."""
+    """What the masks of the pass under way hide. All layers of a kind get the same one: it is looked through once.
+
+    blank: tokens at the start of each row, int `[batch]`, that were padding when they were read. What a model computes
+    for padding is nobody's business, so that it must stay hidden.
+    """
 
     def __init__(self) -> None:
+        self.blank: Tensor | None = None
         self.seen: list[tuple[Tensor, int, tuple[Any, ...], tuple[Tensor | None, int | None]]] = []
 
     def clear(self) -> None:
@@ -37,16 +42,45 @@ class Masks:
             # Then "sdpa" is causal if all keys are new, and "eager" hides nothing at all.
             if new_tokens > 1 and (original == "eager" or new_tokens != kv_len):
                 raise CannotHold(f"without a mask, {original} does not hide the future here: {WITHOUT}")
+            self.keep_hidden(None, batch, new_tokens, kv_len)
             return None, None
         asked = (batch, new_tokens, kv_len, window)
         version = None if mask.is_inference() else mask._version
         for known, then, question, answer in self.seen:
             if known is mask and then == version and question == asked:
                 return answer
-        found = hidden(shown_by(mask, batch, new_tokens, kv_len), window)
+        shown = shown_by(mask, batch, new_tokens, kv_len)
+        found = hidden(shown, window)
+        self.keep_hidden(shown, batch, new_tokens, kv_len)
+        if found[0] is not None:
+            new = found[0].clamp(min=kv_len - new_tokens) - (kv_len - new_tokens)  # of the new tokens, the padding
+            blank = torch.where(new > 0, kv_len - new_tokens + new, 0)
+            self.blank = blank if self.blank is None else torch.maximum(self.blank, blank)
         if version is not None:
             self.seen.append((mask, version, asked, found))
         return found
+
+    def keep_hidden(self, shown: Tensor | None, batch: int, new_tokens: int, kv_len: int) -> None:
+        """`CannotHold` when a mask shows what was padding when it was read. shown: None for all."""
+        if self.blank is None:
+            return
+        if len(self.blank) != batch:
+            raise CannotHold("the rows of a padded batch were chosen on the labkit cache: choose them on the wrapped one")
+        blank = torch.arange(kv_len, device=self.blank.device) < self.blank[:, None]
+        real = torch.arange(kv_len - new_tokens, kv_len, device=self.blank.device) >= self.blank[:, None]
+        seen = blank[:, None] & real[:, :, None] & (True if shown is None else shown)
+        if bool(seen.any()):
+            raise CannotHold(f"this attention_mask shows tokens that it hid as padding when they were read: {WITHOUT}")
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row `i` becomes what row `rows[i]` was, int `[rows]` or bool `[batch]`."""
+        if self.blank is not None:
+            self.blank = self.blank[rows.to(self.blank.device)]
+
+    def crop(self, tokens: int) -> None:
+        """Only the first `tokens` are left."""
+        if self.blank is not None:
+            self.blank = self.blank.clamp(max=tokens) if tokens else None
 
 
 def shown_by(mask: Tensor, batch: int, new_tokens: int, kv_len: int) -> Tensor:

@@ -136,3 +136,19 @@ class TestInAModel:
         with pytest.raises(CannotHold, match="hides more"):
             model(ids, attention_mask=mask, past_key_values=cache)
         hook.remove()
+
+    @torch.no_grad()
+    def test_padding_stays_hidden_once_it_was_read(self):
+        model, ids = hf_model("llama"), prompt(2, 9)
+        cache = wrap(Cache.growing(LAYERS), model)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+        for shows in ({"attention_mask": torch.ones_like(ids)[:, :6]}, {}):
+            with pytest.raises(CannotHold, match="hid as padding"):
+                model(ids[:, 5:6], past_key_values=cache, **shows)
+        model(ids[:, 5:6], attention_mask=mask[:, :6], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        model(ids[:, 6:7], past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
