@@ -65,7 +65,7 @@ class Masks:
         if self.blank is None:
             return
         if len(self.blank) != batch:
-            raise CannotHold("the rows of a padded batch were chosen on the labkit cache: choose them on the wrapped one")
+            raise CannotHold("rows of a padded batch were chosen on the labkit cache: do it on the wrapped one")
         blank = torch.arange(kv_len, device=self.blank.device) < self.blank[:, None]
         real = torch.arange(kv_len - new_tokens, kv_len, device=self.blank.device) >= self.blank[:, None]
         seen = blank[:, None] & real[:, :, None] & (True if shown is None else shown)
