@@ -31,11 +31,14 @@ def wrap(cache: Cache, model: PreTrainedModel | None = None) -> WrappedCache:
     it was: with other caches, or none, it computes what it computed before. Two tokens are run through the model to
     see that with a labkit cache, too, it computes what it computed before.
 
-    Raises ValueError for a model that a labkit cache cannot serve, with the reason and what to do, and when padding
-    was said to `cache`: transformers takes it as `attention_mask`. Without the model it is the first pass that raises.
+    Padding that the cache holds must stay hidden by the `attention_mask`; with the model it is checked, and what a mask
+    hides at the left becomes the cache's padding.
+
+    Raises ValueError for a model that a labkit cache cannot serve, with the reason and what to do; without the model it
+    is the first pass that raises, and a cache that holds padding is refused.
     """
-    check_no_padding(cache)
     if model is None:
+        check_no_padding(cache)
         return WrappedCache(cache)
     wrapped = WrappedCache(cache, attends=True)
     let_attend(model, wrapped)

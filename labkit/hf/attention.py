@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from labkit.attention import fused_attention
+from labkit.attention import Constants, Visibility, fused_attention
 from labkit.hf.layer import StandIn, WrappedLayer
 from labkit.hf.refusal import WITHOUT, CannotHold
 
@@ -22,7 +22,7 @@ ORIGINALS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_ma
 
 HARMLESS = {
     # Of FlashAttention, about sequences packed in one row: they are in the mask, too.
-    "position_ids": "rotary positions are in the keys already",
+    "position_ids": "rotary positions are in the keys already; labkit's decoder could not go on from others",
     "deterministic": "which FlashAttention kernel runs",
     # What a model's forward hands down to every layer.
     "cache_position": "where the new tokens stand: the cache knows",
@@ -74,15 +74,16 @@ def attend_through(
     q = check_query(query, kv_len, layer)
     padding, window = layer.masks.read(attention_mask, q, kv_len, kwargs.get("sliding_window"), original)
     check_own_window(layer, padding, window, kv_len)
-    options: dict[str, Any] = {
-        "padding": padding, "window": window, "scale": kwargs.get("scaling"), "soft_cap": kwargs.get("softcap"),
-    }  # fmt: skip
+    layer.masks.place(kwargs.get("position_ids"), q, kv_len)
+    constants = Constants(kwargs.get("scaling"), window, kwargs.get("softcap"))
+    skipped = () if padding is None else tuple(padding.tolist())
     if layer.checks and layer.waiting is not None:
         k, v = layer.waiting
         kwargs = {name: value for name, value in kwargs.items() if value is not None} | {"dropout": 0.0}
         expected, _ = original_attention(module, original)(module, q, k, v, attention_mask, **kwargs)
-        compare(fused_attention(q, k, v, **options).transpose(1, 2), expected)
-    return layer.attend(q, **options).transpose(1, 2).contiguous()
+        visible = Visibility.newest(q.shape[2], k.shape[2], skipped)
+        compare(fused_attention(q, k, v, constants, visible).transpose(1, 2), expected)
+    return layer.attend(q, constants, skipped).transpose(1, 2).contiguous()
 
 
 def original_attention(module: nn.Module, name: str) -> Any:

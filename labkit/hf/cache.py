@@ -18,10 +18,10 @@ class WrappedCache(transformers.Cache):
     """A labkit cache, `source`, that `generate()` and `forward()` of a transformers model take as `past_key_values`."""
 
     def __init__(self, source: Cache, attends: bool = False) -> None:
-        self.masks = Masks()
+        self.masks = Masks(source)
         self.wrapped = [WrappedLayer(layer, self.masks, attends) for layer in source.layers]
         super().__init__(layers=list(self.wrapped))
-        self.source = source
+        self.source, self.attends = source, attends
         self.visited: list[int] = []  # layers that the pass under way has updated, in order
         self.start = 0  # tokens held before it
 
@@ -37,6 +37,9 @@ class WrappedCache(transformers.Cache):
         """As of a layer; ValueError when the model has more layers than the cache, or a pass was interrupted."""
         if layer_idx >= len(self.layers):
             raise CannotHold(f"the cache has {len(self.layers)} layers, the model has more: make it for this model")
+        if not self.attends:
+            check_no_padding(self.source)
+            self.source.knows_padding = len(key_states) == 1  # whose attention_mask nobody shows us
         if layer_idx in self.visited or not self.visited:
             self.begin_pass(layer_idx)
         elif self.wrapped[self.visited[-1]].waiting is not None:
@@ -52,7 +55,6 @@ class WrappedCache(transformers.Cache):
         how many tokens there are, so that it must be one that is updated.
         """
         self.forget_pass()
-        check_no_padding(self.source)
         if layer_idx:
             raise CannotHold(f"the model keeps K and V from layer {layer_idx} on, other things before: {OWN_CACHE}")
         lengths = [layer.get_seq_length() for layer in self.wrapped]
@@ -72,11 +74,13 @@ class WrappedCache(transformers.Cache):
         self.forget_pass()
         self.masks.blank = None
         super().reset()
+        self.source.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
         self.forget_pass()
         super().crop(tokens_to_remove)
+        self.masks.crop(max(layer.get_seq_length() for layer in self.wrapped))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
@@ -116,6 +120,9 @@ def check_even(lengths: set[int]) -> None:
 
 
 def check_no_padding(source: Cache) -> None:
-    """ValueError when padding was said to the labkit cache, where transformers does not look."""
-    if source.padding is not None:
-        raise ValueError("give transformers an attention_mask instead of padding: reset() the cache first")
+    """ValueError when padding was said to the labkit cache, where transformers does not look without the model."""
+    if source.padding:
+        raise ValueError(
+            "this cache holds padding, and transformers' own attention sees no more of it than an attention_mask says: "
+            "use wrap(cache, model), which holds the mask against it, or reset() the cache first"
+        )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from labkit.attention import Constants
 from labkit.cache import LayerCache
+from labkit.cache.step import rectangle
 from labkit.hf.masks import Masks
 from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
 
@@ -115,10 +117,10 @@ class WrappedLayer(CacheLayerMixin):
         tokens = self.layer.physical_len + k.shape[2]
         return StandIn("K", k, tokens, self), StandIn("V", v, tokens, self)  # type: ignore[return-value]
 
-    def attend(self, q: Tensor, **options: Any) -> Tensor:
+    def attend(self, q: Tensor, constants: Constants, padding: tuple[int, ...]) -> Tensor:
         """Append what `update` took, if that is still to be done, and answer the newest tokens' queries."""
         new, self.waiting = self.waiting, None
-        return append_and_attend(self.layer, new, q, **options)
+        return append_and_attend(self.layer, new, q, constants, padding)
 
     def get_seq_length(self) -> int:
         """Logical length, in tokens."""
@@ -176,21 +178,14 @@ def one_size(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def append_and_attend(
-    layer: LayerCache,
-    new: tuple[Tensor, Tensor] | None,
-    q: Tensor,
-    *,
-    padding: Tensor | None,
-    scale: float | None,
-    window: int | None,
-    soft_cap: float | None,
+    layer: LayerCache, new: tuple[Tensor, Tensor] | None, q: Tensor, constants: Constants, padding: tuple[int, ...]
 ) -> Tensor:
-    """Tell the layer what this step is, append `new` and attend. The one place where a model's words meet a layer's."""
-    before = layer.padding, layer.scale, layer.window, layer.soft_cap
-    layer.padding, layer.scale, layer.window, layer.soft_cap = padding, scale, window, soft_cap
+    """Append `new` and attend, as this model attends. The one place where a model's words meet a layer's."""
+    own, layer.constants = layer.constants, constants
     try:
         if new is not None:
-            layer.append(*new)
-        return layer.attend(q)
+            layer.append(*new, rectangle(len(q), new[0].shape[2], layer.lengths, padding))
+        before = [length - q.shape[2] for length in layer.lengths]  # there may be fewer queries than new tokens
+        return layer.attend(q, rectangle(len(q), q.shape[2], before, padding))
     finally:
-        layer.padding, layer.scale, layer.window, layer.soft_cap = before
+        layer.constants = own

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from labkit.attention import causal_mask
+from labkit.cache import Cache
 from labkit.hf.refusal import WITHOUT, CannotHold
 
 ADDITIVE = -1e4
@@ -18,16 +19,44 @@ class Masks:
     """What the masks of the pass under way hide. All layers of a kind get the same one: it is looked through once.
 
     blank: tokens at the start of each row, int `[batch]`, that were padding when they were read. What a model computes
-    for padding is nobody's business, so that it must stay hidden.
+    for padding is nobody's business, so that it must stay hidden. `source`, the labkit cache, knows it as its padding.
     """
 
-    def __init__(self) -> None:
-        self.blank: Tensor | None = None
+    def __init__(self, source: Cache) -> None:
+        self.source = source
+        self.placed = False
         self.seen: list[tuple[Tensor, int, tuple[Any, ...], tuple[Tensor | None, int | None]]] = []
+
+    @property
+    def blank(self) -> Tensor | None:
+        """The padding of the labkit cache, int `[batch]`; None where there is none."""
+        return torch.tensor(self.source.padding) if self.source.padding else None
+
+    @blank.setter
+    def blank(self, padding: Tensor | None) -> None:
+        numbers = () if padding is None else tuple(padding.tolist())
+        self.source.padding = numbers if any(numbers) else ()
 
     def clear(self) -> None:
         """A new pass has new masks, or old ones with other contents."""
         self.seen = []
+        self.placed = False
+
+    def place(self, positions: Tensor | None, q: Tensor, kv_len: int) -> None:
+        """Note, once a pass, whether new tokens stand where labkit's decoder would place them: from 0 behind padding.
+
+        positions: int `[batch or 1, new_tokens]`, as the model rotates its keys; where it says none, they count padding.
+        """
+        if self.placed:
+            return
+        self.placed = True
+        skipped = torch.tensor(self.source.padding or [0])[:, None]
+        index = torch.arange(kv_len - q.shape[2], kv_len)[None]
+        expected = (index - skipped).clamp(min=0)
+        said = index if positions is None or positions.dim() != 2 else positions.cpu()
+        real = (index >= skipped).expand(max(len(said), len(skipped)), -1)
+        if said.shape[1] != q.shape[2] or bool((said != expected)[real].any()):
+            self.source.knows_padding = False
 
     def read(
         self, mask: Tensor | None, q: Tensor, kv_len: int, window: int | None, original: str
@@ -54,7 +83,7 @@ class Masks:
         self.keep_hidden(shown, batch, new_tokens, kv_len)
         if found[0] is not None:
             new = found[0].clamp(min=kv_len - new_tokens) - (kv_len - new_tokens)  # of the new tokens, the padding
-            blank = torch.where(new > 0, kv_len - new_tokens + new, 0)
+            blank = torch.where(new > 0, kv_len - new_tokens + new, 0).cpu()
             self.blank = blank if self.blank is None else torch.maximum(self.blank, blank)
         if version is not None:
             self.seen.append((mask, version, asked, found))
@@ -62,25 +91,24 @@ class Masks:
 
     def keep_hidden(self, shown: Tensor | None, batch: int, new_tokens: int, kv_len: int) -> None:
         """`CannotHold` when a mask shows what was padding when it was read. shown: None for all."""
-        if self.blank is None:
+        if (padding := self.blank) is None:
             return
-        if len(self.blank) != batch:
-            raise CannotHold("rows of a padded batch were chosen on the labkit cache: do it on the wrapped one")
-        blank = torch.arange(kv_len, device=self.blank.device) < self.blank[:, None]
-        real = torch.arange(kv_len - new_tokens, kv_len, device=self.blank.device) >= self.blank[:, None]
+        padding = padding.to(padding.device if shown is None else shown.device)
+        blank = torch.arange(kv_len, device=padding.device) < padding[:, None]
+        real = torch.arange(kv_len - new_tokens, kv_len, device=padding.device) >= padding[:, None]
         seen = blank[:, None] & real[:, :, None] & (True if shown is None else shown)
         if bool(seen.any()):
             raise CannotHold(f"this attention_mask shows tokens that it hid as padding when they were read: {WITHOUT}")
 
     def select_rows(self, rows: Tensor) -> None:
         """Row `i` becomes what row `rows[i]` was, int `[rows]` or bool `[batch]`."""
-        if self.blank is not None:
-            self.blank = self.blank[rows.to(self.blank.device)]
+        if (padding := self.blank) is not None:
+            self.blank = padding[rows.to(padding.device)]
 
     def crop(self, tokens: int) -> None:
         """Only the first `tokens` are left."""
-        if self.blank is not None:
-            self.blank = self.blank.clamp(max=tokens) if tokens else None
+        if (padding := self.blank) is not None:
+            self.blank = padding.clamp(max=tokens)
 
 
 def shown_by(mask: Tensor, batch: int, new_tokens: int, kv_len: int) -> Tensor:

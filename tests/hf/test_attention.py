@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from labkit.attention import Constants
 from labkit.cache import Cache
 from labkit.hf import CannotHold, wrap
 from labkit.hf.attention import labkit_attention
@@ -89,7 +90,8 @@ class TestAttentionThroughTheCache:
         mask[1, :7] = 0
         source = Cache.growing(LAYERS, window=3)
         model(ids, attention_mask=mask, past_key_values=wrap(source, model))
-        assert [(layer.padding, layer.window, layer.scale) for layer in source] == [(None, 3, None)] * LAYERS
+        assert [layer.constants for layer in source] == [Constants(window=3)] * LAYERS
+        assert source.padding == (0, 7)
 
     @torch.no_grad()
     def test_a_copy_goes_its_own_way(self):

@@ -189,14 +189,14 @@ class TestErrors:
 
     def test_padding_said_to_the_labkit_cache_afterwards(self, llama):
         cache = wrap(Cache.growing(LAYERS))
-        cache.source.set_padding(torch.tensor([1]))
-        with pytest.raises(ValueError, match="attention_mask instead of padding"):
+        cache.source.padding = (1,)
+        with pytest.raises(ValueError, match="this cache holds padding"):
             llama(prompt(), past_key_values=cache)
 
     def test_padding_said_to_the_labkit_cache(self):
         cache = Cache.growing(LAYERS)
         cache.padding = (1,)
-        with pytest.raises(ValueError, match="attention_mask instead of padding"):
+        with pytest.raises(ValueError, match="this cache holds padding"):
             wrap(cache)
 
     def test_a_crop_to_an_absolute_length(self, llama):
@@ -323,3 +323,61 @@ class TestAutocast:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(prompt(2), past_key_values=cache)
             assert model(prompt(2, 1), past_key_values=cache).logits.isfinite().all()
+
+
+class TestFromOneSideToTheOther:
+    """A padded batch that one side read, and the other goes on with."""
+
+    IDS = torch.cat((prompt(2), prompt(2)), dim=1)
+    LEFT = 3
+
+    def mask(self, length: int) -> torch.Tensor:
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[1, : self.LEFT] = 0
+        return mask
+
+    def told(self, start: int, stop: int) -> dict:
+        """The mask of tokens up to `stop`, and positions from `start` on that count from 0 behind the padding."""
+        mask = self.mask(stop)
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:]}
+
+    @torch.no_grad()
+    def test_labkits_decoder_goes_on_with_the_padding_that_a_mask_said(self, llama):
+        ours, half = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict()), self.IDS.shape[1] // 2
+        cache = Cache.growing(LAYERS)
+        llama(self.IDS[:, :half], **self.told(0, half), past_key_values=wrap(cache, llama))
+        assert cache.padding == (0, self.LEFT)
+        got = ours(self.IDS[:, half:], cache)
+        expected = ours(self.IDS, padding=[0, self.LEFT])[:, half:]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)  # bounded: float32, three layers of wide weights
+
+    @torch.no_grad()
+    def test_transformers_goes_on_with_the_padding_that_labkit_was_told(self, llama):
+        ours, half = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict()), self.IDS.shape[1] // 2
+        cache, whole = Cache.growing(LAYERS), self.told(half, self.IDS.shape[1])
+        ours(self.IDS[:, :half], cache, padding=[0, self.LEFT])
+        got = llama(self.IDS[:, half:], **whole, past_key_values=wrap(cache, llama)).logits
+        expected = ours(self.IDS, padding=[0, self.LEFT])[:, half:]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)  # bounded: as above
+        with pytest.raises(ValueError, match="shows tokens that it hid as padding"):
+            llama(prompt(2), past_key_values=wrap(cache, llama), attention_mask=None)
+
+    @torch.no_grad()
+    def test_a_batch_whose_masks_nobody_saw_is_refused_until_its_padding_is_said(self, llama):
+        ours, half = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict()), self.IDS.shape[1] // 2
+        cache = Cache.growing(LAYERS)
+        llama(self.IDS[:, :half], **self.told(0, half), past_key_values=wrap(cache))
+        with pytest.raises(ValueError, match="did not say which tokens are padding"):
+            ours(self.IDS[:, half:], cache)
+        cache.padding, cache.knows_padding = (0, self.LEFT), True
+        expected = ours(self.IDS, padding=[0, self.LEFT])[:, half:]
+        torch.testing.assert_close(ours(self.IDS[:, half:], cache), expected, rtol=0, atol=2e-4)  # bounded: as above
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("options", [{}, {"position_ids": torch.arange(5, 14)[None]}], ids=["none", "others"])
+    def test_positions_that_labkit_would_not_give_are_found_out(self, llama, options):
+        ours, half = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict()), self.IDS.shape[1] // 2
+        cache = Cache.growing(LAYERS)
+        llama(self.IDS[:, :half], attention_mask=self.mask(half), past_key_values=wrap(cache, llama), **options)
+        with pytest.raises(ValueError, match="rotated keys to positions"):
+            ours(self.IDS[:, half:], cache)
