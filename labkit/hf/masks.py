@@ -45,7 +45,7 @@ class Masks:
     def place(self, positions: Tensor | None, q: Tensor, kv_len: int) -> None:
         """Note, once a pass, whether new tokens stand where labkit's decoder would place them: from 0 behind padding.
 
-        positions: int `[batch or 1, new_tokens]`, as the model rotates its keys; where it says none, they count padding.
+        positions: int `[batch or 1, new_tokens]`, as the model rotates its keys; if it says none, they count padding.
         """
         if self.placed:
             return
