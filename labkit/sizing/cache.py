@@ -57,9 +57,7 @@ def bytes_per_token(model: Layered, dtype: str | Format = "float16", *, position
 def mha_bytes_per_token(model: ModelSpec, dtype: str | Format = "float16") -> int | Fraction:
     """Bytes per token if every query head of every attention layer had a K and a V of its own."""
     check_spec("model", model)
-    width = sum(
-        count * head_width(model, layer) for layer, count in model.layer_counts.items() if layer.kind != "state"
-    )
+    width = sum(count * head_width(model, layer) for layer, count in model.layer_counts.items() if layer.attends)
     return plain(model.num_heads * width * kv_format(dtype).bits_per_element / 8)
 
 

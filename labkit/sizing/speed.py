@@ -91,7 +91,7 @@ def step_flops(model: ModelSpec, tokens: int, *, past: int = 0, batch: int = 1) 
     attention = sum(
         count * 2 * model.num_heads * attention_width(model, layer, tokens) * pairs(tokens, past, layer.window)
         for layer, count in model.layer_counts.items()
-        if layer.kind != "state"
+        if layer.attends
     )
     return batch * (2 * layers * tokens + 2 * head + attention)
 

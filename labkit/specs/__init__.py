@@ -6,13 +6,15 @@ under its name wherever a model or a GPU can be named.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from labkit.specs.files import SpecError, line_of, read
+from labkit.specs.files import SpecError, line_of, read, read_text
 from labkit.specs.gpu import GpuFile, GpuSpec, LinkSpec
 from labkit.specs.hf_config import decoder_spec, from_hf_config
 from labkit.specs.model import DECODER_TYPES, Layer, LayerGroup, ModelSpec
@@ -34,6 +36,7 @@ __all__ = [
     "links",
     "model",
     "models",
+    "problems",
 ]
 
 Named = TypeVar("Named", GpuSpec, LinkSpec)
@@ -41,16 +44,36 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def model(name: str) -> ModelSpec:
-    """The spec in `data/models/`; a SpecError offers the nearest names when there is none."""
-    files = {path.stem: path for path in (DATA / "models").glob("*.json")}
+    """The spec in `data/models/`; a SpecError offers the nearest names when there is none, or says what is wrong."""
+    files = {path.stem: path for path in _model_files()}
     if not isinstance(name, str) or name not in files:
         raise SpecError(unknown("model spec", name, files))
     return _model(files[name])
 
 
 def models() -> dict[str, ModelSpec]:
-    """Every spec in `data/models/`, by name. Raises SpecError for the first file that is wrong."""
-    return {path.stem: _model(path) for path in sorted((DATA / "models").glob("*.json"))}
+    """Every spec in `data/models/` that can be read, by name; `problems()` names the others."""
+    return {path.stem: spec for path, spec in _read_models().items() if isinstance(spec, ModelSpec)}
+
+
+def problems() -> list[str]:
+    """What is wrong with the files in `data/` that cannot be read or clash, a line each; empty when all are right."""
+    return [str(spec) for spec in _read_models().values() if isinstance(spec, SpecError)] + _gpu_table().problems
+
+
+def _model_files() -> list[Path]:
+    """The files of models. Names with a leading dot are other programs' (macOS keeps `._x.json` beside `x.json`)."""
+    return sorted(path for path in (DATA / "models").glob("*.json") if not path.name.startswith("."))
+
+
+def _read_models() -> dict[Path, ModelSpec | SpecError]:
+    found: dict[Path, ModelSpec | SpecError] = {}
+    for path in _model_files():
+        try:
+            found[path] = _model(path)
+        except SpecError as error:
+            found[path] = error
+    return found
 
 
 @cache
@@ -62,43 +85,83 @@ def _model(path: Path) -> ModelSpec:
 
 
 def gpu(name: str) -> GpuSpec:
-    """The GPU called `name`; a SpecError offers the nearest names when there is none."""
-    known = gpus()
-    if not isinstance(name, str) or name not in known:
-        raise SpecError(unknown("GPU", name, known))
-    return known[name]
+    """The GPU called `name`; a SpecError offers the nearest names when there is none, and says which file is wrong."""
+    return _named("GPU", name, _gpu_table().gpus)
 
 
 def gpus() -> dict[str, GpuSpec]:
-    """Every GPU in `data/gpus.json` and `data/gpus-*.json`, by name. Raises SpecError for the first that is wrong."""
-    return dict(_gpu_table()[0])
+    """Every GPU in `data/gpus.json` and in those of `data/gpus-*.json` that can be read; `problems()` names the others.
+
+    Raises SpecError where `gpus.json` itself is wrong.
+    """
+    return dict(_gpu_table().gpus)
 
 
 def link(name: str) -> LinkSpec:
-    """The link called `name`; a SpecError offers the nearest names when there is none."""
-    known = links()
-    if not isinstance(name, str) or name not in known:
-        raise SpecError(unknown("link", name, known))
-    return known[name]
+    """The link called `name`; a SpecError offers the nearest names when there is none, and says which file is wrong."""
+    return _named("link", name, _gpu_table().links)
 
 
 def links() -> dict[str, LinkSpec]:
-    """Every link between GPUs or machines in the same files, by name. Raises SpecError for the first that is wrong."""
-    return dict(_gpu_table()[1])
+    """Every link between GPUs or machines in the same files, by name."""
+    return dict(_gpu_table().links)
 
 
-def _gpu_table() -> tuple[dict[str, GpuSpec], dict[str, LinkSpec]]:
-    files = [DATA / "gpus.json", *sorted(DATA.glob("gpus-*.json"))]  # the course's first: a clash is the other's fault
+def _named(what: str, name: str, known: Mapping[str, Named]) -> Named:
+    if not isinstance(name, str) or name not in known:
+        wrong = "".join(f"; {problem}" for problem in _gpu_table().problems)  # it may stand there
+        raise SpecError(unknown(what, name, known) + wrong)
+    return known[name]
+
+
+@dataclass(frozen=True)
+class GpuTable:
+    """GPUs and links of all files together, and what is wrong with the files that are not among them."""
+
+    gpus: dict[str, GpuSpec]
+    links: dict[str, LinkSpec]
+    problems: list[str]
+
+
+def _gpu_table() -> GpuTable:
+    own = sorted(path for path in DATA.glob("gpus-*.json") if not path.name.startswith("."))
+    files = [DATA / "gpus.json", *own]  # the course's first: a clash is the other's fault
     return _read_gpu_files(tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in files))
 
 
 @cache
-def _read_gpu_files(stamped: tuple[tuple[Path, int], ...]) -> tuple[dict[str, GpuSpec], dict[str, LinkSpec]]:
-    """GPUs and links of all files together; the time of change is there so that a file mended is read anew."""
-    files = {path: read(path, GpuFile) for path, _ in stamped}
-    known_gpus: dict[str, GpuSpec] = {}
-    known_links: dict[str, LinkSpec] = {}
-    homes: dict[tuple[str, str], Path] = {}
+def _read_gpu_files(stamped: tuple[tuple[Path, int], ...]) -> GpuTable:
+    """The time of change is there so that a file mended is read anew. A user's file that is wrong adds nothing."""
+    course, *own = (path for path, _ in stamped)
+    problems: list[str] = []
+    table = _merged(GpuTable({}, {}, []), {}, {course: read(course, GpuFile)})
+    homes = {("gpus", name): course for name in table.gpus} | {("links", name): course for name in table.links}
+    good: dict[Path, GpuFile] = {}
+    for path in own:
+        try:
+            good[path] = read(path, GpuFile)
+        except SpecError as error:
+            problems.append(str(error))
+    while True:  # a file whose links stand in a file that is taken out is wrong as well
+        try:
+            return dataclasses.replace(_merged(table, homes, good), problems=problems)
+        except _WrongFile as error:
+            problems.append(str(error))
+            del good[error.path]
+
+
+class _WrongFile(SpecError):
+    """A SpecError about one of several files."""
+
+    def __init__(self, path: Path, place: tuple[int | str, ...], said: str) -> None:
+        line = line_of(read_text(path), place)
+        super().__init__(f"{path.name}, line {line}: {'.'.join(map(str, place))}: {said}")
+        self.path = path
+
+
+def _merged(table: GpuTable, homes: Mapping[tuple[str, str], Path], files: Mapping[Path, GpuFile]) -> GpuTable:
+    """The table with the content of `files`. Raises _WrongFile for a name that is taken, or a link that is nowhere."""
+    known_gpus, known_links, homes = dict(table.gpus), dict(table.links), dict(homes)
     for path, content in files.items():
         _add(path, "gpus", content.gpus, known_gpus, homes)
         _add(path, "links", content.links, known_links, homes)
@@ -107,8 +170,8 @@ def _read_gpu_files(stamped: tuple[tuple[Path, int], ...]) -> tuple[dict[str, Gp
             for which, name in enumerate(spec.links):
                 if name not in known_links:
                     said = f'{spec.name}: {unknown("link", name, known_links)}; correct it, or add it to "links"'
-                    raise _error_at(path, ("gpus", index, "links", which), said)
-    return known_gpus, known_links
+                    raise _WrongFile(path, ("gpus", index, "links", which), said)
+    return GpuTable(known_gpus, known_links, [])
 
 
 def _add(
@@ -117,13 +180,8 @@ def _add(
     for index, spec in enumerate(specs):
         if spec.name in known:
             home = homes[key, spec.name].name
-            raise _error_at(path, (key, index, "name"), f'"{spec.name}" is in {home} already: take another name')
+            raise _WrongFile(path, (key, index, "name"), f'"{spec.name}" is in {home} already: take another name')
         known[spec.name], homes[key, spec.name] = spec, path
-
-
-def _error_at(path: Path, place: tuple[int | str, ...], said: str) -> SpecError:
-    line = line_of(path.read_text(encoding="utf-8"), place)
-    return SpecError(f"{path.name}, line {line}: {'.'.join(map(str, place))}: {said}")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

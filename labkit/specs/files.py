@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+LARGEST = 10**7  # bytes of a file: a config has some thousands
 
 
 class SpecError(ValueError):
@@ -22,16 +25,8 @@ class SpecError(ValueError):
 
 def read(path: Path, kind: type[T]) -> T:
     """The `kind` that a JSON file holds. Raises SpecError naming file, line and field."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path.name} cannot be read as UTF-8 text: {error}") from None
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{path.name}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all bounds
-        raise SpecError(f"{path.name} cannot be read: {error}") from None
+    text = read_text(path)
+    parse(text, path.name)
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
@@ -39,6 +34,72 @@ def read(path: Path, kind: type[T]) -> T:
         first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
         line = line_of(text, first["loc"])
         raise SpecError(f"{path.name}, line {line}: {explain(first)}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of at most `LARGEST` bytes, a byte order mark taken off. SpecError for all else."""
+    name = short(path.name)
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise SpecError(f"{name} is no regular file: name a JSON file")
+        if about.st_size > LARGEST:
+            raise SpecError(f"{name} has {about.st_size:,} bytes: more than {LARGEST:,} are no config")
+        with path.open("rb") as file:
+            return file.read(LARGEST + 1).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise SpecError(f"there is no file {short(str(path))}: name one that is there") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{name} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise SpecError(f"{name} cannot be read: {error.strerror or error}") from None
+    except SpecError:
+        raise
+    except ValueError as error:  # a null byte
+        raise SpecError(f"{short(str(path))!r} cannot be the name of a file: {error}") from None
+
+
+def parse(text: str, name: str) -> Any:
+    """What the JSON text says. SpecError for invalid JSON, and for a key that an object has twice."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, text))
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{name}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except _Twice as error:
+        raise SpecError(f"{name}, line {error.line}: {error}: take one of the two out") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all bounds
+        raise SpecError(f"{name!r} cannot be read: {error}") from None
+
+
+class _Twice(Exception):
+    def __init__(self, key: str, text: str) -> None:
+        places = [
+            match.start() for match in re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+        ]
+        self.line = text.count("\n", 0, places[-1]) + 1 if places else 1
+        super().__init__(f"{short(json.dumps(key))} is given twice")
+
+
+def _once(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(key, text)
+        found[key] = value
+    return found
+
+
+def user_path(given: str | Path) -> Path:
+    """The path that a user names, `~` opened. SpecError for one that no file can have."""
+    try:
+        return Path(given).expanduser()
+    except (RuntimeError, ValueError) as error:  # ~nobody
+        raise SpecError(f"{short(str(given))!r} cannot be read: {error}: write the path out") from None
+
+
+def short(text: str) -> str:
+    """A name as a message can hold it."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def line_of(text: str, place: Sequence[int | str]) -> int:

@@ -27,7 +27,19 @@ Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 Number = Annotated[int, Field(ge=1, le=10**15)]
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-Kind = Literal["full", "window", "latent", "shared", "state"]
+Kind = Literal["full", "window", "latent", "shared", "state", "hybrid", "none"]
+# What a layer of each kind may say of itself; what it must say stands first.
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "full": ((), ("num_kv_heads", "head_dim", "v_head_dim", "index_dim")),
+    "window": ((), ("window", "num_kv_heads", "head_dim", "v_head_dim", "index_dim")),
+    "latent": (("latent_dim",), ("window", "index_dim")),
+    "shared": ((), ()),
+    "state": (("state_bytes",), ()),
+    "hybrid": (("state_bytes",), ("window", "num_kv_heads", "head_dim", "v_head_dim", "index_dim")),
+    "none": ((), ()),
+}
+HOLDS = ("full", "window", "latent", "hybrid")  # kinds that keep something of each token
+NEEDS = {"latent_dim": "numbers kept per token", "state_bytes": "bytes kept per request"}
 
 
 def one_line_errors(cls: type[T]) -> type[T]:
@@ -52,7 +64,10 @@ class Layer:
 
     kind: "full" keeps K and V of every token; "window" of the last `window`; "latent" one vector of `latent_dim`
     numbers per token in their place (DeepSeek's multi-head latent attention); "shared" nothing, as it reads an earlier
-    layer's; "state" `state_bytes` per request however long that is (Mamba, linear attention).
+    layer's; "state" `state_bytes` per request however long that is (Mamba, linear attention); "hybrid" K and V, of the
+    last `window` where it has one, and a state beside them (Falcon-H1); "none" nothing at all of the text: it has no
+    attention, or attends to images (Nemotron-H, Llama 3.2 Vision). index_dim: numbers per token kept beside K and V to
+    choose which of them are read (DeepSeek-V3.2).
     """
 
     kind: Kind
@@ -62,17 +77,23 @@ class Layer:
     window: int | None = None
     latent_dim: int = 0
     state_bytes: int = 0
+    index_dim: int = 0
 
     @property
     def elements_per_token(self) -> int:
         """Numbers that one token adds, K and V together, while no window is full."""
         if self.kind == "latent":
-            return self.latent_dim
-        return self.num_kv_heads * (self.k_dim + self.v_dim)
+            return self.latent_dim + self.index_dim
+        return self.num_kv_heads * (self.k_dim + self.v_dim) + self.index_dim
+
+    @property
+    def attends(self) -> bool:
+        """Whether it reads keys and values of the text, its own or an earlier layer's."""
+        return self.kind not in ("state", "none")
 
     def tokens_held(self, seq_len: int) -> int:
         """Tokens of one request that the layer holds after `seq_len`."""
-        if self.kind in ("shared", "state"):
+        if self.kind in ("shared", "state", "none"):
             return 0
         return seq_len if self.window is None else min(seq_len, self.window)
 
@@ -80,15 +101,32 @@ class Layer:
 @one_line_errors
 @dataclass(frozen=True, config=STRICT)
 class LayerGroup:
-    """`count` neighbouring layers of one kind, as a file states them. What is left out is the model's."""
+    """`count` neighbouring layers of one kind, as a file states them. What is left out is the model's.
+
+    v_head_dim: where head_dim is given and values are not as wide as keys. Raises SpecError for what the kind has not.
+    """
 
     kind: Kind
     count: Layers = 1
     window: Count | None = None
     num_kv_heads: Count | None = None
     head_dim: Count | None = None
+    v_head_dim: Count | None = None
     latent_dim: Count | None = None
+    index_dim: Count | None = None
     state_bytes: Count | None = None
+
+    def __post_init__(self) -> None:
+        needed, allowed = FIELDS[self.kind]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f'a layer of kind "{self.kind}" needs {name}: {NEEDS[name]}')
+        for name in ("window", "num_kv_heads", "head_dim", "v_head_dim", "latent_dim", "index_dim", "state_bytes"):
+            if getattr(self, name) is not None and name not in (*needed, *allowed):
+                fitting = [kind for kind, (must, may) in FIELDS.items() if name in (*must, *may)]
+                raise ValueError(
+                    f'a layer of kind "{self.kind}" has no {name}: take it out, or is the kind {" or ".join(fitting)}?'
+                )
 
 
 @one_line_errors
@@ -101,6 +139,7 @@ class ModelSpec:
     layers: the kinds of the layers, in order from the first, beginning anew until `num_layers` are named; None when all
     are of one kind: "window" where a window is given, else "full".
     v_head_dim: where values are not as wide as keys. max_seq_len: the longest context it was trained for.
+    found: how it was found where it was read from a config: measured, or by arithmetic.
     parameters: weights in all, as published; a Llama-style shape needs none, they can be counted. active_parameters:
     those that one token meets, in a mixture of experts (num_experts, of which experts_per_token are met) or beside
     Gemma 3n's tables of embeddings per layer, of which it reads a row each.
@@ -132,6 +171,7 @@ class ModelSpec:
     active_parameters: Number | None = None
     num_experts: Count | None = None
     experts_per_token: Count | None = None
+    found: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for problem in (self._heads(), self._layers(), self._parameters(), self._decoder()):
@@ -147,16 +187,17 @@ class ModelSpec:
         for group in self.layers or ():
             if group.kind == "window" and (group.window or self.window) is None:
                 return 'a layer of kind "window" needs a window, its own or the model\'s: tokens it sees'
-            if group.kind == "latent" and group.latent_dim is None:
-                return 'a layer of kind "latent" needs latent_dim: numbers kept per token'
-            if group.kind == "state" and group.state_bytes is None:
-                return 'a layer of kind "state" needs state_bytes: bytes kept per request'
             if group.num_kv_heads and self.num_heads % group.num_kv_heads:
                 return f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({group.num_kv_heads})"
-        if self.layers == []:
+        if self.layers is None:
+            return None
+        if not self.layers:
             return "layers is empty: leave it out when all layers are of one kind"
-        if self.layers and self.layers[0].kind == "shared":
-            return "the first layer cannot be shared: there is no earlier one to read"
+        if self.window is not None and not any(group.kind == "window" for group in self.layers):
+            return 'window is given, but no layer is of kind "window": take it out, or correct the kinds'
+        earlier = [group.kind for group in self.layers]
+        if "shared" in earlier and not any(kind in HOLDS for kind in earlier[: earlier.index("shared")]):
+            return "the first layer cannot be shared, nor one before any that keeps K and V: there is nothing to read"
         return None
 
     def _parameters(self) -> str | None:
@@ -207,16 +248,16 @@ class ModelSpec:
         return tuple(cycle[index % len(cycle)] for index in range(self.num_layers))
 
     def _layer(self, group: LayerGroup) -> Layer:
-        if group.kind == "shared":
-            return Layer("shared")
-        if group.kind == "state":
-            return Layer("state", state_bytes=group.state_bytes or 0)
+        state, index = group.state_bytes or 0, group.index_dim or 0
+        if group.kind in ("shared", "none", "state"):
+            return Layer(group.kind, state_bytes=state)
         if group.kind == "latent":
-            return Layer("latent", latent_dim=group.latent_dim or 0)
+            return Layer("latent", window=group.window, latent_dim=group.latent_dim or 0, index_dim=index)
         k_dim = group.head_dim or self.head_dim
-        v_dim = k_dim if group.head_dim else self.v_head_dim or k_dim
-        window = (group.window or self.window) if group.kind == "window" else None
-        return Layer(group.kind, group.num_kv_heads or self.num_kv_heads, k_dim, v_dim, window)
+        v_dim = group.v_head_dim or (k_dim if group.head_dim else self.v_head_dim or k_dim)
+        window = (group.window or self.window) if group.kind == "window" else group.window
+        heads = group.num_kv_heads or self.num_kv_heads
+        return Layer(group.kind, heads, k_dim, v_dim, window, state_bytes=state, index_dim=index)
 
     @cached_property
     def layer_counts(self) -> Mapping[Layer, int]:

@@ -1,0 +1,193 @@
+"""Every text decoder that transformers has, its default config: the spec against the cache of the model itself.
+
+`python -m tests.specs.every_config` prints how many agree, and which are refused with which reason. The model is built
+on the meta device and run anew, in passes that go past each window where no state makes that long: what its cache holds
+after each is counted, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
+from transformers.utils import logging
+
+from labkit.sizing import bytes_per_token, cache_bytes
+from labkit.specs import ModelSpec, SpecError, from_hf_config
+
+FAR = 10**6
+FEW = 8  # layers: enough for one period of every default, or the default's own number is taken
+KINDS = sorted(
+    {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    | {*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    | {kind for kind in CONFIG_MAPPING if kind.endswith(("_text", "_text_model"))}
+)
+
+
+def shrunk(kind: str) -> dict[str, Any]:
+    """The default config of that type as a published one states it, with fewer layers where its class allows it."""
+    cls = CONFIG_MAPPING[kind]
+    for layers in ({"num_hidden_layers": FEW}, {}):
+        try:
+            config = cls(**layers)
+        except Exception:  # fewer layers than its defaults need, or no defaults
+            continue
+        if config is not config.get_text_config(decoder=True):  # a language model with others beside it
+            return config.to_dict()
+        if not layers or differs_in_nothing_else(cls, config):
+            return config.to_dict()
+    return {"model_type": kind}
+
+
+def differs_in_nothing_else(cls: type, config: PreTrainedConfig) -> bool:
+    """Whether the shortened stack still has every kind of layer that the default has."""
+    default = cls()
+    kinds = [set(getattr(one, "layer_types", None) or ()) for one in (default, config)]
+    return kinds[0] == kinds[1] and not getattr(default, "num_kv_shared_layers", 0)
+
+
+def read(config: dict[str, Any]) -> ModelSpec | SpecError:
+    """The spec; that the number of weights is given keeps none from being read."""
+    try:
+        return from_hf_config(config, parameters=10**13)
+    except SpecError as refused:
+        return refused
+
+
+def build(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The text model of a config on the meta device, its experts passing on what they get; and its config."""
+    text = CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config(decoder=True)
+    if (text.pad_token_id or 0) >= text.vocab_size:
+        text.pad_token_id = None
+    with torch.device("meta"):
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) or MODEL_MAPPING.get(type(text), None) or beside(text)
+        model = cls._from_config(text, dtype=torch.bfloat16).eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("Experts"):
+            module.forward = lambda states, *args, **kwargs: torch.empty_like(states)
+    model.warn_if_padding_and_no_attention_mask = lambda *args: None
+    if hasattr(model, "set_attn_implementation") and type(text).model_type in EAGER:
+        model.set_attn_implementation("eager")
+    return model, text
+
+
+EAGER = {"biogpt"}  # whose mask for PyTorch's attention looks at data
+
+
+def beside(text: PreTrainedConfig) -> Any:
+    """The class of a text config that no automatic class names."""
+    module = sys.modules[__import__(type(text).__module__.replace("configuration_", "modeling_"), fromlist="x").__name__]
+    named = [
+        cls
+        for cls in vars(module).values()
+        if getattr(cls, "config_class", None) is type(text) and "past_key_values" in cls.forward.__code__.co_varnames
+    ]
+    return max(named, key=lambda cls: cls.__name__.endswith("ForCausalLM"))
+
+
+def live_bytes(config: dict[str, Any], lengths: list[int]) -> list[int]:
+    """Bytes that the cache of the model holds after that many tokens, a pass from each length to the next."""
+    model, text = build(config)
+    own = hasattr(model, "_supports_default_dynamic_cache") and not model._supports_default_dynamic_cache()
+    cache, sizes, before = None if own else DynamicCache(config=text), [], 0
+    for length in lengths:
+        tokens = torch.zeros((1, length - before), dtype=torch.long, device="meta")
+        with torch.no_grad(), torch.device("meta"):
+            out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache = cache if out.get("past_key_values") is None else out["past_key_values"]
+        in_modules = [value for module in model.modules() for key, value in vars(module).items() if "state" in key]
+        sizes.append(sum(tensor.nbytes for tensor in tensors([vars(cache), in_modules])))
+        before = length
+    return sizes
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of numbers anywhere inside."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype.is_floating_point:
+            yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors(one)
+    elif hasattr(value, "get_max_length") or type(value).__name__ == "DummyLayer":
+        yield from tensors(vars(value))
+
+
+def has_states(spec: ModelSpec) -> bool:
+    return any(layer.state_bytes for layer in spec.each_layer)
+
+
+def held(spec: ModelSpec, tokens: int) -> int:
+    """What the spec says of it. Between steps transformers keeps of a window all but the token that comes next."""
+    total = cache_bytes(spec, tokens, dtype="bfloat16")
+    for layer in spec.each_layer:
+        if layer.window and tokens >= layer.window and layer.kind in ("window", "hybrid", "latent"):
+            total -= 2 * layer.elements_per_token
+    return total
+
+
+def compare(kind: str) -> str:
+    """"equal", "refused: reason", or "WRONG: what differs"."""
+    config = shrunk(kind)
+    spec = read(config)
+    if isinstance(spec, SpecError):
+        return f"refused: {reason(str(spec))}"
+    windows = sorted({layer.window for layer in spec.each_layer if layer.window})
+    lengths = [3, 4]
+    if not has_states(spec):  # a scan over a million tokens, one by one, is no test
+        lengths += [length for window in windows for length in (window - 1, window, window + 3)] + [FAR, FAR + 1]
+    lengths = sorted({length for length in lengths if length > 0})
+    try:
+        found = live_bytes(config, lengths)
+    except Exception as error:
+        return f"WRONG: the model does not run here: {error}"
+    expected = [held(spec, length) for length in lengths]
+    if found != expected:
+        return f"WRONG: live {found}, spec {expected} after {lengths}"
+    grown = dict(zip(lengths, found, strict=True))
+    for position in (3, FAR):
+        if position + 1 in grown and position in grown:
+            step = grown[position + 1] - grown[position]
+            full = [layer.window for layer in spec.each_layer if layer.window == position + 1]
+            if not full and step != bytes_per_token(spec, "bfloat16", position=position):
+                return f"WRONG: token {position} adds {step}, the spec says {bytes_per_token(spec, position=position)}"
+    return "equal"
+
+
+def reason(said: str) -> str:
+    """A refusal without what is particular to one type."""
+    for sort in ("is no decoder", "keeps no KV cache", "in a way that is not read here", "cannot build", "does not run"):
+        if sort in said:
+            return sort
+    return re.sub(r"'[^']*'|\d[\d,]*", "..", said)[:60]
+
+
+def main() -> int:
+    logging.set_verbosity(logging.CRITICAL)
+    results = {kind: compare(kind) for kind in KINDS}
+    for kind, result in results.items():
+        if result != "equal":
+            print(f"{kind:<32}{result[:200]}", flush=True)
+    counts = Counter(result.partition(": ")[0] if result.startswith("WRONG") else result for result in results.values())
+    for result, count in counts.most_common():
+        print(f"{count:>5} {result}")
+    return 1 if counts["WRONG"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
