@@ -258,6 +258,8 @@ def _layer(text: Any, index: int, layer: Any, before: Held, after: Held) -> dict
     for name, each in beside.items():
         if before[name].numel() != PROMPT * each:
             raise SpecError(_strange(text, layer))
+        wide = after[name].element_size() // 2  # in numbers of 16 bits: some keep these in float32
+        beside[name] = each * max(1, wide)
     state = sum(_bytes(text, tensor) for name, tensor in after.items() if name not in grows)
     if keys is None or not keys.numel():
         if grows:

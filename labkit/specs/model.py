@@ -67,7 +67,7 @@ class Layer:
     layer's; "state" `state_bytes` per request however long that is (Mamba, linear attention); "hybrid" K and V, of the
     last `window` where it has one, and a state beside them (Falcon-H1); "none" nothing at all of the text: it has no
     attention, or attends to images (Nemotron-H, Llama 3.2 Vision). index_dim: numbers per token kept beside K and V to
-    choose which of them are read (DeepSeek-V3.2).
+    choose which of them are read (DeepSeek-V3.2), one in float32 counting as two.
     """
 
     kind: Kind
