@@ -48,7 +48,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(LARGEST + 1).decode("utf-8-sig")
     except FileNotFoundError:
-        raise SpecError(f"there is no file {short(str(path))}: name one that is there") from None
+        raise SpecError(f"{name} cannot be read: there is no such file in {short(str(path.parent))}") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{name} cannot be read as UTF-8 text: {error}") from None
     except OSError as error:

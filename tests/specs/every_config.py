@@ -100,7 +100,9 @@ EAGER = {"biogpt"}  # whose mask for PyTorch's attention looks at data
 
 def beside(text: PreTrainedConfig) -> Any:
     """The class of a text config that no automatic class names."""
-    module = sys.modules[__import__(type(text).__module__.replace("configuration_", "modeling_"), fromlist="x").__name__]
+    module = sys.modules[
+        __import__(type(text).__module__.replace("configuration_", "modeling_"), fromlist="x").__name__
+    ]
     named = [
         cls
         for cls in vars(module).values()
@@ -156,7 +158,7 @@ def held(spec: ModelSpec, tokens: int) -> int:
 
 
 def compare(kind: str) -> str:
-    """"equal", "refused: reason", or "WRONG: what differs"."""
+    """ "equal", "refused: reason", or "WRONG: what differs"."""
     config = shrunk(kind)
     spec = read(config)
     if isinstance(spec, SpecError):
@@ -189,7 +191,13 @@ def compare(kind: str) -> str:
 
 def reason(said: str) -> str:
     """A refusal without what is particular to one type."""
-    for sort in ("is no decoder", "keeps no KV cache", "in a way that is not read here", "cannot build", "does not run"):
+    for sort in (
+        "is no decoder",
+        "keeps no KV cache",
+        "in a way that is not read here",
+        "cannot build",
+        "does not run",
+    ):
         if sort in said:
             return sort
     return re.sub(r"'[^']*'|\d[\d,]*", "..", said)[:60]

@@ -83,7 +83,8 @@ def each(spec: ModelSpec) -> dict[str, int]:
         (PLAMO, 4096, 4096),
         (MLLAMA, 131_072, 131_072),
         (STEP, 184_320, 49_152),
-        ({"model_type": "ernie4_5", "num_hidden_layers": 18, "hidden_size": 1024, "num_attention_heads": 16},) + (18_432,) * 2,
+        ({"model_type": "ernie4_5", "num_hidden_layers": 18, "hidden_size": 1024, "num_attention_heads": 16},)
+        + (18_432,) * 2,
     ],
     ids=["gemma4", "mimo", "minimax_m1", "plamo2", "mllama", "step3p5", "ernie4_5"],
 )
@@ -194,7 +195,9 @@ class TestUnknownTypes:
             read(self.PLAIN, num_local_experts=8)
 
     def test_weights_that_cannot_be_counted_say_how_to_give_them(self):
-        with pytest.raises(SpecError, match=r"cannot be counted .*give parameters=, or --parameters on the command line"):
+        with pytest.raises(
+            SpecError, match=r"cannot be counted .*give parameters=, or --parameters on the command line"
+        ):
             from_hf_config({**BASE, **self.PLAIN})
 
 

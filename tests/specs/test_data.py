@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -153,7 +155,8 @@ class TestAFileOfOnesOwn:
     def test_what_is_wrong_is_named_with_file_line_field_and_remedy(self, write, change, line, said):
         write(change)
         with pytest.raises(SpecError) as error:
-            specs.models()
+            specs.model("mine")
+        assert specs.models() == {}
         assert str(error.value).startswith(f"mine.json, line {line}: {said}")
         assert "\n" not in str(error.value)
 
@@ -161,3 +164,64 @@ class TestAFileOfOnesOwn:
         write({}, stem="other")
         with pytest.raises(SpecError, match=r'other\.json: its name is "mine": call the file mine\.json'):
             specs.model("other")
+
+
+class TestOneBadFile:
+    """Among good ones: these are read, and it is named."""
+
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        for name in ("llama-2-7b", "gpt2"):
+            (tmp_path / "models").mkdir(exist_ok=True)
+            shutil.copy(specs.DATA / "models" / f"{name}.json", tmp_path / "models")
+        shutil.copy(specs.DATA / "gpus.json", tmp_path)
+        monkeypatch.setattr(specs, "DATA", tmp_path)
+        return tmp_path / "models"
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"{", "line 1: not valid JSON"),
+            (b"\xff\xfe", "cannot be read as UTF-8 text"),
+            (b'{"name": "bad",\n "num_heads": 4,\n "num_heads": 8}', 'line 3: "num_heads" is given twice'),
+            (b"[" * 100_000, "cannot be read"),
+            (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
+        ],
+    )
+    def test_is_named_and_hides_no_other(self, folder, content, said):
+        (folder / "bad.json").write_bytes(content)
+        assert sorted(specs.models()) == ["gpt2", "llama-2-7b"]
+        (problem,) = specs.problems()
+        assert "bad.json" in problem
+        assert said in problem
+        assert "\n" not in problem
+        with pytest.raises(SpecError, match=r"bad\.json"):
+            specs.model("bad")
+
+    def test_a_folder_a_pipe_and_a_dangling_link_are_no_files(self, folder):
+        (folder / "folder.json").mkdir()
+        os.mkfifo(folder / "pipe.json")
+        (folder / "link.json").symlink_to(folder / "nowhere")
+        assert sorted(specs.models()) == ["gpt2", "llama-2-7b"]
+        said = specs.problems()
+        assert len(said) == 3
+        assert sum("is no regular file" in problem for problem in said) == 2
+
+    def test_files_of_other_programs_are_left_alone(self, folder):
+        (folder / "._gpt2.json").write_bytes(b"\x00\x05\x16\x07")
+        (folder.parent / "._gpus-mine.json").write_bytes(b"\x00")
+        assert specs.problems() == []
+        assert "h100-80gb" in specs.gpus()
+
+    def test_a_byte_order_mark_is_no_fault(self, folder):
+        path = folder / "gpt2.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert specs.model("gpt2").num_layers == 12
+
+    def test_a_bad_file_of_gpus_breaks_no_built_in_one(self, folder):
+        (folder.parent / "gpus-mine.json").write_text("{")
+        assert specs.gpu("h100-80gb").memory_gib == 79.1
+        (problem,) = specs.problems()
+        assert problem.startswith("gpus-mine.json, line 1: not valid JSON")
+        with pytest.raises(SpecError, match=r"no GPU is called 'mine'; .*; gpus-mine\.json, line 1: not valid JSON"):
+            specs.gpu("mine")

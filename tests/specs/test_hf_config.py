@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,6 @@ class TestLayerKinds:
         [
             ("gemma2", ["window", "full"] * 3),
             ("gemma3_text", ["window"] * 5 + ["full"]),
-            ("gemma3n_text", ["window"] * 4 + ["full", "window"]),
             ("cohere2", ["window"] * 3 + ["full"] + ["window"] * 2),
             ("gpt_oss", ["window", "full"] * 3),
             ("qwen3_moe", ["full"] * 6),
@@ -145,17 +145,18 @@ class TestLayerKinds:
         assert spec.window == 8
 
     def test_a_kind_that_is_not_known_is_named(self):
-        with pytest.raises(SpecError, match="a layer of type 'hybrid' is not known here: one of full_attention, "):
-            kinds(self.LLAMA, layer_types=["hybrid"] * 6)
+        with pytest.raises(SpecError, match="a layer of type 'odd' is not known here: one of full_attention, "):
+            kinds({**self.LLAMA, "model_type": "some_llama"}, layer_types=["odd"] * 6)
 
+    @pytest.mark.parametrize("kind", ["llama", "some_llama"])
     @pytest.mark.parametrize("key", ["hybrid_override_pattern", "linear_attn_config", "index_head_dim"])
-    def test_layers_said_in_a_way_that_is_not_read_are_an_error_and_not_full_attention(self, key):
-        with pytest.raises(SpecError, match=f"{key} is not read here: write the layers into a file"):
-            kinds(self.LLAMA, **{key: "M-M*-"})
+    def test_layers_said_in_a_way_that_is_not_read_are_an_error_and_not_full_attention(self, key, kind):
+        with pytest.raises(SpecError, match=f"{key} is not read .*write the layers into a file"):
+            kinds({**self.LLAMA, "model_type": kind}, **{key: "M-M*-"})
 
     def test_a_state_of_unknown_size_is_an_error(self):
-        with pytest.raises(SpecError, match=r"is said by one of linear_num_value_heads, .*: none is there"):
-            kinds(self.LLAMA, full_attention_interval=3)
+        with pytest.raises(SpecError, match=r"is said by one of .*linear_num_value_heads, .*: none is there"):
+            kinds({**self.LLAMA, "model_type": "some_llama"}, full_attention_interval=3)
 
 
 class TestHeads:
@@ -199,17 +200,17 @@ class TestErrors:
         with pytest.raises(SpecError, match=f"model_type '{kind}' keeps no KV cache"):
             from_hf_config({"model_type": kind, "hidden_size": 768})
 
-    @pytest.mark.parametrize("name", ["llama-3-70b", "gpt2", "dbrx", "opt-13b"])
-    def test_a_missing_size_is_named_by_its_usual_key(self, name):
-        for keys in (("num_hidden_layers", "n_layer", "n_layers"), ("hidden_size", "n_embd", "d_model")):
-            shape = {key: value for key, value in config(name).items() if key not in keys}
-            with pytest.raises(SpecError, match=f"^the config has no '{keys[0]}': is it a text model's config.json"):
-                from_hf_config(shape)
+    @pytest.mark.parametrize("keys", [("num_hidden_layers",), ("hidden_size",), ("vocab_size",)])
+    def test_a_missing_size_of_a_type_without_a_class_is_named_by_its_usual_key(self, keys):
+        shape = {key: value for key, value in self.LLAMA.items() if key not in keys} | {"model_type": "brandnew"}
+        with pytest.raises(SpecError, match=f"^the config has no '{keys[0]}': is it a text model's config.json"):
+            from_hf_config(shape)
 
     def test_missing_sizes_of_a_latent_are_named(self):
         shape = {key: value for key, value in config("deepseek-v3").items() if key != "qk_rope_head_dim"}
+        shape = {key: shape[key] for key in shape if not key.startswith("rope")} | {"model_type": "brandnew"}
         with pytest.raises(SpecError, match="the config has no 'qk_rope_head_dim'"):
-            from_hf_config(shape)
+            from_hf_config(shape, parameters=10**12)
 
     @pytest.mark.parametrize("value", ["many", 0, [1, 2], {"a": 1}])
     @pytest.mark.parametrize("key", ["num_attention_heads", "hidden_size", "num_hidden_layers"])
@@ -255,6 +256,36 @@ class TestErrors:
     def test_a_file_that_holds_no_config_says_so(self, tmp_path, text, said):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(SpecError, match=said):
+            from_hf_config(tmp_path)
+
+    def test_a_home_of_nobody_is_one_line(self):
+        with pytest.raises(SpecError, match="cannot be read: .*write the path out"):
+            from_hf_config("~nobody-is-called-so/x.json")
+
+    @pytest.mark.parametrize("given", ["a" * 300, "a" * 300 + ".json"])
+    def test_a_name_that_is_too_long_is_one_short_line(self, given):
+        with pytest.raises(SpecError, match="cannot be read") as error:
+            from_hf_config(given)
+        assert len(str(error.value)) < 200
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "config.json")
+        for given in (tmp_path, tmp_path / "config.json"):
+            with pytest.raises(SpecError, match=r"config\.json is no regular file"):
+                from_hf_config(given)
+
+    def test_a_file_larger_than_any_config_is_not_read(self, tmp_path):
+        with (tmp_path / "config.json").open("wb") as file:
+            file.truncate(10**9)
+        with pytest.raises(SpecError, match=r"config\.json has 1,000,000,000 bytes: more than"):
+            from_hf_config(tmp_path)
+
+    def test_a_byte_order_mark_is_no_fault_and_a_key_given_twice_is_one(self, tmp_path):
+        text = json.dumps(self.LLAMA)
+        (tmp_path / "config.json").write_text("\ufeff" + text, encoding="utf-8")
+        assert from_hf_config(tmp_path).num_layers == 80
+        (tmp_path / "config.json").write_text(text[:-1] + ',\n"num_hidden_layers": 8}', encoding="utf-8")
+        with pytest.raises(SpecError, match=r'config\.json, line 2: "num_hidden_layers" is given twice'):
             from_hf_config(tmp_path)
 
     def test_a_file_that_is_not_there_says_what_to_name(self, tmp_path):

@@ -87,6 +87,7 @@ class TestFromHfConfig:
             "vocab_size": 89,
             "max_seq_len": 256,
             "norm_eps": 1e-6,
+            "found": spec.found,
         }
 
     def test_a_saved_config_reads_the_same_as_one_in_memory(self, tmp_path):
@@ -137,11 +138,14 @@ class TestFromHfConfig:
             spec = from_hf_config(config_dict)
             assert [layer.window for layer in spec.each_layer] == [None] * 5 + [9] * 27
 
-    @pytest.mark.parametrize("key", ["num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"])
-    def test_a_missing_key_is_named(self, key):
-        shape = {name: value for name, value in config("llama").to_dict().items() if name != key}
-        with pytest.raises(ValueError, match=f"no '{key}'"):
-            from_hf_config(shape)
+    def test_a_missing_key_has_the_value_of_the_class(self):
+        spec = from_hf_config({"model_type": "llama"})
+        assert (spec.num_layers, spec.num_heads, spec.hidden_size, spec.vocab_size) == (32, 32, 4096, 32_000)
+        assert spec.num_parameters == specs.model("llama-2-7b").num_parameters
+
+    def test_a_config_without_a_type_names_what_is_missing(self):
+        with pytest.raises(ValueError, match="no 'num_hidden_layers'"):
+            from_hf_config({"hidden_size": 64})
 
 
 class TestDecoderSpec:
@@ -252,11 +256,11 @@ class TestNamedModels:
         (tmp_path / "models").mkdir()
         (tmp_path / "models" / "broken.json").write_text(text)
         monkeypatch.setattr(specs, "DATA", tmp_path)
-        for read in (specs.models, lambda: specs.model("broken")):
-            with pytest.raises(SpecError) as error:
-                read()
-            assert str(error.value).startswith(f"broken.json, {said}")
-            assert "\n" not in str(error.value)
+        with pytest.raises(SpecError) as error:
+            specs.model("broken")
+        assert str(error.value).startswith(f"broken.json, {said}")
+        assert "\n" not in str(error.value)
+        assert specs.models() == {}
 
 
 def test_specs_need_no_torch():
