@@ -24,8 +24,8 @@ NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 TRAINED = {"bloom": 2048, "recurrent_gemma": 8192}  # tokens that it was trained with, where no config says it
 NO_DECODER = {  # common types of which it is known without building one
     "albert", "align", "bart", "bert", "camembert", "clip", "convnext", "deberta", "deberta-v2", "distilbert",
-    "electra", "longt5", "marian", "mbart", "modernbert", "mpnet", "mt5", "pegasus", "resnet", "roberta", "siglip", "swin",
-    "switch_transformers", "t5", "umt5", "vit", "wav2vec2", "whisper", "xlm-roberta",
+    "electra", "longt5", "marian", "mbart", "modernbert", "mpnet", "mt5", "pegasus", "resnet", "roberta", "siglip",
+    "swin",    "switch_transformers", "t5", "umt5", "vit", "wav2vec2", "whisper", "xlm-roberta",
 }  # fmt: skip
 NO_CACHE = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 SHAPE = ("num_kv_heads", "head_dim", "v_head_dim")
@@ -36,8 +36,8 @@ def from_hf_config(config: Config | str | Path, name: str = "", parameters: int 
 
     Of a multimodal model it is that of its language model. An architecture that the installed transformers has is
     built from the config without memory, run for a few tokens, and what its cache holds is measured: some seconds,
-    once, as the answer is kept in the cache folder. Llama's shape needs no torch. A type that transformers does not have is
-    read as a plain decoder if every key of its config is understood.
+    once, as the answer is kept in the cache folder. Llama's shape needs no torch. A type that transformers does not
+    have is read as a plain decoder if every key of its config is understood.
 
     parameters: weights in all. Where they are not given they are counted; a type that transformers does not have needs
     them. Raises SpecError, in one line.

@@ -29,6 +29,7 @@ DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_impl
 STRUCTURAL = re.compile(  # keys that speak of what layers keep
     r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
 )
+SHARED = ("transformers.configuration_utils", "transformers.cache_utils")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
 
 
@@ -120,7 +121,9 @@ def _build(text: Any, asked: str) -> tuple[Any, bool]:
     if isinstance(layers, int) and layers > BUILDABLE:
         raise SpecError(f"num_hidden_layers is {layers:,}: more than {BUILDABLE:,} layers are not built here")
     cls = _class(text, asked)
-    if (text.pad_token_id or 0) >= (first(text, NAMES["vocab_size"]) or 1):  # of the class's own vocabulary
+    if (getattr(text, "pad_token_id", None) or 0) >= (
+        first(text, NAMES["vocab_size"]) or 1
+    ):  # of the class's own vocabulary
         text.pad_token_id = None
     try:
         model = cls._from_config(text, dtype=torch.bfloat16).eval()
@@ -343,15 +346,18 @@ def _check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     Published configs repeat in a key of their own what the class takes for granted; another value of it is no figure
     of this class.
     """
-    import transformers.configuration_utils as base
-
-    modules = [type(text).__module__, type(text).__module__.replace(".configuration_", ".modeling_"), base.__name__]
-    sources = [inspect.getsource(importlib.import_module(name)) for name in modules]
+    own = type(text).__module__
+    modules = [own, own.replace(".configuration_", ".modeling_"), *SHARED]
+    sources = []
+    for name in modules:
+        with contextlib.suppress(ImportError):  # some types are another's class under a name of their own
+            sources.append(inspect.getsource(importlib.import_module(name)))
     windows = {window for layer in read if (window := layer.get("window"))}
     kinds = [int(layer["kind"] == "window") for layer in read]  # as MiMo-V2 lists them
+    off = ("sliding_window", "max_window_layers") if part.get("use_sliding_window") is False else ()
     unheard = []
     for key, value in part.items():
-        if not value or value is True or not STRUCTURAL.search(key) or key in HARMLESS:
+        if not value or value is True or not STRUCTURAL.search(key) or key in HARMLESS or key in off:
             continue
         if any(re.search(rf"\b{re.escape(key.lstrip('_'))}\b", source) for source in sources):
             continue

@@ -195,9 +195,8 @@ class ModelSpec:
             return "layers is empty: leave it out when all layers are of one kind"
         if self.window is not None and not any(group.kind == "window" for group in self.layers):
             return 'window is given, but no layer is of kind "window": take it out, or correct the kinds'
-        earlier = [group.kind for group in self.layers]
-        if "shared" in earlier and not any(kind in HOLDS for kind in earlier[: earlier.index("shared")]):
-            return "the first layer cannot be shared, nor one before any that keeps K and V: there is nothing to read"
+        if self.layers[0].kind == "shared":
+            return "the first layer cannot be shared: there is no earlier one to read"
         return None
 
     def _parameters(self) -> str | None:

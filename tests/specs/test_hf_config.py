@@ -136,6 +136,7 @@ class TestLayerKinds:
     @given(st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=1, max_size=40))
     def test_a_list_of_types_comes_back_in_its_order_however_it_repeats(self, types):
         shape = {**self.LLAMA, "num_hidden_layers": len(types), "layer_types": types, "sliding_window": 8}
+        shape["model_type"] = "some_llama"
         known = {"full_attention": "full", "sliding_attention": "window"}
         assert kinds(shape) == [known[kind] for kind in types]
 
@@ -259,7 +260,7 @@ class TestErrors:
             from_hf_config(tmp_path)
 
     def test_a_home_of_nobody_is_one_line(self):
-        with pytest.raises(SpecError, match="cannot be read: .*write the path out"):
+        with pytest.raises(SpecError, match=r"cannot be read: .*write the path out"):
             from_hf_config("~nobody-is-called-so/x.json")
 
     @pytest.mark.parametrize("given", ["a" * 300, "a" * 300 + ".json"])
@@ -270,9 +271,9 @@ class TestErrors:
 
     def test_a_pipe_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "config.json")
-        for given in (tmp_path, tmp_path / "config.json"):
+        for path in (tmp_path, tmp_path / "config.json"):
             with pytest.raises(SpecError, match=r"config\.json is no regular file"):
-                from_hf_config(given)
+                from_hf_config(path)
 
     def test_a_file_larger_than_any_config_is_not_read(self, tmp_path):
         with (tmp_path / "config.json").open("wb") as file:
