@@ -51,8 +51,8 @@ HARMLESS = frozenset(
         # positions
         """
         rope_theta rope_scaling rope_parameters rope_type rope_ratio rope_local_base_freq rope_interleave
-        rope_interleaved rope_percent rope_pct partial_rotary_factor partial_rotary_factors rotary_pct rotary_dim
-        rotary_emb_base rotary_base rotary_percent rotary_emb_fraction rotary_emb_interleaved
+        rope_interleaved use_mrope rope_percent rope_pct partial_rotary_factor partial_rotary_factors rotary_pct
+        rotary_dim rotary_emb_base rotary_base rotary_percent rotary_emb_fraction rotary_emb_interleaved
         position_embedding_type use_rotary_position_embeddings original_max_position_embeddings original_rope alibi
         mrope_section rope_theta_global max_position_embeddings
         """

@@ -52,6 +52,7 @@ def measure(config: Config, part: Config) -> dict[str, Any]:
 
         asked = next(one["model_type"] for one in (config, part) if is_known(one.get("model_type") or ""))
         text = _text_config(config, part)
+        text.bytes_of_a_number = 4 if "float32" in str(first(part, ("dtype", "torch_dtype"))) else 2
         with torch.device("meta"):
             model, has_head = _build(text, asked)
             experts = _bypass_experts(model)
@@ -132,7 +133,9 @@ def _build(text: Any, asked: str) -> tuple[Any, bool]:
         raise SpecError(f"transformers cannot build a {text.model_type!r} of these sizes: {said}") from None
     if _only_encodes(model):
         raise SpecError(_no_decoder(asked))
-    model.warn_if_padding_and_no_attention_mask = lambda *_: None  # it would look at the tokens
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it would look at the tokens
+            module.warn_if_padding_and_no_attention_mask = lambda *_: None
     return model, model.get_output_embeddings() is not None
 
 
@@ -234,7 +237,7 @@ def _tensors(layer: Any) -> Held:
 def _layers(model: Any, text: Any, cache: Any, held: list[list[Held]]) -> list[dict[str, Any]]:
     """Each layer as the fields of a `LayerGroup`."""
     count = max(len(cache.layers), first(text, NAMES["num_layers"]) or 0)
-    states = _states_in_modules(model)
+    states = _states_in_modules(model, text)
     read = []
     for index in range(count):
         if index < len(cache.layers):
@@ -299,7 +302,7 @@ def _window(layer: Any, keys: Any, values: Any) -> int | None:
     return said if said in (left, left + 1) else left
 
 
-def _states_in_modules(model: Any) -> dict[int, int]:
+def _states_in_modules(model: Any, text: Any) -> dict[int, int]:
     """Bytes of the states that layers keep in themselves rather than in a cache, as RecurrentGemma's do."""
     import torch
 
@@ -309,7 +312,7 @@ def _states_in_modules(model: Any) -> dict[int, int]:
         for key, value in vars(module).items():
             if index and isinstance(value, torch.Tensor) and "state" in key and value.dtype.is_floating_point:
                 layer = int(index[1])
-                found[layer] = found.get(layer, 0) + _bytes(model.config, value)
+                found[layer] = found.get(layer, 0) + _bytes(text, value)
     return found
 
 
@@ -333,11 +336,7 @@ def _bytes(text: Any, tensor: Any) -> int:
     """Bytes of a state: as wide as the model's own dtype where it follows it (it ran in bfloat16), else as it is."""
     import torch
 
-    return tensor.numel() * (_width(text) if tensor.dtype == torch.bfloat16 else tensor.element_size())
-
-
-def _width(text: Any) -> int:
-    return 4 if "float32" in str(getattr(text, "dtype", None)) else 2
+    return tensor.numel() * (text.bytes_of_a_number if tensor.dtype == torch.bfloat16 else tensor.element_size())
 
 
 def _check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
@@ -398,7 +397,9 @@ def _check_growth(model: Any, text: Any, read: list[dict[str, Any]]) -> None:
             each = layer.get("latent_dim") or layer.get("num_kv_heads", 0) * sum(
                 layer.get(key, 0) for key in ("head_dim", "v_head_dim")
             )
-            expected = seen * _width(text) * each + sum(passes) * _width(text) * layer.get("index_dim", 0)
+            expected = seen * text.bytes_of_a_number * each + sum(passes) * text.bytes_of_a_number * layer.get(
+                "index_dim", 0
+            )
             expected += layer.get("state_bytes", 0)
             if sum(_bytes(text, tensor) for tensor in snapshot.values()) != expected:
                 raise SpecError(_strange(text, own))

@@ -89,7 +89,9 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
     for module in model.modules():
         if type(module).__name__.endswith("Experts"):
             module.forward = lambda states, *args, **kwargs: torch.empty_like(states)
-    model.warn_if_padding_and_no_attention_mask = lambda *args: None
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = lambda *args: None
     if hasattr(model, "set_attn_implementation") and type(text).model_type in EAGER:
         model.set_attn_implementation("eager")
     return model, text
