@@ -29,7 +29,7 @@ DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_impl
 STRUCTURAL = re.compile(  # keys that speak of what layers keep
     r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
 )
-SHARED = ("transformers.configuration_utils", "transformers.cache_utils")
+HEARD = ("sliding_window", "attention_chunk_size", "layer_types")  # what the cache reads of any config
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
 
 
@@ -346,17 +346,17 @@ def _check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     of this class.
     """
     own = type(text).__module__
-    modules = [own, own.replace(".configuration_", ".modeling_"), *SHARED]
+    modules = [own, own.replace(".configuration_", ".modeling_"), "transformers.configuration_utils"]
     sources = []
     for name in modules:
         with contextlib.suppress(ImportError):  # some types are another's class under a name of their own
             sources.append(inspect.getsource(importlib.import_module(name)))
     windows = {window for layer in read if (window := layer.get("window"))}
     kinds = [int(layer["kind"] == "window") for layer in read]  # as MiMo-V2 lists them
-    off = ("sliding_window", "max_window_layers") if part.get("use_sliding_window") is False else ()
+    off = ("max_window_layers",) if part.get("use_sliding_window") is False else ()
     unheard = []
     for key, value in part.items():
-        if not value or value is True or not STRUCTURAL.search(key) or key in HARMLESS or key in off:
+        if not value or value is True or not STRUCTURAL.search(key) or key in (*HARMLESS, *HEARD, *off):
             continue
         if any(re.search(rf"\b{re.escape(key.lstrip('_'))}\b", source) for source in sources):
             continue
