@@ -20,7 +20,8 @@ PACKAGE = ROOT / "labkit"
 # From the bottom; rooms of one floor do not know each other. A room is a module or a package of labkit.
 FLOORS = (
     ("files", "limits"),
-    ("specs", "device", "lab_model"),
+    ("device", "lab_model"),
+    ("specs",),
     ("sizing",),
     ("attention", "quantization", "prepacked"),
     ("kernels",),

@@ -116,8 +116,8 @@ class Cache:
         elif not self.knows_padding:
             raise ValueError(
                 "transformers filled this cache, and did not say which tokens are padding, or rotated keys to "
-                "positions that labkit would not give them. If you know that each row counts from 0 behind its padding, "
-                "set cache.padding, one number per row, and cache.knows_padding = True; else reset() the cache"
+                "positions that labkit would not give them. If each row counts from 0 behind its padding, set "
+                "cache.padding, one number per row, and cache.knows_padding = True; else reset() the cache"
             )
         step = Step(tuple(counts), lengths, self.padding if padding is None else padding)
         marks = [layer.mark() for layer in self.layers]

@@ -207,8 +207,8 @@ class Quantized:
         return packed * self.bits_per_element + (tokens - packed) * bits(self.dtype)
 
     def packs(self, layer: Layer) -> bool:
-        """Whether the layer has K and V to pack, and not a latent or a state."""
-        return layer.kind in ("full", "window")
+        """Whether all that the layer keeps of a token is K and V: no latent, and no numbers to choose tokens by."""
+        return layer.kind in ("full", "window", "hybrid") and not layer.index_dim
 
     def check_head_dim(self, k_dim: int, v_dim: int) -> None:
         """SizeError unless keys and values of these sizes can be packed."""
@@ -232,7 +232,8 @@ class Quantized:
         if not self.packs(layer):
             return Dense(self.dtype).layer_bytes(layer, tokens)
         self.check_head_dim(layer.k_dim, layer.v_dim)
-        return ceil(layer.elements_per_token * self.bits_held(held(layer, tokens, self.drops)) / 8)
+        packed = ceil(layer.elements_per_token * self.bits_held(held(layer, tokens, self.drops)) / 8)
+        return packed + layer.state_bytes
 
     def model_bytes(self, tokens: int) -> int:
         """Nothing is shared."""

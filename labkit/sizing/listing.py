@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from labkit import sizing, specs
 from labkit.sizing.tables import describe, number
 from labkit.sizing.units import SizeError
 from labkit.specs import GpuSpec, LinkSpec, ModelSpec, SpecError
-from labkit.specs.files import read
-from labkit.specs.gpu import GpuFile
 
 Rows = dict[str, Any]
 
@@ -19,61 +16,14 @@ def listing(what: str) -> tuple[Rows, str, list[str]]:
     """What has a name, with its main numbers, for JSON and as text; and a line for each file that does not read."""
     if what not in ("all", "models", "gpus", "links"):
         raise SizeError(f"--list knows models, gpus, links; got {what!r}")
-    answer: Rows = {}
-    parts: list[list[str]] = []
-    problems: list[str] = []
-    if what in ("all", "models"):
-        models, bad = readable_models()
-        answer["models"], lines = list_models(models)
-        parts, problems = [lines], bad
-    if what != "models":
-        gpus, links, bad = readable_gpus()
-        tables = {"gpus": list_gpus(gpus), "links": list_links(links)}
-        for name in tables if what == "all" else [what]:
-            answer[name], lines = tables[name]
-            parts.append(lines)
-        problems = [*problems, *bad]
-    return answer, "\n\n".join("\n".join(lines) for lines in parts), problems
-
-
-def readable_models() -> tuple[dict[str, ModelSpec], list[str]]:
-    """The models whose files can be read, and what is wrong with the other files."""
-    known, problems = {}, []
-    for path in sorted((specs.DATA / "models").glob("*.json")):
-        if path.name.startswith("."):  # macOS puts a `._name.json` beside a file on some disks
-            continue
-        try:
-            known[path.stem] = specs.model(path.stem)
-        except SpecError as error:
-            problems.append(said_of(path, error))
-    return known, problems
-
-
-def readable_gpus() -> tuple[dict[str, GpuSpec], dict[str, LinkSpec], list[str]]:
-    """The GPUs and links of files that can be read, and what is wrong with the other files."""
-    try:
-        return specs.gpus(), specs.links(), []
-    except SpecError as error:
-        together = str(error)
-    gpus: dict[str, GpuSpec] = {}
-    links: dict[str, LinkSpec] = {}
-    problems = []
-    for path in [specs.DATA / "gpus.json", *sorted(specs.DATA.glob("gpus-*.json"))]:
-        try:
-            content = read(path, GpuFile)
-        except SpecError as error:
-            problems.append(said_of(path, error))
-            continue
-        for gpu in content.gpus:
-            gpus.setdefault(gpu.name, gpu)
-        for link in content.links:
-            links.setdefault(link.name, link)
-    return gpus, links, problems or [together]  # where each file reads, they disagree
-
-
-def said_of(path: Path, error: SpecError) -> str:
-    """What is wrong, with the file's name."""
-    return str(error) if path.name in str(error) else f"{path.name}: {error}"
+    tables = {
+        "models": lambda: list_models(specs.models()),
+        "gpus": lambda: list_gpus(specs.gpus()),
+        "links": lambda: list_links(specs.links()),
+    }
+    made = {name: table() for name, table in tables.items() if what in ("all", name)}
+    text = "\n\n".join("\n".join(lines) for _, lines in made.values())
+    return {name: rows for name, (rows, _) in made.items()}, text, specs.problems()
 
 
 def list_models(models: dict[str, ModelSpec]) -> tuple[Rows, list[str]]:

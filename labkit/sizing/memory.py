@@ -146,9 +146,8 @@ class Part:
         split_heads(model.num_heads, model.num_heads, ranks)  # where layers have no KV heads, query heads must divide
         self.layer_counts: dict[Layer, int] = {}
         for layer, count in model.layer_counts.items():
-            if layer.kind == "state":
-                layer = replace(layer, state_bytes=ceil_div(layer.state_bytes, ranks))
-            elif layer.num_kv_heads:
+            layer = replace(layer, state_bytes=ceil_div(layer.state_bytes, ranks))
+            if layer.num_kv_heads:
                 split = split_heads(model.num_heads, layer.num_kv_heads, ranks)
                 layer = replace(layer, num_kv_heads=split.kv_heads_per_rank)
             self.layer_counts[layer] = self.layer_counts.get(layer, 0) + count

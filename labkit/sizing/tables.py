@@ -49,15 +49,17 @@ def layer_kinds(model: ModelSpec) -> list[str]:
 
 def layer_words(layer: Layer) -> str:
     """What a layer keeps, in a few words."""
-    if layer.kind == "latent":
-        return f"latent ({layer.latent_dim} numbers per token)"
-    if layer.kind == "state":
-        return f"state ({layer.state_bytes:,} bytes per user)"
-    if layer.kind == "shared":
-        return "shared (reads an earlier layer's)"
     dims = f"{layer.k_dim}" if layer.k_dim == layer.v_dim else f"{layer.k_dim} and {layer.v_dim}"
-    window = f", {layer.window:,} tokens" if layer.window else ""
-    return f"{layer.kind} ({layer.num_kv_heads} KV heads of {dims}{window})"
+    parts = {
+        "reads an earlier layer's": layer.kind == "shared",
+        "keeps nothing of the text": layer.kind == "none",
+        f"{layer.num_kv_heads} KV heads of {dims}": layer.num_kv_heads,
+        f"{layer.latent_dim} numbers per token": layer.latent_dim,
+        f"{layer.index_dim} more to choose tokens by": layer.index_dim,
+        f"{layer.window or 0:,} tokens": layer.window,
+        f"{layer.state_bytes:,} bytes per user": layer.state_bytes,
+    }
+    return f"{layer.kind} ({', '.join(said for said, there in parts.items() if there)})"
 
 
 def header(model: ModelSpec, about: dict[str, Any]) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from labkit import files
 
 T = TypeVar("T")
 LARGEST = 10**7  # bytes of a file: a config has some thousands
@@ -40,23 +41,11 @@ def read_text(path: Path) -> str:
     """The text of a regular file of at most `LARGEST` bytes, a byte order mark taken off. SpecError for all else."""
     name = short(path.name)
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise SpecError(f"{name} is no regular file: name a JSON file")
-        if about.st_size > LARGEST:
-            raise SpecError(f"{name} has {about.st_size:,} bytes: more than {LARGEST:,} are no config")
-        with path.open("rb") as file:
-            return file.read(LARGEST + 1).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise SpecError(f"{name} cannot be read: there is no such file in {short(str(path.parent))}") from None
+        return files.read_text(path, LARGEST)
     except UnicodeDecodeError as error:
         raise SpecError(f"{name} cannot be read as UTF-8 text: {error}") from None
-    except OSError as error:
-        raise SpecError(f"{name} cannot be read: {error.strerror or error}") from None
-    except SpecError:
-        raise
-    except ValueError as error:  # a null byte
-        raise SpecError(f"{short(str(path))!r} cannot be the name of a file: {error}") from None
+    except (OSError, ValueError) as error:  # a null byte is a ValueError
+        raise SpecError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def parse(text: str, name: str) -> Any:
@@ -92,9 +81,10 @@ def _once(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
 def user_path(given: str | Path) -> Path:
     """The path that a user names, `~` opened. SpecError for one that no file can have."""
     try:
-        return Path(given).expanduser()
-    except (RuntimeError, ValueError) as error:  # ~nobody
-        raise SpecError(f"{short(str(given))!r} cannot be read: {error}: write the path out") from None
+        return files.user_path(given)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SpecError(f"{short(str(given))!r} cannot be read: {why}: write the path out") from None
 
 
 def short(text: str) -> str:

@@ -46,7 +46,7 @@ def from_hf_config(config: Config | str | Path, name: str = "", parameters: int 
         if not isinstance(config, str | Path):
             raise SpecError(f"a config is a dict, a config.json or a folder; got a {type(config).__name__}")
         path = user_path(config)
-        config, name = _load(path), name or _default_name(path)
+        config, name = _load(path, str(config)), name or _default_name(path)
     part = _text_part(config)
     for one in (config, part):
         _check_type(one)
@@ -65,7 +65,7 @@ def decoder_spec(config: Config | str | Path, name: str = "") -> ModelSpec:
     """As `from_hf_config`, for a model that `labkit.llama` is to run; SpecError for one that it cannot."""
     if not isinstance(config, Mapping):
         path = user_path(config)
-        config, name = _load(path), name or _default_name(path)
+        config, name = _load(path, str(config)), name or _default_name(path)
     if (kind := config.get("model_type")) not in DECODER_TYPES:
         raise SpecError(f"model_type {kind!r} is not supported; one of {', '.join(DECODER_TYPES)} is needed")
     for key in ("attention_bias", "mlp_bias"):
@@ -84,13 +84,13 @@ def _default_name(path: Path) -> str:
     return path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The dict in a config file, or in the `config.json` of a folder."""
+def _load(path: Path, given: str) -> dict[str, Any]:
+    """The dict in a config file, or in the `config.json` of a folder; `given`: as the user names it."""
     try:
         path = path / "config.json" if path.is_dir() else path
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        said = f"there is no file {short(str(path))}: name a config.json, or a folder that holds one"
+        said = f"there is no file {short(given)}: name a config.json, or a folder that holds one"
         raise SpecError(said) from None
     except (OSError, ValueError) as error:  # a name that no file can have
         raise SpecError(f"{short(path.name)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
