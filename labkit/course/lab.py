@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import textwrap
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -89,6 +90,18 @@ class Lab:
     def time(self, runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7) -> dict[str, measure.Timing]:
         """Time several things in alternation on this session's device."""
         return measure.alternate(runs, repeats=repeats, device=self.device)
+
+    def compile_loops(self) -> None:
+        """Compile the loops that read packed K and V on a CPU, and say so meanwhile: it takes seconds."""
+        if self.device.type != "cpu":
+            print("nothing to compile here: a GPU has a kernel of its own")
+            return
+        from labkit.kernels.packed_attention_cpu import warm_up
+
+        print("compiling the loops that read packed K and V ...", flush=True)
+        start = time.perf_counter()
+        warm_up()
+        print(f"compiled in {time.perf_counter() - start:.0f} s; nothing waits for it again in this session")
 
     # Blanks.
 

@@ -279,3 +279,17 @@ def test_the_summary_counts_this_session(lab: Lab, capsys) -> None:
     capsys.readouterr()
     lab.summary()
     assert "1 of 1 passed" in capsys.readouterr().out
+
+
+def test_compiling_says_that_it_compiles_and_leaves_nothing_to_wait_for(lab: Lab, capsys) -> None:
+    from labkit.kernels import packed_attention_cpu
+
+    lab.device = torch.device("cpu")
+    lab.compile_loops()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("compiling the loops")
+    assert said[1].startswith("compiled in")
+    assert packed_attention_cpu._attend.signatures
+    lab.device = torch.device("cuda")
+    lab.compile_loops()
+    assert "nothing to compile" in capsys.readouterr().out
