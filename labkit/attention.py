@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Constants:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if self.window is not None and (isinstance(self.window, bool) or int(self.window) != self.window):
+        if self.window is not None and not is_count(self.window):
             raise ValueError(f"window counts positions: a whole number; got {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window counts the keys a token sees, itself included: at least 1; got {self.window}")
@@ -202,9 +203,14 @@ def causal_mask(
     ]
 
 
+def is_count(number: object) -> bool:
+    """Whether this is a whole number of Python's or NumPy's, and no bool."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def check_padding(padding: Sequence[int]) -> None:
     """ValueError unless `padding` counts tokens: whole numbers, 0 or more."""
-    if any(isinstance(p, bool) or int(p) != p or p < 0 for p in padding):
+    if any(not is_count(p) or p < 0 for p in padding):
         raise ValueError(f"padding counts tokens at the left of each row: whole numbers, 0 or more; got {padding}")
 
 

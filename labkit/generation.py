@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit.attention import is_count
 from labkit.cache import Cache
 from labkit.ledger import Ledger, Work
 from labkit.llama import Llama, as_numbers
@@ -78,7 +79,9 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     """The next token of each row, int `[batch]`, from logits `[batch, vocab_size]`: the likeliest, or a draw."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    weights = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.double()
+    # The greatest becomes 0 first, so that a temperature near 0 makes no infinity of it.
+    weights = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     return torch.multinomial(weights.cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
@@ -104,8 +107,10 @@ def stream(
     unless its cache keeps all rows equally long: it then runs stop tokens, which nobody sees.
     count_work: fill in `Record.work`. Raises ValueError for what cannot be.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not is_count(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number, at least 1; got {max_new_tokens}")
+    if not all(len(row) for row in tokens):
+        raise ValueError("every prompt needs at least one token")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, and finite; got {temperature}")
     generator = torch.Generator().manual_seed(seed) if temperature else None

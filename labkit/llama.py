@@ -19,6 +19,8 @@ from labkit.cache import Cache, LayerCache, Step
 from labkit.prepacked import PrepackedLinear, can_prepack
 from labkit.specs import ModelSpec
 
+IDS = (torch.int64, torch.int32)
+
 
 def rope_frequencies(spec: ModelSpec) -> Tensor:
     """Radians per position for each pair of dimensions, float32 `[head_dim / 2]` (RoFormer, arXiv:2104.09864)."""
@@ -163,29 +165,34 @@ class Llama(nn.Module):
         needs.
         Raises ValueError for what does not fit.
         """
-        counts, laid = laid_out(tokens, padding)
+        counts, laid, skipped = laid_out(tokens, padding)
+        by_row = not last_only and not isinstance(tokens, Tensor)
         if cache is None:
-            step = Step(counts, (0,) * len(counts), as_numbers(padding))
-            out = self.logits(laid, [None] * len(self.blocks), step, last_only)
-        else:
-            cache.check_fits(len(self.blocks), self.blocks[0].attention.constants)
-            with cache.step(counts, padding=padding) as step:
-                out = self.logits(laid, cache.layers, step, last_only)
-        if last_only or isinstance(tokens, Tensor):
-            return out
-        return list(step.split(out.flatten(0, 1), dim=0))
+            if any(skip > count for skip, count in zip(skipped, counts, strict=False)):
+                raise ValueError(f"padding of {list(skipped)} tokens by row is more than the {counts[0]} there are")
+            step = Step(counts, (0,) * len(counts), skipped)
+            return self.logits(laid, [None] * len(self.blocks), step, last_only, by_row)
+        cache.check_fits(len(self.blocks), self.blocks[0].attention.constants)
+        with cache.step(counts, padding=None if padding is None else skipped) as step:
+            return self.logits(laid, cache.layers, step, last_only, by_row)
 
-    def logits(self, tokens: Tensor, layers: Sequence[LayerCache | None], step: Step, last_only: bool) -> Tensor:
-        """Logits of tokens laid out as `step` says, laid out alike, through these layers."""
+    def logits(
+        self, tokens: Tensor, layers: Sequence[LayerCache | None], step: Step, last_only: bool, by_row: bool
+    ) -> Any:
+        """What `forward` returns, of tokens laid out as `step` says, through these layers."""
         x = self.run(tokens, layers, step)
         if last_only:
             x = x[:, -1:] if step.is_rectangle else x[0, step.last_places()][:, None]
-        return self.predict(x)
+        x = self.predict(x)
+        return list(step.split(x.flatten(0, 1), dim=0)) if by_row else x
 
     def run(self, tokens: Tensor, layers: Sequence[LayerCache | None], step: Step) -> Tensor:
         """The residual stream after all blocks, `[batch, new_tokens, hidden_size]`."""
         cos, sin = self.angles(step.positions(self.device))
-        x = self.embedding(tokens.to(self.device))
+        try:
+            x = self.embedding(tokens.to(self.device))
+        except IndexError:
+            raise ValueError(f"tokens are ids from 0 to {self.spec.vocab_size - 1}") from None
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, cos, sin, layer, step)
         return x
@@ -262,34 +269,34 @@ class Llama(nn.Module):
 
 def laid_out(
     tokens: Tensor | Sequence[Tensor], padding: Sequence[int] | Tensor | None
-) -> tuple[tuple[int, ...], Tensor]:
-    """How many new tokens each row has, and all of them as a model runs them: a rectangle, or end to end in one row."""
+) -> tuple[tuple[int, ...], Tensor, tuple[int, ...]]:
+    """How many new tokens each row has; all of them as a model runs them, a rectangle or end to end; padding by row."""
+    skipped = as_numbers(padding)
     if isinstance(tokens, Tensor):
-        if tokens.dim() != 2 or 0 in tokens.shape or tokens.is_floating_point():
+        if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in IDS:
             raise ValueError(
                 f"tokens are int [batch, new_tokens], at least one token; got {tokens.dtype} {list(tokens.shape)}"
             )
-        if padding is not None and (len(padding) != len(tokens) or min(as_numbers(padding)) < 0):
-            raise ValueError(
-                f"padding is int [{len(tokens)}], one number per row, 0 or more; got {list(as_numbers(padding))}"
-            )
-        return (tokens.shape[1],) * len(tokens), tokens
+        if padding is not None and (len(skipped) != len(tokens) or min(skipped) < 0):
+            raise ValueError(f"padding is int [{len(tokens)}], one number per row, 0 or more; got {list(skipped)}")
+        return (tokens.shape[1],) * len(tokens), tokens, skipped
     rows = [torch.as_tensor(row) for row in tokens]
-    if not rows or any(row.dim() != 1 or (len(row) and row.is_floating_point()) for row in rows):
-        raise ValueError(f"rows of tokens are int [any] each; got {[list(row.shape) for row in rows]}")
+    if not rows or any(row.dim() != 1 or (len(row) and row.dtype not in IDS) for row in rows):
+        raise ValueError(f"rows of tokens are int [any] each; got {[f'{row.dtype} {list(row.shape)}' for row in rows]}")
     if padding is not None:
         raise ValueError("rows of their own lengths need no padding: give a rectangle, or rows and no padding")
     counts = tuple(len(row) for row in rows)
     if max(counts) == 0:
         raise ValueError("there are no tokens: every row is empty")
-    ends = torch.stack(rows) if len(set(counts)) == 1 else torch.cat([row for row in rows if len(row)])[None]
-    return counts, ends
+    laid = torch.stack(rows) if len(set(counts)) == 1 else torch.cat([row for row in rows if len(row)])[None]
+    return counts, laid, skipped
 
 
 def as_numbers(padding: Sequence[int] | Tensor | None) -> tuple[int, ...]:
-    """Padding by row as plain numbers; empty where there is none."""
-    numbers = () if padding is None else padding.tolist() if isinstance(padding, Tensor) else padding
-    return tuple(numbers)
+    """Padding by row as plain numbers; empty where there is none. ValueError unless it is a row of them."""
+    if isinstance(padding, Tensor) and padding.dim() != 1:
+        raise ValueError(f"padding is int [batch], one number per row; got {list(padding.shape)}")
+    return () if padding is None else tuple(padding.tolist() if isinstance(padding, Tensor) else padding)
 
 
 def hf_names(name: str) -> list[str]:

@@ -93,11 +93,12 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.dtype, self.copied, prepacked = weight.dtype, copied, reorder(weight)
         self.prepacked = prepacked if copied else nn.Parameter(prepacked, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def __deepcopy__(self, memo: dict) -> PrepackedLinear:
         """What an opaque tensor lacks."""
-        return type(self)(self.prepacked.to_dense(), copy.deepcopy(self.bias, memo), copied=self.copied)
+        other = type(self)(self.prepacked.to_dense(), copy.deepcopy(self.bias, memo), copied=self.copied)
+        return other.train(self.training)
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +112,11 @@ class PrepackedLinear(nn.Module):
         return dense
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """`[..., in_features]` to `[..., out_features]`; RuntimeError for a wanted gradient or another dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a prepacked layer has no backward pass: make the model with prepack=False")
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"this layer's weights are {self.dtype}, its input is {x.dtype}: they must agree")
         return prepacked_linear(x, self.prepacked, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
@@ -123,6 +128,10 @@ class PrepackedLinear(nn.Module):
                 "the model with prepack=False, or load it in that dtype on that device"
             )
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """RuntimeError: the layer cannot change."""
+        raise RuntimeError("prepacked weights cannot be loaded into: load the model's weights first, then prepack()")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """As `nn.Linear` does, so that the state of a prepacked model fits a plain one."""

@@ -155,6 +155,8 @@ class Packed:
     def overflows(self, x: Tensor) -> bool:
         """Whether a group of `x`, which was packed into this, was lost although all its numbers are finite."""
         lost = self.scale.isnan()
+        if lost.is_meta:
+            return False
         return bool(lost.any()) and bool((self.quantizer.groups(x).isfinite().all(-1, keepdim=True) & lost).any())
 
     @property

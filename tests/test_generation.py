@@ -157,6 +157,7 @@ def test_ttft_is_the_first_step_and_tpot_the_mean_of_the_others(model: Llama) ->
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 2.5}, "a whole number"),
         ({"max_new_tokens": 2, "temperature": -1}, "0 or more"),
         ({"max_new_tokens": 2, "temperature": math.nan}, "0 or more"),
     ],
@@ -164,6 +165,22 @@ def test_ttft_is_the_first_step_and_tpot_the_mean_of_the_others(model: Llama) ->
 def test_impossible_requests_are_refused(model: Llama, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, torch.arange(4)[None, :], **options)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_empty_row_is_refused_before_the_first_step(model: Llama, cached) -> None:
+    cache = Cache.growing(2) if cached else None
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
+        generate(model, [torch.arange(3), torch.arange(0)], 4, cache=cache)
+    assert cache is None or cache.seq_len == 0
+
+
+def test_a_temperature_near_zero_takes_the_likeliest(model: Llama) -> None:
+    tokens = torch.arange(4)[None, :]
+    for temperature in (1e-44, 1e-300):
+        assert torch.equal(
+            generate(model, tokens, 5, temperature=temperature).tokens, generate(model, tokens, 5).tokens
+        )
 
 
 def test_a_batch_with_an_empty_prompt_is_refused() -> None:

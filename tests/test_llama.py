@@ -305,6 +305,27 @@ class TestErrors:
     def model(self, pairs):
         return pairs("llama")[1]
 
+    @pytest.mark.parametrize("ids", [[[1, VOCAB]], [[-1, 2]]])
+    def test_ids_that_the_vocabulary_has_not(self, model, ids):
+        cache = model.cache()
+        with pytest.raises(ValueError, match=f"ids from 0 to {VOCAB - 1}"):
+            model(torch.tensor(ids), cache)
+        assert cache.seq_len == 0
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+    def test_tokens_that_are_no_ids(self, model, dtype):
+        with pytest.raises(ValueError, match="tokens are int"):
+            model(torch.ones(1, 3, dtype=dtype))
+
+    @pytest.mark.parametrize("padding", [torch.tensor(1), torch.zeros(2, 2, dtype=torch.long)])
+    def test_padding_of_another_shape(self, model, padding):
+        with pytest.raises(ValueError, match="one number per row"):
+            model(prompt(2), padding=padding)
+
+    def test_more_padding_than_tokens(self, model):
+        with pytest.raises(ValueError, match="is more than the 17 there are"):
+            model(prompt(2, tokens=17), padding=[0, 18])
+
     @pytest.mark.parametrize("tokens", [torch.tensor([1, 2]), torch.zeros(1, 0, dtype=torch.long)])
     def test_tokens_without_a_batch_or_without_any(self, model, tokens):
         with pytest.raises(ValueError, match="at least one token"):

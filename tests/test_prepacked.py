@@ -221,3 +221,18 @@ def test_a_function_mode_sees_one_call_with_its_operands(bias, dtype):
     assert products[0][0] is x
     assert products[0][1] is layer.prepacked
     assert not any(func is F.linear for func, _ in calls.seen)
+
+
+@dtypes
+def test_what_a_prepacked_layer_cannot_do_it_refuses(dtype):
+    x, weight, bias = tensors((2,), 64, 2048, True, dtype)
+    source = bias.clone()
+    layer = PrepackedLinear(weight, bias)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        layer(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"its input is torch\.float64"):
+        layer(x.double())
+    with pytest.raises(RuntimeError, match="cannot be loaded into"):
+        layer.load_state_dict(layer.state_dict())
+    assert torch.equal(bias, source)
+    assert copy.deepcopy(layer.eval()).training is False

@@ -64,8 +64,7 @@ class Cache:
 
         Raises RuntimeError when the layers disagree: whoever appended to them was interrupted half-way.
         """
-        if self.torn:
-            raise RuntimeError("choosing rows was interrupted, and only some layers have done it: reset() starts anew")
+        self.check_whole()
         known = {layer.lengths for layer in self.layers}
         if len(known) > 1:
             least, most = (f(layer.seq_len for layer in self.layers) for f in (min, max))
@@ -74,6 +73,11 @@ class Cache:
                 f"truncate({least}) goes back to what all of them hold; reset() starts anew"
             )
         return known.pop()
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError when an interrupt left the layers changed in part."""
+        if self.torn or any(layer.torn for layer in self.layers):
+            raise RuntimeError("only some layers have done what was interrupted: reset() starts anew")
 
     @property
     def seq_len(self) -> int:
@@ -97,7 +101,7 @@ class Cache:
                 )
 
     @contextmanager
-    def step(self, counts: Sequence[int], *, padding: Sequence[int] | Tensor | None = None) -> Iterator[Step]:
+    def step(self, counts: Sequence[int], *, padding: Sequence[int] | None = None) -> Iterator[Step]:
         """One pass over the layers, all or nothing: its `Step`, for every layer's `append` and `attend`.
 
         counts: new tokens of each row. padding: how many tokens at the left of each row are none, said with the first
@@ -105,14 +109,14 @@ class Cache:
         were. The counters stay: the work was done. Raises ValueError for what cannot be.
         """
         lengths = self.lengths or (0,) * len(counts)
+        self.knows_padding |= not self.lengths
         if len(lengths) != len(counts):
             raise ValueError(f"the cache holds batch {len(lengths)}; the new tokens have batch {len(counts)}")
         before = self.padding, self.knows_padding
         if padding is not None:
             if self.seq_len:
                 raise ValueError("padding is said once per batch, with its first tokens: reset() the cache first")
-            numbers = padding.tolist() if isinstance(padding, Tensor) else padding
-            padding = tuple(numbers) if any(numbers) else ()
+            padding = tuple(padding) if any(padding) else ()
         elif not self.knows_padding:
             raise ValueError(
                 "transformers filled this cache, and did not say which tokens are padding, or rotated keys to "
@@ -125,9 +129,11 @@ class Cache:
             self.padding = step.padding
             yield step
         except BaseException:
+            self.torn = True
             for layer, mark in zip(self.layers, marks, strict=True):
                 layer.restore(mark)
             self.padding, self.knows_padding = before
+            self.torn = False
             raise
 
     def truncate(self, seq_len: int) -> None:
@@ -148,8 +154,12 @@ class Cache:
             return
         chosen = checked_rows(rows, len(self.lengths))
         self.torn = True
-        for layer in self.layers:
-            layer.select_rows(rows)
+        for index, layer in enumerate(self.layers):
+            try:
+                layer.select_rows(rows)
+            except Exception:
+                self.torn = index > 0
+                raise
         self.padding = tuple(self.padding[row] for row in chosen) if self.padding else ()
         self.torn = False
 

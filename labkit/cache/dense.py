@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.attention import is_count
 from labkit.cache.layer import LayerCache, size_of
 from labkit.cache.step import Step
 
@@ -108,10 +109,11 @@ class PreallocatedCache(DenseCache):
         window: int | None = None,
         soft_cap: float | None = None,
     ) -> None:
-        if isinstance(capacity, bool) or int(capacity) != capacity or capacity < 1:
+        if not is_count(capacity) or capacity < 1:
             raise ValueError(f"capacity is a number of tokens, at least 1; got {capacity}")
         super().__init__(scale=scale, window=window, soft_cap=soft_cap)
         self.capacity: int = int(capacity)
+        self.used = False  # whether room behind the ends may hold numbers of tokens that were there
 
     def validate(self, k: Tensor, v: Tensor, step: Step) -> None:
         """As for every cache, and ValueError when the new tokens do not fit."""
@@ -131,34 +133,44 @@ class PreallocatedCache(DenseCache):
             here = slice(step.before[0], step.after[0])
             self.k[:, :, here], self.v[:, :, here] = k, v
         else:
+            if self.used:
+                self.clear_room(step.before)
             put(self.k, k, step)
             put(self.v, v, step)
 
     def restore(self, mark: Any) -> None:
-        """The lengths and tensors that were; room that was written is zeros again, since it may hold NaN."""
-        lengths, *tensors = mark
-        if tensors[0] is self.k:
-            for x in tensors:
-                for row, length in enumerate(lengths if x is not None else ()):
-                    x[row, :, length:] = 0
+        """The lengths and tensors that were."""
         super().restore(mark)
+        self.used = True
+
+    def clear_room(self, ends: tuple[int, ...]) -> None:
+        """Zeros behind each row's end: what is there is multiplied by weights of 0, and may be NaN."""
+        for x in (self.k, self.v):
+            assert x is not None
+            for row, end in enumerate(ends):
+                x[row, :, end:] = 0
+        self.used = False
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        super().forget()
+        self.used = False
 
     def forget_from(self, seq_len: int) -> None:
         """Move the ends back; no memory is freed."""
+        self.used = True
 
     def choose_rows(self, rows: Tensor) -> None:
-        """Copy the chosen rows' tokens in use; a new batch size takes new memory."""
+        """Copy the chosen rows' tokens in use into new memory."""
         assert self.k is not None
         assert self.v is not None
         rows = rows.to(self.k.device)
         longest = max(self.lengths[row] for row in rows.tolist())
-        chosen = [x[:, :, :longest].index_select(0, rows) for x in (self.k, self.v)]
-        k, v = self.k, self.v
-        if len(rows) != len(k):
-            k, v = self.allocate(len(rows), k), self.allocate(len(rows), v)
-        k[:, :, :longest], v[:, :, :longest] = chosen
-        self.k, self.v = k, v
-        self.bytes_copied += sum(size_of(x) for x in chosen)
+        k, v = self.allocate(len(rows), self.k), self.allocate(len(rows), self.v)
+        for new, old in ((k, self.k), (v, self.v)):
+            new[:, :, :longest] = old[:, :, :longest].index_select(0, rows)
+        self.k, self.v, self.used = k, v, True
+        self.bytes_copied += size_of(k[:, :, :longest]) * 2
 
     def allocate(self, batch: int, like: Tensor) -> Tensor:
         """Room for `capacity` tokens, with the KV heads, head_dim, dtype and device of `like`.

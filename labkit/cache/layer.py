@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.attention import Constants, Visibility, attention, fused_attention
+from labkit.attention import Constants, Visibility, attention, fused_attention, is_count
 from labkit.cache.step import Step, rectangle
 
 Observer = Callable[[Tensor], Any]
@@ -41,6 +41,7 @@ class LayerCache(ABC):
     def __init__(self, *, scale: float | None = None, window: int | None = None, soft_cap: float | None = None) -> None:
         self.constants = Constants(scale, window, soft_cap)
         self.lengths: tuple[int, ...] = ()
+        self.torn = False
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
     # What a new kind of cache has to say about itself.
@@ -108,6 +109,7 @@ class LayerCache(ABC):
 
         Raises ValueError when they do not fit each other, the step or what is held. If it raises, nothing changes.
         """
+        self.check_whole()
         step = self.step_of(k, step)
         self.validate(k, v, step)
         mark = self.mark()
@@ -151,6 +153,8 @@ class LayerCache(ABC):
                 f"append takes K and V of one shape, [batch, num_kv_heads, new_tokens, head_dim]; got {list(k.shape)} "
                 f"and {list(v.shape)}"
             )
+        if not k.is_floating_point() or not k.shape[1] or not k.shape[3]:
+            raise ValueError(f"K and V are floats, of at least one head and channel; got {k.dtype} {list(k.shape)}")
         if k.dtype != v.dtype or k.device != v.device:
             raise ValueError(f"K is {k.dtype} on {k.device}, V is {v.dtype} on {v.device}: they must agree")
         come = (step.batch if step.is_rectangle else 1, step.new_tokens)
@@ -171,6 +175,7 @@ class LayerCache(ABC):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all that is held, dense. What lies behind the end of a shorter row is no token."""
+        self.check_whole()
         if (held := self.held()) is None:
             raise ValueError("the cache is empty: append before you read")
         self.bytes_read += size_of(held[0]) + size_of(held[1])
@@ -182,6 +187,7 @@ class LayerCache(ABC):
         observe: gets the weights too, `[batch, num_heads, new_tokens, kv_len]`: once, or once per row where rows lie
         end to end. It costs their memory.
         """
+        self.check_queries(q)
         if (held := self.held()) is None:
             raise ValueError("the cache is empty: append before you attend")
         step = step or self.newest(q)
@@ -212,6 +218,13 @@ class LayerCache(ABC):
         observe(F.pad(weights, (unseen, 0)))
         return out
 
+    def check_queries(self, q: Tensor) -> None:
+        """Raise ValueError unless these queries can be answered."""
+        self.check_whole()
+        keys = self.template()
+        if keys is not None and (q.dtype != keys.dtype or q.device != keys.device):
+            raise ValueError(f"queries are {q.dtype} on {q.device}, what is held {keys.dtype} on {keys.device}")
+
     def newest(self, q: Tensor) -> Step:
         """The step whose queries these are: the newest of each row, none of them padding."""
         new = q.shape[2]
@@ -226,14 +239,15 @@ class LayerCache(ABC):
         """
         self.check_length(seq_len)
         if seq_len == 0:
-            self.forget()
-            self.lengths = ()
+            self.change(self.forget, ())
         elif seq_len < self.seq_len:
-            self.forget_from(seq_len)
-            self.lengths = tuple(min(length, seq_len) for length in self.lengths)
+            self.change(lambda: self.forget_from(seq_len), tuple(min(length, seq_len) for length in self.lengths))
 
     def check_length(self, seq_len: int) -> None:
         """Raise ValueError unless this many tokens can be kept."""
+        self.check_whole()
+        if not is_count(seq_len):
+            raise ValueError(f"a number of tokens is whole; got {seq_len!r}")
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot keep {seq_len} tokens of {self.seq_len}")
 
@@ -242,16 +256,34 @@ class LayerCache(ABC):
 
         Nothing changes when it raises: IndexError for a row that is not there.
         """
+        self.check_whole()
         if not self.lengths:
             return
         chosen = checked_rows(rows, len(self.lengths))
-        self.choose_rows(rows)
-        self.lengths = tuple(self.lengths[row] for row in chosen)
+        self.change(
+            lambda: self.choose_rows(torch.tensor(chosen, device=rows.device)),
+            tuple(self.lengths[row] for row in chosen),
+        )
+
+    def change(self, act: Callable[[], None], lengths: tuple[int, ...]) -> None:
+        """`act`, and the lengths that go with it. An interrupt in between is found out; an error changes nothing."""
+        self.torn = True
+        try:
+            act()
+        except Exception:
+            self.torn = False
+            raise
+        self.lengths = lengths
+        self.torn = False
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError when an interrupt left this layer half changed."""
+        if self.torn:
+            raise RuntimeError("an interrupt left this layer's cache half changed: reset() starts anew")
 
     def reset(self) -> None:
         """Forget everything, counters included."""
-        self.forget()
-        self.lengths = ()
+        self.change(self.forget, ())
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
 

@@ -77,10 +77,12 @@ class QuantizedCache(LayerCache):
         self.quantize_keys = Quantizer(nbits, group_size, key_axis, symmetric, metadata)
         self.quantize_values = Quantizer(nbits, group_size, "token", symmetric, metadata)
         self.rotate_keys = rotate_keys
+        self.as_made = self.format, self.quantize_keys, self.quantize_values
         self.forget()
 
     def forget(self) -> None:
         """Hold nothing."""
+        self.format, self.quantize_keys, self.quantize_values = self.as_made
         self.narrow: tuple[Quantized, Quantizer, Quantizer, Packed | None, Packed | None] | None = None
         self.rotation: Tensor | None = None
         self.sinks: Pair | None = None
@@ -103,7 +105,7 @@ class QuantizedCache(LayerCache):
             self.format, self.quantize_keys, self.quantize_values, self.k, self.v = self.narrow
             self.narrow = None
         self.k, self.v = (
-            None if x is None or not tiles else x if len(x.rows) == tiles else Packed(x.quantizer, own(x.rows[:tiles]))
+            None if x is None or not tiles else x.tiles(0, tiles)  # a view: going back must not need memory
             for x in (self.k, self.v)
         )
 
@@ -116,7 +118,8 @@ class QuantizedCache(LayerCache):
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points, and of the tokens in full precision."""
         dense = (*(self.sinks or ()), *(self.recent or ()))
-        return sum(map(size_of, dense)) + sum(part.nbytes for part in (self.k, self.v) if part is not None)
+        packed = (self.k, self.v, *(self.narrow[3:] if self.narrow else ()))
+        return sum(map(size_of, dense)) + sum(part.nbytes for part in packed if part is not None)
 
     def template(self) -> Tensor | None:
         """The newest keys."""
@@ -218,6 +221,7 @@ class QuantizedCache(LayerCache):
         Queries that no kernel takes go to the kernels' plain-PyTorch twin. With `observe`, which gets the weights, K
         and V are made dense.
         """
+        self.check_queries(q)
         if step is not None:
             self.check_sinks(step)
         if self.k is None or self.v is None or observe is not None:

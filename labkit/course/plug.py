@@ -10,18 +10,18 @@ A learner's cache keeps the K and V of one layer:
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
+from labkit.attention import Constants
 from labkit.cache import Cache, LayerCache, Step
 from labkit.cache.layer import Observer
-from labkit.ledger import tensors_in
 from labkit.llama import Attention, Llama, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,11 +57,12 @@ class PluggedLayer(LayerCache):
     @property
     def nbytes(self) -> int:
         """Bytes that the object keeps."""
-        kept: dict[int, int] = {}
-        for _, content in reachable(self.own):
-            for tensor in tensors_in(content):
-                kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.nbytes)
-        return sum(kept.values())
+        pieces: dict[int, dict[Any, int]] = {}  # of each piece of memory, what is held of it
+        for thing in things_in(self.own):
+            memory, where, nbytes, whole = place_of(thing)
+            held = pieces.setdefault(memory, {"whole": whole})
+            held[where] = max(held.get(where, 0), nbytes)
+        return sum(min(held.pop("whole"), sum(held.values())) for held in pieces.values())
 
     def template(self) -> Tensor | None:
         """None: what is wrong with the learner's class is said when it is read, not when something is appended."""
@@ -95,14 +96,18 @@ class PluggedLayer(LayerCache):
         """Attention over what `read` gives, the learner's where there is one."""
         if self.own_attend is None:
             return super().attend(q, step, observe=observe)
-        if observe is not None or (step is not None and step.padding):
-            raise ValueError("an attention of your own takes q, k and v alone: no padding, and nobody who looks on")
+        usual = self.constants in (Constants(), Constants(q.shape[3] ** -0.5))
+        if not usual or observe is not None or (step is not None and step.padding):
+            raise ValueError(
+                f"an attention of your own takes q, k and v alone; here it would have to know {self.constants}, "
+                f"padding or somebody who looks on: leave out attend="
+            )
         k, v = self.read()
         return self.own_attend(q, k, v)
 
     def mark(self) -> Any:
         """The object, and what its attributes hold; tensors are expected not to be written where tokens are held."""
-        return self.lengths, self.own, [(part, copy.copy(content)) for part, content in reachable(self.own)]
+        return self.lengths, self.own, [(part, copied(content)) for part, content in reachable(self.own)]
 
     def restore(self, mark: Any) -> None:
         """The object with the attributes it had."""
@@ -130,30 +135,61 @@ class PluggedLayer(LayerCache):
         self.own = checked(self.make())
 
 
+CONTAINERS = (dict, list, set, tuple, deque, bytearray)
+THINGS = (Tensor, numpy.ndarray, type, ModuleType, FunctionType, str, bytes, int, float, type(None))
+
+
 def reachable(own: Any) -> Iterator[tuple[Any, Any]]:
     """Each object that `own` keeps its things in, itself first, and what is in it: attributes, or items.
 
-    Tensors, classes, functions and modules are things, not what things are kept in.
+    Tensors, arrays, classes, functions and modules are things, not what things are kept in.
     """
     waiting, seen = [own], set()
     while waiting:
         part = waiting.pop()
-        if id(part) in seen or isinstance(part, (Tensor, type, ModuleType, FunctionType)):
+        if id(part) in seen or isinstance(part, THINGS):
             continue
         seen.add(id(part))
-        if isinstance(part, (dict, list, set, tuple, deque)):
-            content: Any = part
-            waiting += [*part.values()] if isinstance(part, dict) else [*part]
-        else:
-            content = attributes(part)
-            waiting += content.values()
-        if content:
+        content = part if isinstance(part, CONTAINERS) else attributes(part)
+        waiting += [] if isinstance(part, bytearray) else items(content)
+        if len(content):
             yield part, content
+
+
+def items(content: Any) -> list[Any]:
+    """What is in a container, or the values of attributes."""
+    return list(dict.values(content)) if isinstance(content, dict) else list(iter(content))
+
+
+def things_in(own: Any) -> Iterator[Any]:
+    """Every tensor, array and byte array that `own` keeps, however deep."""
+    for part, content in reachable(own):
+        if isinstance(part, bytearray):
+            yield part
+        else:
+            yield from (thing for thing in items(content) if isinstance(thing, (Tensor, numpy.ndarray)))
+
+
+def place_of(thing: Any) -> tuple[int, Any, int, int]:
+    """The memory that a thing lies in, where in it, its bytes, and those of all of that memory."""
+    if isinstance(thing, Tensor):
+        storage = thing.untyped_storage()
+        return storage.data_ptr(), thing.data_ptr(), thing.nbytes, storage.nbytes()
+    if isinstance(thing, numpy.ndarray):
+        owner = thing
+        while isinstance(owner.base, numpy.ndarray):
+            owner = owner.base
+        return owner.__array_interface__["data"][0], thing.__array_interface__["data"][0], thing.nbytes, owner.nbytes
+    return id(thing), 0, len(thing), len(thing)
 
 
 def attributes(own: Any) -> dict[str, Any]:
     """What an object keeps, in its `__dict__` and its `__slots__`."""
-    slots = [name for kind in type(own).__mro__ for name in as_names(vars(kind).get("__slots__", ()))]
+    slots = [
+        f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+        for kind in type(own).__mro__
+        for name in as_names(vars(kind).get("__slots__", ()))
+    ]
     kept = {name: getattr(own, name) for name in slots if name != "__dict__" and hasattr(own, name)}
     return kept | getattr(own, "__dict__", {})
 
@@ -163,23 +199,35 @@ def as_names(slots: Any) -> Iterable[str]:
     return [slots] if isinstance(slots, str) else slots
 
 
+def copied(content: Any) -> Any:
+    """What is in a container, as it is now; a class of the learner's own may have other methods than its base."""
+    if isinstance(content, dict):
+        return dict(dict.items(content))
+    return bytes(content) if isinstance(content, bytearray) else list(iter(content))
+
+
 def put_back(part: Any, content: Any) -> None:
-    """Make a container, or the attributes of an object, what they were."""
+    """Make a container, or the attributes of an object, what they were, whatever methods the learner gave it."""
     if isinstance(part, tuple):
         return
-    if isinstance(part, (dict, set)):
-        part.clear()
-        part.update(content)
+    if isinstance(part, dict):
+        dict.clear(part)
+        dict.update(part, content)
+    elif isinstance(part, set):
+        set.clear(part)
+        set.update(part, content)
     elif isinstance(part, list):
+        list.__setitem__(part, slice(None), content)
+    elif isinstance(part, bytearray):
         part[:] = content
     elif isinstance(part, deque):
-        part.clear()
-        part.extend(content)
+        deque.clear(part)
+        deque.extend(part, content)
     else:
         for name in attributes(part).keys() - content.keys():
-            delattr(part, name)
+            object.__delattr__(part, name)
         for name, value in content.items():
-            setattr(part, name, value)
+            object.__setattr__(part, name, value)
 
 
 def checked(own: Any) -> SmallCache:

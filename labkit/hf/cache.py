@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import transformers
@@ -22,6 +23,8 @@ class WrappedCache(transformers.Cache):
         self.wrapped = [WrappedLayer(layer, self.masks, attends) for layer in source.layers]
         super().__init__(layers=list(self.wrapped))
         self.source, self.attends = source, attends
+        if attends and not all(layer.constants.causal for layer in source.layers):
+            raise CannotHold(f"a layer of this cache attends without the causal mask, and the model with it: {WITHOUT}")
         self.visited: list[int] = []  # layers that the pass under way has updated, in order
         self.start = 0  # tokens held before it
 
@@ -39,14 +42,16 @@ class WrappedCache(transformers.Cache):
             raise CannotHold(f"the cache has {len(self.layers)} layers, the model has more: make it for this model")
         if not self.attends:
             check_no_padding(self.source)
-            self.source.knows_padding = len(key_states) == 1  # whose attention_mask nobody shows us
         if layer_idx in self.visited or not self.visited:
             self.begin_pass(layer_idx)
         elif self.wrapped[self.visited[-1]].waiting is not None:
             raise CannotHold(f"the model did not attend with the K and V that the cache gave it: {WITHOUT}")
         check_even({self.wrapped[layer_idx].get_seq_length(), self.start})
         self.visited.append(layer_idx)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not self.attends:
+            self.source.knows_padding = False  # nobody shows us the attention_mask, nor where keys were rotated to
+        return given
 
     def begin_pass(self, layer_idx: int) -> None:
         """A pass begins with layer `layer_idx`: what an earlier one left unfinished is dropped, or refused.
@@ -55,6 +60,12 @@ class WrappedCache(transformers.Cache):
         how many tokens there are, so that it must be one that is updated.
         """
         self.forget_pass()
+        self.source.check_whole()
+        if ragged := next((layer.layer for layer in self.wrapped if len(set(layer.layer.lengths)) > 1), None):
+            raise CannotHold(
+                f"the cache holds rows of {list(ragged.lengths)} tokens, and transformers knows one length for all: go "
+                f"on with labkit's decoder, or read the rows anew, padded at the left"
+            )
         if layer_idx:
             raise CannotHold(f"the model keeps K and V from layer {layer_idx} on, other things before: {OWN_CACHE}")
         lengths = [layer.get_seq_length() for layer in self.wrapped]
@@ -79,24 +90,36 @@ class WrappedCache(transformers.Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
         self.forget_pass()
-        super().crop(tokens_to_remove)
+        with self.all_layers():
+            super().crop(tokens_to_remove)
         self.masks.crop(max(layer.get_seq_length() for layer in self.wrapped))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        with self.all_layers():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.masks.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows in succession."""
-        super().batch_repeat_interleave(repeats)
+        with self.all_layers():
+            super().batch_repeat_interleave(repeats)
         if self.masks.blank is not None:
             self.masks.blank = self.masks.blank.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, int `[rows]` or bool `[batch]`."""
-        super().batch_select_indices(indices)
+        with self.all_layers():
+            super().batch_select_indices(indices)
         self.masks.select_rows(indices)
+
+    @contextmanager
+    def all_layers(self) -> Iterator[None]:
+        """A change of every layer; where it ends half-way, the labkit cache refuses to go on."""
+        self.source.check_whole()
+        self.source.torn = True
+        yield
+        self.source.torn = False
 
     def no_state(self, *args: Any, **kwargs: Any) -> NoReturn:
         """A labkit cache has no states of convolutions or recurrences, and no indexer's keys: raises `CannotHold`."""

@@ -1,5 +1,6 @@
 """The dense caches against a model made of plain lists, and the contracts every cache keeps."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -407,11 +408,11 @@ class TestCacheOfManyLayers:
         cache.truncate(keep)
         assert cache.padding == padding
 
-    def test_padding_is_copied_from_the_callers_tensor(self):
-        cache, padding = Cache.growing(1), torch.tensor([0, 3])
+    def test_padding_is_copied_from_the_callers_list(self):
+        cache, padding = Cache.growing(1), [0, 3]
         with cache.step([4, 4], padding=padding) as step:
             cache[0].append(*new_tokens(2, 4, seed=0), step)
-        padding.zero_()
+        padding[1] = 0
         assert cache.padding == (0, 3)
 
     def test_one_layer_may_not_stand_for_several(self):
@@ -427,7 +428,7 @@ class TestCacheOfManyLayers:
         monkeypatch.setattr(cache[1], "choose_rows", out_of_memory)
         with pytest.raises(MemoryError):
             cache.select_rows(torch.tensor([1, 0]))
-        with pytest.raises(RuntimeError, match=r"choosing rows was interrupted.*reset\(\)"):
+        with pytest.raises(RuntimeError, match=r"only some layers .*reset\(\)"):
             _ = cache.seq_len
         cache.reset()
         assert cache.seq_len == 0
@@ -512,6 +513,80 @@ class TestUndo:
                 else:
                     break
 
+    @pytest.mark.parametrize("kind", every_kind())
+    @pytest.mark.parametrize("what", ["truncate", "truncate to nothing", "select_rows", "reset", "append"])
+    def test_an_interrupt_at_any_line_leaves_the_old_the_new_or_a_refusal(self, kind, what):
+        acts = {
+            "truncate": lambda layer: layer.truncate(9),
+            "truncate to nothing": lambda layer: layer.truncate(0),
+            "select_rows": lambda layer: layer.select_rows(torch.tensor([1, 1, 0])),
+            "reset": lambda layer: layer.reset(),
+            "append": lambda layer: layer.append(*wide_tokens(2, 7, seed=2)),
+        }
+
+        def made():
+            layer = every_kind()[kind]
+            layer.append(*wide_tokens(2, 17, seed=1))
+            return layer
+
+        done = made()
+        acts[what](done)
+        right = [everything(made())[::2], everything(done)[::2]]
+        for line in range(1, 400):
+            layer = made()
+            if not interrupted_at(line, lambda layer=layer: acts[what](layer)):
+                return
+            try:
+                layer.check_whole()
+            except RuntimeError:
+                layer.reset()
+                assert everything(layer) == ((), 0, None)
+                continue
+            lengths, held = everything(layer)[::2]
+            same_held = [
+                lengths == other
+                and (held is None) == (kept is None)
+                and (held is None or all(torch.equal(x, y) for x, y in zip(held, kept, strict=True)))
+                for other, kept in right
+            ]
+            assert any(same_held), (line, lengths)
+
+    def test_room_behind_a_shorter_row_is_no_nan_whatever_was_there(self):
+        layer = PreallocatedCache(16)
+        cache = Cache([layer])
+        k, v = new_tokens(2, 8, seed=0)
+        v[1, :, 3:] = float("nan")
+        layer.append(k, v)
+        cache.truncate(3)
+        with cache.step([5, 1]) as step:
+            some = new_tokens(1, 6, seed=1)
+            layer.append(*some, step)
+        assert layer.attend(torch.randn(2, 2 * KV_HEADS, 1, HEAD_DIM)).isfinite().all()
+
+
+def interrupted_at(line: int, act) -> bool:
+    """Whether `act` was stopped by a KeyboardInterrupt, at so many lines of labkit's caches and of plug."""
+    left = [line]
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.endswith(("layer.py", "dense.py", "quantized.py", "plug.py", "recording.py")):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
 
 class RunsOut(TorchDispatchMode):
     """The operation after `place` others that make a tensor runs out of memory."""
@@ -526,6 +601,40 @@ class RunsOut(TorchDispatchMode):
             if self.left < 0:
                 raise MemoryError
         return func(*args, **(kwargs or {}))
+
+
+class TestArgumentsThatCannotBe:
+    @pytest.mark.parametrize("length", [1.5, True, "2"])
+    def test_lengths(self, length):
+        for kind in kinds():
+            kind.append(*new_tokens(1, 3, seed=0))
+            with pytest.raises(ValueError, match="a number of tokens is whole"):
+                kind.truncate(length)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.int32])
+    def test_rows_of_any_whole_dtype_are_taken(self, dtype):
+        cache = filled(2, 3)
+        cache.select_rows(torch.tensor([1], dtype=dtype))
+        assert cache.lengths == (3,)
+
+    def test_queries_of_another_dtype(self):
+        for kind in every_kind().values():
+            kind.append(*wide_tokens(2, 20, seed=0))
+            if not isinstance(kind, PluggedLayer):
+                with pytest.raises(ValueError, match=r"queries are torch\.float16"):
+                    kind.attend(torch.zeros(2, KV_HEADS, 1, 8, dtype=torch.float16))
+
+    def test_keys_that_are_no_floats_or_have_no_heads(self):
+        for k in (torch.zeros(1, 2, 3, 4, dtype=torch.int32), torch.zeros(1, 0, 3, 4), torch.zeros(1, 2, 3, 0)):
+            with pytest.raises(ValueError, match="K and V are floats"):
+                GrowingCache().append(k, k)
+
+    @pytest.mark.parametrize("number", [4.0, float("inf"), True])
+    def test_windows_and_capacities(self, number):
+        with pytest.raises(ValueError, match="a whole number"):
+            GrowingCache(window=number)
+        with pytest.raises(ValueError, match="capacity is a number of tokens"):
+            PreallocatedCache(number)
 
 
 class TestRagged:

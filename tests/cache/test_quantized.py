@@ -302,6 +302,24 @@ class TestRows:
         copy.deepcopy(cache).append(*kv(1, 40, seed=1))
         assert all(torch.equal(x, y) for x, y in zip(cache.read(), before, strict=True))
 
+    def test_reset_forgets_that_metadata_became_wider(self):
+        k, v = kv(1, 64)
+        cache = filled(QuantizedCache(4, group_size=16, residual_length=0), 1e9 * k, v, [64])
+        assert cache.format.metadata == "bfloat16"
+        cache.reset()
+        filled(cache, k, v, [64])
+        fresh = filled(QuantizedCache(4, group_size=16, residual_length=0), k, v, [64])
+        assert all(torch.equal(x, y) for x, y in zip(stored(cache), stored(fresh), strict=True))  # exact
+
+    def test_what_is_kept_while_metadata_becomes_wider_is_counted(self):
+        k, v = kv(1, 64)
+        cache = filled(QuantizedCache(4, group_size=16, residual_length=0), k, v, [64])
+        before = cache.nbytes
+        cache.append(*(1e9 * x for x in kv(1, 16, seed=1)))
+        assert cache.nbytes == before + before * 80 // 64
+        cache.append(*kv(1, 1, seed=2))
+        assert cache.nbytes < before * 2
+
     def test_reset_forgets_everything(self):
         cache = filled(QuantizedCache(4, group_size=16, rotate_keys=True), *kv(1, 100), [100])
         cache.attend(torch.randn(1, 2, 1, HEAD_DIM))

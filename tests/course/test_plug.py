@@ -1,8 +1,13 @@
+from collections import deque
+from dataclasses import dataclass
+
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labkit.attention import Constants
 from labkit.cache import Cache
 from labkit.cache.step import rectangle
 from labkit.course.plug import AttentionLayer, as_cache, run_with
@@ -159,3 +164,128 @@ def test_what_a_class_gets_wrong_while_it_works_is_said_in_its_name(model, make,
 def test_a_decode_step_needs_one_cache_per_layer(model):
     with pytest.raises(ValueError, match="1 caches for 2 layers"):
         run_with(decode_step, model, tokens(1), [GrowingCache()])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Chunks:
+    """Keeps frozen pieces in a list."""
+
+    def __init__(self):
+        self.chunks = []
+
+    def append(self, k, v):
+        self.chunks.append(Chunk(k.clone(), v.clone()))
+
+    def read(self):
+        return torch.cat([c.k for c in self.chunks], 2), torch.cat([c.v for c in self.chunks], 2)
+
+
+class Private:
+    """Keeps K and V in slots whose names Python changes."""
+
+    __slots__ = ("__k", "__v")
+
+    def append(self, k, v):
+        first = not hasattr(self, "_Private__k")
+        self.__k, self.__v = (
+            (k.clone(), v.clone()) if first else (torch.cat((self.__k, k), 2), torch.cat((self.__v, v), 2))
+        )
+
+    def read(self):
+        return self.__k, self.__v
+
+
+class OwnList(list):
+    """Is a list, with an `append` of its own."""
+
+    def append(self, k, v):
+        super().append((k.clone(), v.clone()))
+
+    def read(self):
+        return torch.cat([k for k, _ in self], 2), torch.cat([v for _, v in self], 2)
+
+
+class Bytes:
+    """Keeps numbers in byte arrays that grow in place."""
+
+    def __init__(self):
+        self.sides = (bytearray(), bytearray())
+
+    def append(self, k, v):
+        self.batch, self.heads, _, self.dim = k.shape
+        for side, x in zip(self.sides, (k, v), strict=True):
+            side += x.double().transpose(0, 2).contiguous().numpy().tobytes()
+
+    def read(self):
+        return tuple(
+            torch.frombuffer(bytearray(side), dtype=torch.float64)
+            .view(-1, self.heads, self.batch, self.dim)
+            .transpose(0, 2)
+            for side in self.sides
+        )
+
+
+class Arrays:
+    """Keeps numpy arrays, in a queue."""
+
+    def __init__(self):
+        self.waiting = deque()
+
+    def append(self, k, v):
+        self.waiting.append((k.numpy().copy(), v.numpy().copy()))
+
+    def read(self):
+        return tuple(torch.from_numpy(numpy.concatenate(side, 2)) for side in zip(*self.waiting, strict=True))
+
+
+class Together:
+    """Keeps K and V as halves of one tensor."""
+
+    def append(self, k, v):
+        new = torch.stack((k, v))
+        self.kv = torch.cat((self.kv, new), 3) if hasattr(self, "kv") else new
+        self.k, self.v = self.kv
+
+    def read(self):
+        return self.k, self.v
+
+
+@pytest.mark.parametrize("kind", [Chunks, Private, OwnList, Bytes, Arrays, Together])
+class TestWhateverALearnerKeepsThingsIn:
+    def test_a_failed_step_is_taken_back_and_the_learners_error_is_seen(self, model, kind):
+        cache, ids = as_cache(2, kind), tokens(7)
+        model(ids[:, :4], cache)
+        before = [[x.clone() for x in layer.read()] for layer in cache.layers]
+
+        def fails(k, v):
+            raise ZeroDivisionError("the learner's")
+
+        cache[1].own_attend = fails
+        with pytest.raises((ZeroDivisionError, TypeError)):
+            model(ids[:, 4:], cache)
+        cache[1].own_attend = None
+        assert cache.lengths == (4, 4)
+        for layer, held in zip(cache.layers, before, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(layer.read(), held, strict=True))  # exact
+        torch.testing.assert_close(model(ids[:, 4:], cache), model(ids)[:, 4:], **CLOSE)
+
+    def test_its_bytes_are_counted_once(self, model, kind):
+        cache = as_cache(2, kind)
+        model(tokens(5), cache)
+        assert cache.nbytes == 5 * 2 * 2 * 2 * 8 * 8 * 2  # tokens, K and V, layers, KV heads, head_dim, float64, rows
+
+
+def test_an_attention_of_ones_own_is_not_given_what_it_cannot_know(model):
+    layer = as_cache(1, GrowingCache, attend=attend_chunk)[0]
+    layer.append(*torch.randn(2, 1, 2, 5, 8, dtype=torch.float64))
+    q = torch.randn(1, 6, 1, 8, dtype=torch.float64)
+    layer.attend(q)
+    for constants in (Constants(window=3), Constants(scale=0.7), Constants(soft_cap=9.0)):
+        layer.constants = constants
+        with pytest.raises(ValueError, match="takes q, k and v alone"):
+            layer.attend(q)

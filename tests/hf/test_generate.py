@@ -381,3 +381,37 @@ class TestFromOneSideToTheOther:
         llama(self.IDS[:, :half], attention_mask=self.mask(half), past_key_values=wrap(cache, llama), **options)
         with pytest.raises(ValueError, match="rotated keys to positions"):
             ours(self.IDS[:, half:], cache)
+
+    @torch.no_grad()
+    def test_padding_that_is_unknown_stays_so_until_nothing_is_held(self, llama):
+        ours = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict())
+        cache = Cache.growing(LAYERS)
+        wrapped = wrap(cache)
+        llama(prompt(2), past_key_values=wrapped)
+        wrapped.batch_select_indices(torch.tensor([0]))
+        llama(prompt(1, 1), past_key_values=wrapped)
+        with pytest.raises(ValueError, match="did not say which tokens are padding"):
+            ours(prompt(1, 1), cache)
+        wrapped.crop(-10)
+        assert cache.seq_len == 0
+        torch.testing.assert_close(ours(prompt(1), cache), ours(prompt(1)), rtol=0, atol=2e-4)  # bounded: as above
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("attends", [False, True])
+    def test_rows_of_different_lengths_and_layers_changed_in_part_are_refused(self, llama, attends, monkeypatch):
+        ours = Llama(decoder_spec(llama.config.to_dict())).load(llama.state_dict())
+        ragged, torn = ours.cache(), ours.cache()
+        ours([prompt(1)[0], prompt(1, 4)[0]], ragged)
+        model = llama if attends else None
+        with pytest.raises(ValueError, match=r"rows of \[9, 4\] tokens"):
+            llama(prompt(2, 1), past_key_values=wrap(ragged, model))
+        ours(prompt(2), torn)
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torn[1], "choose_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            torn.select_rows(torch.tensor([1, 0]))
+        with pytest.raises(RuntimeError, match=r"reset\(\) starts anew"):
+            llama(prompt(2, 1), past_key_values=wrap(torn, model))
