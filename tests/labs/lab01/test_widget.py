@@ -9,7 +9,7 @@ import torch
 
 from labkit import models
 from labkit.labs.lab01.widget import AttentionExplorer, read_sentence
-from tests.cache.test_recording import SPEC
+from tests.shapes import TINY as SPEC
 
 
 class Words:
