@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+from dataclasses import replace
 
 import pytest
 import torch
 
 from labkit import models
 from labkit.labs.lab01.widget import AttentionExplorer, read_sentence
-from tests.shapes import TINY as SPEC
+from tests.shapes import TINY
 
 
 class Words:
@@ -29,7 +30,7 @@ class Words:
 
 @pytest.fixture
 def explorer() -> AttentionExplorer:
-    model = models.random(SPEC)
+    model = models.random(replace(TINY, num_layers=3))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(20)  # weights far from uniform, so that layers and heads differ
