@@ -12,7 +12,18 @@ from labkit.specs.names import NAMES, first
 
 MANY = 65_536  # of heads, experts, groups and the like: transformers makes a list or a module of each
 COUNTS = re.compile(r"(num|n)_(?!positions|ctx|embd|embed|inner|vocab).*|.*_(layers|heads|experts|blocks|repeats)")
-PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "attn_type_list", "hybrid_layer_pattern")
+PER_LAYER = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "attn_type_list",
+    "hybrid_layer_pattern",
+    "no_rope_layers",
+)
+FLAGS = (
+    "tie_word_embeddings", "use_sliding_window", "use_cla", "use_mla", "multi_query", "multi_query_attention",
+    "new_decoder_architecture", "mamba_enabled",
+)  # fmt: skip
 UNBOUNDED = ("model_max_length", "seed", "_commit_hash")  # not of the model's shape
 FROM_ZERO = ("num_experts", "experts_per_token")  # a dense member of a family of mixtures has none
 
@@ -28,6 +39,9 @@ def check(config: Mapping[str, Any]) -> None:
             least = 0 if field in FROM_ZERO else 1
             for one in value if isinstance(value, list | tuple) and value else [value]:
                 _check_size(name, one, least)
+    for name in FLAGS:
+        if not isinstance(config.get(name), bool | None):
+            raise SpecError(f"{name} is true or false; got {short(repr(config[name]))}")
     _walk(config)
     if isinstance(layers, int):
         _check_lists(config, layers)

@@ -96,6 +96,7 @@ READ = frozenset(
     attn_layer_indices attn_layer_period attn_layer_offset linear_num_key_heads linear_num_value_heads
     linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim conv_L_cache mamba_expand mamba_n_heads
     mamba_n_groups mamba_enabled mamba_step mamba_num_heads mamba_d_state mamba_d_conv mamba_d_head
+    mamba_ssm_dtype
     """.split()
 )
 # Keys of sizes, as `names` has them.

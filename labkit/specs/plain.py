@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from labkit.specs.files import SpecError
+from labkit.specs.files import SpecError, short
 from labkit.specs.keys import HARMLESS, READ, SIZES, WEIGHTS
 from labkit.specs.model import DECODER_TYPES
 from labkit.specs.names import NAMES, first
@@ -19,13 +19,14 @@ Config = Mapping[str, Any]
 NEEDED = ("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len")
 KINDS = {
     "full_attention": "full", "attention": "full", "sliding_attention": "window", "chunked_attention": "window",
-    "linear_attention": "state", "mamba": "state", "conv": "state",
+    "linear_attention": "linear_attention", "mamba": "mamba", "conv": "conv",
 }  # fmt: skip
 EVERY = {  # one layer in so many has full attention; the others are of this kind
     "full_attention_interval": "state",
     "sliding_window_pattern": "window",
     "no_rope_layer_interval": "window",  # of those that have an attention_chunk_size
 }
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 LLAMA_KEYS = (  # what a config of Llama's shape must say, so that no default of a class is needed
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings",
@@ -57,14 +58,12 @@ def is_llama(config: Config) -> bool:
 
 def read(config: Config) -> dict[str, Any]:
     """Sizes and layers, as `measured.measure` gives them, of a config whose every key is understood; or SpecError."""
-    sizes = {field: first(config, names) for field, names in NAMES.items()}
+    sizes = {field: _one_size(config, field) for field in NAMES}
     if missing := next((field for field in NEEDED if sizes[field] is None), None):
         raise SpecError(f"the config has no {NAMES[missing][0]!r}: is it a text model's config.json?")
     refuse_unknown_keys(config)
-    if sizes["num_kv_heads"] is None:
-        sizes["num_kv_heads"] = sizes["num_heads"]
-    if _is_multi_query(config):
-        sizes["num_kv_heads"] = 1
+    said = _Said(config)
+    sizes["num_kv_heads"] = _kv_heads(said, sizes)
     for field in ("num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token"):
         if isinstance(sizes[field], list):
             if field in ("num_heads", "num_kv_heads", "head_dim"):
@@ -79,7 +78,7 @@ def read(config: Config) -> dict[str, Any]:
                 f"hidden_size ({sizes['hidden_size']}) does not divide by num_attention_heads ({sizes['num_heads']}), "
                 f"and the config has no head_dim"
             )
-    layers = _layers(config, sizes)
+    layers = _layers(said, sizes)
     if (sizes["num_experts"] or 1) > 1 and not sizes["experts_per_token"]:
         many = f"{_named(config, 'num_experts')} is {sizes['num_experts']}"
         raise SpecError(f"{many}, but how many of them a token meets is not said: num_experts_per_tok is the usual key")
@@ -110,178 +109,315 @@ def _named(config: Config, field: str) -> str:
     return next((name for name in NAMES[field] if first(config, [name]) is not None), NAMES[field][0])
 
 
-def _is_multi_query(config: Config) -> bool:
-    """Whether all heads share one K and V, as Falcon's older form says it."""
-    return bool(config.get("multi_query")) and not config.get("new_decoder_architecture")
+class _Said:
+    """The keys of a config that say something of its layers, and which of them a rule has made use of."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.left = {key for key in READ if config.get(key) is not None and config[key] != [] and config[key] != {}}
+
+    def take(self, *keys: str) -> Any:
+        """The value of the first of `keys`; all of them count as used."""
+        self.left -= set(keys)
+        return self.config.get(keys[0])
+
+    def number(self, key: str, least: int = 1) -> int | None:
+        """The whole number under `key`, None where it is not there."""
+        value = self.take(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise SpecError(f"{key} must be a whole number, at least {least}; got {short(repr(value))}")
+        return value
+
+    def needed(self, key: str, least: int = 1) -> int:
+        """As `number`, of a layer without attention, which needs it."""
+        if (value := self.number(key, least)) is None:
+            raise SpecError(f"the config has no {key!r}, which says what a layer without attention keeps")
+        return value
+
+    def check_all_used(self) -> None:
+        """SpecError naming what no rule has used: another value of it would give the same figures."""
+        if self.left:
+            raise SpecError(
+                f"{', '.join(sorted(self.left))}: alone, or beside what else the config says, this is not understood: "
+                f"write the layers into a file in data/models by hand, or take out what says nothing of the cache"
+            )
 
 
-def _layers(config: Config, sizes: dict[str, Any]) -> list[dict[str, Any]]:
+def _one_size(config: Config, field: str) -> Any:
+    """The size that the config names, in whichever way; SpecError where two of its names say different sizes."""
+    given = {name: value for name in NAMES[field] if (value := first(config, [name])) is not None}
+    if field == "num_kv_heads" and config.get("multi_query_attention") is False:
+        given.pop("multi_query_group_num", None)
+    if not given:
+        return None
+    if field == "vocab_size" and given.get("padded_vocab_size", 0) >= given.get("vocab_size", 0):
+        return next(iter(given.values()))  # padded is more than there are
+    _refuse_two(given)
+    return next(iter(given.values()))
+
+
+def _refuse_two(given: Mapping[str, Any]) -> None:
+    (name, value), *others = given.items()
+    if other := next((other for other, its in others if its != value), None):
+        raise SpecError(f"{name} and {other} say different things: take one of them out, or correct it")
+
+
+def _kv_heads(said: _Said, sizes: dict[str, Any]) -> int:
+    """Heads of K and V, which Falcon's older form and ChatGLM's say with a flag."""
+    heads, config = sizes["num_kv_heads"], said.config
+    if said.take("multi_query") and not said.take("new_decoder_architecture"):
+        if heads not in (None, 1):
+            raise SpecError(f"multi_query is one head of K and V, {_named(config, 'num_kv_heads')} is {heads}")
+        return 1
+    said.take("new_decoder_architecture")
+    if said.take("multi_query_attention") and heads is None:
+        raise SpecError("multi_query_attention is set, but the config has no multi_query_group_num")
+    return sizes["num_heads"] if heads is None else heads
+
+
+def _layers(said: _Said, sizes: dict[str, Any]) -> list[dict[str, Any]]:
     """Each layer as the fields of a `LayerGroup`."""
-    count = sizes["num_layers"]
-    said = [kinds for rule in (_listed, _lightning, _mamba, _periodic, _windowed) if (kinds := rule(config, count))]
-    if len(said) > 1:
-        raise SpecError("the config says the kinds of its layers in two ways: take one of them out")
-    kinds = said[0] if said else ["full"] * count
-    window = _window(config)
-    if "window" in kinds and window is None:
-        kinds = ["full" if kind == "window" else kind for kind in kinds]
-    latent = _latent(config, sizes)
-    if config.get("use_cla"):  # Hunyuan: of so many neighbours, the first keeps what the others read
-        factor = config.get("cla_share_factor") or 2
-        kinds = ["shared" if index % factor else kind for index, kind in enumerate(kinds)]
-    shared = config.get("num_kv_shared_layers") or 0
-    kinds = kinds[: count - shared] + ["shared"] * shared
+    config, count = said.config, sizes["num_layers"]
+    window = _window(said)
+    rules = {name: kinds for name, rule in RULES.items() if (kinds := rule(said, name, count))}
+    if any(len(kinds) != count for kinds in rules.values()):
+        raise SpecError(f"{', '.join(rules)} must name {count} layers")
+    if rules:
+        _refuse_two(rules)
+        kinds = next(iter(rules.values()))
+    else:
+        kinds = ["full" if window is None else "window"] * count
+    if "window" in kinds:
+        if window is None:
+            if not any(key in config for key in WINDOWS) and config.get("use_sliding_window") is not False:
+                raise SpecError(f"some layers have a sliding window, but its size is not said: {WINDOWS[0]} is missing")
+            kinds = ["full" if kind == "window" else kind for kind in kinds]
+        said.take(*WINDOWS)
+    latent = _latent(said, sizes)
+    kinds = _shared(said, kinds)
     heads = {"num_kv_heads": sizes["num_kv_heads"], "head_dim": sizes["head_dim"]}
-    own = heads | {"v_head_dim": config.get("v_head_dim") or sizes["head_dim"]}
-    each = {
+    own = heads | {"v_head_dim": sizes["head_dim"] if (v_dim := said.number("v_head_dim")) is None else v_dim}
+    each: dict[str, dict[str, Any]] = {
         "full": {"kind": "latent", "latent_dim": latent} if latent else {"kind": "full", **own},
         "window": {"kind": "latent", "latent_dim": latent, "window": window}
         if latent
         else {"kind": "window", "window": window, **own},
         "shared": {"kind": "shared"},
-        "state": {"kind": "state", "state_bytes": _state_bytes(config, sizes) if "state" in kinds else 0},
     }
+    for kind in dict.fromkeys(kinds):
+        if kind not in each:
+            each[kind] = {"kind": "state", "state_bytes": _state_bytes(said, sizes, kind)}
+    said.check_all_used()
     return [dict(each[kind]) for kind in kinds]
 
 
-def _latent(config: Config, sizes: dict[str, Any]) -> int | None:
+def _shared(said: _Said, kinds: list[str]) -> list[str]:
+    """The kinds, where some layers read what an earlier one keeps."""
+    factor = said.number("cla_share_factor") if said.config.get("use_cla") is not None else None
+    if said.take("use_cla"):  # Hunyuan: of so many neighbours, the first keeps what the others read
+        if not set(kinds) <= {"full", "window"}:
+            raise SpecError("use_cla shares K and V between neighbours, but some layers have none: write them by hand")
+        kinds = ["shared" if index % (factor or 2) else kind for index, kind in enumerate(kinds)]
+    shared = said.number("num_kv_shared_layers", least=0) or 0
+    return kinds[: len(kinds) - shared] + ["shared"] * shared
+
+
+def _latent(said: _Said, sizes: dict[str, Any]) -> int | None:
     """Numbers per token of DeepSeek's latent attention, whose heads are wider in K than in V."""
-    if not config.get("kv_lora_rank"):
+    rank, meant = said.number("kv_lora_rank"), said.take("use_mla")
+    if meant is False and rank is not None:
+        raise SpecError("use_mla is false, but the config has a kv_lora_rank: take one of them out")
+    if rank is None:
+        if meant:
+            raise SpecError("the config has no 'kv_lora_rank', which use_mla needs")
         return None
-    parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    if missing := next((key for key in parts if config.get(key) is None), None):
+    nope, rope, v_dim = (said.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    if nope is None or rope is None or v_dim is None:
+        missing = "qk_nope_head_dim" if nope is None else "qk_rope_head_dim" if rope is None else "v_head_dim"
         raise SpecError(f"the config has no {missing!r}, which its kv_lora_rank needs")
-    sizes["head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    sizes["v_head_dim"], sizes["num_kv_heads"] = config["v_head_dim"], sizes["num_heads"]
-    return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    said.number("q_lora_rank")
+    if said.number("qk_head_dim") not in (None, nope + rope):
+        raise SpecError(f"qk_head_dim is not qk_nope_head_dim + qk_rope_head_dim ({nope} + {rope}): correct one")
+    sizes["head_dim"], sizes["v_head_dim"], sizes["num_kv_heads"] = nope + rope, v_dim, sizes["num_heads"]
+    return rank + rope
 
 
-def _window(config: Config) -> int | None:
-    """Tokens that a layer with a window sees."""
-    window = first(config, ("sliding_window", "sliding_window_size", "attention_chunk_size"))
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise SpecError(f"a sliding window is a whole number of tokens, at least 1; got {window!r}")
-    return window
+def _window(said: _Said) -> int | None:
+    """Tokens that a layer with a window sees. What says that there is none is used with it."""
+    given = {key: said.config[key] for key in WINDOWS if said.config.get(key) is not None}
+    for window in given.values():
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise SpecError(f"a sliding window is a whole number of tokens, at least 1; got {window!r}")
+    if said.take("use_sliding_window") is False:
+        said.take("sliding_window", "sliding_window_size")
+        said.number("max_window_layers", least=0)
+        given = {key: value for key, value in given.items() if key == "attention_chunk_size"}
+    if not given:
+        if said.config.get("use_sliding_window"):
+            raise SpecError("use_sliding_window is set, but the config has no 'sliding_window'")
+        return None
+    _refuse_two(given)
+    return int(next(iter(given.values())))
 
 
-def _listed(config: Config, count: int) -> list[str]:
+def _listed(said: _Said, name: str, count: int) -> list[str]:
     """Kinds that the config lists, layer by layer; those of further heads that guess tokens come last."""
-    named = first(config, ("layer_types", "layers_block_type"))
+    named = said.take(name)
     if not named:
         return []
     if unknown := next((kind for kind in named if kind not in KINDS), None):
         raise SpecError(f"a layer of type {unknown!r} is not known here: one of {', '.join(KINDS)} is")
+    said.take(*WINDOWS)  # it says which layers have it
     return [KINDS[kind] for kind in named][:count]
 
 
-def _lightning(config: Config, count: int) -> list[str]:
+def _lightning(said: _Said, name: str, count: int) -> list[str]:
     """MiniMax: 1 is attention, 0 a linear one that keeps a state."""
-    listed = config.get("attn_type_list") or []
-    if wrong := next((kind for kind in listed if kind not in (0, 1)), None):
+    listed = said.take(name) or []
+    if wrong := next((kind for kind in listed if isinstance(kind, bool) or kind not in (0, 1)), None):
         raise SpecError(f"attn_type_list holds 0 and 1; got {wrong!r}")
-    return ["full" if kind else "state" for kind in listed]
+    return ["full" if kind else "lightning" for kind in listed][:count]
 
 
-def _mamba(config: Config, count: int) -> list[str]:
-    """PLaMo 2: of `mamba_step` neighbours the middle one attends, and the last layer where there are few."""
-    if not config.get("mamba_enabled"):
+def _mamba(said: _Said, name: str, count: int) -> list[str]:
+    """PLaMo 2: of `mamba_step` neighbours the middle one attends."""
+    enabled = said.take(name)
+    if not enabled:
+        if enabled is False:
+            said.take("mamba_step", "mamba_num_heads", "mamba_d_state", "mamba_d_conv")
         return []
-    step = config.get("mamba_step") or 0
-    if step < 2:
-        raise SpecError(f"mamba_step is at least 2 where mamba_enabled is set; got {config.get('mamba_step')!r}")
-    if count <= step // 2:
-        return ["state"] * (count - 1) + ["full"]
-    return ["full" if index % step == step // 2 else "state" for index in range(count)]
+    step = said.number("mamba_step", least=2)
+    if step is None or step > count:
+        raise SpecError(f"mamba_step is from 2 to {count}, of {count} layers, where mamba_enabled is set; got {step}")
+    return ["full" if index % step == step // 2 else "plamo" for index in range(count)]
 
 
-def _periodic(config: Config, count: int) -> list[str]:
-    """One layer in so many has full attention, or a list numbers those; EXAONE 4 writes LLLG, local and global."""
-    if config.get("attn_layer_indices") is not None:
-        return ["full" if index in config["attn_layer_indices"] else "state" for index in range(count)]
-    if config.get("attention_chunk_size") and config.get("no_rope_layers"):  # Llama 4: 1 is a layer with positions
-        return ["window" if has_rope else "full" for has_rope in config["no_rope_layers"]][:count]
-    if period := config.get("attn_layer_period"):
-        offset = config.get("attn_layer_offset") or 0
-        return ["full" if index % period == offset else "state" for index in range(count)]
-    for key, other in EVERY.items():
-        period = config.get(key)
-        if period is None or (key == "no_rope_layer_interval" and not config.get("attention_chunk_size")):
-            continue
-        if isinstance(period, str) and period and set(period) <= {"L", "G"}:
-            return [other if period[index % len(period)] == "L" else "full" for index in range(count)]
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise SpecError(f"{key} is a number of layers, at least 1, or as LLLG; got {period!r}")
-        return [other if (index + 1) % period else "full" for index in range(count)]
-    return []
-
-
-def _windowed(config: Config, count: int) -> list[str]:
-    """The window from layer `max_window_layers` on, where nothing else says which layers have it."""
-    if _window(config) is None or config.get("use_sliding_window") is False:
+def _numbered(said: _Said, name: str, count: int) -> list[str]:
+    """A list numbers the layers with attention."""
+    numbers = said.take(name)
+    if numbers is None:
         return []
-    if any(config.get(key) is not None for key in ("layer_types", "layers_block_type", "attn_type_list", *EVERY)):
+    whole = isinstance(numbers, list | tuple) and all(isinstance(one, int) and one is not True for one in numbers)
+    if not whole or any(not 0 <= one < count for one in numbers) or len(set(numbers)) != len(numbers):
+        raise SpecError(f"{name} numbers layers from 0 to {count - 1}, each once; got {short(repr(numbers))}")
+    return ["full" if index in numbers else "state" for index in range(count)]
+
+
+def _positions(said: _Said, name: str, count: int) -> list[str]:
+    """Llama 4: 1 is a layer with positions, which attends within a chunk. Without chunks it says nothing of a cache."""
+    listed = said.take(name) or []
+    if wrong := next((one for one in listed if one not in (0, 1)), None):
+        raise SpecError(f"{name} holds 0 and 1; got {wrong!r}")
+    if said.config.get("attention_chunk_size") is None:
         return []
-    full = config.get("max_window_layers") or 0
+    return ["window" if has_rope else "full" for has_rope in listed][:count]
+
+
+def _offset(said: _Said, name: str, count: int) -> list[str]:
+    """Jamba: one layer in so many attends, the first of them at an offset."""
+    if (period := said.number(name)) is None:
+        return []
+    offset = said.number("attn_layer_offset", least=0) or 0
+    if offset >= min(period, count):
+        raise SpecError(f"attn_layer_offset is from 0 to {min(period, count) - 1}; got {offset}")
+    return ["full" if index % period == offset else "state" for index in range(count)]
+
+
+def _periodic(said: _Said, name: str, count: int) -> list[str]:
+    """One layer in so many has full attention; EXAONE 4 writes LLLG, local and global."""
+    period, other = said.take(name), EVERY[name]
+    if period is None or (name == "no_rope_layer_interval" and said.config.get("attention_chunk_size") is None):
+        return []
+    if name == "sliding_window_pattern" and isinstance(period, str) and period and set(period) <= {"L", "G"}:
+        return [other if period[index % len(period)] == "L" else "full" for index in range(count)]
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise SpecError(f"{name} is a number of layers, at least 1, or as LLLG; got {period!r}")
+    return [other if (index + 1) % period else "full" for index in range(count)]
+
+
+def _from_layer(said: _Said, name: str, count: int) -> list[str]:
+    """Qwen 2: the layers from this one on have the window."""
+    if name not in said.left or all(said.config.get(key) is None for key in WINDOWS):
+        return []
+    full = said.number(name, least=0) or 0
+    said.take(*WINDOWS)
     return ["full" if index < full else "window" for index in range(count)]
 
 
-def _state_bytes(config: Config, sizes: dict[str, Any]) -> int:
+RULES: dict[str, Callable[[_Said, str, int], list[str]]] = {  # by the key that says the kinds of the layers
+    "layer_types": _listed,
+    "layers_block_type": _listed,
+    "attn_type_list": _lightning,
+    "mamba_enabled": _mamba,
+    "attn_layer_indices": _numbered,
+    "no_rope_layers": _positions,
+    "attn_layer_period": _offset,
+    **dict.fromkeys(EVERY, _periodic),
+    "max_window_layers": _from_layer,
+}
+
+
+def _state_bytes(said: _Said, sizes: dict[str, Any], kind: str) -> int:
     """Bytes per request of a layer without attention: inputs in the config's dtype, recurrent states in float32."""
-    wide = 4 if "float32" in str(first(config, ("dtype", "torch_dtype"))) else 2
-    rule = next((rule for key, rule in STATES.items() if config.get(key)), None)
-    if rule is None:
-        raise SpecError(f"what a layer without attention keeps is said by one of {', '.join(STATES)}: none is there")
-    try:
-        inputs, state = rule(config, sizes)
-    except KeyError as error:
-        raise SpecError(
-            f"the config has no {error.args[0]!r}, which says what a layer without attention keeps"
-        ) from None
-    return int(wide * inputs + 4 * state)
+    wide = 4 if "float32" in str(first(said.config, ("dtype", "torch_dtype"))) else 2
+    fitting = [key for key, (kinds, _) in STATES.items() if kind in kinds]
+    key = next((key for key in fitting if said.config.get(key) is not None), None)
+    if key is None:
+        raise SpecError(f"what a layer without attention keeps is said by one of {', '.join(fitting)}: none is there")
+    if said.take("mamba_ssm_dtype") not in (None, "float32"):
+        raise SpecError(f"mamba_ssm_dtype is float32 here; got {short(repr(said.config['mamba_ssm_dtype']))}")
+    inputs, state = STATES[key][1](said, sizes)
+    return wide * inputs + 4 * state
 
 
-def _lightning_state(config: Config, sizes: Config) -> tuple[int, int]:
+def _lightning_state(said: _Said, sizes: Config) -> tuple[int, int]:
     """MiniMax: a matrix per head, in the config's dtype, as transformers' class of the first of them keeps it."""
     return sizes["num_heads"] * sizes["head_dim"] ** 2, 0
 
 
-def _plamo(config: Config, sizes: Config) -> tuple[int, int]:
+def _plamo(said: _Said, sizes: Config) -> tuple[int, int]:
     """PLaMo 2: the last inputs but one step of a convolution, and a matrix per head."""
-    width = config["mamba_num_heads"] * sizes["head_dim"]
-    return width * ((config.get("mamba_d_conv") or 4) - 1), width * config["mamba_d_state"]
+    width = said.needed("mamba_num_heads") * sizes["head_dim"]
+    return width * ((said.number("mamba_d_conv") or 4) - 1), width * said.needed("mamba_d_state")
 
 
-def _delta_net(config: Config, sizes: Config) -> tuple[int, int]:
+def _delta_net(said: _Said, sizes: Config) -> tuple[int, int]:
     """Gated DeltaNet (Qwen3-Next): a matrix per value head; the convolution runs over queries, keys and values."""
-    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    key, value = config["linear_num_key_heads"] * key_dim, config["linear_num_value_heads"] * value_dim
-    return (2 * key + value) * config["linear_conv_kernel_dim"], value * key_dim
+    key_dim, value_dim = said.needed("linear_key_head_dim"), said.needed("linear_value_head_dim")
+    key, value = said.needed("linear_num_key_heads") * key_dim, said.needed("linear_num_value_heads") * value_dim
+    return (2 * key + value) * said.needed("linear_conv_kernel_dim"), value * key_dim
 
 
-def _mamba1(config: Config, sizes: Config) -> tuple[int, int]:
+def _mamba1(said: _Said, sizes: Config) -> tuple[int, int]:
     """Mamba (Jamba): `mamba_d_state` numbers for each of the widened channels."""
-    width = config["mamba_expand"] * config["hidden_size"]
-    return width * config["mamba_d_conv"], width * config["mamba_d_state"]
+    width = said.needed("mamba_expand") * sizes["hidden_size"]
+    return width * said.needed("mamba_d_conv"), width * said.needed("mamba_d_state")
 
 
-def _mamba2(config: Config, sizes: Config) -> tuple[int, int]:
+def _mamba2(said: _Said, sizes: Config) -> tuple[int, int]:
     """Mamba 2 (Bamba, Granite 4): the convolution runs over the inputs and over both groups of state projections."""
-    width, states = config["mamba_expand"] * config["hidden_size"], config["mamba_d_state"]
-    return (width + 2 * config["mamba_n_groups"] * states) * config["mamba_d_conv"], width * states
+    width, states = said.needed("mamba_expand") * sizes["hidden_size"], said.needed("mamba_d_state")
+    heads = said.needed("mamba_n_heads")
+    if said.config.get("mamba_d_head") == "auto":
+        said.take("mamba_d_head")
+    elif (dim := said.number("mamba_d_head")) is not None and heads * dim != width:
+        raise SpecError(f"mamba_n_heads * mamba_d_head ({heads} * {dim}) is not mamba_expand * hidden_size ({width})")
+    return (width + 2 * said.needed("mamba_n_groups") * states) * said.needed("mamba_d_conv"), width * states
 
 
-def _short_convolution(config: Config, sizes: Config) -> tuple[int, int]:
+def _short_convolution(said: _Said, sizes: Config) -> tuple[int, int]:
     """LFM2: the last inputs of a convolution, nothing else."""
-    return config["hidden_size"] * config["conv_L_cache"], 0
+    return sizes["hidden_size"] * said.needed("conv_L_cache"), 0
 
 
-STATES: dict[str, Callable[[Config, Config], tuple[int, int]]] = {
-    "attn_type_list": _lightning_state,
-    "mamba_enabled": _plamo,
-    "linear_num_value_heads": _delta_net,
-    "mamba_n_heads": _mamba2,
-    "mamba_d_state": _mamba1,
-    "conv_L_cache": _short_convolution,
+# By the key that tells it from the others: which kinds of layers keep it, and how large it is. In the order of looking.
+STATES: dict[str, tuple[tuple[str, ...], Callable[[_Said, Config], tuple[int, int]]]] = {
+    "attn_type_list": (("lightning",), _lightning_state),
+    "mamba_enabled": (("plamo",), _plamo),
+    "linear_num_value_heads": (("linear_attention", "state"), _delta_net),
+    "mamba_n_heads": (("mamba", "state"), _mamba2),
+    "mamba_d_state": (("mamba", "state"), _mamba1),
+    "conv_L_cache": (("conv", "state"), _short_convolution),
 }
 
 
