@@ -20,7 +20,9 @@ FIRST_LAB = "01_attention_basics.ipynb"
 
 
 SIZE_ABOUT = """Bytes of a model's weights and KV cache; with --gpu: what fits, how fast it can be
-at best, and what breaks first. Arithmetic only: nothing is downloaded or run.
+at best, and what breaks first. Nothing is downloaded, and no weights are loaded: for a
+config.json of most types, transformers' class is built without memory, in some seconds
+the first time; everything else is arithmetic.
 GB is 10^9 bytes, GiB 2^30."""
 SIZE_EXAMPLES = """examples:
   labkit size qwen2.5-7b
@@ -255,15 +257,17 @@ def spare_folders() -> dict[str, str]:
 
 def check_address(host: str, port: str) -> int:
     """The port as a number, if JupyterLab can listen on it; AddressError says what to type otherwise."""
-    if not (port.isdigit() and 1 <= int(port) <= 65535):
-        raise AddressError(f"PORT={port} is not a port: give a number from 1 to 65535, as in `make lab PORT=8889`")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise AddressError(f"PORT={port[:20]} is not a port: give a number from 1 to 65535, as in `make lab PORT=8889`")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is not in use
             probe.bind(address)
-    except socket.gaierror:
-        raise AddressError(f"HOST={host} is not an address: leave it out, or type `make lab HOST=127.0.0.1`") from None
+    except (socket.gaierror, ValueError):  # ValueError: no name at all, as of too many characters
+        raise AddressError(
+            f"HOST={host[:80]} is not an address: leave it out, or type `make lab HOST=127.0.0.1`"
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             other = int(port) + 1 if int(port) < 65535 else 8888

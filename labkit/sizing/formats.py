@@ -138,7 +138,8 @@ class Quantized:
     values are ("token"). Tokens are packed `group_size` at once, and the newest wait in `dtype`: at least
     `residual_length`, at most `group_size` - 1 more. The first `sink_length` tokens stay in `dtype`.
     metadata: dtype of scale and zero point. symmetric: no zero point; float8 is 8 bits, symmetric. drops: as of
-    `Dense`. A latent or a state stays in `dtype`.
+    `Dense`. A layer with a latent stays in `dtype`, so does the whole of a layer with an `index_dim`; a state is as its
+    layer says.
     """
 
     nbits: int = 4
@@ -223,7 +224,7 @@ class Quantized:
                 )
 
     def token_bytes(self, layer: Layer, position: int) -> Fraction:
-        """What a token takes once it is packed; numbers of a latent in full precision."""
+        """What a token takes once it is packed; all of a layer that is not packed in full precision."""
         width = self.bits_per_element if self.packs(layer) else bits(self.dtype)
         return token_bytes(layer, position, self.drops, width)
 

@@ -1,4 +1,6 @@
-"""Models and GPUs by name, read from `data/` and validated; a model also from a Hugging Face config. No torch.
+"""Models and GPUs by name, read from `data/` and validated; a model also from a Hugging Face config.
+
+torch is imported only where a config must be measured (`from_hf_config`).
 
 Put a JSON file of your own into `data/models/`, or one like `gpus.json` beside it as `gpus-mine.json`, and it is there
 under its name wherever a model or a GPU can be named.
@@ -6,6 +8,7 @@ under its name wherever a model or a GPU can be named.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 Named = TypeVar("Named", GpuSpec, LinkSpec)
+Stamp = tuple[int, int]
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
@@ -48,7 +52,7 @@ def model(name: str) -> ModelSpec:
     files = {path.stem: path for path in _model_files()}
     if not isinstance(name, str) or name not in files:
         raise SpecError(unknown("model spec", name, files))
-    return _model(files[name])
+    return _model(files[name], _stamp(files[name]))
 
 
 def models() -> dict[str, ModelSpec]:
@@ -70,14 +74,23 @@ def _read_models() -> dict[Path, ModelSpec | SpecError]:
     found: dict[Path, ModelSpec | SpecError] = {}
     for path in _model_files():
         try:
-            found[path] = _model(path)
+            found[path] = _model(path, _stamp(path))
         except SpecError as error:
             found[path] = error
     return found
 
 
+def _stamp(path: Path) -> Stamp:
+    """Time of change and size: another where the file was changed. (0, 0) where it is not there."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+    return 0, 0
+
+
 @cache
-def _model(path: Path) -> ModelSpec:
+def _model(path: Path, stamp: Stamp) -> ModelSpec:
+    """The stamp is there so that a file that was changed is read anew."""
     spec = read(path, ModelSpec)
     if spec.name != path.stem:
         raise SpecError(f'{path.name}: its name is "{spec.name}": call the file {spec.name}.json, or correct the name')
@@ -126,12 +139,12 @@ class GpuTable:
 def _gpu_table() -> GpuTable:
     own = sorted(path for path in DATA.glob("gpus-*.json") if not path.name.startswith("."))
     files = [DATA / "gpus.json", *own]  # the course's first: a clash is the other's fault
-    return _read_gpu_files(tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in files))
+    return _read_gpu_files(tuple((path, _stamp(path)) for path in files))
 
 
 @cache
-def _read_gpu_files(stamped: tuple[tuple[Path, int], ...]) -> GpuTable:
-    """The time of change is there so that a file mended is read anew. A user's file that is wrong adds nothing."""
+def _read_gpu_files(stamped: tuple[tuple[Path, Stamp], ...]) -> GpuTable:
+    """The stamps are there so that a file mended is read anew. A user's file that is wrong adds nothing."""
     course, *own = (path for path, _ in stamped)
     problems: list[str] = []
     table = _merged(GpuTable({}, {}, []), {}, {course: read(course, GpuFile)})

@@ -39,6 +39,7 @@ def check(config: Mapping[str, Any]) -> None:
             least = 0 if field in FROM_ZERO else 1
             for one in value if isinstance(value, list | tuple) and value else [value]:
                 _check_size(name, one, least)
+    _check_heads(config)
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
             raise SpecError(f"{name} is true or false; got {short(repr(config[name]))}")
@@ -53,6 +54,18 @@ def _check_size(name: str, value: Any, least: int) -> None:
     if isinstance(value, int) and not isinstance(value, bool) and value > LIMIT:
         raise SpecError(f"{name} is {value:,}: more than {LIMIT:,} cannot be meant")
     raise SpecError(f"{name} must be a whole number, at least {least}; got {short(repr(value))}")
+
+
+def _check_heads(config: Mapping[str, Any]) -> None:
+    given = {field: _named(config, field) for field in ("num_heads", "num_kv_heads")}
+    (heads, many), (kv_heads, few) = given["num_heads"], given["num_kv_heads"]
+    if isinstance(many, int) and isinstance(few, int) and many % few and config.get("kv_lora_rank") is None:
+        raise SpecError(f"{heads} ({many}) must be a multiple of {kv_heads} ({few})")
+
+
+def _named(config: Mapping[str, Any], field: str) -> tuple[str, Any]:
+    """The name that the config has for a size, and the size."""
+    return next(((name, value) for name in NAMES[field] if (value := first(config, [name])) is not None), ("", None))
 
 
 def _walk(config: Mapping[str, Any], depth: int = 0) -> None:

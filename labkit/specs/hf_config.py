@@ -47,6 +47,7 @@ def from_hf_config(config: Config | str | Path, name: str = "", parameters: int 
             raise SpecError(f"a config is a dict, a config.json or a folder; got a {type(config).__name__}")
         path = user_path(config)
         config, name = _load(path, str(config)), name or _default_name(path)
+    config = {key: value for key, value in config.items() if key not in NESTED or value}  # an empty part says nothing
     part = _text_part(config)
     for one in (config, part):
         _check_type(one)
@@ -232,9 +233,11 @@ def _for_llama(kind: str, text: Config) -> dict[str, Any]:
     """What `labkit.llama` needs besides sizes, wherever the transformers version that wrote the config kept it."""
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
+    theta = text.get("rope_theta") if rope.get("rope_theta") is None else rope["rope_theta"]
+    eps = text.get("rms_norm_eps")
     return {
-        "rope_theta": float(rope.get("rope_theta") or text.get("rope_theta") or 10_000.0),
+        "rope_theta": 10_000.0 if theta is None else float(theta),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "norm_eps": float(text.get("rms_norm_eps") or 1e-6),
+        "norm_eps": 1e-6 if eps is None else float(eps),
         "qkv_bias": kind == "qwen2",
     }

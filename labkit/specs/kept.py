@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from labkit import files
 
 MEASURING = (
     "measured.py",
@@ -25,16 +25,26 @@ def kept(question: Any, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     A file that is damaged or of another version is not believed; a folder that cannot be written keeps nothing.
     """
-    from labkit.lab_model import cache_folder
-
-    key = _digest([question, _versions()])
-    path = cache_folder() / "specs" / f"{key}.json"
-    if (found := _read(path)) is not None:
+    path = _path(_digest([question, _versions()]))
+    if path is not None and (found := _read(path)) is not None:
         return found
     given = json.loads(json.dumps(answer(), default=str))
-    with contextlib.suppress(OSError):
-        _write(path, given)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            files.make_folder(path.parent)
+            files.remove_leftovers(path)
+            files.write_whole(path, json.dumps({"digest": _digest(given), "answer": given}).encode())
     return given
+
+
+def _path(key: str) -> Path | None:
+    """Where the answer is kept; None where there can be no cache folder."""
+    from labkit.lab_model import ModelError, cache_folder
+
+    try:
+        return cache_folder() / "specs" / f"{key}.json"
+    except ModelError:
+        return None
 
 
 def _versions() -> list[str]:
@@ -52,22 +62,7 @@ def _digest(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(files.read_file(path, LARGEST))
         return stored["answer"] if stored["digest"] == _digest(stored["answer"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _write(path: Path, answer: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(prefix=".", suffix=".json", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"digest": _digest(answer), "answer": answer}, file)
-        os.replace(work, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(work)
-        raise

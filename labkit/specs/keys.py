@@ -101,3 +101,8 @@ READ = frozenset(
 )
 # Keys of sizes, as `names` has them.
 SIZES = frozenset(name.split(".")[0] for names in NAMES.values() for name in names)
+EVERY = {  # one layer in so many has full attention; the others are of this kind
+    "full_attention_interval": "state",
+    "sliding_window_pattern": "window",
+    "no_rope_layer_interval": "window",  # of those that have an attention_chunk_size
+}

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from labkit.specs.files import SpecError
-from labkit.specs.keys import HARMLESS
+from labkit.specs.keys import EVERY, HARMLESS, READ
 from labkit.specs.names import NAMES, first, said_in_a_line
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ MODALITIES = ("vision_config", "audio_config", "vit_config", "speech_config", "v
 DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
 STRUCTURAL = re.compile(  # keys that speak of what layers keep
     r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
+    r"|per_layer|attn_layer|attention_layers|kv_shar"
 )
 HEARD = ("sliding_window", "attention_chunk_size", "layer_types")  # what the cache reads of any config
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
@@ -59,11 +60,14 @@ def measure(config: Config, part: Config) -> dict[str, Any]:
             cache, layers = _run(model, text, [PROMPT, 1])
         if cache is None:
             raise SpecError(_no_cache(asked))
+        states = [tensor for one in layers[-1] for name, tensor in one.items() if name not in ("keys", "values")]
+        text.has_float32_states = any(tensor.dtype == torch.float32 for tensor in states)
         read = _layers(model, text, cache, layers)
         text.allow_global_per_layer_attribute_access = True  # what differs by layer is said by the layers
         _check_heard(part, text, read)
         release = ".".join(version("transformers").split(".")[:2])
         note = _once_each(text, read)
+        _check_sizes(part, text, read)
         return {
             "found": f"measured on transformers {release}'s {type(model).__name__}{note}",
             "kind": text.model_type,
@@ -99,6 +103,10 @@ def _text_config(config: Config, part: Config) -> Any:
         if kind not in CONFIG_MAPPING:
             continue
         built = {key: value for key, value in given.items() if key not in (*DROPPED, *MODALITIES, "model_type")}
+        pattern, layers = built.get("sliding_window_pattern"), first(built, NAMES["num_layers"])
+        if isinstance(pattern, str) and set(pattern) == {"L", "G"} and built.get("sliding_window") and layers:
+            named = {"L": "sliding_attention", "G": "full_attention"}  # EXAONE 4's, whose class counts with it
+            built.setdefault("layer_types", [named[pattern[index % len(pattern)]] for index in range(layers)])
         try:
             cls = CONFIG_MAPPING[kind]
             names = {key.lstrip("_"): key for key in built if key.startswith("_")}  # RecurrentGemma's _block_types
@@ -107,6 +115,9 @@ def _text_config(config: Config, part: Config) -> Any:
             text = whole.get_text_config(decoder=True)
         except Exception as error:  # each class has checks of its own
             reason = reason or said_in_a_line(error)
+            continue
+        if isinstance(text, Mapping):
+            reason = reason or f"a {kind} has no part for text"
             continue
         if getattr(text, "is_encoder_decoder", False):
             raise SpecError(_no_decoder(kind))
@@ -351,23 +362,74 @@ def _check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):  # some types are another's class under a name of their own
             sources.append(inspect.getsource(importlib.import_module(name)))
-    windows = {window for layer in read if (window := layer.get("window"))}
-    kinds = [int(layer["kind"] == "window") for layer in read]  # as MiMo-V2 lists them
     off = ("max_window_layers",) if part.get("use_sliding_window") is False else ()
     unheard = []
     for key, value in part.items():
-        if not value or value is True or not STRUCTURAL.search(key) or key in (*HARMLESS, *HEARD, *off):
+        structural = key in READ or (STRUCTURAL.search(key) and value is not True)
+        if not value or not structural or key in (*HARMLESS, *HEARD, *off):
             continue
-        if any(re.search(rf"\b{re.escape(key.lstrip('_'))}\b", source) for source in sources):
+        bare = key.lstrip("_")
+        if bare == key or hasattr(type(text), bare):  # another underscored key is one of the class's own, overwritten
+            if any(re.search(rf"\b{re.escape(bare)}\b", source) for source in sources):
+                continue
+        if key == "mamba_ssm_dtype" and value == "float32" and text.has_float32_states:
             continue
-        sees = {value, value + 1} & windows if isinstance(value, int) else value == kinds
-        if not sees:
+        if not _agrees(bare, value, read):
             unheard.append(key)
     if unheard:
         raise SpecError(
             f"{', '.join(unheard)} is not read by transformers' {type(text).__name__}, and is not read here: write the "
             f"layers into a file in data/models by hand, or take out what says nothing of the cache"
         )
+
+
+def _agrees(key: str, value: Any, read: list[dict[str, Any]]) -> bool:
+    """Whether what an unheard key says is what was measured."""
+    windows = {window for layer in read if (window := layer.get("window"))}
+    windowed = [int(layer["kind"] == "window") for layer in read]  # as MiMo-V2 lists them
+    attends = [int(layer["kind"] in ("full", "window", "latent", "hybrid")) for layer in read]
+    if key == "attn_type_list":
+        return bool(value == attends)
+    if key in ("attn_layer_indices", "full_attention_layers"):
+        return bool(value == [index for index, one in enumerate(attends) if one])
+    if key == "num_kv_shared_layers":
+        return bool(value == sum(layer["kind"] == "shared" for layer in read))
+    if key == "multi_query":
+        return {layer.get("num_kv_heads") for layer in read if "num_kv_heads" in layer} == {1}
+    if key == "use_sliding_window":
+        return bool(windows)
+    if key == "use_mla":
+        return any(layer["kind"] == "latent" for layer in read)
+    if key in ("v_head_dim", "qk_head_dim"):
+        own = "v_head_dim" if key == "v_head_dim" else "head_dim"
+        return {layer[own] for layer in read if own in layer} == {value}
+    if key in EVERY and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        others = windowed if EVERY[key] == "window" else [int(layer["kind"] == "state") for layer in read]
+        return others == [int((index + 1) % value > 0) for index in range(len(read))]
+    if isinstance(value, int) and not isinstance(value, bool) and "window" in key:
+        return bool({value, value + 1} & windows)
+    return bool(value == windowed)
+
+
+def _check_sizes(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
+    """SpecError where the config gives a size under a name that the class does not read, and another was measured."""
+    sizes = _sizes(text)
+    measured = {field: {layer[field] for layer in read if field in layer} for field in ("num_kv_heads", "head_dim")}
+    for field, names in NAMES.items():
+        given = {name: value for name in names if isinstance(value := first(part, [name]), int)}
+        built = measured.get(field) or ({sizes[field]} if isinstance(sizes.get(field), int) else set())
+        if field in measured and (not measured[field] or getattr(text, "kv_lora_rank", None)):
+            continue  # a latent has neither
+        if field == "num_kv_heads" and part.get("multi_query") and measured[field] == {1}:
+            continue
+        if field in ("vocab_size", "max_seq_len") or not built:
+            continue
+        if wrong := next((name for name, value in given.items() if value not in built), None):
+            said = " or ".join(map(str, sorted(built)))
+            raise SpecError(
+                f"{wrong} is {given[wrong]}, but transformers' {type(text).__name__} does not follow it: it makes "
+                f"{said}: give it by the name that this type reads, or take it out"
+            )
 
 
 def _once_each(text: Any, read: list[dict[str, Any]]) -> str:

@@ -155,8 +155,8 @@ class ModelSpec:
     intermediate_size: Count
     vocab_size: Count
     max_seq_len: Count
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    norm_eps: Annotated[float, Field(ge=0)] = 1e-5
     tied_head: bool = False
     qkv_bias: bool = False
     window: Count | None = None
@@ -195,8 +195,17 @@ class ModelSpec:
             return "layers is empty: leave it out when all layers are of one kind"
         if self.window is not None and not any(group.kind == "window" for group in self.layers):
             return 'window is given, but no layer is of kind "window": take it out, or correct the kinds'
-        if self.layers[0].kind == "shared":
-            return "the first layer cannot be shared: there is no earlier one to read"
+        for index, layer in enumerate(self.each_layer):
+            if layer.kind in HOLDS:
+                break
+            if layer.kind == "shared" and index == 0:
+                return "the first layer cannot be shared: there is no earlier one to read"
+            if layer.kind == "shared":
+                return f"layer {index} cannot be shared: no earlier one keeps K and V to read"
+        before = sum(group.count for group in self.layers[:-1])
+        if before >= self.num_layers:
+            last = len(self.layers) - 1
+            return f"layers[{last}] begins after {before} layers, num_layers is {self.num_layers}: it never occurs"
         return None
 
     def _parameters(self) -> str | None:
@@ -211,6 +220,11 @@ class ModelSpec:
             return f"active_parameters ({self.active_parameters:,}) are more than parameters ({self.parameters:,})"
         if (self.num_experts is None) != (self.experts_per_token is None):
             return "num_experts and experts_per_token belong together: give both, or neither"
+        own = self.hidden_size * self.hidden_size  # a layer's projections of queries and outputs are not far from it
+        if self.active_parameters is not None and self.active_parameters < own:
+            return (
+                f"active_parameters ({self.active_parameters:,}) cannot be: one layer has about {own:,} for all tokens"
+            )
         if self.num_experts and self.active_parameters is None:
             return "active_parameters is missing: how many weights does one token of this mixture of experts meet?"
         if (self.experts_per_token or 0) > (self.num_experts or 0):
@@ -222,6 +236,10 @@ class ModelSpec:
             return None
         if self.head_dim % 2:
             return f"head_dim ({self.head_dim}) must be even, for rotary positions"
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            value = (self.rope_scaling or {}).get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+                return f"{key} of rope_scaling must be a number above 0; got {value!r}"
         return None
 
     def _rotary(self) -> str | None:

@@ -21,8 +21,8 @@ NAMES = {  # what a size is called, in the order of looking; a dot goes into a n
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
     ),
     "experts_per_token": (
-        "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k",
-        "ffn_config.moe_top_k",
+        "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_k",
+        "moe_top_k", "ffn_config.moe_top_k",
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from labkit.specs.files import SpecError, short
-from labkit.specs.keys import HARMLESS, READ, SIZES, WEIGHTS
+from labkit.specs.keys import EVERY, HARMLESS, READ, SIZES, WEIGHTS
 from labkit.specs.model import DECODER_TYPES
 from labkit.specs.names import NAMES, first
 
@@ -21,11 +21,6 @@ KINDS = {
     "full_attention": "full", "attention": "full", "sliding_attention": "window", "chunked_attention": "window",
     "linear_attention": "linear_attention", "mamba": "mamba", "conv": "conv",
 }  # fmt: skip
-EVERY = {  # one layer in so many has full attention; the others are of this kind
-    "full_attention_interval": "state",
-    "sliding_window_pattern": "window",
-    "no_rope_layer_interval": "window",  # of those that have an attention_chunk_size
-}
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 LLAMA_KEYS = (  # what a config of Llama's shape must say, so that no default of a class is needed
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
@@ -46,7 +41,8 @@ def is_llama(config: Config) -> bool:
         if "sliding_window" not in config:
             return False
     if kind == "qwen2":
-        if config.get("use_sliding_window"):
+        window = config.get("sliding_window") is not None and config.get("use_sliding_window") is not False
+        if config.get("use_sliding_window") or window:  # whether it is used, its class says
             return False
         asks |= {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
         if config.get("layer_types") and set(config["layer_types"]) != {"full_attention"}:
@@ -96,6 +92,10 @@ def refuse_unknown_keys(config: Config) -> None:
     """SpecError naming the keys of which it is not known what they say. A null says nothing."""
     known = HARMLESS | WEIGHTS | READ | SIZES
     unknown = [key for key, value in config.items() if key not in known and value is not None and value != {}]
+    for outer in sorted({name.split(".")[0] for names in NAMES.values() for name in names if "." in name}):
+        if isinstance(inner := config.get(outer), Mapping):
+            named = {name for names in NAMES.values() for name in names} | {f"{outer}.{key}" for key in HARMLESS}
+            unknown += [f"{outer}.{key}" for key in inner if f"{outer}.{key}" not in named and inner[key] is not None]
     if unknown:
         kind = config.get("model_type")
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""

@@ -134,10 +134,18 @@ def test_a_port_in_use_is_one_line_that_names_another_and_starts_nothing(opened,
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "", "88 88"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "", "88 88", "²", "٨٨٨٨", "9" * 5000])
 def test_a_port_that_is_none_is_refused(port):
-    with pytest.raises(cli.AddressError, match="not a port"):
+    with pytest.raises(cli.AddressError, match="not a port") as error:
         cli.check_address("127.0.0.1", port)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 300, "nul\0byte"])
+def test_a_host_that_can_be_no_name_is_one_line(host, free):
+    with pytest.raises(cli.AddressError, match="is not an address") as error:
+        cli.check_address(host, str(free))
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])

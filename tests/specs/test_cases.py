@@ -1,6 +1,7 @@
 """Configs from practice whose figures are easily read wrong, with the right ones; bytes per token in 16 bits."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -279,3 +280,17 @@ class TestKeptAnswers:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "file"))
         assert from_hf_config(self.CONFIG).num_layers == 6
+
+    def test_a_folder_in_nobodys_home_keeps_nothing(self, monkeypatch):
+        monkeypatch.setenv("LABKIT_CACHE", "~nobody9/c")
+        assert from_hf_config(self.CONFIG).num_layers == 6
+
+    def test_what_a_writer_that_was_killed_left_is_removed(self, folder):
+        first = from_hf_config(self.CONFIG)
+        (path,) = folder.iterdir()
+        left = folder / f".{path.name}.x.tmp"
+        left.write_text("{")
+        os.utime(left, (1, 1))
+        path.unlink()
+        assert from_hf_config(self.CONFIG) == first
+        assert list(folder.iterdir()) == [path]

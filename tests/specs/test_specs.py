@@ -180,7 +180,7 @@ class TestDecoderSpec:
             ({"attention_bias": True}, "attention_bias is not supported"),
             ({"mlp_bias": True}, "mlp_bias is not supported"),
             ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-            ({"num_key_value_heads": 4}, r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"),
+            ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_"),
             ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
             ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling of type linear has no factor"),
             ({"vocab_size": "many"}, "vocab_size must be a whole number"),
@@ -267,3 +267,38 @@ def test_specs_need_no_torch():
     code = "import sys, labkit.specs; labkit.specs.models(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+SHAPE = {
+    "name": "small", "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 64,
+    "intermediate_size": 128, "vocab_size": 100, "max_seq_len": 512, "parameters": 10**6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"rope_theta": -5.0}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of rope_scaling must be a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor of rope_scaling must be a number above 0"),
+        ({"layers": [LayerGroup("none"), LayerGroup("shared")]}, "layer 1 cannot be shared: no earlier one keeps"),
+        ({"layers": [LayerGroup("state", state_bytes=8), LayerGroup("shared")]}, "layer 1 cannot be shared"),
+        ({"layers": [LayerGroup("full", count=4), LayerGroup("none")]}, r"layers\[1\] begins after 4 layers"),
+        ({"active_parameters": 5}, r"active_parameters \(5\) cannot be"),
+        ({"active_parameters": 5, "num_experts": 8, "experts_per_token": 2}, r"active_parameters \(5\) cannot be"),
+    ],
+)
+def test_a_spec_that_no_model_can_have_is_refused(change, said):
+    with pytest.raises(SpecError, match=said):
+        ModelSpec(**SHAPE | change)
+
+
+def test_a_model_file_that_was_changed_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(specs, "DATA", tmp_path)
+    (tmp_path / "models").mkdir()
+    path = tmp_path / "models" / "small.json"
+    for layers in (4, 12):
+        path.write_text(json.dumps(SHAPE | {"num_layers": layers}))
+        assert specs.model("small").num_layers == layers
