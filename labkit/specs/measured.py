@@ -31,6 +31,11 @@ STRUCTURAL = re.compile(  # keys that speak of what layers keep
     r"|per_layer|attn_layer|attention_layers|kv_shar"
 )
 HEARD = ("sliding_window", "attention_chunk_size", "layer_types")  # what the cache reads of any config
+OFF = {  # what means nothing where a flag is false
+    "use_sliding_window": ("max_window_layers",),
+    "use_cla": ("cla_share_factor",),
+    "mamba_enabled": ("mamba_step", "mamba_num_heads", "mamba_d_state", "mamba_d_conv"),
+}
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
 
 
@@ -362,7 +367,7 @@ def _check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):  # some types are another's class under a name of their own
             sources.append(inspect.getsource(importlib.import_module(name)))
-    off = ("max_window_layers",) if part.get("use_sliding_window") is False else ()
+    off = [key for flag, keys in OFF.items() if part.get(flag) is False for key in keys]
     unheard = []
     for key, value in part.items():
         structural = key in READ or (STRUCTURAL.search(key) and value is not True)
@@ -424,6 +429,8 @@ def _check_sizes(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
             continue
         if field in ("vocab_size", "max_seq_len") or not built:
             continue
+        if field not in measured:  # LongCat has num_layers and, twice as many, num_hidden_layers
+            given = {name: value for name, value in given.items() if not hasattr(type(text), name)}
         if wrong := next((name for name, value in given.items() if value not in built), None):
             said = " or ".join(map(str, sorted(built)))
             raise SpecError(

@@ -165,6 +165,18 @@ class TestBytesPerToken:
         assert mha_bytes_per_token(model) == 5 * 6 * (24 + 16) * 2
 
 
+@pytest.mark.parametrize("kind", ["full", "window"])
+def test_a_layer_that_chooses_its_tokens_by_numbers_of_their_own_is_kept_whole_in_16_bits(kind):
+    window = 64 if kind == "window" else None
+    group = LayerGroup(kind, num_kv_heads=2, head_dim=64, window=window, index_dim=32)
+    model = shape(num_layers=1, layers=[group])
+    (layer,) = model.each_layer
+    packed = Quantized(4, group_size=8)
+    assert not packed.packs(layer)
+    assert cache_bytes(model, 500, 1, packed) == cache_bytes(model, 500, 1, Dense("float16"))  # exact
+    assert bytes_per_token(model, packed) == bytes_per_token(model) == 2 * (2 * (64 + 64) + 32)
+
+
 class TestTablesOfTheTexts:
     def test_source_001(self):
         model, gib = specs.model("llama-3-70b"), sizing.GIB

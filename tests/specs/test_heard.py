@@ -9,6 +9,7 @@ L = {
     "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64, "vocab_size": 100,
     "max_position_embeddings": 4096,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32}
 
 
 def read(change: dict):
@@ -65,6 +66,7 @@ def test_a_size_under_a_name_that_a_class_does_not_read_is_refused(change, said)
         ({"model_type": "minimax_m2", "attn_type_list": [1] * 4}, "ffff"),
         ({"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": "LLLG"}, "wwwf"),
         ({"text_config": {}}, "ffff"),
+        ({"model_type": "hunyuan_v1_moe", "use_cla": False, "cla_share_factor": 2, **EXPERTS}, "ffff"),
         ({"model_type": "qwen3_5_text", "mamba_ssm_dtype": "float32"}, "sssf"),
         ({"model_type": "qwen2", "sliding_window": 16, "max_window_layers": 0}, "ffff"),  # it is off unless set
     ],
