@@ -429,8 +429,11 @@ def _check_sizes(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
             continue
         if field in ("vocab_size", "max_seq_len") or not built:
             continue
-        if field not in measured:  # LongCat has num_layers and, twice as many, num_hidden_layers
-            given = {name: value for name, value in given.items() if not hasattr(type(text), name)}
+        # Zamba 2 has kv_channels beside an attention_head_dim; LongCat num_layers, and twice as many num_hidden_layers
+        if field not in measured or any(value in built for value in given.values()):
+            own = [cls for cls in type(text).__mro__ if cls.__module__.startswith("transformers.models.")]
+            declares = "".join(map(inspect.getsource, own))
+            given = {name: value for name, value in given.items() if not re.search(rf"\b{name}\b", declares)}
         if wrong := next((name for name, value in given.items() if value not in built), None):
             said = " or ".join(map(str, sorted(built)))
             raise SpecError(
