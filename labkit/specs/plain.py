@@ -93,7 +93,10 @@ def refuse_unknown_keys(config: Config) -> None:
     known = HARMLESS | WEIGHTS | READ | SIZES
     unknown = [key for key, value in config.items() if key not in known and value is not None and value != {}]
     for outer in sorted({name.split(".")[0] for names in NAMES.values() for name in names if "." in name}):
-        if isinstance(inner := config.get(outer), Mapping):
+        inner = config.get(outer)
+        if not isinstance(inner, Mapping | None):
+            raise SpecError(f"{outer} holds sizes by name; got {short(repr(inner))}")
+        if inner:
             named = {name for names in NAMES.values() for name in names} | {f"{outer}.{key}" for key in HARMLESS}
             unknown += [f"{outer}.{key}" for key in inner if f"{outer}.{key}" not in named and inner[key] is not None]
     if unknown:
@@ -170,7 +173,7 @@ def _kv_heads(said: _Said, sizes: dict[str, Any]) -> int:
             raise SpecError(f"multi_query is one head of K and V, {_named(config, 'num_kv_heads')} is {heads}")
         return 1
     said.take("new_decoder_architecture")
-    if said.take("multi_query_attention") and heads is None:
+    if said.take("multi_query_attention") and config.get("multi_query_group_num") is None:
         raise SpecError("multi_query_attention is set, but the config has no multi_query_group_num")
     return sizes["num_heads"] if heads is None else heads
 
@@ -265,8 +268,8 @@ def _listed(said: _Said, name: str, count: int) -> list[str]:
     named = said.take(name)
     if not named:
         return []
-    if unknown := next((kind for kind in named if kind not in KINDS), None):
-        raise SpecError(f"a layer of type {unknown!r} is not known here: one of {', '.join(KINDS)} is")
+    if unknown := next((kind for kind in named if not isinstance(kind, str) or kind not in KINDS), None):
+        raise SpecError(f"a layer of type {short(repr(unknown))} is not known here: one of {', '.join(KINDS)} is")
     said.take(*WINDOWS)  # it says which layers have it
     return [KINDS[kind] for kind in named][:count]
 
@@ -297,7 +300,7 @@ def _numbered(said: _Said, name: str, count: int) -> list[str]:
     numbers = said.take(name)
     if numbers is None:
         return []
-    whole = isinstance(numbers, list | tuple) and all(isinstance(one, int) and one is not True for one in numbers)
+    whole = isinstance(numbers, list | tuple) and all(type(one) is int for one in numbers)
     if not whole or any(not 0 <= one < count for one in numbers) or len(set(numbers)) != len(numbers):
         raise SpecError(f"{name} numbers layers from 0 to {count - 1}, each once; got {short(repr(numbers))}")
     return ["full" if index in numbers else "state" for index in range(count)]

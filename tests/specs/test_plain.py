@@ -71,6 +71,10 @@ def test_a_key_that_means_nothing_alone_is_refused_and_named(key):
         ({"layer_types": ["linear_attention"] * 4 + [F] * 4, "conv_L_cache": 3}, "linear_num_value_heads: none is"),
         # what no config can mean
         ({"attn_layer_indices": [3, 99], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
+        ({"attn_layer_indices": [False], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
+        ({"attn_config": "x"}, "attn_config holds sizes by name; got 'x'"),
+        ({"multi_query_attention": True}, "no multi_query_group_num"),
+        ({"layer_types": [["a"]] * 8}, r"a layer of type \['a'\] is not known"),
         ({"attn_layer_indices": [-1, 3], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
         ({"attn_layer_period": -4, "conv_L_cache": 3}, "attn_layer_period must be a whole number, at least 1"),
         ({"attn_layer_period": 2, "attn_layer_offset": 2, "conv_L_cache": 3}, "attn_layer_offset is from 0 to 1"),
