@@ -9,20 +9,21 @@ import pytest
 
 HERE = Path(__file__).resolve().parent.parent
 FACTOR = 1.6  # two runs on one quiet machine, and contexts that are not quite the same, differ by less
+# The notebooks and these results are of one machine.
 # Notebook, cell, what it prints (one number), the result file, and what it should be, from the file's figures.
 STORED = [
-    ("02", "c029", r"([\d.]+) GB/s read", "cpu_decode", lambda x: x["float32 read bandwidth GB/s"]),
-    ("02", "c038", r"200 tokens: ([\d.]+) s without", "cpu_positions",
+    ("02", "c029", r"([\d.]+) GB/s read", "xeon_decode", lambda x: x["float32 read bandwidth GB/s"]),
+    ("02", "c038", r"200 tokens: ([\d.]+) s without", "xeon_positions",
      lambda x: 200e-3 * (x["without_cache_ms_at_8"] + x["without_cache_ms_at_207"]) / 2),
-    ("02", "c038", r"without, ([\d.]+) s with", "cpu_positions",
+    ("02", "c038", r"without, ([\d.]+) s with", "xeon_positions",
      lambda x: 200e-3 * (x["with_cache_ms_at_8"] + x["with_cache_ms_at_207"]) / 2),
-    ("02", "c043", r"TPOT ([\d.]+) ms", "cpu_positions", lambda x: x["with_cache_ms_at_128"]),
-    ("03", "c052", r"reading at ([\d.]+) GB/s", "cpu_decode", lambda x: x["float32 read bandwidth GB/s"]),
-    ("03", "c061", r", ([\d.]+) GB/s;", "cpu_decode", lambda x: x["float32 read bandwidth GB/s"]),
-    ("03", "c071", r" 1 x    16 tokens: +([\d.]+) ms", "cpu_positions", lambda x: x["with_cache_ms_at_8"]),
-    ("03", "c071", r" 1 x 1,024 tokens: +([\d.]+) ms", "cpu_positions", lambda x: x["with_cache_ms_at_512"]),
-    ("05", "c067", r"full: .* ([\d.]+) ms at 4,096", "cpu_kv_quantization", lambda x: between(x, "full", 4096)),
-    ("05", "c067", r"int4: .* ([\d.]+) ms at 4,096", "cpu_kv_quantization", lambda x: between(x, "int4", 4096)),
+    ("02", "c043", r"TPOT ([\d.]+) ms", "xeon_positions", lambda x: x["with_cache_ms_at_128"]),
+    ("03", "c052", r"reading at ([\d.]+) GB/s", "xeon_decode", lambda x: x["float32 read bandwidth GB/s"]),
+    ("03", "c061", r", ([\d.]+) GB/s;", "xeon_decode", lambda x: x["float32 read bandwidth GB/s"]),
+    ("03", "c071", r" 1 x    16 tokens: +([\d.]+) ms", "xeon_positions", lambda x: x["with_cache_ms_at_8"]),
+    ("03", "c071", r" 1 x 1,024 tokens: +([\d.]+) ms", "xeon_positions", lambda x: x["with_cache_ms_at_512"]),
+    ("05", "c067", r"full: .* ([\d.]+) ms at 4,096", "xeon_kv_quantization", lambda x: between(x, "full", 4096)),
+    ("05", "c067", r"int4: .* ([\d.]+) ms at 4,096", "xeon_kv_quantization", lambda x: between(x, "int4", 4096)),
 ]  # fmt: skip
 
 
