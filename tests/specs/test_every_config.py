@@ -16,7 +16,7 @@ def alone(kind: str) -> str:
 
 def test_a_default_config_has_the_bytes_of_the_models_own_cache_or_is_refused():
     results = {kind: compare(kind) for kind in KINDS}
-    # Some of transformers' modules leave state behind that makes another's class fail on the meta device: by itself then.
+    # Some of transformers' modules leave state behind with which another's class fails on the meta device.
     results |= {kind: alone(kind) for kind, said in results.items() if "does not run here" in said}
     wrong = {kind: said for kind, said in results.items() if said.startswith("WRONG")}
     assert wrong == {}  # exact, per layer kind: few tokens, each window's edge, a million
