@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,13 +109,14 @@ class Cache:
         tokens. Whatever is raised inside the `with`, an interrupt included, the layers are afterwards exactly what they
         were. The counters stay: the work was done. Raises ValueError for what cannot be.
         """
-        lengths = self.lengths or (0,) * len(counts)
-        self.knows_padding |= not self.lengths
+        held = self.lengths
+        lengths = held or (0,) * len(counts)
+        self.knows_padding |= not held
         if len(lengths) != len(counts):
             raise ValueError(f"the cache holds batch {len(lengths)}; the new tokens have batch {len(counts)}")
         before = self.padding, self.knows_padding
         if padding is not None:
-            if self.seq_len:
+            if held:
                 raise ValueError("padding is said once per batch, with its first tokens: reset() the cache first")
             padding = tuple(padding) if any(padding) else ()
         elif not self.knows_padding:
@@ -153,14 +155,18 @@ class Cache:
         if not self.lengths:
             return
         chosen = checked_rows(rows, len(self.lengths))
+        self.on_every_layer([partial(layer.select_rows, rows) for layer in self.layers])
+        self.padding = tuple(self.padding[row] for row in chosen) if self.padding else ()
+
+    def on_every_layer(self, acts: Sequence[Callable[[], object]]) -> None:
+        """One act for each layer. Where only some are done when it ends, the cache refuses to go on until `reset`."""
         self.torn = True
-        for index, layer in enumerate(self.layers):
+        for index, act in enumerate(acts):
             try:
-                layer.select_rows(rows)
-            except Exception:
+                act()
+            except Exception:  # of a layer's own acts, which then have changed nothing
                 self.torn = index > 0
                 raise
-        self.padding = tuple(self.padding[row] for row in chosen) if self.padding else ()
         self.torn = False
 
     def reset(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import transformers
@@ -83,43 +83,34 @@ class WrappedCache(transformers.Cache):
     def reset(self) -> None:
         """Forget everything, counters included."""
         self.forget_pass()
-        self.masks.blank = None
-        super().reset()
         self.source.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. transformers gives their number as a negative one."""
         self.forget_pass()
-        with self.all_layers():
-            super().crop(tokens_to_remove)
+        self.change([partial(layer.crop, tokens_to_remove) for layer in self.wrapped])
         self.masks.crop(max(layer.get_seq_length() for layer in self.wrapped))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
-        with self.all_layers():
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.change([partial(layer.reorder_cache, beam_idx) for layer in self.wrapped])
         self.masks.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows in succession."""
-        with self.all_layers():
-            super().batch_repeat_interleave(repeats)
+        self.change([partial(layer.batch_repeat_interleave, repeats) for layer in self.wrapped])
         if self.masks.blank is not None:
             self.masks.blank = self.masks.blank.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, int `[rows]` or bool `[batch]`."""
-        with self.all_layers():
-            super().batch_select_indices(indices)
+        self.change([partial(layer.batch_select_indices, indices) for layer in self.wrapped])
         self.masks.select_rows(indices)
 
-    @contextmanager
-    def all_layers(self) -> Iterator[None]:
-        """A change of every layer; where it ends half-way, the labkit cache refuses to go on."""
+    def change(self, acts: Sequence[Callable[[], object]]) -> None:
+        """An act for each layer of the labkit cache, which must be whole."""
         self.source.check_whole()
-        self.source.torn = True
-        yield
-        self.source.torn = False
+        self.source.on_every_layer(acts)
 
     def no_state(self, *args: Any, **kwargs: Any) -> NoReturn:
         """A labkit cache has no states of convolutions or recurrences, and no indexer's keys: raises `CannotHold`."""
