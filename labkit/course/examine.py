@@ -41,7 +41,7 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT) -> Ve
         with contextlib.redirect_stdout(printed), torch.no_grad(), time_limit(limit):
             torch.manual_seed(0)
             check_callable(exercise, answer)
-            exercise.examine(answer)
+            exercise.trial(answer)
         return Verdict("pass", printed=printed.getvalue())
     except NotYet as not_yet:
         return Verdict("not yet", not_yet.finding, printed.getvalue())

@@ -12,14 +12,16 @@ import copy
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.tensors import agree
+from labkit.course.checks.tensors import agree, first_place, relation
 from labkit.device import first_line
+from labkit.ledger import memory_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ class Exercise:
         """Return when `answer` is right; raise `NotYet`, cheapest and most telling finding first, when it is not."""
         raise NotImplementedError
 
+    def trial(self, answer: Callable) -> None:
+        """`examine`, with every result of `call` kept: a later call must not change what an earlier one returned."""
+        results = Results()
+        token = RESULTS.set(results)
+        try:
+            self.examine(answer)
+            results.check(type(self))
+        finally:
+            RESULTS.reset(token)
+
     # Tools for `examine`.
 
     @staticmethod
@@ -75,6 +87,9 @@ class Exercise:
         result = cls.run(lambda: answer(*args, **kwargs))
         cls.check_unchanged(kept, (args, kwargs))
         cls.check_returned(result)
+        if (results := RESULTS.get()) is not None:
+            results.check(cls)
+            results.keep(result, (args, kwargs))
         return result
 
     @classmethod
@@ -127,13 +142,17 @@ class Exercise:
         """Pass when `got` is `want`: type, shape, dtype, no NaN, then values within `tolerance` (0: exact)."""
         cls.like(got, want, what=what)
         if not agree(got, want, tolerance):
-            difference = (got.double() - want.double()).abs().max().item()
-            cls.fail(
-                "values",
-                seen=f"{what}: the largest difference from the reference is {difference:.3g}",
-                cause="the shapes fit but the arithmetic does not",
-                look="the blank's docstring and the text above it, one term at a time, with small numbers by hand",
-            )
+            cls.explain_values(got, want, what=what, tolerance=tolerance)
+
+    @classmethod
+    def explain_values(cls, got: Tensor, want: Tensor, *, what: str, tolerance: float = 0.0) -> None:
+        """Fail with what turns `want` into `got`, if one thing does, and with the first place that differs."""
+        first = first_place(got, want, tolerance)
+        look = "the blank's docstring and the text above it, one term at a time, with small numbers by hand"
+        if found := relation(got, want, tolerance):
+            diagnosis, seen, cause = found
+            cls.fail(diagnosis, seen=f"{what}: {seen}; {first}", cause=cause, look=look)
+        cls.fail("values", seen=f"{what}: {first}", cause="the shapes fit but the arithmetic does not", look=look)
 
     @classmethod
     def like(cls, got: Any, want: Tensor, *, what: str) -> None:
@@ -166,6 +185,38 @@ class Exercise:
                 cause="a row of scores that is -inf throughout, 0/0, or an overflow",
                 look="what softmax gets: at least one score of each row must be finite",
             )
+
+
+class Results:
+    """What the calls of one examination returned, each beside a copy."""
+
+    LIMIT = 2**20  # bytes of one result; larger ones are not copied
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, result: Any, arguments: Any) -> None:
+        """Remember the tensors of a result, but for those that are memory of the caller's."""
+        given = {memory_of(tensor) for tensor in tensors_in(list(arguments))}
+        for tensor in tensors_in(result):
+            if tensor.device.type != "meta" and tensor.nbytes <= self.LIMIT and memory_of(tensor) not in given:
+                self.kept.append((tensor, tensor.clone()))
+
+    def check(self, exercise: type[Exercise]) -> None:
+        """Fail when a result is no longer what it was when it was returned."""
+        if all(agree(now, then, 0.0, nan=True) for now, then in self.kept):
+            return
+        self.kept.clear()
+        exercise.fail(
+            "result-overwritten",
+            seen="what an earlier call returned has changed: a later call wrote over it",
+            cause="the result lives in memory that the function keeps and uses again: a buffer in a global, a default "
+            "argument or an attribute",
+            look="make a new tensor for every result; a caller may keep what it got",
+        )
+
+
+RESULTS: ContextVar[Results | None] = ContextVar("results of the running examination", default=None)
 
 
 def unchanged(before: Any, after: Any) -> bool:

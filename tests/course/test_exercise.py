@@ -39,7 +39,9 @@ WRONG = {
     "shape": lambda x: (x * 2).sum(0),
     "dtype": lambda x: (x * 2).double(),
     "not-finite": lambda x: x * 2 + torch.tensor([[float("nan"), 0], [0, 0]]),
-    "values": lambda x: x * 3,
+    "factor": lambda x: x * 3,
+    "offset": lambda x: x * 2 + 1,
+    "values": lambda x: x * x,
     "signature": lambda: None,
 }
 

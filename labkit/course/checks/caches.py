@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.held import tensors_behind
 from labkit.course.exercise import Exercise
-from labkit.ledger import memory_of, tensors_in
+from labkit.ledger import memory_of
 
 
 def check_methods(exercise: type[Exercise], cache: Any) -> None:
@@ -70,7 +69,7 @@ def read_pair(exercise: type[Exercise], cache: Any) -> tuple[Tensor, Tensor]:
 def check_isolation(exercise: type[Exercise], filled: Any, fresh: Any) -> None:
     """Fail when appending to one cache shows in another."""
     seen = getattr(fresh, "seq_len", None)
-    shared = {x.data_ptr() for x in tensors(filled)} & {x.data_ptr() for x in tensors(fresh)}
+    shared = set(map(memory_of, tensors_behind(filled))) & set(map(memory_of, tensors_behind(fresh)))
     if (seen not in (None, 0) and not callable(seen)) or shared:
         exercise.fail(
             "shared-between-caches",
@@ -78,18 +77,6 @@ def check_isolation(exercise: type[Exercise], filled: Any, fresh: Any) -> None:
             cause="they are kept on the class (or in a default argument or a global), not on the instance",
             look="__init__: everything a cache keeps belongs on self",
         )
-
-
-def tensors(cache: Any) -> list[Tensor]:
-    """The tensors among a cache's attributes and those of its class, also inside lists, dicts and deques."""
-    names = {*vars(type(cache)), *getattr(cache, "__dict__", {})}  # of a class with __slots__, the slots
-    values = [getattr(cache, name, None) for name in names if not name.startswith("__")]
-    return [x for x in tensors_in([list(v) if isinstance(v, deque) else v for v in values]) if x.numel()]
-
-
-def bytes_behind(held: Iterable[Tensor]) -> int:
-    """Bytes of memory that tensors keep alive, each counted once. A slice keeps all that it was cut from."""
-    return sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
 
 def check_seq_len(exercise: type[Exercise], cache: Any, want: int, when: str) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from math import isclose
 from typing import Any
 
+from labkit.course.checks.quantities import explain_product, explain_term
 from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.tensors import told_apart
 from labkit.course.exercise import Exercise
 from labkit.specs import ModelSpec
 
@@ -80,10 +82,11 @@ def judge(
         return
     first = wrong[0]
     case = show(*cases[first]) if show else shown(want, cases[first])
-    seen = f"{case}: {figure(got[first])} came back; {what} is {figure(wanted[first])}"
+    seen = f"{case}: {figure(got[first], wanted[first])} came back; {what} is {figure(wanted[first], got[first])}"
     accuse(exercise, suspects, seen, fits=lambda formula: agrees(formula, cases, got))
     explain_ratio(exercise, got, wanted, seen)
     explain_ignored(exercise, want, cases, got, wanted, seen)
+    explain_quantities(exercise, want, cases, got, wanted, seen)
     exercise.fail(
         otherwise,
         seen=seen,
@@ -95,7 +98,7 @@ def judge(
 def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence[float], seen: str) -> None:
     """Every result is off by one and the same power of ten, of 1,024, or by 8."""
     pairs = [(a, b) for a, b in zip(got, want, strict=True) if b]
-    if any(equal(b, 0) for _, b in pairs):
+    if not pairs or any(equal(b, 0) for _, b in pairs):
         return
     if all(equal(a, 8 * b) for a, b in pairs):
         exercise.fail(
@@ -120,7 +123,11 @@ def explain_ignored(
     wanted: Sequence[float],
     seen: str,
 ) -> None:
-    """The result does not depend on a parameter that it should depend on."""
+    """The result does not depend on a parameter that it should depend on.
+
+    Not where rounding could hide it: a right result must change by more than a tenth, and by more than 1, between the
+    cases that differ in this parameter alone.
+    """
     for place, name in enumerate(inspect.signature(want).parameters):
         pairs = [
             (i, j)
@@ -128,14 +135,38 @@ def explain_ignored(
             for j in range(i)
             if [k for k in range(len(cases[i])) if cases[i][k] is not cases[j][k] and cases[i][k] != cases[j][k]]
             == [place]
-            and not equal(wanted[i], wanted[j])
+            and differ_clearly(wanted[i], wanted[j])
         ]
-        if pairs and all(equal(got[i], got[j]) for i, j in pairs):
+        if pairs and all(equal(got[i], got[j]) for i, j in pairs) and any(got):
             exercise.fail(
                 "ignored",
                 seen=f"the result is the same whatever `{name}` is. {seen}",
-                cause=f"`{name}` does not occur in the formula, or a number stands where it belongs",
+                cause=f"`{name}` does not occur in the formula, it cancels, or a number stands where it belongs",
                 look=f"`{name}`: what does it stand for, and what does it multiply?",
+            )
+
+
+def differ_clearly(a: float, b: float) -> bool:
+    """Whether two results are apart by more than any rounding to whole numbers would hide."""
+    return not equal(a, b) and abs(a - b) > 0.1 * max(abs(a), abs(b)) and (abs(a - b) > 1 or max(abs(a), abs(b)) < 1)
+
+
+def explain_quantities(
+    exercise: type[Exercise],
+    want: Callable,
+    cases: Sequence[Case],
+    got: Sequence[float],
+    wanted: Sequence[float],
+    seen: str,
+) -> None:
+    """Every result is off by the same factor, or by a product of the quantities that went in."""
+    for diagnosis, explain in (("factor", explain_product), ("term", explain_term)):
+        if found := explain(want, cases, got, wanted):
+            exercise.fail(
+                diagnosis,
+                seen=f"{found.words}. {seen}",
+                cause=found.cause,
+                look="the units: what does each factor count, and per what?",
             )
 
 
@@ -147,18 +178,27 @@ def agrees(formula: Callable[..., float], cases: Sequence[Case], got: Sequence[f
         return False
 
 
-def figure(value: float) -> str:
-    """A number as a person reads it."""
+def figure(value: float, other: float | None = None) -> str:
+    """A number as a person reads it, in digits enough to tell it from `other`."""
     if isinstance(value, numbers.Integral) or (abs(value) < 1e15 and float(value).is_integer()):
         return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    short = f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return told_apart(value, float(other))[0] if other is not None and short == figure(other) else short
 
 
 def shown(function: Callable, case: Case) -> str:
     """A call in words: what each parameter was, a spec by its name."""
     names = inspect.signature(function).parameters
     said = [
-        f"{name} {value.name!r}" if isinstance(value, ModelSpec) else f"{name} {value:,}"
+        f"{name} {value.name!r} ({sizes(value)})" if isinstance(value, ModelSpec) else f"{name} {value:,}"
         for name, value in zip(names, case, strict=True)
     ]
     return "with " + ", ".join(said)
+
+
+def sizes(spec: ModelSpec) -> str:
+    """The sizes of a model that a formula for bytes or operations may ask for."""
+    return (
+        f"{spec.num_layers} layers, {spec.num_heads} heads, {spec.num_kv_heads} KV heads of {spec.head_dim}, "
+        f"hidden size {spec.hidden_size}"
+    )

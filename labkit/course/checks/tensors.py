@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.ledger import memory_of, tensors_in
+from labkit.course.checks.effort import effort_of
 
 TIGHT = 1e-9  # bounded: float64 sums of fewer than 200 terms of order 1 differ by less than 1e-12 between orders
 LOOSE = 1e-4  # bounded: float32 sums of fewer than 200 terms of order 1
@@ -48,18 +47,47 @@ def near(got: Any, want: Tensor, ratio: float = 1e-3) -> bool:
     return agree(got, want, ratio * want.double().abs().max().item())
 
 
-class Made(TorchDispatchMode):
-    """Counts the bytes of every new tensor that PyTorch's kernels make, below the functions that one calls."""
+def budget(own: Tensor, exact: Tensor) -> float:
+    """How far a right answer may be from `exact`, given that the reference, computed in the dtype, gives `own`.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
+    Bounded: another order of the same operations loses as much as the reference does, within a factor of 8, and a few
+    roundings of the largest number: 4 eps of it. exact: the same in float64 from the same inputs. 0 for whole numbers.
+    """
+    finite = torch.isfinite(exact) & torch.isfinite(own)
+    if not own.is_floating_point() or not finite.any():
+        return 0.0
+    lost = (own.double() - exact.double())[finite].abs().max().item()
+    return 8 * lost + 4 * torch.finfo(own.dtype).eps * exact.double()[finite].abs().max().item()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
-        before = {memory_of(tensor) for tensor in tensors_in((args, dict(kwargs or {})))}
-        result = func(*args, **(kwargs or {}))
-        self.nbytes += sum(tensor.nbytes for tensor in tensors_in(result) if memory_of(tensor) not in before)
-        return result
+
+def wrong_places(got: Tensor, want: Tensor, tolerance: float = 0.0) -> Tensor:
+    """Where `got` is not `want` within `tolerance`, bool, of their shape. NaN is right where it is wanted only."""
+    got, want = got.double(), want.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    return ~(same | ((got - want).abs() <= tolerance))
+
+
+def first_place(got: Tensor, want: Tensor, tolerance: float = 0.0) -> str:
+    """The first entry that differs, with digits enough to tell the two apart, and how many differ."""
+    wrong = wrong_places(got, want, tolerance)
+    if not wrong.any():
+        return "no entry differs"
+    place = tuple(wrong.nonzero()[0].tolist())
+    a, b = told_apart(got[place].item(), want[place].item())
+    where = f"at {list(place)} " if place else ""
+    count, many = int(wrong.sum()), wrong.numel()
+    return f"{where}it holds {a}; it should be {b}" + (f" ({count:,} of {many:,} entries differ)" if many > 1 else "")
+
+
+def told_apart(a: Any, b: Any) -> tuple[str, str]:
+    """Two numbers in as few digits as show that they are not the same."""
+    if isinstance(a, (bool, int)) or isinstance(b, (bool, int)):
+        return str(a), str(b)
+    for digits in range(4, 18):
+        shown = f"{a:.{digits}g}", f"{b:.{digits}g}"
+        if shown[0] != shown[1]:
+            break
+    return shown
 
 
 def bytes_made(run: Callable[[], Any]) -> int:
@@ -67,6 +95,35 @@ def bytes_made(run: Callable[[], Any]) -> int:
 
     The work ledger counts the functions that are called; this counts what they do.
     """
-    with Made() as made:
-        run()
-    return made.nbytes
+    return effort_of(run).made
+
+
+def relation(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str] | None:
+    """What turns `want` into `got` throughout, computed: (diagnosis, what was seen, the likely cause); None if nothing.
+
+    A constant factor, a constant added, the same numbers in other places. Each has to hold everywhere.
+    """
+    a, b = got.double().flatten(), want.double().flatten()
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    if b.numel() < 3 or not torch.equal(a[~finite], b[~finite]) or not finite.any():
+        return None
+    a, b = a[finite], b[finite]
+    large = b.abs() > 1e3 * max(tolerance, 1e-12)
+    if int(large.sum()) >= 3 and b[large].unique().numel() >= 3:
+        factor = (a[large] / b[large]).median().item()
+        if factor and torch.allclose(a, factor * b, rtol=1e-6, atol=tolerance * max(1.0, abs(factor))):
+            return "factor", f"every number is {factor:.6g} times what it should be", (
+                "a factor is missing, one too many, or turned upside down"
+            )  # fmt: skip
+    added = (a - b).median().item()
+    if abs(added) > 10 * tolerance and torch.allclose(a, b + added, rtol=0.0, atol=10 * tolerance + 1e-9 * abs(added)):
+        return "offset", f"every number is {abs(added):.6g} too {'large' if added > 0 else 'small'}", (
+            "something is added that does not belong there, or left out"
+        )  # fmt: skip
+    if b.unique().numel() > b.numel() // 2 and torch.allclose(
+        a.sort().values, b.sort().values, rtol=0.0, atol=tolerance
+    ):
+        return "order", "these are the right numbers, in other places", (
+            "two dimensions changed places, or a reshape ran over them in another order than they lie in"
+        )  # fmt: skip
+    return None

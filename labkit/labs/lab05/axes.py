@@ -56,7 +56,7 @@ class QuantizeCache(Exercise):
             got = self.pair(answer, k, v, nbits, group_size)
             want = quantize_cache(k, v, nbits, group_size)
             if not all(alike(*sides) for sides in zip(got, want, strict=True)):
-                self.explain_values(got, want, (k, v), nbits, group_size)
+                self.explain_difference(got, want, (k, v), nbits, group_size)
                 self.explain_groups(answer, [not alike(*sides) for sides in zip(got, want, strict=True)], group_size)
         half = torch.randn(2, 1, 2, 8, 4).to(torch.bfloat16)
         for side, got_half in zip("KV", self.pair(answer, half[0], half[1], 4, 4), strict=True):
@@ -80,7 +80,7 @@ class QuantizeCache(Exercise):
             self.like(part, k, what=side)
         return got[0], got[1]
 
-    def explain_values(self, got: Pair, want: Pair, given: Pair, nbits: int, group_size: int) -> None:
+    def explain_difference(self, got: Pair, want: Pair, given: Pair, nbits: int, group_size: int) -> None:
         """Name what else than the groups can make other numbers."""
         if alike(got[0], want[1]) and alike(got[1], want[0]):
             self.fail("swapped", seen="V came back first", cause="the two changed places", look="the return: K, V")

@@ -70,11 +70,13 @@ class Recorder:
     def __init__(self, exercise: type[Exercise]) -> None:
         self.exercise = exercise
         self.given: list[tuple[Tensor, Tensor]] = []
+        self.forms: list[Form] = []
 
     def quantize_group(self, k: Tensor, v: Tensor) -> Form:
         """Keep what was given, and return it as a form."""
         self.given.append((k.clone(), v.clone()))
-        return Form(self.exercise, k.clone(), v.clone())
+        self.forms.append(Form(self.exercise, k.clone(), v.clone()))
+        return self.forms[-1]
 
     def restore(self, packed: Form) -> tuple[Tensor, Tensor]:
         """The group as it comes back, every number changed."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from labkit.course.checks.caches import bytes_behind, check_methods, read_pair, tensors
+from labkit.course.checks.caches import check_methods, read_pair
+from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.bookkeeping import check_given, check_read
 from labkit.labs.lab05.layers import Recorder, numbered_pair
@@ -160,11 +161,11 @@ class QuantizedLayerExercise(Exercise):
 
     def check_memory(self, answer: Callable) -> None:
         """After a long prompt, no more than a few groups' worth of tensors is alive."""
-        cache, _ = self.made(answer, 4, 3)
+        cache, recorder = self.made(answer, 4, 3)
         k, v = numbered_pair(0, 120)
         self.run(partial(cache.append, k, v))
         limit = 3 * (4 + 3) * (k.nbytes + v.nbytes) // 120
-        held = tensors(cache)
+        held = tensors_behind(cache, without=[recorder])
         if sum(x.nbytes for x in held) > limit:
             self.fail(
                 "keeps-originals",
@@ -173,11 +174,11 @@ class QuantizedLayerExercise(Exercise):
                 cause="quantized tokens are kept as they came as well: more memory than without quantization",
                 look="append: once a group is quantized, its tokens are kept in no other form",
             )
-        if bytes_behind(held) > limit:
+        if bytes_behind(cache, without=[recorder]) > limit:
             self.fail(
                 "slice-keeps-all",
                 seen="a prompt of 120 tokens: few wait, but the memory behind them is that of "
-                f"{bytes_behind(held) / (k.nbytes + v.nbytes):.0%} of the prompt",
+                f"{bytes_behind(cache, without=[recorder]) / (k.nbytes + v.nbytes):.0%} of the prompt",
                 cause="what waits is a slice, and a slice keeps alive all that it was cut from",
                 look="where append keeps what waits: clone() it",
             )

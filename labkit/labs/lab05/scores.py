@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.effort import Effort, Kernels
 from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import TIGHT, Made, agree, near
+from labkit.course.checks.tensors import TIGHT, agree, near
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import packed_scores
 from labkit.ledger import tensors_in
@@ -142,8 +143,8 @@ class PackedScores(Exercise):
                 cause="scale or zero was applied to the codes: that much memory is written and read at every step",
                 look="the side of the product that is small: q * scale",
             )
-        if made.scaled or made.nbytes > 1.5 * keys.nbytes:
-            times = f"{made.nbytes / keys.nbytes:.1f} times the bytes of the keys"
+        if made.scaled or made.effort.made > 1.5 * keys.nbytes:
+            times = f"{made.effort.made / keys.nbytes:.1f} times the bytes of the keys"
             self.fail(
                 "large-tensors",
                 seen="the scores are right, and one product for each query, token and channel was written out"
@@ -156,11 +157,11 @@ class PackedScores(Exercise):
             )
 
 
-class Large(Made):
-    """Counts bytes as `Made` does, and keeps tensors of `numel` numbers or more that hold anything but whole ones."""
+class Large(Kernels):
+    """Counts every kernel, and keeps tensors of `numel` numbers or more that hold anything but whole ones."""
 
     def __init__(self, numel: int) -> None:
-        super().__init__()
+        super().__init__(Effort())
         self.numel = numel
         self.scaled: list[Tensor] = []
 

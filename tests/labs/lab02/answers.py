@@ -913,7 +913,7 @@ WRONG = [
     Wrong("02.6", "hard-coded", "writes the lab model's sizes down", bytes_with(layers=30, heads=3, head_dim=64)),
     Wrong("02.6", "hard-coded", "writes 30 layers down", bytes_with(layers=30)),
     Wrong("02.6", "not-whole", "divides with /", bytes_through_gigabytes),
-    Wrong("02.6", "factors", "counts the layers twice", bytes_with(kinds=lambda spec: 2 * spec.num_layers)),
+    Wrong("02.6", "factor", "counts the layers twice", bytes_with(kinds=lambda spec: 2 * spec.num_layers)),
     Wrong("02.7", "mask-offset", "the mask without offset, as it stands in the blank", as_it_stands,
            "rasbt/LLMs-from-scratch#697"),
     Wrong("02.7", "mask-offset", "is_causal, whose triangle starts top left", by_is_causal, "executorch#21749"),

@@ -1,0 +1,288 @@
+"""Trials: an answer beside the reference, on calls of many sizes, layouts, dtypes and values.
+
+    compare(type(self), answer, attend, [(q, k, v), ...], suspects=suspects, what="the output")
+
+Whoever writes a check gives a few calls, in float64, whose sizes are pairwise distinct; what every answer has to stand
+comes by itself: the same call with other numbers of the same shapes, memory in another order, tensors cut from a larger
+one, the other dtypes. What was returned before must stay as it was, which `Exercise.call` sees to.
+
+A suspect is named when it gives what came back wherever the answer was called so far, and differs from what is right
+somewhere. Otherwise the finding is neutral: the sizes, a constant factor if there is one, the first place that differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import TIGHT, agree, budget
+from labkit.course.exercise import Exercise, NotYet
+from labkit.ledger import tensors_in
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. args, by_name: its arguments. name: what is special about it, in words; sizes need not be said."""
+
+    args: tuple
+    name: str = ""
+    by_name: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compare(
+    exercise: type[Exercise],
+    answer: Callable,
+    reference: Callable,
+    cases: Iterable[Case | tuple],
+    *,
+    suspects: Callable[..., Sequence[Suspect]] = lambda *args: (),
+    what: str = "the result",
+    exact: bool = False,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    layouts: bool = True,
+) -> None:
+    """Pass when `answer` gives what `reference` gives, in every case and every variation of it.
+
+    reference: returns a tensor, a number, or a tuple of them. suspects: what people write instead, for the arguments of
+    a case; the list has the same order in every case, and `gives` may be functions without arguments. exact: results
+    must be equal, as for masks, codes and copies; otherwise they may lose what another order of the same operations
+    loses in their dtype (`budget`). dtypes: what float arguments are tried in besides their own. layouts: whether
+    memory in other orders is tried.
+    """
+    plain = [case if isinstance(case, Case) else Case(case) for case in cases]
+    judged = Judge(exercise, answer, reference, suspects, what, exact, plain)
+    for case in plain:
+        judged.call(case)
+    for case in plain[:2]:
+        judged.call(other_numbers(case))
+        for change, words in LAYOUTS if layouts else ():
+            judged.call(varied(case, change, words), "layout")
+        for dtype in dtypes:
+            judged.call(varied(case, partial(converted, dtype), str(dtype).removeprefix("torch.")), "precision")
+
+
+class Judge:
+    """One answer beside the reference, call after call."""
+
+    def __init__(self, exercise: type[Exercise], answer: Callable, reference: Callable, suspects: Callable, what: str,
+                 exact: bool, plain: Sequence[Case]) -> None:  # fmt: skip
+        self.exercise, self.answer, self.reference = exercise, answer, reference
+        self.suspects, self.what, self.exact, self.plain = suspects, what, exact, plain
+        self.seen: list[tuple[Case, Any, Any]] = []  # plain calls so far, what came back, and what is right
+
+    def call(self, case: Case, kind: str = "") -> None:
+        """Fail unless the answer gives in this case what the reference gives. kind: "layout" or "precision" where the
+        plain call was right before."""
+        try:
+            got = self.exercise.call(self.answer, *case.args, **case.by_name)
+        except NotYet as not_yet:
+            if kind == "layout" and not_yet.finding.diagnosis == "raised":
+                self.fail_layout(case, not_yet.finding.seen)
+            raise
+        own = self.reference(*case.args, **case.by_name)
+        if not kind:
+            self.seen.append((case, got, own))
+        try:
+            same_kind(self.exercise, got, own, self.what, self.told(case))
+        except NotYet:
+            if not kind:
+                self.call_the_others()
+                self.accuse(case)
+            raise
+        exact = self.reference(*upcast(case.args), **upcast(case.by_name)) if not self.exact else own
+        for name, a, b, c in paired(self.what, got, own, exact):
+            tolerance = 0.0 if self.exact else max(budget(b, c), TIGHT * (b.dtype == torch.float64))
+            if agree(a, c, tolerance, nan=True):
+                continue
+            if kind == "layout":
+                self.fail_layout(case, f"{name}: other numbers")
+            if kind == "precision":
+                self.fail_precision(case, name, a, c, tolerance)
+            self.call_the_others()
+            self.accuse(case)
+            self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
+
+    def call_the_others(self) -> None:
+        """Call the answer in the plain cases that are still to come, so that a suspect has to fit there too."""
+        done = {id(case) for case, _, _ in self.seen}
+        for case in self.plain:
+            if id(case) not in done:
+                with suppress(NotYet):
+                    got = self.exercise.call(self.answer, *case.args, **case.by_name)
+                    self.seen.append((case, got, self.reference(*case.args, **case.by_name)))
+
+    def accuse(self, case: Case) -> None:
+        """Name the suspect that gives what came back in this case and in every other."""
+        for place, suspect in enumerate(self.suspects(*case.args)):
+            if any(self.always(place, variant) for variant in range(len(variants(suspect)))):
+                self.exercise.fail(
+                    suspect.diagnosis, seen=suspect.seen or self.told(case), cause=suspect.cause, look=suspect.look
+                )
+
+    def always(self, place: int, variant: int) -> bool:
+        """Whether one variant of one suspect gives what came back in every plain call, where it applies, and whether
+        it can be told from what is right in one of them."""
+        told_apart = False
+        for case, got, own in self.seen:
+            given = variants(self.suspects(*case.args)[place])
+            if variant >= len(given):
+                continue
+            value = given[variant]() if callable(given[variant]) else given[variant]
+            if not fits(got, value):
+                return False
+            told_apart = told_apart or not fits(own, value)
+        return told_apart
+
+    def fail_layout(self, case: Case, seen: str) -> None:
+        """Right for tensors that lie in memory in the order of their dimensions, not for others."""
+        self.exercise.fail(
+            "layout",
+            seen=f"{self.told(case)}: {seen}. The same numbers, contiguous in memory, were right",
+            cause="the code counts on the order in memory: view, data_ptr, as_strided, or a reshape that assumes it",
+            look="reshape instead of view, and dimensions by their place, not by the order in memory",
+        )
+
+    def fail_precision(self, case: Case, name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+        """Right in float64, and in this dtype off by more than its rounding explains."""
+        off = (got.double() - want.double()).abs().nan_to_num(float("inf")).max().item()
+        self.exercise.fail(
+            "precision",
+            seen=f"{self.told(case)}: {name} is off by up to {off:.2g}; rounding explains {tolerance:.2g}. In float64 "
+            "it was right",
+            cause="a step is computed in too few bits, or a constant fits one dtype only",
+            look="every dtype that is written down, and every place where a large and a small number meet",
+        )
+
+    def told(self, case: Case) -> str:
+        """A case in words: its name, and the sizes of what went in."""
+        return "with " + "; ".join(filter(None, [case.name, described(self.reference, case)]))
+
+
+def described(function: Callable, case: Case) -> str:
+    """The arguments of a call: shapes of tensors, other values as they are."""
+    names = list(inspect.signature(function).parameters)
+    pairs = [*zip(names, case.args, strict=False), *case.by_name.items()]
+    return ", ".join(f"{name} {short_value(value)}" for name, value in pairs)
+
+
+def short_value(value: Any) -> str:
+    """A value in a few characters."""
+    if isinstance(value, Tensor):
+        dtype = "" if value.dtype in (torch.float64, torch.float32) else f" {str(value.dtype).removeprefix('torch.')}"
+        return f"{list(value.shape)}{dtype}"
+    text = getattr(value, "name", None) or repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def variants(suspect: Suspect) -> list[Any]:
+    """What a suspect comes to, one or several."""
+    return list(suspect.gives) if isinstance(suspect.gives, (list, tuple)) else [suspect.gives]
+
+
+def fits(got: Any, value: Any) -> bool:
+    """Whether two results are one within the rounding of their dtypes; NaN where the other has it."""
+    if isinstance(value, Tensor) and isinstance(got, Tensor):
+        if got.shape != value.shape:
+            return False
+        scale = value.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if value.numel() else 0.0
+        eps = max(torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0 for x in (got, value))
+        return agree(got, value, max(TIGHT, 64 * eps * scale), nan=True)
+    return not isinstance(value, Tensor) and not isinstance(got, Tensor) and got == value
+
+
+def paired(what: str, got: Any, own: Any, exact: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """The tensors of a result beside the reference's own and the exact ones, each with its name."""
+    groups = [list(tensors_in(as_tensors(value))) for value in (got, own, exact)]
+    for place, (a, b, c) in enumerate(zip(*groups, strict=True)):
+        yield (what if len(groups[0]) == 1 else f"part {place + 1} of {what}"), a, b, c
+
+
+def same_kind(exercise: type[Exercise], got: Any, want: Any, what: str, told: str) -> None:
+    """Fail unless `got` has the structure, the shapes and the dtypes of `want`."""
+    if isinstance(want, tuple):
+        several = isinstance(got, (tuple, list))
+        if not several or len(got) != len(want):
+            parts = f"has {len(got)}" if several else f"is one {type(got).__name__}"
+            exercise.fail(
+                "not-a-tuple",
+                seen=f"{told}: {what} has {parts}; it should have {len(want)}",
+                cause="the return has too few or too many parts",
+                look="the last line, and what the docstring promises to return",
+            )
+        for place, (a, b) in enumerate(zip(got, want, strict=True)):
+            same_kind(exercise, a, b, f"part {place + 1} of {what}", told)
+    elif isinstance(want, Tensor):
+        exercise.like(got, want, what=f"{told}: {what}")
+
+
+def as_tensors(value: Any) -> Any:
+    """Numbers as tensors, so that all results are compared in one way."""
+    if isinstance(value, (tuple, list)):
+        return [as_tensors(part) for part in value]
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested arguments with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(part, change) for part in value)
+    if isinstance(value, Mapping):
+        return {name: mapped(part, change) for name, part in value.items()}
+    return value
+
+
+def upcast(value: Any) -> Any:
+    """Arguments with floats in float64: what the answer is measured by."""
+    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def varied(case: Case, change: Callable[[Tensor], Tensor], words: str) -> Case:
+    """The call with its tensors changed, and with words for that."""
+    name = f"{case.name}, {words}" if case.name else words
+    return Case(mapped(case.args, change), name, mapped(case.by_name, change))
+
+
+def other_numbers(case: Case) -> Case:
+    """The same shapes, with the float numbers in reverse order."""
+    return varied(
+        case, lambda x: x.flip(tuple(range(x.dim()))) if x.is_floating_point() and x.dim() else x, "other numbers"
+    )
+
+
+def converted(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Floats in another dtype; whole numbers as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers, the two dimensions before the last (or the last two) the other way round in memory."""
+    if x.dim() < 2:
+        return x
+    a, b = (-3, -2) if x.dim() > 2 else (-2, -1)
+    return x.transpose(a, b).contiguous().transpose(a, b)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The same numbers, cut from a larger tensor whose other entries are large (or, of whole numbers, 1)."""
+    if x.dim() == 0:
+        return x
+    room = [size + 3 for size in x.shape]
+    large = torch.full(room, 1e4 if x.is_floating_point() else 1, dtype=x.dtype, device=x.device)
+    part = large[tuple(slice(1, 1 + size) for size in x.shape)]
+    part.copy_(x)
+    return part
+
+
+LAYOUTS = ((transposed, "dimensions in another order in memory"), (sliced, "tensors cut from larger ones"))

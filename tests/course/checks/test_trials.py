@@ -1,0 +1,124 @@
+"""An answer beside the reference, on calls that nobody has to think of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from labkit.course.checks import attention
+from labkit.course.checks.tensors import heads
+from labkit.course.checks.trials import Case, compare
+from labkit.course.examine import examine
+from labkit.course.exercise import Exercise
+
+
+def attend(q, k, v):
+    """Causal attention of grouped heads."""
+    return attention.attend(q, k, v)
+
+
+class Attend(Exercise):
+    """Attention, with nothing said about what can go wrong."""
+
+    id, title, minutes = "00.1", "Attention", 1
+    reference = staticmethod(attend)
+    hints = ("a", "b", "c")
+
+    def examine(self, answer) -> None:
+        """Three calls and what comes with them."""
+        cases = [heads(6, 2, 3, 4), heads(4, 4, 2, 5, head_dim=12), heads(5, 1, 1, 6, head_dim=20)]
+        compare(type(self), answer, attend, map(tuple, cases), suspects=attention.suspects, what="the output")
+
+
+def verdict(answer):
+    """The status, or the diagnosis."""
+    found = examine(Attend(), answer)
+    return found.finding.diagnosis if found.finding else found.status
+
+
+def right(q, k, v):
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
+    return (
+        scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v if q.dtype != torch.float64 else scores.softmax(-1) @ v
+    )
+
+
+BUFFER = torch.zeros(2, 6, 3, 8, dtype=torch.float64)
+
+
+def one_buffer(q, k, v):
+    out = right(q, k, v)
+    if out.shape == BUFFER.shape and out.dtype == BUFFER.dtype:
+        return BUFFER.copy_(out)
+    return out
+
+
+def by_memory(q, k, v):
+    return right(torch.as_strided(q, q.shape, q.new_empty(q.shape).stride()), k, v)
+
+
+def in_float32(q, k, v):
+    return right(q.float(), k.float(), v.float())
+
+
+def coarse(q, k, v):
+    return right(*(x.half().to(x.dtype) if x.dtype == torch.float32 else x for x in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (attend, "pass"),
+        (right, "pass"),
+        (one_buffer, "result-overwritten"),
+        (by_memory, "layout"),
+        (lambda q, k, v: right(q, k, v).view(-1, *q.shape[1:]) if q.is_contiguous() else q.view(-1), "layout"),
+        (in_float32, "dtype"),
+        (coarse, "precision"),
+        (lambda q, k, v: 1.5 * right(q, k, v), "factor"),
+        (lambda q, k, v: right(q, k, v).flip(0), "order"),
+        (lambda q, k, v: right(q, k, v) + 0.25, "offset"),
+        (lambda q, k, v: right(q, k, v) + 0.01 * q, "values"),
+        (lambda q, k, v: right(q, k, v)[0], "shape"),
+        (lambda q, k, v: right(q, k, v).tolist(), "not-a-tensor"),
+        (lambda q, k, v: (right(q, k, v), k), "not-a-tensor"),
+    ],
+)
+def test_what_an_answer_does_is_what_is_said(answer, said: str) -> None:
+    assert verdict(answer) == said
+
+
+def test_a_finding_shows_sizes_and_the_first_place_that_differs_with_digits_enough() -> None:
+    finding = examine(Attend(), lambda q, k, v: right(q, k, v) + 1e-5 * q).finding
+    assert finding is not None
+    assert "q [2, 6, 3, 8], k [2, 2, 7, 8], v [2, 2, 7, 8]" in finding.seen
+    held, meant = finding.seen.split("it holds ")[1].split(" (")[0].split("; it should be ")
+    assert held != meant
+    assert "of 288 entries differ" in finding.seen
+
+
+def test_a_suspect_that_fits_the_first_call_alone_is_not_named() -> None:
+    """Scores divided by 8 where head_dim is 64 look right; divided by 64 they fit "scale-twice" in that call only."""
+
+    class Twice(Attend):
+        def examine(self, answer) -> None:
+            cases = [tuple(heads(6, 2, 3, 4, head_dim=16)), tuple(heads(4, 2, 3, 4, head_dim=32))]
+            compare(type(self), answer, attend, cases, suspects=attention.suspects)
+
+    fixed = lambda q, k, v: attention.attend(q, k, v, attention.Turn(scale=lambda *_: 1 / 16))  # noqa: E731
+    finding = examine(Twice(), fixed).finding
+    assert finding is not None
+    assert finding.diagnosis == "values"
+
+
+def test_a_call_by_name_is_made_by_name() -> None:
+    class Keyword(Attend):
+        def examine(self, answer) -> None:
+            q, k, v = heads(6, 2, 3, 4)
+            compare(type(self), answer, attend, [Case((q, k), by_name={"v": v})])
+
+    assert examine(Keyword(), right).status == "pass"
+    assert examine(Keyword(), lambda q, k, values: right(q, k, values)).status == "not yet"
