@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 
 from labkit.course.contents import LabContents, Prediction, Quiz
 from labkit.course.examine import Verdict
 from labkit.course.exercise import Exercise, Finding
+from labkit.course.progress import Progress
 
 WIDTH = 100
 
@@ -122,12 +124,49 @@ def quiz(quiz: Quiz, letter: str) -> str:
     return textwrap.fill(lead + quiz.answers[letter], WIDTH, subsequent_indent="     ", break_on_hyphens=False)
 
 
-def summary(contents: LabContents, verdicts: Mapping[str, Verdict]) -> str:
-    """One line per exercise, and a count."""
+def solution(exercise: Exercise) -> str:
+    """Why the reference is as it is, in two lines, and its source."""
+    why = textwrap.fill(exercise.why, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    return "\n".join(filter(None, [why, textwrap.dedent(inspect.getsource(exercise.reference)).rstrip()]))
+
+
+def summary(contents: LabContents, verdicts: Mapping[str, Verdict], progress: Progress) -> str:
+    """One line per exercise and a count; then the guesses that were compared, and how the questions went."""
     status = {
         exercise.id: verdicts[exercise.id].status if exercise.id in verdicts else "not run"
         for exercise in contents.exercises
     }
     lines = [f"{exercise.id}  {status[exercise.id]:<8}  {exercise.title}" for exercise in contents.exercises]
     passed = sum(state == "pass" for state in status.values())
-    return "\n".join([*lines, f"{passed} of {len(lines)} passed in this session."])
+    return "\n".join([
+        *lines, f"{passed} of {len(lines)} passed in this session.",
+        *guesses(contents.predictions, progress), *questions(contents.quizzes, progress),
+    ])  # fmt: skip
+
+
+def guesses(predictions: Sequence[Prediction], progress: Progress) -> list[str]:
+    """How many guesses were made, and each that was compared beside its figure."""
+    if not predictions:
+        return []
+    known = {prediction.id: progress.get("predictions", prediction.id) for prediction in predictions}
+    made = [prediction for prediction in predictions if "first_guess" in known[prediction.id]]
+    lines = [f"Guesses: {len(made)} of {len(predictions)} made{'.' if not made else ' (the first of each counts):'}"]
+    for prediction in made:
+        first, value = known[prediction.id]["first_guess"], known[prediction.id].get("value")
+        what = "not compared yet" if value is None else f"it is {with_unit(prediction, value)}"
+        lines.append(f"{prediction.id}  you said {with_unit(prediction, first)}, {what}")
+    return lines
+
+
+def questions(quizzes: Sequence[Quiz], progress: Progress) -> list[str]:
+    """How many questions were right at the first answer, and which are open."""
+    if not quizzes:
+        return []
+    known = {quiz.id: progress.get("quizzes", quiz.id) for quiz in quizzes}
+    right = sum(bool(entry.get("right_at_first")) for entry in known.values())
+    unsure = [id for id, entry in known.items() if "first_answer" in entry and not entry.get("right_at_first")]
+    still = [id for id, entry in known.items() if "first_answer" not in entry]
+    said = [f"{right} of {len(quizzes)} right at the first answer"]
+    said += [f"not at the first: {', '.join(unsure)}"] if unsure else []
+    said += ["none answered" if len(still) == len(quizzes) else f"open: {', '.join(still)}"] if still else []
+    return [f"Questions: {'; '.join(said)}."]

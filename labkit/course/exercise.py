@@ -47,6 +47,7 @@ class Exercise:
 
     id: "02.3". title, minutes, difficulty (1 to 5), needs (ids to do first).
     reference: the function or class that fills the blank, ordinary tested code with the stub's name and signature.
+    why: what makes the reference right, in about two lines; `lab.solution` says it with the code.
     hints: three steps. hints_for: a first step for a diagnosis, said after a check that found it.
     """
 
@@ -55,6 +56,7 @@ class Exercise:
     minutes: ClassVar[int]
     difficulty: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ()
+    why: ClassVar[str] = ""
     hints: ClassVar[tuple[str, str, str]]
     hints_for: ClassVar[Mapping[str, str]] = {}
     reference: ClassVar[Callable]

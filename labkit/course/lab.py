@@ -10,9 +10,7 @@ lab.reveal("02.p1", 4.2)
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +23,7 @@ from labkit.course.catalogue import contents
 from labkit.course.contents import Mistyped
 from labkit.course.examine import Verdict, examine
 from labkit.course.exercise import Exercise
+from labkit.course.hints import for_failure
 from labkit.course.progress import Progress
 from labkit.ledger import Work, ledger
 
@@ -123,35 +122,38 @@ class Lab:
             return
         self.progress.count("exercises", exercise.id, "attempts")
         if verdict.status == "pass":
-            self.progress.record("exercises", exercise.id, passed=True)
+            failed = self.progress.get("exercises", exercise.id).keys() & {"last_diagnosis", "last_look"}
+            self.progress.record("exercises", exercise.id, passed=True, **dict.fromkeys(failed, ""))
         elif verdict.finding:
-            self.progress.record("exercises", exercise.id, last_diagnosis=verdict.finding.diagnosis)
+            found = verdict.finding
+            self.progress.record("exercises", exercise.id, last_diagnosis=found.diagnosis, last_look=found.look)
 
     def hint(self, id: str) -> None:
         """The next of three hints; after a failed check, first what speaks to that failure."""
         exercise = self.find(self.exercises, id, "exercise")
-        diagnosis = self.diagnosis(id)
+        diagnosis, look = self.failure(id)
         counts = self.progress.get("exercises", id)
         given = counts.get("hints", 0) - sum(many for name, many in counts.items() if name.startswith("hints "))
         steps, counters = list(exercise.hints), ["hints"]
-        if special := exercise.hints_for.get(diagnosis):
+        if special := for_failure(exercise, diagnosis, look):
             steps, counters = [special, *steps], ["hints", f"hints {diagnosis}"]
             given = counts.get(counters[1], 0)
         self.progress.count("exercises", id, *counters)
         print(cards.hint(exercise, steps, max(given, 0)))
 
-    def diagnosis(self, id: str) -> str:
-        """What the latest check of an exercise found wrong, in this session or before; empty when nothing."""
+    def failure(self, id: str) -> tuple[str, str]:
+        """What the latest check of an exercise found wrong and where it said to look, in this session or before; empty
+        when nothing."""
         if verdict := self.verdicts.get(id):
-            return verdict.finding.diagnosis if verdict.finding else ""
+            return (verdict.finding.diagnosis, verdict.finding.look) if verdict.finding else ("", "")
         known = self.progress.get("exercises", id)
-        return "" if known.get("passed") else str(known.get("last_diagnosis", ""))
+        return str(known.get("last_diagnosis", "")), str(known.get("last_look", ""))
 
     def solution(self, id: str) -> None:
-        """Show the reference."""
+        """Show the reference, and why it is so."""
         exercise = self.find(self.exercises, id, "exercise")
         self.progress.count("exercises", id, "solutions")
-        print(textwrap.dedent(inspect.getsource(exercise.reference)).rstrip())
+        print(cards.solution(exercise))
 
     # Guesses and questions.
 
@@ -193,8 +195,8 @@ class Lab:
         print(cards.quiz(quiz, letter))
 
     def summary(self) -> None:
-        """How far this session got."""
-        print(cards.summary(self.contents, self.verdicts))
+        """How far one got: blanks in this session; guesses and questions in this one and before."""
+        print(cards.summary(self.contents, self.verdicts, self.progress))
 
     def find(self, known: Mapping[str, Any], id: str, kind: str) -> Any:
         """The entry called `id`; Mistyped offers the nearest ids when there is none."""

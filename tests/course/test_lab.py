@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+from labkit import course
 from labkit.course.catalogue import contents
 from labkit.course.contents import LabContents, Prediction, Quiz
+from labkit.course.hints import GENERAL, for_failure
 from labkit.course.lab import Lab
 from labkit.course.progress import Progress
 from labkit.models import random
@@ -65,7 +68,11 @@ def test_a_wrong_answer_gives_the_reference_and_says_what_was_seen_why_and_where
     said = capsys.readouterr().out
     labels = [line[5:13].strip() for line in said.splitlines()[1:-1]]
     assert [label for label in labels if label] == ["seen", "likely", "look at"]
-    assert lab.progress.get("exercises", "00.1") == {"attempts": 1, "last_diagnosis": "factor"}
+    assert lab.progress.get("exercises", "00.1") == {
+        "attempts": 1,
+        "last_diagnosis": "factor",
+        "last_look": "the blank's docstring and the text above it, one term at a time, with small numbers by hand",
+    }
 
 
 def test_running_only_the_check_again_does_not_pass_the_reference_off_as_the_learners(lab: Lab, capsys) -> None:
@@ -168,6 +175,33 @@ def test_hints_and_solutions_are_counted_in_the_progress_file(lab: Lab) -> None:
     lab.hint("00.1")
     lab.solution("00.1")
     assert lab.progress.get("exercises", "00.1") == {"hints": 2, "solutions": 1}
+
+
+def test_a_failure_that_the_exercise_has_no_words_for_gets_those_for_its_kind(lab: Lab, capsys) -> None:
+    lab.check("00.1", lambda x: x * 3)
+    capsys.readouterr()
+    lab.hint("00.1")
+    assert "hint 1 of 4 · Every number is off by the same factor" in capsys.readouterr().out
+
+
+def test_a_failure_of_no_known_kind_sends_back_to_where_the_check_pointed(capsys) -> None:
+    assert for_failure(Double(), "of-its-own", "the last line").startswith("The check pointed at: the last line.")
+    assert for_failure(Double(), "") == ""
+
+
+def test_the_solution_says_why_before_the_code(lab: Lab, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Double, "why", "Doubling is adding a number to itself.")
+    lab.solution("00.1")
+    assert capsys.readouterr().out.startswith("# Doubling is adding a number to itself.\ndef double(")
+
+
+def test_a_failure_after_a_pass_is_still_known_after_a_restart(lab: Lab, capsys) -> None:
+    lab.check("00.1", lambda x: x * 2)
+    lab.check("00.1", lambda x: x * 3)
+    again = restarted(lab)
+    capsys.readouterr()
+    again.hint("00.1")
+    assert "off by the same factor" in capsys.readouterr().out
 
 
 def restarted(lab: Lab) -> Lab:
@@ -273,13 +307,27 @@ def test_a_lab_may_be_named_by_its_number() -> None:
     assert contents(1) is contents("01")
 
 
-def test_the_summary_counts_this_session(lab: Lab, capsys) -> None:
+def test_the_summary_counts_blanks_guesses_and_questions(lab: Lab, capsys) -> None:
     lab.summary()
-    assert "0 of 1 passed" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        "0 of 1 passed in this session.",
+        "Guesses: 0 of 1 made.",
+        "Questions: 0 of 1 right at the first answer; none answered.",
+    ]
     lab.check("00.1", lambda x: torch.add(x, x))
+    lab.predict("00.p1", guess=4)
+    lab.predict("00.p1", guess=8)
+    lab.reveal("00.p1", 8)
+    lab.quiz("00.q1", answer="b")
     capsys.readouterr()
     lab.summary()
-    assert "1 of 1 passed" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "1 of 1 passed in this session.",
+        "Guesses: 1 of 1 made (the first of each counts):",
+        "00.p1  you said 4 tokens, it is 8 tokens",
+        "Questions: 0 of 1 right at the first answer; not at the first: 00.q1.",
+    ]
 
 
 def test_compiling_says_that_it_compiles_and_leaves_nothing_to_wait_for(lab: Lab, capsys) -> None:
@@ -294,3 +342,16 @@ def test_compiling_says_that_it_compiles_and_leaves_nothing_to_wait_for(lab: Lab
     lab.device = torch.device("cuda")
     lab.compile_loops()
     assert "nothing to compile" in capsys.readouterr().out
+
+
+def test_every_diagnosis_that_the_shared_tools_give_has_a_hint() -> None:
+    folder = Path(course.__file__).parent
+    files = [
+        folder / name
+        for name in ("exercise.py", "examine.py", "checks/numbers.py", "checks/trials.py", "checks/effort.py")
+    ]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    given = set(re.findall(r"fail\(\s*\"([a-z-]+)\"", text))
+    assert len(given) > 15
+    assert given - GENERAL.keys() == set()
+    assert {"factor", "offset", "order"} <= GENERAL.keys()
