@@ -351,15 +351,19 @@ def definitions(module: str) -> dict[str, ast.stmt]:
 
 
 def parts_of(exercise: Exercise) -> dict[str, ast.stmt]:
-    """The reference and what it uses of its own module, in the module's order."""
+    """The reference and what it uses of its own module, in the module's order.
+
+    What is the reference of another exercise stays as it is: that exercise's check answers for it.
+    """
     known = definitions(exercise.reference.__module__)
+    others = {other.reference.__name__ for other in contents(exercise.id[:2]).exercises}
     wanted, found = [exercise.reference.__name__], set()
     while wanted:
         name = wanted.pop()
-        if name in known and name not in found:
-            found.add(name)
-            bound = {part.arg for part in ast.walk(known[name]) if isinstance(part, ast.arg)}
-            wanted += [part.id for part in places(known[name]) if isinstance(part, ast.Name) and part.id not in bound]
+        found.add(name)
+        bound = {part.arg for part in ast.walk(known[name]) if isinstance(part, ast.arg)}
+        used = {part.id for part in places(known[name]) if isinstance(part, ast.Name)} & known.keys()
+        wanted += sorted(used - bound - others - found)
     return {name: node for name, node in known.items() if name in found}
 
 
