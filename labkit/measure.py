@@ -37,7 +37,8 @@ __all__ = [
 
 MOST_BY_OTHERS = 0.25  # cores that other processes may use beside a figure that is to be kept
 UNITS = {"a read": "GB/s", "a product": "GFLOP/s"}
-LEAST_OF_BEFORE = 0.7  # of the greatest speed that this machine gave before; quiet runs differ by less
+LEAST_OF_BEFORE = 0.7  # of the median speed that this machine gave before; quiet runs differ by less
+LOOKS = 9  # quiet looks that are remembered: one that was fast by luck must not make all later ones busy
 PEAK_BEGINS = "labkit.measure.peak_memory"  # marks, among the profiler's events, where `peak_memory` starts to count
 
 
@@ -166,8 +167,8 @@ class BusyError(RuntimeError):
 def quiet(known: Path | None = None) -> dict[str, str]:
     """What a quiet CPU gives, ready for provenance; BusyError, naming the figure, when it gives less or others use it.
 
-    Others' use of the cores is read over half a second; a product and a read are timed, and compared with the greatest
-    speeds that this machine gave before, which `known` holds (a file in labkit's cache folder).
+    Others' use of the cores is read over half a second; a product and a read are timed, and compared with the median of
+    the speeds that this machine gave before, which `known` holds (a file in labkit's cache folder).
     `LABKIT_BUSY=allow` lets a busy machine pass, and what was busy stands in the answer.
     """
     allowed = os.environ.get("LABKIT_BUSY", "").strip()
@@ -178,13 +179,13 @@ def quiet(known: Path | None = None) -> dict[str, str]:
     others = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
     speeds = {"a read": round(read_bandwidth(nbytes=128 * 2**20, repeats=5) / 1e9, 1), "a product": product_speed()}
     known = known or default_known()
-    if reason := busy(others, speeds, before := known_speeds(known)):
+    if reason := busy(others, speeds, known_speeds(known)):
         if not allowed:
             raise BusyError(
                 f"{reason}: wait until this machine is quiet, or set LABKIT_BUSY=allow to measure all the same"
             )
         return {"busy": reason}
-    keep_speeds(known, {name: max(speed, before.get(name, 0.0)) for name, speed in speeds.items()})
+    keep_speeds(known, speeds)
     return {"quiet": ", ".join(f"{name} at {speed:g} {UNITS[name]}" for name, speed in speeds.items())}
 
 
@@ -208,7 +209,7 @@ def product_speed() -> float:
 
 
 def default_known() -> Path:
-    """Where the greatest speeds of this machine are kept."""
+    """Where the speeds of this machine's quiet looks are kept."""
     from labkit.lab_model import cache_folder
 
     return cache_folder() / "speeds.json"
@@ -226,23 +227,31 @@ def this_machine() -> str:
 
 
 def known_speeds(known: Path) -> dict[str, float]:
-    """The greatest speeds that this machine gave before; empty when none are known."""
+    """The median speeds that this machine gave before; empty when none are known."""
+    return {name: statistics.median(looks) for name, looks in remembered(known).get(this_machine(), {}).items()}
+
+
+def remembered(known: Path) -> dict[str, dict[str, list[float]]]:
+    """The latest quiet looks of each machine; a file that holds anything else is as good as none."""
     try:
-        return json.loads(known.read_text(encoding="utf-8")).get(this_machine(), {})
-    except (OSError, ValueError, AttributeError):
+        every = json.loads(known.read_text(encoding="utf-8"))
+        return {
+            machine: {name: [float(speed) for speed in looks][-LOOKS:] for name, looks in speeds.items() if looks}
+            for machine, speeds in every.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
 def keep_speeds(known: Path, speeds: Mapping[str, float]) -> None:
-    """Write them beside other machines', all or nothing; a folder that cannot be written to keeps none."""
-    try:
-        all_known = json.loads(known.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        all_known = {}
+    """Add one look to this machine's, all or nothing; a folder that cannot be written to keeps none."""
+    every = remembered(known)
+    before = every.get(this_machine(), {})
+    every[this_machine()] = {name: [*before.get(name, []), speed][-LOOKS:] for name, speed in speeds.items()}
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False, encoding="utf-8") as file:
-            json.dump(all_known | {this_machine(): dict(speeds)}, file, indent=1)
+            json.dump(every, file, indent=1)
         os.replace(file.name, known)
     except OSError:
         return

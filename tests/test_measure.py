@@ -112,11 +112,25 @@ class TestQuiet:
 
     def test_speeds_are_kept_by_machine_and_a_damaged_file_is_as_none(self, tmp_path) -> None:
         known = tmp_path / "speeds.json"
-        known.write_text('{"another machine": {"a read": 7.0}}')
+        known.write_text('{"another machine": {"a read": [7.0]}}')
         assert measure.known_speeds(known) == {}
         measure.keep_speeds(known, {"a read": 3.0})
         assert measure.known_speeds(known) == {"a read": 3.0}
-        assert json.loads(known.read_text())["another machine"] == {"a read": 7.0}
+        assert json.loads(known.read_text())["another machine"] == {"a read": [7.0]}
         assert [path.name for path in tmp_path.iterdir()] == ["speeds.json"]
-        known.write_text("{")
-        assert measure.known_speeds(known) == {}
+        for damaged in ("{", "[]", '{"another machine": {"a read": 7.0}}', '{"a": {"b": ["c"]}}'):
+            known.write_text(damaged)
+            assert measure.known_speeds(known) == {}
+
+    def test_one_look_that_was_fast_by_luck_does_not_make_the_next_ones_busy(self, tmp_path) -> None:
+        known = tmp_path / "speeds.json"
+        for speed in (20.0, 21.0, 33.0, 20.0):
+            assert not measure.busy(0.0, {"a read": speed}, measure.known_speeds(known))
+            measure.keep_speeds(known, {"a read": speed})
+        assert measure.known_speeds(known) == {"a read": 20.5}
+
+    def test_only_the_latest_looks_count(self, tmp_path) -> None:
+        known = tmp_path / "speeds.json"
+        for speed in (50.0,) * 5 + (20.0,) * measure.LOOKS:
+            measure.keep_speeds(known, {"a read": speed})
+        assert measure.known_speeds(known) == {"a read": 20.0}

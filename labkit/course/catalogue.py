@@ -22,7 +22,8 @@ def numbers() -> list[str]:
 def contents(number: str) -> LabContents:
     """What lab `number` holds; Mistyped names the labs when there is no such lab."""
     known = numbers()
-    wanted = f"{number:02d}" if isinstance(number, int) else str(number).strip()
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    wanted = f"{number:02d}" if whole else str(number).strip()
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=2, cutoff=0.3) or known
         raise Mistyped(f"there is no lab {wanted!r}; nearest: {', '.join(near)}")

@@ -174,7 +174,9 @@ class Lab:
     def reveal(self, id: str, value: float) -> None:
         """Set the guess beside the figure."""
         prediction = self.find(self.predictions, id, "prediction")
-        self.progress.record("predictions", id, value=float(value))
+        if (figure := as_number(value)) is None:
+            raise Mistyped(f"{id}: a figure to reveal is one finite number; got {str(value)[:40]!r}")
+        self.progress.record("predictions", id, value=figure)
         print(cards.reveal(prediction, self.guess(id), value))
 
     def guess(self, id: str) -> float | None:

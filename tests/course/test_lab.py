@@ -150,6 +150,13 @@ def test_a_guess_that_is_no_number_is_refused_with_an_example(lab: Lab, guess) -
         lab.predict("00.p1", guess=guess)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "eight", None, True])
+def test_a_figure_that_is_no_number_is_refused_and_not_written_down(lab: Lab, value) -> None:
+    with pytest.raises(ValueError, match="one finite number"):
+        lab.reveal("00.p1", value)
+    assert lab.progress.get("predictions", "00.p1") == {}
+
+
 def test_every_option_gets_its_own_reply_and_letters_may_be_capital(lab: Lab, capsys) -> None:
     replies = []
     for letter in ("a", "B", " c "):
@@ -305,6 +312,8 @@ def test_an_unknown_lab_is_answered_with_the_labs_there_are(number) -> None:
 
 def test_a_lab_may_be_named_by_its_number() -> None:
     assert contents(1) is contents("01")
+    with pytest.raises(ValueError, match="there is no lab 'True'"):
+        contents(True)
 
 
 def test_the_summary_counts_blanks_guesses_and_questions(lab: Lab, capsys) -> None:
