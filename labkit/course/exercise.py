@@ -9,17 +9,20 @@ checks look for is in `labkit/course/checks`; the time limit and the verdict are
 from __future__ import annotations
 
 import copy
+import inspect
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.tensors import agree, first_place, relation
+import labkit
+from labkit.course.checks.tensors import agree, first_place, relation, short_value
 from labkit.device import first_line
 from labkit.ledger import memory_of, tensors_in
 
@@ -86,7 +89,7 @@ class Exercise:
     def call(cls, answer: Callable, *args: Any, **kwargs: Any) -> Any:
         """`answer(*args, **kwargs)`, whose arguments must come back unchanged and whose result must not be None."""
         kept = copy.deepcopy((args, kwargs))
-        result = cls.run(lambda: answer(*args, **kwargs))
+        result = cls.run(lambda: answer(*args, **kwargs), told=told(answer, kept))
         cls.check_unchanged(kept, (args, kwargs))
         cls.check_returned(result)
         if (results := RESULTS.get()) is not None:
@@ -117,8 +120,11 @@ class Exercise:
             )
 
     @classmethod
-    def run(cls, step: Callable[[], Any]) -> Any:
-        """`step()`, where whatever it raises becomes a finding. For methods of a class the learner wrote."""
+    def run(cls, step: Callable[[], Any], *, told: str = "") -> Any:
+        """`step()`, where whatever it raises becomes a finding. For methods of a class the learner wrote.
+
+        told: what the call was, in words.
+        """
         try:
             return step()
         except (NotYet, NotImplementedError):
@@ -134,7 +140,7 @@ class Exercise:
             where = line_of(error)
             cls.fail(
                 "raised",
-                seen=f"{type(error).__name__}: {short(error)}",
+                seen=f"{type(error).__name__}: {short(error)}{f' (called {told})' if told else ''}",
                 cause="your code stopped before it returned",
                 look=f"the line it stopped at: {where}" if where else "the line that the error names",
             )
@@ -189,6 +195,11 @@ class Exercise:
             )
 
 
+NOT_THE_LEARNERS = tuple(
+    str(Path(module.__file__ or "").parent) for module in (labkit, torch, traceback)
+)  # where a frame is of the course, of PyTorch or of Python itself
+
+
 class Results:
     """What the calls of one examination returned, each beside a copy."""
 
@@ -234,14 +245,26 @@ def unchanged(before: Any, after: Any) -> bool:
     return type(before).__eq__ is object.__eq__ or bool(before == after)  # what has no == of its own is not compared
 
 
+def told(answer: Callable, arguments: tuple[tuple, dict]) -> str:
+    """A call in words: "with q [2, 4, 8], k [2, 6, 8]". The names are the answer's own."""
+    args, by_name = arguments
+    try:
+        names = list(inspect.signature(answer).parameters)[: len(args)]
+    except (TypeError, ValueError):
+        names = []
+    names += [""] * (len(args) - len(names))
+    pairs = [*zip(names, args, strict=True), *by_name.items()]
+    return "with " + ", ".join(f"{name} {short_value(value)}".strip() for name, value in pairs) if pairs else ""
+
+
 def short(error: BaseException) -> str:
     """What an error says, in one line of at most 160 characters."""
     return textwrap.shorten(first_line(error), 160, placeholder=" ...") or "no message"
 
 
 def line_of(error: BaseException) -> str:
-    """The source line of the learner's that an error came from, if the traceback has one."""
+    """The line of the learner's that an error came from: its source, or its number where the source is not known."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.line and ("ipykernel" in frame.filename or "<ipython" in frame.filename):
-            return f"`{frame.line.strip()}`"
+        if not frame.filename.startswith(NOT_THE_LEARNERS) and "site-packages" not in frame.filename:
+            return f"`{frame.line.strip()}`" if frame.line else f"line {frame.lineno} of {frame.name}"
     return ""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.course.checks.effort import effort_of
 
+PLAIN = (bool, int, float, complex, str, list, tuple, dict, torch.dtype, torch.device, type(None))
 TIGHT = 1e-9  # bounded: float64 sums of fewer than 200 terms of order 1 differ by less than 1e-12 between orders
 LOOSE = 1e-4  # bounded: float32 sums of fewer than 200 terms of order 1
 
@@ -88,6 +89,16 @@ def told_apart(a: Any, b: Any) -> tuple[str, str]:
         if shown[0] != shown[1]:
             break
     return shown
+
+
+def short_value(value: Any) -> str:
+    """A value in a few characters: a tensor's shape, the name of what has one, a number or a list as it is."""
+    if isinstance(value, Tensor):
+        dtype = "" if value.dtype in (torch.float64, torch.float32) else f" {str(value.dtype).removeprefix('torch.')}"
+        return f"{list(value.shape)}{dtype}"
+    name = getattr(value, "name", None)
+    text = name if isinstance(name, str) else repr(value) if isinstance(value, PLAIN) else type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def bytes_made(run: Callable[[], Any]) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import TIGHT, agree, budget
+from labkit.course.checks.tensors import TIGHT, agree, budget, short_value
 from labkit.course.exercise import Exercise, NotYet
 from labkit.ledger import tensors_in
 
@@ -173,15 +173,6 @@ def described(function: Callable, case: Case) -> str:
     names = list(inspect.signature(function).parameters)
     pairs = [*zip(names, case.args, strict=False), *case.by_name.items()]
     return ", ".join(f"{name} {short_value(value)}" for name, value in pairs)
-
-
-def short_value(value: Any) -> str:
-    """A value in a few characters."""
-    if isinstance(value, Tensor):
-        dtype = "" if value.dtype in (torch.float64, torch.float32) else f" {str(value.dtype).removeprefix('torch.')}"
-        return f"{list(value.shape)}{dtype}"
-    text = getattr(value, "name", None) or repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def variants(suspect: Suspect) -> list[Any]:
