@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -86,9 +86,12 @@ class Judge:
         try:
             got = self.exercise.call(self.answer, *case.args, **case.by_name)
         except NotYet as not_yet:
-            if kind == "layout" and not_yet.finding.diagnosis == "raised":
-                self.fail_layout(case, not_yet.finding.seen)
-            raise
+            found = not_yet.finding
+            if kind == "layout" and found.diagnosis == "raised":
+                self.fail_layout(case, found.seen)
+            if found.diagnosis == "raised":
+                found = replace(found, seen=f"{self.told(case)}: {found.seen}")
+            raise NotYet(found) from None
         own = self.reference(*case.args, **case.by_name)
         if not kind:
             self.seen.append((case, got, own))
@@ -99,9 +102,13 @@ class Judge:
                 self.call_the_others()
                 self.accuse(case)
             raise
-        exact = self.reference(*upcast(case.args), **upcast(case.by_name)) if not self.exact else own
-        for name, a, b, c in paired(self.what, got, own, exact):
-            tolerance = 0.0 if self.exact else max(budget(b, c), TIGHT * (b.dtype == torch.float64))
+        exact, single = (
+            (own, own) if self.exact else (self.reference(*cast(case.args), **cast(case.by_name)) for cast in CASTS)
+        )
+        for name, a, b, c, d in paired(self.what, got, own, exact, single):
+            tolerance = 0.0 if self.exact else budget(b, c)
+            if b.dtype == torch.float64 and not self.exact:  # a softmax in float32 in the middle is right as well
+                tolerance = max(tolerance, TIGHT, budget(d, c))
             if agree(a, c, tolerance, nan=True):
                 continue
             if kind == "layout":
@@ -181,21 +188,22 @@ def variants(suspect: Suspect) -> list[Any]:
 
 
 def fits(got: Any, value: Any) -> bool:
-    """Whether two results are one within the rounding of their dtypes; NaN where the other has it."""
+    """Whether two results are one within the rounding of their dtypes, or of float32; NaN where the other has it."""
     if isinstance(value, Tensor) and isinstance(got, Tensor):
         if got.shape != value.shape:
             return False
         scale = value.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if value.numel() else 0.0
-        eps = max(torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0 for x in (got, value))
+        floats = [x.dtype for x in (got, value) if x.is_floating_point()]
+        eps = max(torch.finfo(dtype).eps for dtype in (*floats, torch.float32)) if floats else 0.0
         return agree(got, value, max(TIGHT, 64 * eps * scale), nan=True)
     return not isinstance(value, Tensor) and not isinstance(got, Tensor) and got == value
 
 
-def paired(what: str, got: Any, own: Any, exact: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """The tensors of a result beside the reference's own and the exact ones, each with its name."""
-    groups = [list(tensors_in(as_tensors(value))) for value in (got, own, exact)]
-    for place, (a, b, c) in enumerate(zip(*groups, strict=True)):
-        yield (what if len(groups[0]) == 1 else f"part {place + 1} of {what}"), a, b, c
+def paired(what: str, *results: Any) -> Iterator[tuple[Any, ...]]:
+    """The tensors of a result beside those of others of its kind, each with its name."""
+    groups = [list(tensors_in(as_tensors(value))) for value in results]
+    for place, tensors in enumerate(zip(*groups, strict=True)):
+        yield (what if len(groups[0]) == 1 else f"part {place + 1} of {what}"), *tensors
 
 
 def same_kind(exercise: type[Exercise], got: Any, want: Any, what: str, told: str) -> None:
@@ -232,11 +240,6 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {name: mapped(part, change) for name, part in value.items()}
     return value
-
-
-def upcast(value: Any) -> Any:
-    """Arguments with floats in float64: what the answer is measured by."""
-    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)
 
 
 def varied(case: Case, change: Callable[[Tensor], Tensor], words: str) -> Case:
@@ -276,4 +279,6 @@ def sliced(x: Tensor) -> Tensor:
     return part
 
 
+# Floats in float64, what an answer is measured by, and in float32.
+CASTS = tuple(partial(mapped, change=partial(converted, dtype)) for dtype in (torch.float64, torch.float32))
 LAYOUTS = ((transposed, "dimensions in another order in memory"), (sliced, "tensors cut from larger ones"))

@@ -41,9 +41,7 @@ def right(q, k, v):
     k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-    return (
-        scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v if q.dtype != torch.float64 else scores.softmax(-1) @ v
-    )
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 BUFFER = torch.zeros(2, 6, 3, 8, dtype=torch.float64)
@@ -98,6 +96,21 @@ def test_a_finding_shows_sizes_and_the_first_place_that_differs_with_digits_enou
     held, meant = finding.seen.split("it holds ")[1].split(" (")[0].split("; it should be ")
     assert held != meant
     assert "of 288 entries differ" in finding.seen
+
+
+def test_what_raises_is_told_with_its_sizes() -> None:
+    finding = examine(Attend(), lambda q, k, v: right(q, k, v).view(7, 7)).finding
+    assert finding is not None
+    assert finding.seen.startswith("with q [2, 6, 3, 8], k [2, 2, 7, 8], v [2, 2, 7, 8]: RuntimeError: ")
+
+
+def test_a_suspect_is_recognised_in_float32_too() -> None:
+    def no_scale(q, k, v):
+        return right(q * q.shape[-1] ** 0.5, k, v)
+
+    finding = examine(Attend(), no_scale).finding
+    assert finding is not None
+    assert finding.diagnosis == "no-scale"
 
 
 def test_a_suspect_that_fits_the_first_call_alone_is_not_named() -> None:
