@@ -50,6 +50,11 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.effort = effort
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; True, PyTorch's default, imports the compiler at the first kernel: seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
         given = list(tensors_in((args, dict(kwargs or {}))))
         before = {memory_of(tensor) for tensor in given}

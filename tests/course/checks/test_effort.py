@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 
@@ -44,3 +47,14 @@ def test_numbers_that_leave_pytorch_are_noticed_whatever_the_way() -> None:
 
 def test_a_length_or_a_shape_may_be_read_out() -> None:
     assert effort_of(lambda: (torch.tensor([3, 4]).tolist(), K.sum().item())).left == []
+
+
+def test_counting_does_not_import_the_compiler() -> None:
+    """PyTorch would, at the first kernel of a process: seconds in the middle of a learner's check."""
+    script = """if True:
+        import sys, torch
+        from labkit.course.checks.effort import effort_of
+        assert effort_of(lambda: torch.ones(3) + 1).calls
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
