@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -86,12 +86,9 @@ class Judge:
         try:
             got = self.exercise.call(self.answer, *case.args, **case.by_name)
         except NotYet as not_yet:
-            found = not_yet.finding
-            if kind == "layout" and found.diagnosis == "raised":
-                self.fail_layout(case, found.seen)
-            if found.diagnosis == "raised":
-                found = replace(found, seen=f"{self.told(case)}: {found.seen}")
-            raise NotYet(found) from None
+            if kind == "layout" and not_yet.finding.diagnosis == "raised":
+                self.fail_layout(case, not_yet.finding.seen)
+            raise
         own = self.reference(*case.args, **case.by_name)
         if not kind:
             self.seen.append((case, got, own))
