@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,15 +12,43 @@ from labkit.course.examine import examine
 from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
 
+COUNTED = ("wrong", "refused", "fitting", "misleading", "right", "accepted")
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "kill_table.md"
+MEETINGS = Path(__file__).with_name("first_meetings.json")
 HEAD = """# The kill table
 
-Each check is tried on answers that are wrong in a way people really are wrong. A test proves that every one of them is
-rejected, and with the diagnosis meant for it. This page is written by `make docs` from what the checks say.
+A check should refuse what is wrong, say why, and accept what is right however it is written. Two figures tell how far that holds.
+
+## Answers that the checks had not seen
+
+Written by somebody who knew the notebook's blanks and not the checks, and counted once, when they first met. *Fitting*: the
+message names the mistake. *Misleading*: it names another one. What is neither got a neutral message, which shows what was seen.
+
+"""
+KNOWN = """
+## Answers that the checks know
+
+Each of these is wrong in a way people really are wrong. A test proves that every one of them is rejected, and with the
+diagnosis meant for it. This page is written by `make docs` from what the checks say.
 
 | exercise | the mistake | the check says | what the learner reads |
 |---|---|---|---|
 """
+
+
+def first_meetings() -> str:
+    """The counts of the first meetings as a table, newest last, with the sum of each date."""
+    rows = [
+        "| date | lab | wrong | refused | fitting | misleading | right | accepted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    counts = json.loads(MEETINGS.read_text(encoding="utf-8"))
+    for day in dict.fromkeys(count["date"] for count in counts):
+        listed = [count for count in counts if count["date"] == day]
+        total = {key: sum(count[key] for count in listed) for key in COUNTED}
+        for count in [*listed, {"date": day, "lab": "all", **total}]:
+            rows.append("| " + " | ".join(str(count[key]) for key in ("date", "lab", *COUNTED)) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> str:
@@ -30,7 +59,9 @@ def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> s
         said = (f"`{finding.diagnosis}`", finding.seen) if finding else ("**accepted**", "")
         cells = [wrong.exercise, wrong.mistake + (f" ({wrong.source})" if wrong.source else ""), *said]
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return HEAD + "\n".join(rows) + f"\n\n{len(rows)} wrong answers, {len(exercises)} checks.\n"
+    return (
+        HEAD + first_meetings() + KNOWN + "\n".join(rows) + f"\n\n{len(rows)} wrong answers, {len(exercises)} checks.\n"
+    )
 
 
 def gather() -> tuple[list[Wrong], dict[str, Exercise]]:
