@@ -17,12 +17,14 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "kill_table.md"
 MEETINGS = Path(__file__).with_name("first_meetings.json")
 HEAD = """# The kill table
 
-A check should refuse what is wrong, say why, and accept what is right however it is written. Two figures tell how far that holds.
+A check should refuse what is wrong, say why, and accept what is right however it is written. Two figures tell how far
+that holds.
 
 ## Answers that the checks had not seen
 
-Written by somebody who knew the notebook's blanks and not the checks, and counted once, when they first met. *Fitting*: the
-message names the mistake. *Misleading*: it names another one. What is neither got a neutral message, which shows what was seen.
+Written by somebody who knew the notebook's blanks and not the checks, and counted once, when they first met. *Fitting*:
+the message names the mistake. *Misleading*: it names another one. What is neither got a neutral message, which shows
+what was seen. *Checks* counts the meetings: between two, the checks were mended at what the one before had shown.
 
 """
 KNOWN = """
@@ -37,17 +39,15 @@ diagnosis meant for it. This page is written by `make docs` from what the checks
 
 
 def first_meetings() -> str:
-    """The counts of the first meetings as a table, newest last, with the sum of each date."""
-    rows = [
-        "| date | lab | wrong | refused | fitting | misleading | right | accepted |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """The counts of the first meetings as a table, newest last, with the sum of each meeting."""
+    named = ("date", "checks", "lab", *COUNTED)
+    rows = ["| " + " | ".join(named) + " |", "|---" * len(named) + "|"]
     counts = json.loads(MEETINGS.read_text(encoding="utf-8"))
-    for day in dict.fromkeys(count["date"] for count in counts):
-        listed = [count for count in counts if count["date"] == day]
+    for meeting in dict.fromkeys((count["date"], count["checks"]) for count in counts):
+        listed = [count for count in counts if (count["date"], count["checks"]) == meeting]
         total = {key: sum(count[key] for count in listed) for key in COUNTED}
-        for count in [*listed, {"date": day, "lab": "all", **total}]:
-            rows.append("| " + " | ".join(str(count[key]) for key in ("date", "lab", *COUNTED)) + " |")
+        for count in [*listed, {"date": meeting[0], "checks": meeting[1], "lab": "all", **total}]:
+            rows.append("| " + " | ".join(str(count[key]) for key in named) + " |")
     return "\n".join(rows) + "\n"
 
 
