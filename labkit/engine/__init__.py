@@ -1,0 +1,1 @@
+"""Many requests on one cache: who holds which block of memory."""
