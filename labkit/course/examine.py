@@ -334,6 +334,22 @@ def check_callable(exercise: Exercise, answer: Any) -> None:
                 cause="the parameters of the blank were changed",
                 look="restore the first line of the blank",
             )
+        for name, parameter in wanted.parameters.items():
+            if parameter.default is not inspect.Parameter.empty and not same_default(got, parameter):
+                exercise.fail(
+                    "signature",
+                    seen=f"`{name}` has a default in the blank, {parameter.default!r}, and yours has another or none",
+                    cause="the blank's parameters were changed; later cells leave this one out, or give it by name",
+                    look="restore the first line of the blank",
+                )
+
+
+def same_default(got: inspect.Signature, wanted: inspect.Parameter) -> bool:
+    """Whether a signature has this parameter with its default; one that takes any keyword may have it inside."""
+    own = got.parameters.get(wanted.name)
+    if own is None:
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in got.parameters.values())
+    return bool(own.default == wanted.default)
 
 
 def parameters(signature: inspect.Signature) -> str:

@@ -259,7 +259,7 @@ def told(answer: Callable, arguments: tuple[tuple, dict]) -> str:
 
 def short(error: BaseException) -> str:
     """What an error says, in one line of at most 160 characters."""
-    return textwrap.shorten(first_line(error), 160, placeholder=" ...") or "no message"
+    return textwrap.shorten(first_line(error)[:2000], 160, placeholder=" ...") or "no message"
 
 
 def line_of(error: BaseException) -> str:

@@ -44,3 +44,18 @@ class Count(Exercise):
         counter = self.run(answer)
         if self.run(counter.add) != 1:
             self.fail("count", seen="add() gave something else", cause="it starts elsewhere", look="__init__")
+
+
+def scaled(x: Tensor, factor: float = 3.0) -> Tensor:
+    """`x` times `factor`."""
+    return x * factor
+
+
+class Scaled(Exercise):
+    id, title, minutes = "00.3", "Times a factor", 1
+    hints = ("one", "two", "three")
+    reference = staticmethod(scaled)
+
+    def examine(self, answer) -> None:
+        x = torch.tensor([1.0, 2.0])
+        self.same(self.call(answer, x, 2.0), x * 2, what="the result", tolerance=1e-6)

@@ -18,7 +18,7 @@ import torch
 from labkit.course import cards
 from labkit.course.examine import TimeIsUp, Trial, Verdict, examine
 from labkit.course.exercise import Finding, NotYet
-from tests.course.exercises import Count, Counter, Double, double
+from tests.course.exercises import Count, Counter, Double, Scaled, double
 from tests.course.timeouts import timeouts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -542,3 +542,22 @@ def test_deep_recursion_is_a_finding_and_no_crash() -> None:
     child = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0, child.stderr
     assert child.stdout.count("RecursionError") == 6, child.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (lambda x, factor=3.0: x * factor, "pass"),
+        (lambda values, factor=3.0: values * factor, "pass"),
+        (lambda *args, **kwargs: args[0] * args[1], "pass"),
+        (lambda x, factor: x * factor, "not yet"),
+        (lambda x, factor=2.0: x * factor, "not yet"),
+        (lambda x, times=3.0: x * times, "not yet"),
+    ],
+)
+def test_a_default_belongs_to_the_blank_and_so_does_its_name(answer, status: str) -> None:
+    verdict = examine(Scaled(), answer)
+    assert verdict.status == status
+    if verdict.finding:
+        assert verdict.finding.diagnosis == "signature"
+        assert "`factor` has a default in the blank, 3.0" in verdict.finding.seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import re
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def core_minutes(path: Path) -> int:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
+    def test_gives_a_blank_by_name_only_what_a_check_makes_sure_of(self, path: Path) -> None:
+        """Arguments with defaults: an answer whose other parameters are named differently is as good."""
+        references = {exercise.reference.__name__: exercise.reference for exercise in exercises_of(path).values()}
+        for _, cell in editions.code_cells(read(path)):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in references:
+                    parameters = inspect.signature(references[node.func.id]).parameters
+                    named = [keyword.arg for keyword in node.keywords if keyword.arg]
+                    assert all(parameters[name].default is not inspect.Parameter.empty for name in named), cell.source
+
     def test_was_executed_top_to_bottom(self, path: Path) -> None:
         counts = [cell.execution_count for _, cell in editions.code_cells(read(path))]
         assert counts == list(range(1, len(counts) + 1))
