@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from labkit.course.contents import LabContents
 from labkit.labs.lab03.cost import ConversationCost
+from labkit.labs.lab03.limit import FirstLimit
 from labkit.labs.lab03.plan import Capacity, RequestBytes
 from labkit.labs.lab03.questions import PREDICTIONS, QUIZZES
 from labkit.labs.lab03.size import CacheBytes, CountWeights
@@ -14,6 +15,7 @@ CONTENTS = LabContents(
     "Memory math",
     exercises=(
         CacheBytes(), CountWeights(), Capacity(), TpotFloor(), Attainable(), ConversationCost(), RequestBytes(),
+        FirstLimit(),
     ),
     predictions=PREDICTIONS,
     quizzes=QUIZZES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.specs import ModelSpec
+from labkit.specs import GpuSpec, ModelSpec
 
 
 def cache_bytes(spec: ModelSpec, tokens: int, batch: int, bytes_per_element: int) -> int:
@@ -82,3 +82,21 @@ def request_bytes(spec: ModelSpec, context: int, bytes_per_element: int) -> int:
     spec: num_layers, num_heads, num_kv_heads, head_dim.
     """
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context * bytes_per_element
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    """What keeps a GPU from serving `users` requests of `context` tokens each in 16 bits: the first that applies of
+
+    "length": a request is longer than spec.max_seq_len, what the model was trained for.
+    "weights": with 0.15 of what the weights leave kept free, not one request fits into gpu.memory_bytes.
+    "cache": fewer requests fit than there are users.
+    "time": reading all weights and all K and V once, at gpu.bytes_per_s, takes more than `tpot` seconds.
+    "fits": none of these.
+    """
+    if context > spec.max_seq_len:
+        return "length"
+    weights, request = 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+    fit = capacity(gpu.memory_bytes, weights, request, 0.15)
+    if fit < users:
+        return "cache" if fit else "weights"
+    return "time" if tpot_floor(weights, request // context, context, users, gpu.bytes_per_s) > tpot else "fits"

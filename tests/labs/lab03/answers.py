@@ -12,6 +12,7 @@ from labkit.labs.lab03.references import (
     capacity,
     conversation_cost,
     count_weights,
+    first_limit,
     request_bytes,
     tpot_floor,
 )
@@ -284,6 +285,84 @@ def by_the_group(spec, context, bytes_per_element):
     return 2 * spec.num_layers * (spec.num_heads // group) * spec.head_dim * context * bytes_per_element
 
 
+# 03.8
+
+
+def limit_by(
+    *,
+    trained=lambda spec: spec.max_seq_len,
+    reserve=0.15,
+    per_weight=2,
+    requests=1,
+    nothing="weights",
+    seconds=lambda weights, request, users, gpu: (weights + users * request) / gpu.bytes_per_s,
+    order=("length", "memory", "time"),
+) -> Callable:
+    """A sizing with one part changed."""
+
+    def answer(spec, gpu, users, context, tpot):
+        weights, request = per_weight * count_weights(spec), cache_bytes(spec, context, 1, 2)
+        fit = capacity(gpu.memory_bytes, weights, cache_bytes(spec, context, requests or users, 2), reserve)
+        memory = "" if fit >= users else "cache" if fit > 0 else nothing
+        found = {
+            "length": "length" if context > trained(spec) else "",
+            "memory": memory,
+            "time": "time" if seconds(weights, request, users, gpu) > tpot else "",
+        }
+        return next((found[name] for name in order if found[name]), "fits")
+
+    return answer
+
+
+def weights_alone_or_cache(spec, gpu, users, context, tpot):
+    if context > spec.max_seq_len:
+        return "length"
+    weights = 2 * count_weights(spec)
+    if weights > gpu.memory_bytes:
+        return "weights"
+    if capacity(gpu.memory_bytes, weights, cache_bytes(spec, context, 1, 2), 0.15) < users:
+        return "cache"
+    step = tpot_floor(weights, cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s)
+    return "time" if step > tpot else "fits"
+
+
+def reserve_off_the_whole(spec, gpu, users, context, tpot):
+    if context > spec.max_seq_len:
+        return "length"
+    weights, request = 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+    fit = (0.85 * gpu.memory_bytes - weights) // request
+    if fit < users:
+        return "cache" if fit >= 1 else "weights"
+    return "time" if (weights + users * request) / gpu.bytes_per_s > tpot else "fits"
+
+
+def with_a_list(spec, gpu, users, context, tpot):
+    weights, request = 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+    room = (gpu.memory_bytes - weights) * 0.85
+    tests = [
+        (context > spec.max_seq_len, "length"),
+        (room < request, "weights"),
+        (room < users * request, "cache"),
+        ((weights + users * request) / gpu.bytes_per_s > tpot, "time"),
+    ]
+    return next((name for failed, name in tests if failed), "fits")
+
+
+def step_by_step(spec, gpu, users, context, tpot):
+    if context > spec.max_seq_len:
+        return "length"
+    weights = 2 * count_weights(spec)
+    fit = capacity(gpu.memory_bytes, weights, request_bytes(spec, context, 2), 0.15)
+    if fit == 0:
+        return "weights"
+    if fit < users:
+        return "cache"
+    step = tpot_floor(weights, cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s)
+    if step > tpot:
+        return "time"
+    return "fits"
+
+
 WRONG = [
     Wrong("03.1", "window-ignored", "every layer keeps every token", by_layer(both, lambda layer, tokens: tokens)),
     Wrong("03.1", "window-too-large", "a window is full from the first token on",
@@ -395,6 +474,30 @@ WRONG = [
            with_heads(lambda spec: spec.num_kv_heads / (spec.num_heads // spec.num_kv_heads))),
     Wrong("03.7", "k-only", "K without V", lambda *sizes: request_bytes(*sizes) // 2),
     Wrong("03.7", "ignored", "always float16", always_float16),
+    Wrong("03.8", "length-ignored", "any length", limit_by(trained=lambda spec: 10**9)),
+    Wrong("03.8", "boundary", "max_seq_len itself refused", limit_by(trained=lambda spec: spec.max_seq_len - 1)),
+    Wrong("03.8", "no-reserve", "nothing kept free", limit_by(reserve=0.0)),
+    Wrong("03.8", "reserve-of-all", "the reserve off the whole memory", reserve_off_the_whole),
+    Wrong("03.8", "weights-counted", "a count for bytes", limit_by(per_weight=1)),
+    Wrong("03.8", "weights-alone", "weights only where they alone do not fit", weights_alone_or_cache),
+    Wrong("03.8", "order", "cache asked before weights", limit_by(nothing="cache")),
+    Wrong("03.8", "order", "the time before memory", limit_by(order=("length", "time", "memory"))),
+    Wrong("03.8", "order", "the length last", limit_by(order=("memory", "time", "length"))),
+    Wrong("03.8", "batch-twice", "all users' cache as one request", limit_by(requests=0)),
+    Wrong("03.8", "time-ignored", "no time", limit_by(order=("length", "memory"))),
+    Wrong("03.8", "time-of-one", "a step of one user",
+           limit_by(seconds=lambda weights, request, users, gpu: (weights + request) / gpu.bytes_per_s)),
+    Wrong("03.8", "weights-per-request", "weights read per user",
+           limit_by(seconds=lambda weights, request, users, gpu: users * (weights + request) / gpu.bytes_per_s)),
+    Wrong("03.8", "cache-left-out", "weights read alone",
+           limit_by(seconds=lambda weights, request, users, gpu: weights / gpu.bytes_per_s)),
+    Wrong("03.8", "inverted", "tokens per second against seconds",
+           limit_by(seconds=lambda weights, request, users, gpu: gpu.bytes_per_s / (weights + users * request))),
+    Wrong("03.8", "not-an-answer", "None for what fits as text", lambda *sizes: str(None)),
+    Wrong("03.8", "returned-none", "nothing where it fits",
+           lambda *sizes: None if first_limit(*sizes) == "fits" else first_limit(*sizes)),
+    Wrong("03.8", "values", "half the bandwidth",
+           limit_by(seconds=lambda weights, request, users, gpu: 2 * (weights + users * request) / gpu.bytes_per_s)),
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
@@ -415,4 +518,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("03.6", bill_of(everything, sent_before)),
     ("03.7", by_the_group),
     ("03.7", lambda spec, context, size: cache_bytes(spec, context, 1, size)),
+    ("03.8", with_a_list),
+    ("03.8", step_by_step),
+    ("03.8", limit_by()),
 ]

@@ -1,0 +1,201 @@
+"""03.8: a sizing from end to end: what breaks first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import ClassVar
+
+from labkit import specs
+from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.exercise import Exercise
+from labkit.labs.lab03.references import cache_bytes, capacity, count_weights, first_limit
+from labkit.specs import GpuSpec, ModelSpec
+
+ANSWERS = ("length", "weights", "cache", "time", "fits")
+MODEL = ModelSpec(
+    name="6 layers, 4 KV heads, trained for 4,096 tokens",
+    num_layers=6, num_heads=12, num_kv_heads=4, head_dim=66, hidden_size=790, intermediate_size=2_050,
+    vocab_size=9_001, max_seq_len=4_096,
+)  # fmt: skip
+OTHER = ModelSpec(
+    name="5 layers, 1 KV head, trained for 70,000 tokens",
+    num_layers=5, num_heads=9, num_kv_heads=1, head_dim=30, hidden_size=350, intermediate_size=910,
+    vocab_size=5_003, max_seq_len=70_000, tied_head=True,
+)  # fmt: skip
+Case = tuple[ModelSpec, GpuSpec, int, int, float]
+
+
+def sizes(spec: ModelSpec, context: int) -> tuple[int, int]:
+    """Bytes of the weights and of one request's cache, in 16 bits."""
+    return 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+
+
+def case(
+    spec: ModelSpec, users: int, context: int, *, requests: float, share: float = 0.5, bandwidth: float = 901.0
+) -> Case:
+    """A case in which `requests` requests fit and a step of all users reads for `share` of the time allowed."""
+    weights, request = sizes(spec, context)
+    memory = weights + requests * request / 0.85
+    gpu = replace(specs.gpu("h100-80gb"), memory_gib=memory / 2**30, bandwidth_gb_s=bandwidth)
+    return spec, gpu, users, context, (weights + users * request) / gpu.bytes_per_s / share
+
+
+@cache
+def cases() -> list[Case]:
+    """Each limit alone, just met and just missed; several at once; one user and many; two models."""
+    return [
+        case(MODEL, 13, 1_009, requests=13.01), case(MODEL, 13, 1_009, requests=12.99),
+        case(MODEL, 13, 1_009, requests=13.99), case(MODEL, 1, 1_009, requests=1.01),
+        case(MODEL, 13, 1_009, requests=1.01), case(MODEL, 13, 1_009, requests=0.99),
+        case(MODEL, 1, 1_009, requests=0.99), case(MODEL, 13, 1_009, requests=-3.0),
+        case(MODEL, 13, 1_009, requests=14.5, share=1.001), case(MODEL, 13, 1_009, requests=14.5, share=0.999),
+        case(MODEL, 13, 1_009, requests=14.5, share=0.999, bandwidth=307.0),
+        case(MODEL, 13, 1_009, requests=14.5, share=1.001, bandwidth=307.0),
+        case(MODEL, 13, 1_009, requests=14.5, share=9.0), case(MODEL, 7, 1_009, requests=90, share=1.001),
+        case(MODEL, 7, 1_009, requests=90, share=0.999), case(MODEL, 3, 4_096, requests=3.5, share=1.55),
+        case(MODEL, 3, 4_096, requests=3.5), case(MODEL, 3, 4_097, requests=3.5), case(MODEL, 3, 4_095, requests=3.5),
+        case(MODEL, 3, 4_097, requests=1.5, share=9.0), case(MODEL, 3, 4_097, requests=-1.0),
+        case(MODEL, 3, 4_097, requests=3.5, share=9.0),
+        case(MODEL, 13, 1_009, requests=4.5, share=9.0), case(MODEL, 13, 1_009, requests=0.5, share=9.0),
+        case(OTHER, 17, 65_539, requests=17.2), case(OTHER, 17, 65_539, requests=16.8),
+        case(OTHER, 17, 65_539, requests=17.2, share=3.0), case(OTHER, 17, 70_001, requests=17.2),
+        case(OTHER, 17, 65_539, requests=0.9), case(OTHER, 500, 131, requests=500.5),
+        case(OTHER, 500, 131, requests=500.5, share=1.01),
+    ]  # fmt: skip
+
+
+def limit(
+    *,
+    length: Callable[[int, int], bool] = lambda context, trained: context > trained,
+    fits: Callable[[int, int, int], float] = lambda memory, weights, request: capacity(memory, weights, request, 0.15),
+    weights: Callable[[ModelSpec], int] = lambda spec: 2 * count_weights(spec),
+    request: Callable[[ModelSpec, int, int], int] = lambda spec, context, users: cache_bytes(spec, context, 1, 2),
+    few: Callable[[float, int], bool] = lambda fit, users: fit < users,
+    none: Callable[[float, int, int], bool] = lambda fit, memory, weights: fit < 1,
+    slow: Callable[[float, float, int], bool] = lambda seconds, tpot, users: seconds > tpot,
+    read: Callable[[int, int, int], float] = lambda weights, request, users: weights + users * request,
+    order: tuple[str, ...] = ANSWERS[:4],
+) -> Callable[..., str]:
+    """The answer with one of its parts changed."""
+
+    def formula(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+        stored, one = weights(spec), request(spec, context, users)
+        fit = fits(gpu.memory_bytes, stored, one)
+        found = {
+            "length": length(context, spec.max_seq_len),
+            "weights": few(fit, users) and none(fit, gpu.memory_bytes, stored),
+            "cache": few(fit, users),
+            "time": slow(read(stored, one, users) / gpu.bytes_per_s, tpot, users),
+        }
+        return next((name for name in order if found[name]), "fits")
+
+    return formula
+
+
+ORDER = "the docstring lists them in the order in which they are asked; the first that applies is the answer"
+TIME = "one step gives every user a token; it reads the weights once and each user's K and V"
+
+
+class FirstLimit(Exercise):
+    """Length, weights, cache, time: which of them fails first."""
+
+    id, title, minutes, difficulty = "03.8", "What breaks first", 8, 3
+    needs = ("03.1", "03.2", "03.3", "03.4")
+    reference = staticmethod(first_limit)
+    hints = (
+        "Four questions, one after the other; each is one of the functions you wrote, or a comparison. What does each "
+        "of them need, and is that bytes or a count?",
+        "weights = 2 x count_weights(spec); request = cache_bytes(spec, context, 1, 2). capacity(...) says how many "
+        "requests fit: none, fewer than users, or enough. Only then ask tpot_floor for the time.",
+        'if context > spec.max_seq_len: return "length"\n'
+        "fit = capacity(gpu.memory_bytes, weights, request, 0.15)\n"
+        'if fit == 0: return "weights"\nif fit < users: return "cache"\n'
+        'step = tpot_floor(weights, cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s)\n'
+        'return "time" if step > tpot else "fits"',
+    )  # fmt: skip
+    hints_for: ClassVar = {
+        "length-ignored": "Memory may hold more tokens than the model ever saw in a row. Where does the spec say so?",
+        "no-reserve": "Activations and the allocator need room too. How much did 03.3 keep free?",
+        "weights-counted": "count_weights gives a count. How many bytes is each in 16 bits?",
+        "weights-alone": "A GPU that holds the weights and nothing else: how many requests does it serve?",
+        "time-of-one": "Whose K and V does a step of the whole batch read?",
+        "order": "Two limits may fail at once. Which one does the docstring ask about first?",
+    }
+    suspects: ClassVar = (
+        Suspect("length-ignored", limit(length=lambda context, trained: False),
+                "what the model was trained for sets no limit in your answer", "spec.max_seq_len"),
+        Suspect("boundary", limit(length=lambda context, trained: context >= trained),
+                "a request of exactly max_seq_len tokens was refused", "> or >=: the docstring says longer"),
+        Suspect("boundary", limit(few=lambda fit, users: fit <= users),
+                "exactly as many as there are users was taken for too few", "< or <=: the docstring says fewer"),
+        Suspect("no-reserve", limit(fits=lambda memory, weights, request: capacity(memory, weights, request, 0.0)),
+                "nothing was kept free", "the reserve of 0.15"),
+        Suspect("reserve-of-all", limit(fits=lambda memory, weights, request: (memory * 0.85 - weights) // request),
+                "the reserve was taken off the whole memory", "the reserve is a share of what the weights leave"),
+        Suspect("weights-counted", limit(weights=count_weights),
+                "the number of weights was taken for their bytes", "16 bits are two bytes per weight"),
+        Suspect("weights-alone", limit(none=lambda fit, memory, weights: weights >= memory),
+                '"weights" came only where they alone do not fit', 'the docstring: where not one request fits'),
+        Suspect("order", limit(order=("weights", "cache", "time", "length")), "the length was asked about last", ORDER),
+        Suspect("order", limit(order=("weights", "cache", "length", "time")), "memory was asked first", ORDER),
+        Suspect("order", limit(order=("length", "time", "weights", "cache")), "time was asked before memory", ORDER),
+        Suspect("order", limit(order=("time", "length", "weights", "cache")), "the time was asked first", ORDER),
+        Suspect("order", limit(order=("length", "cache", "time", "weights")),
+                '"cache" was asked before "weights", which then never comes', ORDER),
+        Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2),
+                                     read=lambda weights, request, users: weights + request),
+                "capacity was handed the cache of all users as that of one request", "capacity's request_bytes"),
+        Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2)),
+                "the cache of all users was taken for that of one request", "batch: one request, or all of them?"),
+        Suspect("time-ignored", limit(slow=lambda seconds, tpot, users: False),
+                "time sets no limit in your answer", "tpot and gpu.bytes_per_s"),
+        Suspect("time-of-one", limit(read=lambda weights, request, users: weights + request),
+                "a step was timed as that of one user", TIME),
+        Suspect("weights-per-request", limit(read=lambda weights, request, users: users * (weights + request)),
+                "the weights were read once per user", TIME),
+        Suspect("cache-left-out", limit(read=lambda weights, request, users: weights),
+                "a step was timed as reading the weights alone", TIME),
+        Suspect("per-request", limit(slow=lambda seconds, tpot, users: seconds / users > tpot),
+                "the step's time was divided by the number of users", TIME),
+        Suspect("inverted", limit(slow=lambda seconds, tpot, users: 1 / seconds > tpot),
+                "tokens per second were compared with seconds", "tpot: seconds per token"),
+        Suspect("inverted", limit(slow=lambda seconds, tpot, users: seconds < tpot),
+                "a step that is short enough was refused", "the comparison of the floor with tpot"),
+    )  # fmt: skip
+
+    def examine(self, answer: Callable) -> None:
+        """`cases`, in words."""
+        got = [self.call(answer, *each) for each in cases()]
+        for value in got:
+            if value not in ANSWERS:
+                self.fail(
+                    "not-an-answer", seen=f"{value!r} came back", cause=f"the answer is one of {', '.join(ANSWERS)}",
+                    look="the words in the docstring, as text",
+                )  # fmt: skip
+        wanted = [first_limit(*each) for each in cases()]
+        wrong = [index for index, pair in enumerate(zip(got, wanted, strict=True)) if pair[0] != pair[1]]
+        if not wrong:
+            return
+        seen = f"{shown(cases()[wrong[0]])}: {got[wrong[0]]!r} came back, and it is {wanted[wrong[0]]!r}"
+        accuse(type(self), self.suspects, seen, fits=lambda formula: [formula(*each) for each in cases()] == got)
+        self.fail(
+            "values",
+            seen=seen,
+            cause=f"{len(wrong)} of {len(cases())} cases come out another way",
+            look="the four figures of this case, one at a time, and the order of the questions",
+        )
+
+
+def shown(each: Case) -> str:
+    """A case by the figures that decide it."""
+    spec, gpu, users, context, tpot = each
+    weights, request = sizes(spec, context)
+    fit = capacity(gpu.memory_bytes, weights, request, 0.15)
+    step = (weights + users * request) / gpu.bytes_per_s
+    return (
+        f"{users:,} users of {context:,} tokens (trained for {spec.max_seq_len:,}), weights of {weights / 1e6:,.1f} MB "
+        f"in {gpu.memory_bytes / 1e6:,.1f} MB, where {fit:,} requests fit; {step * 1e3:.4g} ms a step, "
+        f"{tpot * 1e3:.4g} allowed"
+    )
