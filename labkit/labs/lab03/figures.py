@@ -14,6 +14,18 @@ from labkit.measure import Timing
 from labkit.plots.style import COLORS, CYCLE, MARKERS, figure, plain_ticks, timed_line
 
 
+def cache_growth(lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> Figure:
+    """GB of one request's cache against its tokens, a curve per name, both axes logarithmic."""
+    fig, axes = figure(7.6, 3.4)
+    for (name, values), color, marker in zip(sizes.items(), CYCLE, MARKERS, strict=False):
+        axes.plot(lengths, values, marker=marker, markersize=4, color=color, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of one request", ylabel="GB (10⁹ bytes), float16")
+    powers_of_two(axes, lengths)
+    plain_ticks(axes.yaxis)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
 def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], published: Sequence[float]) -> Figure:
     """Stacked bars in GiB, a bar per row: what arithmetic says each part takes, and a mark at the published total."""
     fig, axes = figure(7.6, 0.9 + 0.45 * len(rows))
@@ -70,12 +82,13 @@ def throughput(
     limits: Mapping[str, int],
     ceilings: Mapping[str, float],
     balances: Mapping[str, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """Tokens per second of all requests together against their number, both axes logarithmic.
 
     rates: by name, for each batch. limits: the largest batch that fits; beyond it a curve is dotted. ceilings: what the
     rate goes to, a dashed level at the right. balances: the batch at which K and V equal the weights, marked on its
-    curve.
+    curve. notes: what to say at the largest batch that fits.
     """
     fig, axes = figure(7.6, 3.8)
     for (name, values), color in zip(rates.items(), CYCLE, strict=False):
@@ -88,6 +101,9 @@ def throughput(
         if balances and batches[0] <= balances[name] <= batches[-1]:
             height = np.exp(np.interp(np.log(balances[name]), np.log(batches), np.log(values)))
             axes.plot([balances[name]], [height], "*", markersize=13, color=color, markeredgecolor="black", zorder=3)
+        if fits and name in (notes or {}):
+            style = {"ha": "right", "va": "top", "fontsize": 8, "color": color}
+            axes.annotate((notes or {})[name], fits[-1], xytext=(4, -7), textcoords="offset points", **style)
         axes.axhline(ceilings[name], xmin=0.88, color=color, linestyle="--", linewidth=1.2)
     if balances:
         axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label="K and V equal the weights")
@@ -117,7 +133,7 @@ def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequenc
     axes.axvline(
         ridge, color=COLORS["theory"], linestyle=":", linewidth=1, label=f"ridge: {ridge:.3g} operations per byte"
     )
-    sides = cycle((("right", -7, 3), ("left", 7, -9)))  # two kinds meet at like intensities, their labels must not
+    sides = cycle((("left", 7, -1), ("center", 0, -15)))  # two kinds meet at like intensities, their labels must not
     for (kind, triples), color, marker, (side, right, up) in zip(points.items(), CYCLE, MARKERS, sides, strict=False):
         xs, ys = [x for _, x, _ in triples], [y / 1e9 for _, _, y in triples]
         axes.plot(xs, ys, marker, markersize=6, color=color, label=kind)

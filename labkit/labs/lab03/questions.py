@@ -5,7 +5,7 @@ from __future__ import annotations
 from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
-    Prediction("03.p1", "Bytes that one token adds to the cache of Llama 3 70B in float16", "bytes", 1.05),
+    Prediction("03.p1", "Bytes that one token adds to the cache of Llama 3.1 70B in float16", "bytes", 1.05),
     Prediction("03.p2", "GiB that the weights of Qwen2.5-7B take at two bytes each", "GiB", 1.05),
     Prediction("03.p3", "Requests of 8K tokens that fit on one 80 GB GPU beside Qwen2.5-7B", "requests", 1.15),
     Prediction("03.p4", "A step of 32 users with 8K tokens each, over a step of one such user", "times", 1.2),
@@ -13,13 +13,14 @@ PREDICTIONS = (
                "operations per byte", 1.3),
     Prediction("03.p6", "A 20-call conversation without prompt caching, over the same with it", "times", 1.25),
     Prediction("03.p7", "A request with a thought of 10,000 tokens, over one with an answer of 300", "times", 1.3),
+    Prediction("03.p8", "GB that a GPU must have for Qwen2.5-7B and 20 users of 16K tokens", "GB", 1.1),
 )  # fmt: skip
 
 QUIZZES = (
     Quiz(
         "03.q1",
-        "A model has 40 layers, 40 query heads, 10 KV heads and head_dim 128. Its K and V go from 16 to 8 bits each. "
-        "How many bytes does a token add then?",
+        "A model has 40 layers, 40 query heads, 10 KV heads and head_dim 128. Its K and V go from float16 to float8, "
+        "without scales. How many bytes does a token add then?",
         {"a": "51,200", "b": "102,400", "c": "204,800", "d": "409,600"},
         {"a": "That is K alone. V is kept as well.",
          "b": "2 x 40 layers x 10 KV heads x 128 x 1 byte.",
@@ -42,7 +43,7 @@ QUIZZES = (
         "03.q3",
         "One 80 GB GPU holds Qwen2.5-7B and 31 users of 32K tokens, all in 16 bits. Which change lets the most users "
         "in?",
-        {"a": "Weights from 16 to 8 bits", "b": "K and V from 16 to 8 bits", "c": "A tenth more memory",
+        {"a": "Weights from 16 to 8 bits", "b": "K and V from float16 to int8", "c": "A tenth more memory",
          "d": "A tenth more bandwidth"},
         {"a": "It frees 7 GiB, once: room for three more. The cache of all users is the larger part here.",
          "b": "Every request becomes little more than half as large, at 8.5 bits a number with scales and zero points: "
@@ -54,7 +55,7 @@ QUIZZES = (
     Quiz(
         "03.q4",
         "Decode of 8 users with short contexts waits for memory. What does a ninth user do to the time of a step?",
-        {"a": "One ninth more", "b": "Almost nothing", "c": "It halves it", "d": "It doubles it"},
+        {"a": "One eighth more", "b": "Almost nothing", "c": "It halves it", "d": "It doubles it"},
         {"a": "That would be so if each user needed a reading of the weights of their own.",
          "b": "The weights are read once for all nine; only a short K and V come on top.",
          "c": "More work is never less time. It is the time per token, over all users, that falls.",

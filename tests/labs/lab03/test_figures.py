@@ -78,3 +78,18 @@ def test_roofline_bends_at_the_ridge_and_places_work_by_intensity_and_rate() -> 
     assert drawn["decode"] == ([0.5], [4.0])
     assert drawn["prefill"] == ([200.0], [90.0])
     assert [text.get_text() for text in axes.texts] == ["one", "many"]
+
+
+def test_cache_growth_draws_each_models_sizes_on_logarithmic_axes_with_lengths_as_people_say_them() -> None:
+    (axes,) = figures.cache_growth([512, 1024, 2048], {"a": [0.5, 1.0, 2.0], "b": [0.5, 0.5, 0.6]}).axes
+    assert lines_of(axes) == {"a": ([512, 1024, 2048], [0.5, 1.0, 2.0]), "b": ([512, 1024, 2048], [0.5, 0.5, 0.6])}
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "1K", "2K"]
+    assert "GB" in axes.get_ylabel()
+
+
+def test_throughput_says_a_note_at_the_largest_batch_that_fits() -> None:
+    rates = {"short": [10.0, 20.0, 20.0], "long": [10.0, 15.0, 18.0]}
+    limits, ceilings = {"short": 2, "long": 4}, {"short": 100.0, "long": 20.0}
+    (axes,) = figures.throughput([1, 2, 4], rates, limits, ceilings, notes={"short": "full"}).axes
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("full", (2, 20.0))]
