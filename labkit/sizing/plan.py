@@ -30,6 +30,7 @@ class Plan:
     context: int
     users: int
     kv_dtype: str
+    weight_dtype: str
     bits_per_element: float
     bytes_per_token: float
     memory: int
@@ -94,6 +95,7 @@ def plan(
         context=context,
         users=users,
         kv_dtype=kept.name,
+        weight_dtype=weight_dtype,
         bits_per_element=float(kept.bits_per_element),
         bytes_per_token=float(bytes_per_token(model, kept)),
         memory=gpu.memory_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.sizing.units import GB, GIB, SizeError, gigabytes_apart, shown
+from labkit.sizing.units import GB, GIB, SizeError, gigabytes, gigabytes_apart, shown
 
 if TYPE_CHECKING:
     from labkit.sizing.plan import Plan
@@ -14,6 +14,8 @@ def verdict(plan: Plan) -> str:
     """What breaks first, and what would help."""
     if plan.weights >= plan.memory:
         return _weights_break(plan)
+    if not plan.users_that_fit and plan.weights > plan.memory / 2:
+        return _weights_leave_too_little(plan)
     if plan.users_that_fit < plan.users:
         return _cache_breaks(plan)
     context, longest, trained = plan.context, plan.context_that_fits, plan.trained_context
@@ -30,6 +32,14 @@ def _weights_break(plan: Plan) -> str:
     remedy = f"{needed} of these would hold them" if needed else "take a larger device, or fewer bits per weight"
     weights, room = gigabytes_apart(plan.weights, memory)
     return f"The weights break first: {weights} do not go into {room}; {remedy}."
+
+
+def _weights_leave_too_little(plan: Plan) -> str:
+    room = max(0, plan.memory - plan.weights - plan.reserve)
+    return (
+        f"The weights break first: of {gigabytes(plan.memory)} they leave {gigabytes(room)} for K and V, less than "
+        f"1 user of {plan.context:,} tokens takes; take a larger device, or fewer bits per weight."
+    )
 
 
 def _cache_breaks(plan: Plan) -> str:

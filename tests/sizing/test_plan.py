@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from labkit import sizing
+from labkit import sizing, specs
 from labkit.sizing import plan
 from tests.shapes import GPU, shape
 
@@ -35,3 +35,18 @@ def test_a_cache_that_breaks_first_says_how_many_users_fit():
     answer = plan(shape(), small, context=400, users=50)
     assert answer.verdict.startswith(f"The cache breaks first: {answer.users_that_fit} of 50 users fit at 400 tokens")
     assert not answer.fits
+
+
+def test_weights_break_first_where_they_leave_less_than_one_user_takes():
+    answer = sizing.plan(specs.model("qwen2.5-7b"), specs.gpu("t4"), context=8192, users=4)
+    assert answer.weights < answer.memory
+    assert answer.users_that_fit == 0
+    assert answer.verdict.startswith(
+        "The weights break first: of 15.6 GB they leave 342.1 MB for K and V, less than 1 user"
+    )
+    longest = sizing.plan(specs.model("qwen2.5-7b"), specs.gpu("h100-80gb"), context=2**20, users=1)
+    assert longest.verdict.startswith("The cache breaks first"), "a length that fits nowhere is not the weights' fault"
+
+
+def test_a_plan_says_what_its_weights_are_in():
+    assert sizing.plan(specs.model("qwen2.5-7b"), specs.gpu("t4"), weight_dtype="int4").weight_dtype == "int4"
