@@ -63,9 +63,8 @@ def _bar(axes: Axes, row: int, plan: Plan, limit: float) -> None:
         _over(axes, row, memory, start / GB, limit)
     axes.plot([memory] * 2, [row - 0.32, row + 0.32], color="black", linewidth=2, solid_capstyle="butt", zorder=4)
     devices = plan.gpu if plan.ranks == 1 else f"{plan.ranks} x {plan.gpu}"
-    what = (
-        f"{plan.model} on {devices} · {plan.context:,} tokens x {count_users(plan.users)} · K and V in {plan.kv_dtype}"
-    )
+    what = f"{plan.model} on {devices} · {plan.context:,} tokens x {count_users(plan.users)}"
+    what += f" · weights in {plan.weight_dtype}, K and V in {plan.kv_dtype}"
     axes.text(0, row - 0.36, what, va="bottom", fontsize=8.5)
     axes.text(limit, row - 0.36, f"TPOT ≥ {_time(plan.step)}", va="bottom", ha="right", fontsize=8.5)
 

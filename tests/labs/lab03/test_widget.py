@@ -91,7 +91,7 @@ def test_each_plan_has_its_bar_its_label_its_floor_and_its_memorys_mark():
     for row, asked in enumerate(plans):
         assert bars(figure, plots.COLORS["weights"], row)
         (label,) = [text for text in texts(figure) if text.startswith(asked.model) and asked.gpu in text]
-        assert asked.kv_dtype in label
+        assert f"weights in {asked.weight_dtype}, K and V in {asked.kv_dtype}" in label
         assert f"TPOT ≥ {asked.step * 1e3:.{2 if asked.step < 0.01 else 1}f} ms" in texts(figure)
     marks = [line.get_xdata()[0] for line in figure.axes[0].lines]
     assert marks == pytest.approx([asked.memory / GB for asked in plans])
