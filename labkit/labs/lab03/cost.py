@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import conversation_cost
+from labkit.labs.lab03.slips import Slip, suspects_of
 
 
 def bill(
@@ -19,18 +20,24 @@ def bill(
     cached: Callable[[int, list[int], int, int], int] = lambda call, sent, prefix, answer: (
         sent[call - 2] if call > 1 else 0
     ),
-    answers: Callable[[int], int] = lambda calls: calls,
+    answers: Callable[[int], float] = lambda calls: calls,
+    calls: Callable[[int], Iterable[int]] = lambda count: range(1, count + 1),
+    prices: Callable[[float, float, float], tuple[float, float, float]] = lambda new, out, old: (new, out, old),
     billed_twice: bool = False,
 ) -> Callable[..., float]:
     """The bill with another idea of what a call sends, what of it is cached, or which answers are paid for.
 
-    sent: tokens of a call. cached: of those, read from the cache. billed_twice: the cached part is new input as well.
+    sent: tokens of a call. cached: of those, read from the cache. answers: how many are paid for. calls: which are
+    added up. prices: those of new input, answers and cached input. billed_twice: the cached part is new input as well.
     """
 
-    def formula(calls: int, prefix: int, added: int, answer: int, new: float, out: float, old: float) -> float:
-        each = [sent(call, prefix, added, answer) for call in range(1, calls + 1)]
-        dollars = answers(calls) * answer * out
-        for call in range(1, calls + 1):
+    def formula(
+        count: int, prefix: int, added: int, answer: int, input_price: float, output_price: float, cached_price: float
+    ) -> float:
+        new, out, old = prices(input_price, output_price, cached_price)
+        each = [sent(call, prefix, added, answer) for call in range(1, count + 1)]
+        dollars = answers(count) * answer * out
+        for call in calls(count):
             kept = cached(call, each, prefix, answer)
             dollars += kept * old + (each[call - 1] - (0 if billed_twice else kept)) * new
         return dollars / 1e6
@@ -39,9 +46,80 @@ def bill(
 
 
 BEFORE = "what the call before had sent: all of it is cached, nothing else is"
-
-
 ANSWER = "call 2 in the drawing above the blank: it sends a1 for the first time, and call 1 sends everything so"
+PRICES = "the last two lines of the docstring: which price is whose"
+BILL_SLIPS = {
+    "sent": (
+        Slip("answers-not-sent", lambda call, prefix, added, answer: prefix + call * added,
+             "the answers are not sent again", "call 2: the answer to call 1 stands between the messages"),
+        Slip("answers-too-early", lambda call, prefix, added, answer: prefix + call * (added + answer),
+             "a call sends the answer that it is to bring", "call 1 sends no answer, call 2 one"),
+        Slip("starts-at-nothing", lambda call, prefix, added, answer: prefix + (call - 1) * (added + answer),
+             "the first call sends the prefix without a message", "range: the first call adds its message too"),
+        Slip("history-not-sent", lambda call, prefix, added, answer: prefix + added,
+             "each call sends the prefix and one message only", "call 3: it sends the messages of 1 and 2 as well"),
+        Slip("history-not-sent", lambda call, prefix, added, answer: prefix + added + (answer if call > 1 else 0),
+             "each call sends the prefix, the last answer and one message only", "call 3: it sends all before it"),
+        Slip("prefix-once",
+             lambda call, prefix, added, answer: (prefix if call == 1 else 0) + call * added + (call - 1) * answer,
+             "only the first call sends the prefix", "a stateless server is sent everything at each call"),
+        Slip("prefix-left-out", lambda call, prefix, added, answer: call * added + (call - 1) * answer,
+             "the prefix is not sent", "`prefix`: every call begins with it"),
+        Slip("prefix-every-time", lambda call, prefix, added, answer: call * (prefix + added) + (call - 1) * answer,
+             "the prefix is sent once more at each call", "call 3 in the drawing: it has one prefix"),
+        Slip("messages-left-out", lambda call, prefix, added, answer: prefix + (call - 1) * answer,
+             "the messages are not sent", "`added`: each call brings one"),
+    ),
+    "cached": (
+        Slip("first-call-cached", lambda call, sent, prefix, answer: sent[call - 2] if call > 1 else prefix,
+             "the prefix has the cached price at the first call already", "call 1: nothing was sent before"),
+        Slip("first-call-cached", lambda call, sent, prefix, answer: prefix,
+             "the prefix has the cached price at the first call already, and the history never", BEFORE),
+        Slip("answer-cached", lambda call, sent, prefix, answer: sent[call - 2] + answer if call > 1 else 0,
+             "the last answer has the cached price, though no call had sent it yet", ANSWER),
+        Slip("answer-cached", lambda call, sent, prefix, answer: sent[call - 2] + answer if call > 1 else prefix,
+             "two things: the last answer has the cached price, and so has the prefix at the first call", ANSWER),
+        Slip("only-the-prefix", lambda call, sent, prefix, answer: prefix if call > 1 else 0,
+             "only the prefix is read from the cache", BEFORE),
+        Slip("no-caching", lambda call, sent, prefix, answer: 0, "all input has the input price", BEFORE),
+        Slip("all-cached", lambda call, sent, prefix, answer: sent[call - 1] if call > 1 else 0,
+             "what a call sends for the first time has the cached price too", BEFORE),
+        Slip("all-cached", lambda call, sent, prefix, answer: sent[call - 1], "all input has the cached price", BEFORE),
+        Slip("two-calls-late", lambda call, sent, prefix, answer: sent[call - 3] if call > 2 else 0,
+             "what the call before sent is taken for new", BEFORE),
+        Slip("sum-cached", lambda call, sent, prefix, answer: sum(sent[: call - 1]),
+             "the input of all calls before was added up as cached", "the input of the last call holds all of it"),
+    ),
+    "answers": (
+        Slip("output-free", lambda calls: 0, "answers cost nothing", "output_price"),
+        Slip("output-free", lambda calls: 1, "one answer is paid for", "every call brings an answer"),
+        Slip("output-free", lambda calls: calls - 1, "the last answer is not paid for", "every call brings an answer"),
+        Slip("output-too-often", lambda calls: calls + 1, "one answer too many is paid for", "range: how many calls"),
+        Slip("output-too-often", lambda calls: calls * (calls + 1) / 2, "answers are paid for again at each call",
+             "an answer is output once; when it is sent again it is input"),
+    ),
+    "calls": (
+        Slip("one-call-fewer", lambda count: range(1, count), "the last call's input is not paid for",
+             "range: it ends before its second number"),
+        Slip("one-call-fewer", lambda count: range(2, count + 1), "the first call's input is not paid for",
+             "range: where it begins"),
+        Slip("last-call-only", lambda count: range(count, count + 1), "only the last call's input is paid for",
+             "`=` where `+=` was meant, or a sum outside the loop"),
+    ),
+    "prices": (
+        Slip("prices-exchanged", lambda new, out, old: (out, new, old), "input and output price are exchanged", PRICES),
+        Slip("prices-exchanged", lambda new, out, old: (old, out, new), "input and cached price are exchanged", PRICES),
+        Slip("prices-exchanged", lambda new, out, old: (new, old, out), "output and cached are exchanged", PRICES),
+        Slip("output-at-input-price", lambda new, out, old: (new, new, old), "answers have the input price", PRICES),
+        Slip("cached-free", lambda new, out, old: (new, out, 0.0), "cached input costs nothing", "cached_price"),
+        Slip("cached-twice", lambda new, out, old: (new, out, new * old),
+             "the cached price was taken as a share of the input price", PRICES),
+    ),
+    "billed_twice": (
+        Slip("billed-twice", True, "cached tokens are billed as new input as well",
+             "the new part: what is sent less what was sent before"),
+    ),
+}  # fmt: skip
 
 
 class ConversationCost(Exercise):
@@ -64,48 +142,23 @@ class ConversationCost(Exercise):
         "answers-not-sent": "The model's own answer is part of what the next call sends.",
     }
     suspects: ClassVar = (
-        Suspect("history-not-sent", bill(sent=lambda call, prefix, added, answer: prefix + added,
-                                         cached=lambda call, sent, prefix, answer: prefix if call > 1 else 0),
+        Suspect("history-not-sent", (
+                bill(sent=lambda call, prefix, added, answer: prefix + added,
+                     cached=lambda call, sent, prefix, answer: prefix if call > 1 else 0),
+                bill(sent=lambda call, prefix, added, answer: prefix + added,
+                     cached=lambda call, sent, prefix, answer: sent[0] if call > 1 else 0)),
                 "each call sends the prefix and one message only", "call 3: it sends the messages of 1 and 2 as well"),
-        Suspect("history-not-sent", bill(sent=lambda call, prefix, added, answer: prefix + added,
-                                         cached=lambda call, sent, prefix, answer: sent[0] if call > 1 else 0),
-                "each call sends the prefix and one message only", "call 3: it sends the messages of 1 and 2 as well"),
-        Suspect("answers-not-sent", bill(sent=lambda call, prefix, added, answer: prefix + call * added),
-                "the answers are not sent again", "call 2: the answer to call 1 stands between the messages"),
-        Suspect("answers-too-early", bill(sent=lambda call, prefix, added, answer: prefix + call * (added + answer)),
-                "a call sends the answer that it is to bring", "call 1 sends no answer, call 2 one"),
-        Suspect("starts-at-nothing",
-                bill(sent=lambda call, prefix, added, answer: prefix + (call - 1) * (added + answer)),
-                "the first call sends the prefix without a message", "range: the first call adds its message too"),
-        Suspect("first-call-cached",
-                bill(cached=lambda call, sent, prefix, answer: sent[call - 2] if call > 1 else prefix),
-                "the prefix has the cached price at the first call already", "call 1: nothing was sent before"),
-        Suspect("answer-cached",
-                bill(cached=lambda call, sent, prefix, answer: sent[call - 2] + answer if call > 1 else 0),
-                "the last answer has the cached price, though no call had sent it yet", ANSWER),
-        Suspect("answer-cached",
-                bill(cached=lambda call, sent, prefix, answer: sent[call - 2] + answer if call > 1 else prefix),
-                "two things: the last answer has the cached price, and so has the prefix at the first call", ANSWER),
-        Suspect("first-call-cached", bill(cached=lambda call, sent, prefix, answer: prefix),
-                "the prefix has the cached price at the first call already, and the history never", BEFORE),
-        Suspect("only-the-prefix", bill(cached=lambda call, sent, prefix, answer: prefix if call > 1 else 0),
-                "only the prefix is read from the cache", BEFORE),
-        Suspect("no-caching", bill(cached=lambda call, sent, prefix, answer: 0),
-                "all input has the input price", BEFORE),
-        Suspect("all-cached", bill(cached=lambda call, sent, prefix, answer: sent[call - 1] if call > 1 else 0),
-                "a call's new tokens have the cached price as well", BEFORE),
-        Suspect("billed-twice", bill(billed_twice=True), "cached tokens are billed as new input as well",
-                "the new part: what is sent less what was sent before"),
-        Suspect("output-free", bill(answers=lambda calls: 0), "answers cost nothing", "output_price"),
-        Suspect("output-free", bill(answers=lambda calls: 1), "one answer is paid for", "every call brings an answer"),
+        *suspects_of(bill, BILL_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """One call, several, each size and price changed alone, and all input at one price."""
+        """One call, two, several and many; each size and price changed alone; parts that are nothing; one price."""
         cases = [
             (5, 1_009, 211, 89, 3.0, 17.0, 0.7), (1, 1_009, 211, 89, 3.0, 17.0, 0.7), (5, 499, 211, 89, 3.0, 17.0, 0.7),
             (5, 1_009, 107, 89, 3.0, 17.0, 0.7), (5, 1_009, 211, 31, 3.0, 17.0, 0.7),
             (5, 1_009, 211, 89, 5.0, 17.0, 0.7), (5, 1_009, 211, 89, 3.0, 13.0, 0.7),
             (5, 1_009, 211, 89, 3.0, 17.0, 0.3), (5, 1_009, 211, 89, 3.0, 17.0, 3.0),
+            (2, 1_009, 211, 89, 3.0, 17.0, 0.7), (3, 0, 211, 89, 3.0, 17.0, 0.7), (20, 131_072, 0, 0, 3, 0, 0.3),
+            (20, 10_007, 1_511, 0, 3, 15, 0.3), (101, 10_007, 0, 503, 3, 15, 0.3), (5, 1_009, 211, 89, 3.0, 17.0, 0.7),
         ]  # fmt: skip
         judge(type(self), answer, conversation_cost, cases, self.suspects, what="the bill in dollars")

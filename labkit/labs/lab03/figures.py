@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def throughput(
             height = np.exp(np.interp(np.log(balances[name]), np.log(batches), np.log(values)))
             axes.plot([balances[name]], [height], "*", markersize=13, color=color, markeredgecolor="black", zorder=3)
         if fits and name in (notes or {}):
-            style = {"ha": "right", "va": "top", "fontsize": 8, "color": color}
+            style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": color}
             axes.annotate((notes or {})[name], fits[-1], xytext=(4, -7), textcoords="offset points", **style)
         axes.axhline(ceilings[name], xmin=0.88, color=color, linestyle="--", linewidth=1.2)
     if balances:

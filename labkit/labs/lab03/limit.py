@@ -11,6 +11,7 @@ from labkit import specs
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, capacity, count_weights, first_limit
+from labkit.labs.lab03.slips import Slip, suspects_of
 from labkit.specs import GpuSpec, ModelSpec
 
 ANSWERS = ("length", "weights", "cache", "time", "fits")
@@ -24,6 +25,12 @@ OTHER = ModelSpec(
     num_layers=5, num_heads=9, num_kv_heads=1, head_dim=30, hidden_size=350, intermediate_size=910,
     vocab_size=5_003, max_seq_len=70_000, tied_head=True,
 )  # fmt: skip
+WINDOWED = ModelSpec(
+    name="7 layers with a window of 131 tokens",
+    num_layers=7, num_heads=6, num_kv_heads=3, head_dim=42, hidden_size=270, intermediate_size=710,
+    vocab_size=3_001, max_seq_len=16_384, window=131,
+)  # fmt: skip
+EXACT = 2**39 / 1e9  # GB/s: a power of two in bytes, so that a time comes out without rounding
 Case = tuple[ModelSpec, GpuSpec, int, int, float]
 
 
@@ -63,6 +70,10 @@ def cases() -> list[Case]:
         case(OTHER, 17, 65_539, requests=17.2, share=3.0), case(OTHER, 17, 70_001, requests=17.2),
         case(OTHER, 17, 65_539, requests=0.9), case(OTHER, 500, 131, requests=500.5),
         case(OTHER, 500, 131, requests=500.5, share=1.01),
+        case(MODEL, 13, 1_009, requests=14.5, share=1.0, bandwidth=EXACT),  # just in time
+        # A learner may count K and V of every token as read: the time is ample for that.
+        case(WINDOWED, 19, 8_009, requests=19.5, share=0.001), case(WINDOWED, 19, 8_009, requests=18.5, share=0.001),
+        case(MODEL, 13, 1_009, requests=13.01),
     ]  # fmt: skip
 
 
@@ -96,6 +107,88 @@ def limit(
 
 ORDER = "the docstring lists them in the order in which they are asked; the first that applies is the answer"
 TIME = "one step gives every user a token; it reads the weights once and each user's K and V"
+LIMIT_SLIPS = {
+    "length": (
+        Slip("length-ignored", lambda context, trained: False,
+             "what the model was trained for sets no limit in your answer", "spec.max_seq_len"),
+        Slip("boundary", lambda context, trained: context >= trained,
+             "a request of exactly max_seq_len tokens was refused", "> or >=: the docstring says longer"),
+        Slip("length-reversed", lambda context, trained: context < trained,
+             "requests shorter than max_seq_len were refused", "the comparison of context with spec.max_seq_len"),
+    ),
+    "few": (
+        Slip("boundary", lambda fit, users: fit <= users,
+             "exactly as many as there are users was taken for too few", "< or <=: the docstring says fewer"),
+        Slip("users-ignored", lambda fit, users: fit < 1, "room for one request was taken for enough", "`users`"),
+    ),
+    "fits": (
+        Slip("no-reserve", lambda memory, weights, request: capacity(memory, weights, request, 0.0),
+             "nothing was kept free", "the reserve of 0.15"),
+        Slip("reserve-of-all", lambda memory, weights, request: (memory * 0.85 - weights) // request,
+             "the reserve was taken off the whole memory", "the reserve is a share of what the weights leave"),
+        Slip("only-the-reserve", lambda memory, weights, request: capacity(memory, weights, request, 0.85),
+             "only the reserve was filled", "capacity's reserve: the share that is kept free"),
+        Slip("weights-left-out", lambda memory, weights, request: capacity(memory, 0, request, 0.15),
+             "the weights take no memory in your answer", "capacity's weight_bytes"),
+    ),
+    "weights": (
+        Slip("weights-counted", count_weights, "the number of weights was taken for their bytes",
+             "16 bits are two bytes per weight"),
+        Slip("weights-counted", lambda spec: 4 * count_weights(spec), "the weights were given four bytes each",
+             "16 bits are two bytes per weight"),
+    ),
+    "request": (
+        Slip("cache-bytes", lambda spec, context, users: cache_bytes(spec, context, 1, 1),
+             "numbers of the cache were counted, not their bytes", "16 bits are two bytes per number"),
+        Slip("cache-bytes", lambda spec, context, users: cache_bytes(spec, context, 1, 4),
+             "the cache was given four bytes a number", "16 bits are two bytes per number"),
+        Slip("batch-twice", lambda spec, context, users: cache_bytes(spec, context, users, 2),
+             "the cache of all users was taken for that of one request", "batch: one request, or all of them?"),
+        Slip("window-ignored", lambda spec, context, users: context * cache_bytes(spec, 1, 1, 2),
+             "layers with a window were taken to keep every token", "cache_bytes for the whole request"),
+        Slip("one-token", lambda spec, context, users: cache_bytes(spec, 1, 1, 2),
+             "the cache of one token was taken for that of a request", "`context`"),
+    ),
+    "none": (
+        Slip("weights-alone", lambda fit, memory, weights: weights >= memory,
+             '"weights" came only where they alone do not fit', "the docstring: where not one request fits"),
+        Slip("order", lambda fit, memory, weights: False, '"weights" never comes', ORDER),
+        Slip("order", lambda fit, memory, weights: True, '"cache" never comes', ORDER),
+    ),
+    "order": (
+        Slip("order", ("weights", "cache", "time", "length"), "the length was asked about last", ORDER),
+        Slip("order", ("weights", "cache", "length", "time"), "memory was asked first", ORDER),
+        Slip("order", ("length", "time", "weights", "cache"), "time was asked before memory", ORDER),
+        Slip("order", ("time", "length", "weights", "cache"), "the time was asked first", ORDER),
+        Slip("order", ("time", "cache", "weights", "length"), "the questions were asked in the opposite order", ORDER),
+    ),
+    "read": (
+        Slip("time-of-one", lambda weights, request, users: weights + request,
+             "a step was timed as that of one user", TIME),
+        Slip("weights-per-request", lambda weights, request, users: users * (weights + request),
+             "the weights were read once per user", TIME),
+        Slip("cache-left-out", lambda weights, request, users: weights,
+             "a step was timed as reading the weights alone", TIME),
+        Slip("weights-not-read", lambda weights, request, users: users * request,
+             "a step was timed as reading the cache alone", TIME),
+    ),
+    "slow": (
+        Slip("time-ignored", lambda seconds, tpot, users: False,
+             "time sets no limit in your answer", "tpot and gpu.bytes_per_s"),
+        Slip("boundary", lambda seconds, tpot, users: seconds >= tpot,
+             "a step that takes exactly tpot was refused", "> or >=: the docstring says more than"),
+        Slip("per-request", lambda seconds, tpot, users: seconds / users > tpot,
+             "the step's time was divided by the number of users", TIME),
+        Slip("inverted", lambda seconds, tpot, users: 1 / seconds > tpot,
+             "tokens per second were compared with seconds", "tpot: seconds per token"),
+        Slip("inverted", lambda seconds, tpot, users: seconds < tpot,
+             "a step that is short enough was refused", "the comparison of the floor with tpot"),
+        Slip("milliseconds", lambda seconds, tpot, users: seconds * 1e3 > tpot,
+             "milliseconds were compared with seconds", "tpot: seconds"),
+        Slip("milliseconds", lambda seconds, tpot, users: seconds > tpot * 1e3,
+             "seconds were compared with milliseconds", "tpot: seconds"),
+    ),
+}  # fmt: skip
 
 
 class FirstLimit(Exercise):
@@ -120,49 +213,15 @@ class FirstLimit(Exercise):
         "no-reserve": "Activations and the allocator need room too. How much did 03.3 keep free?",
         "weights-counted": "count_weights gives a count. How many bytes is each in 16 bits?",
         "weights-alone": "A GPU that holds the weights and nothing else: how many requests does it serve?",
+        "window-ignored": "03.1 asked each layer what it keeps. Does yours?",
         "time-of-one": "Whose K and V does a step of the whole batch read?",
         "order": "Two limits may fail at once. Which one does the docstring ask about first?",
     }
     suspects: ClassVar = (
-        Suspect("length-ignored", limit(length=lambda context, trained: False),
-                "what the model was trained for sets no limit in your answer", "spec.max_seq_len"),
-        Suspect("boundary", limit(length=lambda context, trained: context >= trained),
-                "a request of exactly max_seq_len tokens was refused", "> or >=: the docstring says longer"),
-        Suspect("boundary", limit(few=lambda fit, users: fit <= users),
-                "exactly as many as there are users was taken for too few", "< or <=: the docstring says fewer"),
-        Suspect("no-reserve", limit(fits=lambda memory, weights, request: capacity(memory, weights, request, 0.0)),
-                "nothing was kept free", "the reserve of 0.15"),
-        Suspect("reserve-of-all", limit(fits=lambda memory, weights, request: (memory * 0.85 - weights) // request),
-                "the reserve was taken off the whole memory", "the reserve is a share of what the weights leave"),
-        Suspect("weights-counted", limit(weights=count_weights),
-                "the number of weights was taken for their bytes", "16 bits are two bytes per weight"),
-        Suspect("weights-alone", limit(none=lambda fit, memory, weights: weights >= memory),
-                '"weights" came only where they alone do not fit', 'the docstring: where not one request fits'),
-        Suspect("order", limit(order=("weights", "cache", "time", "length")), "the length was asked about last", ORDER),
-        Suspect("order", limit(order=("weights", "cache", "length", "time")), "memory was asked first", ORDER),
-        Suspect("order", limit(order=("length", "time", "weights", "cache")), "time was asked before memory", ORDER),
-        Suspect("order", limit(order=("time", "length", "weights", "cache")), "the time was asked first", ORDER),
-        Suspect("order", limit(order=("length", "cache", "time", "weights")),
-                '"cache" was asked before "weights", which then never comes', ORDER),
         Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2),
                                      read=lambda weights, request, users: weights + request),
                 "capacity was handed the cache of all users as that of one request", "capacity's request_bytes"),
-        Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2)),
-                "the cache of all users was taken for that of one request", "batch: one request, or all of them?"),
-        Suspect("time-ignored", limit(slow=lambda seconds, tpot, users: False),
-                "time sets no limit in your answer", "tpot and gpu.bytes_per_s"),
-        Suspect("time-of-one", limit(read=lambda weights, request, users: weights + request),
-                "a step was timed as that of one user", TIME),
-        Suspect("weights-per-request", limit(read=lambda weights, request, users: users * (weights + request)),
-                "the weights were read once per user", TIME),
-        Suspect("cache-left-out", limit(read=lambda weights, request, users: weights),
-                "a step was timed as reading the weights alone", TIME),
-        Suspect("per-request", limit(slow=lambda seconds, tpot, users: seconds / users > tpot),
-                "the step's time was divided by the number of users", TIME),
-        Suspect("inverted", limit(slow=lambda seconds, tpot, users: 1 / seconds > tpot),
-                "tokens per second were compared with seconds", "tpot: seconds per token"),
-        Suspect("inverted", limit(slow=lambda seconds, tpot, users: seconds < tpot),
-                "a step that is short enough was refused", "the comparison of the floor with tpot"),
+        *suspects_of(limit, LIMIT_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
-from labkit.course.checks.numbers import judge
+from labkit.course.checks.numbers import judge, shown
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import capacity, request_bytes
+from labkit.labs.lab03.slips import Slip, suspects_of
 from labkit.specs import ModelSpec
+
+
+def fitting(
+    *,
+    room: Callable[[float, float, float], float] = lambda m, w, r: (m - w) * (1 - r),
+    each: Callable[[float, float, float], float] = lambda w, q, r: q,
+    whole: Callable[[float], float] = math.floor,
+) -> Callable[[int, int, int, float], float]:
+    """The number of requests with another idea of the room, of what a request takes, or of rounding."""
+    return lambda m, w, q, r: max(0, whole(room(m, w, r) / each(w, q, r)))
+
+
+SHARE = "the docstring: a share of what the weights leave"
+WHOLE = "a request of which a part fits does not fit"
+CAPACITY_SLIPS = {
+    "room": (
+        Slip("reserve-of-all", lambda m, w, r: m * (1 - r) - w, "the reserve was taken off the whole memory", SHARE),
+        Slip("no-reserve", lambda m, w, r: m - w, "nothing was kept free", "the parameter `reserve`"),
+        Slip("only-the-reserve", lambda m, w, r: (m - w) * r, "only the reserve was filled",
+             "reserve or 1 - reserve: 0.15 is what stays free"),
+        Slip("weights-left-out", lambda m, w, r: m * (1 - r), "the weights were left out",
+             "what stands in memory before the first request comes"),
+        Slip("weights-left-out", lambda m, w, r: m, "weights and reserve were left out",
+             "what stands in memory before the first request comes"),
+        Slip("reserve-added", lambda m, w, r: (m - w) * (1 + r), "the reserve was added to the room", SHARE),
+        Slip("reserve-added", lambda m, w, r: (m - w) / (1 - r), "the reserve made the room larger", SHARE),
+        Slip("reserve-divided", lambda m, w, r: (m - w) / (1 + r), "the room was divided by 1 + reserve",
+             "a share that is kept free: what may be used is 1 - reserve of the room"),
+        Slip("reserve-of-weights", lambda m, w, r: m - w * (1 + r), "the reserve was taken as a share of the weights",
+             SHARE),
+        Slip("weights-added", lambda m, w, r: (m + w) * (1 - r), "the weights were added to the memory",
+             "what stands in memory before the first request comes"),
+    ),
+    "each": (
+        Slip("weights-per-request", lambda w, q, r: w + q, "each request was given weights of its own",
+             "weights are shared: they are stored once"),
+        Slip("reserve-per-request", lambda w, q, r: q * (1 + r), "each request was made larger by the reserve", SHARE),
+        Slip("reserve-per-request", lambda w, q, r: q * (1 - r), "each request was made smaller by the reserve", SHARE),
+    ),
+    "whole": (
+        Slip("rounded-up", math.ceil, "the number was rounded up", WHOLE),
+        Slip("rounded-up", round, "the number was rounded to the nearest", WHOLE),
+        Slip("rounded-up", lambda x: math.floor(x) + 1, "one was added to what fits", WHOLE),
+        Slip("one-too-few", lambda x: math.ceil(x) - 1, "a request that fills the room to the last byte was left out",
+             "what happens when nothing is left over: < or <="),
+        Slip("one-too-few", lambda x: math.floor(x) - 1, "one request fewer than fits", "where counting starts"),
+        Slip("not-rounded", lambda x: x, "a fraction of a request came out", "whole requests: // rounds down"),
+    ),
+}  # fmt: skip
 
 
 class Capacity(Exercise):
@@ -25,40 +77,41 @@ class Capacity(Exercise):
     )
     hints_for: ClassVar = {
         "reserve-of-all": "The reserve is a share. Of what? The docstring says.",
+        "no-reserve": "Of ten bytes that the weights leave and a reserve of 0.15, how many may be used?",
         "rounded-up": "A request of which nine tenths fit does not fit.",
         "below-zero": "How many users does a GPU serve that cannot hold the weights?",
     }
     suspects: ClassVar = (
-        Suspect("reserve-of-all", lambda m, w, q, r: max(0, int((m * (1 - r) - w) // q)),
-                "the reserve was taken off the whole memory", "the docstring: a share of what the weights leave"),
-        Suspect("reserve-of-all", lambda m, w, q, r: int((m * (1 - r) - w) // q),
-                "the reserve was taken off the whole memory", "the docstring: a share of what the weights leave"),
-        Suspect("no-reserve", lambda m, w, q, r: max(0, (m - w) // q), "nothing was kept free",
-                "the parameter `reserve`"),
-        Suspect("no-reserve", lambda m, w, q, r: (m - w) // q, "nothing was kept free", "the parameter `reserve`"),
-        Suspect("only-the-reserve", lambda m, w, q, r: max(0, int((m - w) * r // q)), "only the reserve was filled",
-                "reserve or 1 - reserve: 0.15 is what stays free"),
-        Suspect("weights-left-out", lambda m, w, q, r: int(m * (1 - r) // q), "the weights were left out",
-                "what stands in memory before the first request comes"),
-        Suspect("below-zero", lambda m, w, q, r: int((m - w) * (1 - r) // q), "a negative number of requests fits",
-                "the case in which the weights do not fit: 0"),
-        Suspect("rounded-up", lambda m, w, q, r: max(0, -int(-((m - w) * (1 - r)) // q)),
-                "the number was rounded up", "a request of which a part fits does not fit"),
-        Suspect("rounded-up", lambda m, w, q, r: max(0, round((m - w) * (1 - r) / q)),
-                "the number was rounded to the nearest", "a request of which a part fits does not fit"),
-        Suspect("weights-per-request", lambda m, w, q, r: max(0, int(m * (1 - r) // (w + q))),
+        Suspect("weights-per-request", fitting(room=lambda m, w, r: m * (1 - r), each=lambda w, q, r: w + q),
                 "each request was given weights of its own", "weights are shared: they are stored once"),
-        Suspect("not-rounded", lambda m, w, q, r: max(0.0, (m - w) * (1 - r) / q), "a fraction of a request came out",
-                "whole requests: // rounds down"),
+        *suspects_of(fitting, CAPACITY_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """Room for many and for few, just short of one more, another reserve, and weights that do not fit."""
+        """Room for many, few and none; full to the last byte and one short of it; no reserve; each argument alone; at
+        the end weights that do not fit."""
+        what = "the number of requests"
         cases = [
             (84_932_978_278, 15_231_233_024, 117_440_512, 0.15), (84_932_978_278, 15_231_233_024, 117_440_512, 0.31),
-            (84_932_978_278, 15_231_233_024, 7_516_192_768, 0.15), (1_009, 211, 89, 0.1), (25_000, 40_000, 700, 0.15),
+            (84_932_978_278, 15_231_233_024, 7_516_192_768, 0.15), (84_932_978_278, 40_000_000_007, 117_440_512, 0.15),
+            (42_294_690_447, 15_231_233_024, 117_440_512, 0.15), (1_009, 211, 89, 0.1), (1_000, 200, 100, 0.5),
+            (1_001, 200, 100, 0.5), (999, 200, 100, 0.5), (1_200, 200, 100, 0.0), (1_000, 200, 401, 0.5),
+            (1_000, 200, 400, 0.5), (10**12 + 1, 7, 30_000_001, 0.25), (1_009, 211, 89, 0.1),
         ]  # fmt: skip
-        judge(type(self), answer, capacity, cases, self.suspects, what="the number of requests", whole=True)
+        judge(type(self), answer, capacity, cases, self.suspects, what=what, whole=True)
+        cases = [
+            (25_000, 40_000, 700, 0.15), (40_000, 40_000, 700, 0.15), (40_000, 40_100, 700, 0.15),
+            (40_000, 40_100, 700, 0.0),
+        ]  # fmt: skip
+        for case in cases:
+            if (count := self.call(answer, *case)) < 0:
+                self.fail(
+                    "below-zero",
+                    seen=f"{shown(capacity, case)}: {count:,} came back",
+                    cause="a negative number of requests fits",
+                    look="the case in which the weights do not fit: 0",
+                )
+        judge(type(self), answer, capacity, cases, self.suspects, what=what, whole=True)
 
 
 def shaped(name: str, layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int) -> ModelSpec:
@@ -76,9 +129,67 @@ ALL = shaped("40 heads, 40 KV heads", 40, 40, 40, 128, 5120)
 ONE = shaped("71 heads, 1 KV head", 32, 71, 1, 64, 4096)
 
 
-def with_heads(heads: Callable[[ModelSpec], float]) -> Callable[[ModelSpec, int, int], float]:
-    """The formula with another number of heads."""
-    return lambda spec, context, size: 2 * spec.num_layers * heads(spec) * spec.head_dim * context * size
+def planned(
+    *,
+    heads: Callable[[ModelSpec], float] = lambda spec: spec.num_kv_heads,
+    width: Callable[[ModelSpec], float] = lambda spec: spec.head_dim,
+    layers: Callable[[ModelSpec], float] = lambda spec: spec.num_layers,
+    both: float = 2,
+    rest: Callable[[int, int], float] = lambda context, size: context * size,
+) -> Callable[[ModelSpec, int, int], float]:
+    """The planner's formula with another idea of one of its factors."""
+    return lambda spec, context, size: both * layers(spec) * heads(spec) * width(spec) * rest(context, size)
+
+
+GROUP = "the number of KV heads needs no choice"
+PLANNER_SLIPS = {
+    "heads": (
+        Slip("group-size", lambda spec: spec.num_heads // spec.num_kv_heads,
+             "one factor is right for some models, too large for others and too small for yet others",
+             "the ratio of the two figures here, and for 64 heads with 8 KV heads: which sizes give both?"),
+        Slip("group-size", lambda spec: max(spec.num_kv_heads, spec.num_heads // spec.num_kv_heads),
+             "the larger of group size and KV heads was taken", GROUP),
+        Slip("group-size", lambda spec: min(spec.num_kv_heads, spec.num_heads // spec.num_kv_heads),
+             "the smaller of group size and KV heads was taken", GROUP),
+        Slip("query-heads", lambda spec: spec.num_heads, "every query head was given K and V of its own",
+             "num_heads or num_kv_heads: queries are not stored"),
+        Slip("query-heads", lambda spec: spec.num_heads + spec.num_kv_heads, "query heads were counted as well",
+             "num_heads or num_kv_heads: queries are not stored"),
+        Slip("divided-twice", lambda spec: spec.num_kv_heads / (spec.num_heads // spec.num_kv_heads),
+             "the grouping was applied to the KV heads once more", "num_kv_heads is what is left after grouping"),
+        Slip("divided-twice", lambda spec: spec.num_kv_heads // (spec.num_heads // spec.num_kv_heads),
+             "the grouping was applied to the KV heads once more", "num_kv_heads is what is left after grouping"),
+        Slip("multiplied-twice", lambda spec: spec.num_kv_heads * (spec.num_heads // spec.num_kv_heads),
+             "KV heads times query heads per KV head are the query heads", "queries are not stored"),
+        Slip("written-down", lambda spec: 8, "the number of heads is 8, whatever the model", "spec.num_kv_heads"),
+        Slip("written-down", lambda spec: 4, "the number of heads is 4, whatever the model", "spec.num_kv_heads"),
+        Slip("square-root", lambda spec: spec.num_heads**0.5, "the square root of the query heads was taken",
+             "spec.num_kv_heads"),
+        Slip("heads-left-out", lambda spec: 1, "one KV head was counted", "spec.num_kv_heads"),
+    ),
+    "width": (
+        Slip("hidden-size", lambda spec: spec.hidden_size // spec.num_heads,
+             "head_dim was taken to be hidden_size / num_heads", "spec.head_dim: a model may choose it freely"),
+        Slip("hidden-size", lambda spec: spec.hidden_size / spec.num_heads,
+             "head_dim was taken to be hidden_size / num_heads", "spec.head_dim: a model may choose it freely"),
+        Slip("written-down", lambda spec: 128, "head_dim is 128, whatever the model", "spec.head_dim"),
+        Slip("width-left-out", lambda spec: 1, "one number per head was counted", "spec.head_dim"),
+    ),
+    "both": (
+        Slip("k-only", 1, "K was counted and V was not", "the factor 2 at the start"),
+        Slip("two-too-many", 4, "K and V were counted twice", "the factor 2 at the start"),
+    ),
+    "layers": (
+        Slip("one-layer", lambda spec: 1, "one layer was counted", "spec.num_layers"),
+        Slip("written-down", lambda spec: 80, "the number of layers is 80, whatever the model", "spec.num_layers"),
+    ),
+    "rest": (
+        Slip("ignored", lambda context, size: context * 2, "two bytes a number were counted, whatever is asked",
+             "`bytes_per_element`"),
+        Slip("ignored", lambda context, size: context, "numbers were counted, not bytes", "`bytes_per_element`"),
+        Slip("ignored", lambda context, size: size, "one token was counted", "`context`"),
+    ),
+}  # fmt: skip
 
 
 class RequestBytes(Exercise):
@@ -95,37 +206,22 @@ class RequestBytes(Exercise):
     hints_for: ClassVar = {
         "group-size": "64 // 8 is 8 and happens to be right. What is 28 // 4, and how many KV heads are there?",
         "query-heads": "How many keys does one token leave behind in a layer: one per query head, or fewer?",
+        "hidden-size": "hidden_size is the width of a token between layers. How wide are its keys?",
         "written-down": "A number that fits one model is in the formula. Ask the spec.",
     }
     suspects: ClassVar = (
-        Suspect("group-size", with_heads(lambda spec: spec.num_heads // spec.num_kv_heads),
-                "one factor is right for some models, too large for others and too small for yet others",
-                "the ratio of the two figures here, and for 64 heads with 8 KV heads: which sizes give both?"),
-        Suspect("group-size", with_heads(lambda spec: max(spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)),
-                "the larger of group size and KV heads was taken", "the number of KV heads needs no choice"),
-        Suspect("group-size", with_heads(lambda spec: min(spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)),
-                "the smaller of group size and KV heads was taken", "the number of KV heads needs no choice"),
-        Suspect("query-heads", with_heads(lambda spec: spec.num_heads), "every query head was given K and V of its own",
-                "num_heads or num_kv_heads: queries are not stored"),
-        Suspect("hidden-size",
-                lambda spec, context, size: 2 * spec.num_layers * spec.hidden_size * context * size,
+        Suspect("hidden-size", lambda spec, context, size: 2 * spec.num_layers * spec.hidden_size * context * size,
                 "hidden_size was taken for num_kv_heads * head_dim, which holds only without grouping",
                 "the width of one token's keys in one layer"),
-        Suspect("divided-twice",
-                with_heads(lambda spec: spec.num_kv_heads / (spec.num_heads // spec.num_kv_heads)),
-                "the grouping was applied to the KV heads once more", "num_kv_heads is what is left after grouping"),
-        Suspect("written-down", with_heads(lambda spec: 8), "the number of heads is 8, whatever the model",
-                "spec.num_kv_heads"),
-        Suspect("written-down", with_heads(lambda spec: 4), "the number of heads is 4, whatever the model",
-                "spec.num_kv_heads"),
-        Suspect("k-only", with_heads(lambda spec: spec.num_kv_heads / 2), "K was counted and V was not",
-                "the factor 2 at the start"),
+        *suspects_of(planned, PLANNER_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """The coincidence, then models where group size and KV heads differ either way."""
+        """The coincidence, then models where group size and KV heads differ either way; every size changed alone."""
         cases = [
             (FEW, 1_009, 2), (FEW, 1_009, 4), (FEW, 2_003, 2), (MANY, 1_009, 2), (ALL, 1_009, 2), (ONE, 1_009, 2),
-            (COINCIDENCE, 1_009, 2),
+            (COINCIDENCE, 1_009, 2), (replace(FEW, name="28 heads of 96", head_dim=96), 1_009, 2),
+            (replace(FEW, name="29 layers", num_layers=29), 1_009, 2), (ONE, 131_072, 1), (MANY, 1, 2), (MANY, 0, 2),
+            (FEW, 1_009, 2),
         ]  # fmt: skip
         judge(type(self), answer, request_bytes, cases, self.suspects, what="the cache in bytes", whole=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, count_weights
+from labkit.labs.lab03.slips import Slip, suspects_of
 from labkit.llama import Llama
-from labkit.specs import LayerGroup, ModelSpec
+from labkit.specs import Layer, LayerGroup, ModelSpec
 
 FULL = ModelSpec(
-    name="11 full layers of 7 KV heads",
+    name="11 full layers",
     num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
     vocab_size=17, max_seq_len=19,
 )  # fmt: skip
@@ -21,30 +23,108 @@ MIXED = ModelSpec(
     name="13 layers with windows of 37 and 23, or none",
     num_layers=13, num_heads=30, num_kv_heads=3, head_dim=26, hidden_size=190, intermediate_size=13,
     vocab_size=17, max_seq_len=19, window=37, v_head_dim=10,
-    layers=[LayerGroup("window", 3), LayerGroup("full", 1, num_kv_heads=5), LayerGroup("window", 1, window=23)],
+    layers=[
+        LayerGroup("window", 3), LayerGroup("full", 1, num_kv_heads=5, head_dim=34, v_head_dim=14),
+        LayerGroup("window", 1, window=23),
+    ],
+)  # fmt: skip
+WINDOWED = ModelSpec(
+    name="5 layers, all with a window of 4,096",
+    num_layers=5, num_heads=8, num_kv_heads=2, head_dim=46, hidden_size=370, intermediate_size=13,
+    vocab_size=17, max_seq_len=19, window=4096,
 )  # fmt: skip
 
 
-def layers_bytes(held: Callable, numbers: Callable, count: Callable = lambda spec: spec.each_layer) -> Callable:
-    """The formula with another idea of how many tokens a layer holds, or of the numbers that one token adds."""
+def layers_bytes(
+    *,
+    held: Callable[[Layer, int, ModelSpec], float] = lambda layer, tokens, spec: layer.tokens_held(tokens),
+    heads: Callable[[Layer, ModelSpec], float] = lambda layer, spec: layer.num_kv_heads,
+    width: Callable[[Layer, ModelSpec], float] = lambda layer, spec: layer.k_dim + layer.v_dim,
+    layers: Callable[[ModelSpec], Iterable[Layer]] = lambda spec: spec.each_layer,
+    rest: Callable[[int, int], float] = lambda batch, size: batch * size,
+) -> Callable[[ModelSpec, int, int, int], float]:
+    """The formula with another idea of what a layer holds, of the numbers that a token adds, or of what follows."""
 
-    def formula(spec: ModelSpec, tokens: int, batch: int, size: int) -> int:
-        return sum(held(layer, tokens) * numbers(layer, spec) for layer in count(spec)) * batch * size
+    def formula(spec: ModelSpec, tokens: int, batch: int, size: int) -> float:
+        numbers = sum(held(layer, tokens, spec) * heads(layer, spec) * width(layer, spec) for layer in layers(spec))
+        return numbers * rest(batch, size)
 
     return formula
 
 
-def held(layer, tokens: int) -> int:
-    """Tokens that a layer holds."""
-    return layer.tokens_held(tokens)
-
-
-def numbers(layer, spec: ModelSpec) -> int:
-    """Numbers that one token adds."""
-    return layer.num_kv_heads * (layer.k_dim + layer.v_dim)
-
-
 LOOP = "the loop: each layer says for itself how many heads, how wide, and how many tokens it keeps"
+UNIFORM = "lab 02's formula: one number of heads and one width for all layers"
+WIDTHS = "the numbers that one token adds: those of its key and of its value"
+CACHE_SLIPS = {
+    "held": (
+        Slip("window-ignored", lambda layer, tokens, spec: tokens, "every layer was taken to keep every token",
+             "layer.window: a full window lets the oldest token go"),
+        Slip("window-too-large", lambda layer, tokens, spec: layer.window or tokens,
+             "a layer with a window was given its whole window, however few tokens there are",
+             "the tokens a layer holds: the smaller of two numbers"),
+        Slip("window-too-large", lambda layer, tokens, spec: max(tokens, layer.window or 0),
+             "the larger of tokens and window was taken", "min or max? A window is the most that a layer holds"),
+        Slip("window-everywhere", lambda layer, tokens, spec: min(tokens, spec.window or tokens),
+             "the model's window was taken for every layer's", LOOP),
+        Slip("window-layers-left-out", lambda layer, tokens, spec: 0 if layer.window else tokens,
+             "layers with a window were left out", LOOP),
+        Slip("full-layers-left-out", lambda layer, tokens, spec: min(tokens, layer.window or 0),
+             "layers without a window were left out", "layer.window is None: such a layer keeps every token"),
+        Slip("window-off-by-one", lambda layer, tokens, spec: min(tokens, layer.window - 1) if layer.window else tokens,
+             "a window of n was taken to keep n - 1 tokens", "a window keeps as many tokens as its number says"),
+        Slip("window-off-by-one", lambda layer, tokens, spec: min(tokens, layer.window + 1) if layer.window else tokens,
+             "a window of n was taken to keep n + 1 tokens", "a window keeps as many tokens as its number says"),
+        Slip("tokens-left-out", lambda layer, tokens, spec: 1, "the cache of one token was counted", "`tokens`"),
+    ),
+    "heads": (
+        Slip("uniform", lambda layer, spec: spec.num_kv_heads,
+             "spec.num_kv_heads was used where the layer has a number of its own", LOOP),
+        Slip("query-heads", lambda layer, spec: spec.num_heads, "query heads were counted, not KV heads",
+             "layer.num_kv_heads: queries are not kept"),
+        Slip("group-size", lambda layer, spec: spec.num_heads // spec.num_kv_heads,
+             "query heads per KV head were counted, not KV heads", "layer.num_kv_heads"),
+        Slip("heads-left-out", lambda layer, spec: 1, "one KV head was counted", "layer.num_kv_heads"),
+    ),
+    "width": (
+        Slip("values-as-wide-as-keys", lambda layer, spec: 2 * layer.k_dim, "values were taken to be as wide as keys",
+             "the factor 2: a layer has k_dim and v_dim"),
+        Slip("values-as-wide-as-keys", lambda layer, spec: 2 * layer.v_dim, "keys were taken to be as wide as values",
+             "the factor 2: a layer has k_dim and v_dim"),
+        Slip("k-only", lambda layer, spec: layer.k_dim, "K was counted and V was not", WIDTHS),
+        Slip("k-only", lambda layer, spec: layer.v_dim, "V was counted and K was not", WIDTHS),
+        Slip("two-too-many", lambda layer, spec: 2 * (layer.k_dim + layer.v_dim),
+             "k_dim + v_dim is K and V together, and was doubled", "the factor 2"),
+        Slip("uniform", lambda layer, spec: 2 * spec.head_dim,
+             "spec.head_dim was used where a layer's keys and values have widths of their own", LOOP),
+        Slip("product-of-widths", lambda layer, spec: layer.k_dim * layer.v_dim,
+             "the widths of keys and values were multiplied", "a token leaves a key and a value: k_dim + v_dim"),
+        Slip("product-of-widths", lambda layer, spec: 2 * layer.k_dim * layer.v_dim,
+             "the widths of keys and values were multiplied", "a token leaves a key and a value: k_dim + v_dim"),
+    ),
+    "layers": (
+        Slip("one-layer", lambda spec: spec.each_layer[:1], "the loop ended after its first layer",
+             "the indentation of `return`, and `+=` or `=`"),
+        Slip("one-layer", lambda spec: spec.each_layer[-1:], "only the last layer was kept",
+             "`=` where `+=` was meant, or a sum made anew in each turn"),
+        Slip("first-for-all", lambda spec: spec.each_layer[:1] * spec.num_layers,
+             "the first layer was taken for all of them", LOOP),
+        Slip("kinds-not-layers", lambda spec: set(spec.each_layer), "layers that are alike were counted once",
+             "every layer keeps its own K and V"),
+        Slip("layer-missing", lambda spec: spec.each_layer[1:], "the first layer was left out", "the loop's start"),
+        Slip("layer-missing", lambda spec: spec.each_layer[:-1], "the last layer was left out", "the loop's end"),
+        Slip("layers-squared", lambda spec: spec.each_layer * spec.num_layers,
+             "the sum over layers was multiplied by their number once more", "the loop goes over all of them already"),
+    ),
+    "rest": (
+        Slip("ignored", lambda batch, size: size, "one request was counted", "`batch`: each has a cache of its own"),
+        Slip("ignored", lambda batch, size: 2 * batch, "two bytes a number were counted", "`bytes_per_element`"),
+        Slip("ignored", lambda batch, size: 4 * batch, "four bytes a number were counted", "`bytes_per_element`"),
+        Slip("bytes-left-out", lambda batch, size: batch, "numbers were counted, not bytes", "`bytes_per_element`"),
+        Slip("bits", lambda batch, size: 8 * batch * size, "bits were counted", "the size of one number: bytes"),
+        Slip("bytes-divided", lambda batch, size: batch / size, "it was divided by the bytes of a number",
+             "`bytes_per_element`: numbers x bytes per number"),
+    ),
+}  # fmt: skip
 
 
 class CacheBytes(Exercise):
@@ -67,44 +147,23 @@ class CacheBytes(Exercise):
         "values-as-wide-as-keys": "A layer has a k_dim and a v_dim. Some models have narrower values.",
     }
     suspects: ClassVar = (
-        Suspect("window-ignored", layers_bytes(lambda layer, tokens: tokens, numbers),
-                "every layer was taken to keep every token", "layer.window: a full window lets the oldest token go"),
-        Suspect("window-too-large", layers_bytes(lambda layer, tokens: layer.window or tokens, numbers),
-                "a layer with a window was given its whole window, however few tokens there are",
-                "the tokens a layer holds: the smaller of two numbers"),
-        Suspect("window-too-large", layers_bytes(lambda layer, tokens: max(tokens, layer.window or 0), numbers),
-                "the larger of tokens and window was taken", "min or max? A window is the most that a layer holds"),
-        Suspect("window-everywhere",
-                lambda spec, tokens, batch, size: layers_bytes(
-                    lambda layer, n: min(n, spec.window or n), numbers)(spec, tokens, batch, size),
-                "the model's window was taken for every layer's", LOOP),
-        Suspect("uniform",
+        Suspect("uniform", (
                 lambda spec, tokens, batch, size: 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
                 * min(tokens, spec.window or tokens) * batch * size,
-                "lab 02's formula: one number of heads and one width for all layers", LOOP),
-        Suspect("uniform",
                 lambda spec, tokens, batch, size: 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-                * tokens * batch * size,
-                "lab 02's formula: one number of heads and one width for all layers", LOOP),
-        Suspect("uniform", layers_bytes(held, lambda layer, spec: spec.num_kv_heads * (layer.k_dim + layer.v_dim)),
-                "spec.num_kv_heads was used where the layer has a number of its own", LOOP),
-        Suspect("values-as-wide-as-keys", layers_bytes(held, lambda layer, spec: 2 * layer.num_kv_heads * layer.k_dim),
-                "values were taken to be as wide as keys", "the factor 2: a layer has k_dim and v_dim"),
-        Suspect("k-only", layers_bytes(held, lambda layer, spec: layer.num_kv_heads * layer.k_dim),
-                "K was counted and V was not", "the numbers that one token adds: those of its key and of its value"),
-        Suspect("query-heads", layers_bytes(held, lambda layer, spec: spec.num_heads * (layer.k_dim + layer.v_dim)),
-                "query heads were counted, not KV heads", "layer.num_kv_heads: queries are not kept"),
-        Suspect("one-layer", layers_bytes(held, numbers, lambda spec: spec.each_layer[:1]),
-                "the loop ended after its first layer", "the indentation of `return`, and `+=` or `=`"),
-        Suspect("one-layer", layers_bytes(held, numbers, lambda spec: spec.each_layer[-1:]),
-                "only the last layer was kept", "`=` where `+=` was meant, or a sum made anew in each turn"),
+                * tokens * batch * size), UNIFORM, LOOP),
+        *suspects_of(layers_bytes, CACHE_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """A plain model and one of three kinds of layer; below, between and above the windows; two dtypes."""
+        """Models of one kind of layer and of three; below, at and above each window; each argument alone; nothing held
+        and much; one call twice."""
         cases = [
-            (FULL, 31, 37, 4), (FULL, 31, 37, 2), (MIXED, 11, 29, 2), (MIXED, 31, 29, 2), (MIXED, 101, 29, 2),
-            (MIXED, 101, 1, 2), (MIXED, 37, 29, 1),
+            (FULL, 31, 37, 4), (FULL, 31, 37, 2), (FULL, 53, 37, 2), (FULL, 31, 3, 2), (MIXED, 11, 29, 2),
+            (MIXED, 31, 29, 2), (MIXED, 101, 29, 2), (MIXED, 101, 1, 2), (MIXED, 37, 29, 1), (MIXED, 36, 29, 1),
+            (MIXED, 38, 29, 1), (MIXED, 22, 5, 2), (MIXED, 23, 5, 2), (MIXED, 24, 5, 2), (MIXED, 1, 1, 4),
+            (MIXED, 70_001, 3, 2), (WINDOWED, 4_095, 1, 2), (WINDOWED, 4_096, 1, 2), (WINDOWED, 4_097, 1, 2),
+            (FULL, 0, 7, 2), (FULL, 31, 37, 4),
         ]  # fmt: skip
         judge(type(self), answer, cache_bytes, cases, self.suspects, what="the cache in bytes", whole=True)
 
@@ -126,36 +185,124 @@ ROUNDED = ModelSpec(
 )  # fmt: skip
 
 
+SQUARE = ModelSpec(
+    name="7 layers, as many KV heads, tied head, no biases",
+    num_layers=7, num_heads=3, num_kv_heads=3, head_dim=14, hidden_size=42, intermediate_size=58,
+    vocab_size=71, max_seq_len=64, tied_head=True,
+)  # fmt: skip
+LARGER = ModelSpec(
+    name="11 larger layers, biases",
+    num_layers=11, num_heads=10, num_kv_heads=5, head_dim=38, hidden_size=390, intermediate_size=1_030,
+    vocab_size=2_003, max_seq_len=64, qkv_bias=True,
+)  # fmt: skip
+
+
+@cache
 def live(spec: ModelSpec) -> int:
     """The weights of a model that exists."""
     return sum(weight.numel() for weight in Llama(spec).parameters())
 
 
 def counted(
-    *, q: int = 2, kv: int = 2, kv_heads: str = "num_kv_heads", bias: bool | None = None, mlp: int = 3, norms: int = 2,
-    tables: int | None = None, last: int = 1, layers: bool = True, square: bool = False, q_hidden: bool = False,
+    *, q: float = 2, kv: float = 2, kv_heads: Callable[[ModelSpec], float] = lambda spec: spec.num_kv_heads,
+    q_width: Callable[[ModelSpec], float] = lambda spec: spec.num_heads * spec.head_dim,
     head_dim: Callable[[ModelSpec], float] = lambda spec: spec.head_dim,
+    bias: Callable[[ModelSpec], bool] = lambda spec: spec.qkv_bias,
     bias_width: Callable[[ModelSpec], float] | None = None,
+    mlp: float = 3, norms: float = 2, last: float = 1,
+    tables: Callable[[ModelSpec], float] = lambda spec: 1 if spec.tied_head else 2,
+    layers: Callable[[ModelSpec, float, float], float] = lambda spec, layer, outside: spec.num_layers * layer + outside,
+    square: bool = False,
 ) -> Callable[[ModelSpec], float]:  # fmt: skip
     """The count with parts of it changed."""
 
     def formula(spec: ModelSpec) -> float:
-        hidden, width = spec.hidden_size, spec.num_heads * head_dim(spec)
-        narrow = getattr(spec, kv_heads) * head_dim(spec)
-        width = hidden if q_hidden else width
+        hidden, narrow = spec.hidden_size, kv_heads(spec) * head_dim(spec)
+        width = q_width(spec) / spec.head_dim * head_dim(spec)
         attention = 4 * hidden**2 if square else (q * width + kv * narrow) * hidden
-        biases = (bias_width(spec) if bias_width else width + 2 * narrow) * (spec.qkv_bias if bias is None else bias)
+        biases = (bias_width(spec) if bias_width else width + 2 * narrow) if bias(spec) else 0
         layer = attention + biases + mlp * hidden * spec.intermediate_size + norms * hidden
-        both = (1 if spec.tied_head else 2) if tables is None else tables
-        return (spec.num_layers if layers else 1) * layer + both * spec.vocab_size * hidden + last * hidden
+        return layers(spec, layer, tables(spec) * spec.vocab_size * hidden + last * hidden)
 
     return formula
+
+
+def many(diagnosis: str, right: int, what: str, look: str, *counts: float) -> list[Slip]:
+    """A part that was counted another number of times than `right`."""
+    return [Slip(diagnosis, count, f"{what}: {count:g} were counted, and there are {right}", look) for count in counts]
 
 
 BIASES = "the width of each bias: as many numbers as its matrix has outputs, num_heads or num_kv_heads x head_dim"
 HEAD_DIM = "head_dim was taken to be hidden_size / num_heads"
 CHOSEN = "spec.head_dim: a model may choose it freely, and these do"
 TABLE = "the table of matrices above the blank, row by row"
+TIED = "spec.tied_head: one table or two"
+WEIGHT_SLIPS = {
+    "square": (
+        Slip("square", True, "each of the four attention matrices was taken as hidden_size squared",
+             "q has num_heads x head_dim outputs, k and v num_kv_heads x head_dim"),
+    ),
+    "kv_heads": (
+        Slip("kv-as-wide-as-q", lambda spec: spec.num_heads, "k and v were given as many heads as q", TABLE),
+        Slip("group-size", lambda spec: spec.num_heads // spec.num_kv_heads,
+             "query heads per KV head were counted, not KV heads", TABLE),
+        Slip("kv-heads", lambda spec: 1, "k and v were given one head", TABLE),
+    ),
+    "tables": (
+        Slip("tied", lambda spec: 2, "the head was counted also where it is the embedding", TIED),
+        Slip("tied", lambda spec: 1, "the head was left out where it is a matrix of its own", TIED),
+        Slip("tied", lambda spec: 2 if spec.tied_head else 1, "tied and untied were exchanged", TIED),
+        Slip("tables", lambda spec: 0, "embedding and head were left out", "what stands outside the layers"),
+        Slip("tables", lambda spec: 0 if spec.tied_head else 1, "the embedding was left out", "outside the layers"),
+    ),
+    "q": many("output-missing", 2, "matrices of q's width, q and attention's output", TABLE, 1, 0, 3, 4),
+    "kv": many("v-missing", 2, "matrices of the KV heads' width, k and v", TABLE, 1, 0, 4),
+    "mlp": many("mlp", 3, "matrices of the MLP, gate, up and down", TABLE, 2, 1, 0, 4, 6),
+    "norms": many("norms", 2, "norms of a layer", "two per layer, and one after the last", 1, 0, 3, 4),
+    "last": many("norms", 1, "norms after the last layer", "what stands outside the layers", 0, 2),
+    "bias": (
+        Slip("bias", lambda spec: False, "the biases of q, k and v were left out", "spec.qkv_bias"),
+        Slip("bias", lambda spec: True, "biases were counted also where there are none", "spec.qkv_bias"),
+        Slip("bias", lambda spec: not spec.qkv_bias, "biases were counted where there are none", "spec.qkv_bias"),
+    ),
+    "bias_width": (
+        Slip("bias-width", lambda spec: 3 * spec.num_heads * spec.head_dim,
+             "the biases of k and v were made as wide as q's", BIASES),
+        Slip("bias-width", lambda spec: 3 * spec.hidden_size, "each bias was given hidden_size numbers", BIASES),
+        Slip("bias-width", lambda spec: spec.hidden_size, "one bias of hidden_size numbers was counted", BIASES),
+        Slip("bias-width", lambda spec: 3 * spec.num_kv_heads * spec.head_dim,
+             "q's bias was made as narrow as those of k and v", BIASES),
+        Slip("bias-width", lambda spec: spec.num_heads * spec.head_dim,
+             "one bias was counted; q, k and v have one each", BIASES),
+        Slip("bias-width", lambda spec: (spec.num_heads + spec.num_kv_heads) * spec.head_dim,
+             "two biases were counted; q, k and v have one each", BIASES),
+        Slip("bias-width", lambda spec: 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim,
+             "four biases were counted; the output has none", BIASES),
+        Slip("bias-width", lambda spec: 2 * spec.num_kv_heads * spec.head_dim, "q's bias was left out", BIASES),
+        Slip("bias-width", lambda spec: 3, "a bias was taken for one number", BIASES),
+    ),
+    "head_dim": (
+        Slip("head-dim", lambda spec: spec.hidden_size // spec.num_heads, HEAD_DIM, CHOSEN),
+        Slip("head-dim", lambda spec: spec.hidden_size / spec.num_heads, HEAD_DIM, CHOSEN),
+    ),
+    "q_width": (
+        Slip("head-dim", lambda spec: spec.hidden_size, "q's outputs were taken to be hidden_size",
+             "num_heads x head_dim: a model may choose head_dim freely, and these do"),
+        Slip("kv-heads", lambda spec: spec.num_kv_heads * spec.head_dim, "q was given as few heads as k and v", TABLE),
+    ),
+    "layers": (
+        Slip("one-layer", lambda spec, layer, outside: layer + outside, "one layer was counted",
+             "spec.num_layers, and what it multiplies"),
+        Slip("tables-per-layer", lambda spec, layer, outside: spec.num_layers * (layer + outside),
+             "what stands outside the layers was counted in each of them", "embedding, head and last norm: once"),
+        Slip("tables", lambda spec, layer, outside: spec.num_layers * layer, "only the layers were counted",
+             "embedding, head and last norm stand outside the layers"),
+        Slip("bytes", lambda spec, layer, outside: 2 * (spec.num_layers * layer + outside), "bytes were counted",
+             "the docstring: a count"),
+        Slip("bytes", lambda spec, layer, outside: 4 * (spec.num_layers * layer + outside), "bytes were counted",
+             "the docstring: a count"),
+    ),
+}  # fmt: skip
 
 
 class CountWeights(Exercise):
@@ -182,47 +329,13 @@ class CountWeights(Exercise):
     suspects: ClassVar = (
         Suspect("published", lambda spec: spec.num_parameters, "the figure in the spec was handed on",
                 "the sizes in the docstring: a published figure may be rounded, and here it is"),
-        Suspect("square", counted(square=True), "each of the four attention matrices was taken as hidden_size squared",
-                "q has num_heads x head_dim outputs, k and v num_kv_heads x head_dim"),
-        Suspect("kv-as-wide-as-q", counted(kv_heads="num_heads"), "k and v were given as many heads as q", TABLE),
-        Suspect("tied", counted(tables=2), "the head was counted also where it is the embedding",
-                "spec.tied_head: one table or two"),
-        Suspect("tied", counted(tables=1), "the head was left out where it is a matrix of its own",
-                "spec.tied_head: one table or two"),
-        Suspect("tables", counted(tables=0), "embedding and head were left out", "what stands outside the layers"),
-        Suspect("output-missing", counted(q=1), "attention's output matrix was left out", TABLE),
-        Suspect("v-missing", counted(kv=1), "k and v were counted once, not once each", TABLE),
-        Suspect("mlp", counted(mlp=2), "two matrices of the MLP were counted; there are gate, up and down", TABLE),
-        Suspect("norms", counted(norms=0, last=0), "the norms were left out", "two per layer, and one after the last"),
-        Suspect("norms", counted(norms=1), "one norm per layer was counted", "two per layer, and one after the last"),
-        Suspect("norms", counted(last=0), "the norm after the last layer was left out", "what stands outside"),
-        Suspect("norms", counted(norms=0), "the norms of the layers were left out", "two per layer, one at the end"),
-        Suspect("bias", counted(bias=False), "the biases of q, k and v were left out", "spec.qkv_bias"),
-        Suspect("bias", counted(bias=True), "biases were counted also where there are none", "spec.qkv_bias"),
-        Suspect("bias-width", counted(bias_width=lambda spec: 3 * spec.num_heads * spec.head_dim),
-                "the biases of k and v were made as wide as q's", BIASES),
-        Suspect("bias-width", counted(bias_width=lambda spec: 3 * spec.hidden_size),
-                "each bias was given hidden_size numbers", BIASES),
-        Suspect("bias-width", counted(bias_width=lambda spec: 3 * spec.num_kv_heads * spec.head_dim),
-                "q's bias was made as narrow as those of k and v", BIASES),
-        Suspect("bias-width", counted(bias_width=lambda spec: spec.num_heads * spec.head_dim),
-                "one bias was counted; q, k and v have one each", BIASES),
-        Suspect("bias-width", counted(bias_width=lambda spec: (spec.num_heads + spec.num_kv_heads) * spec.head_dim),
-                "two biases were counted; q, k and v have one each", BIASES),
-        Suspect("bias-width", counted(bias_width=lambda spec: 3), "a bias was taken for one number", BIASES),
-        Suspect("head-dim", counted(head_dim=lambda spec: spec.hidden_size // spec.num_heads), HEAD_DIM, CHOSEN),
-        Suspect("head-dim", counted(head_dim=lambda spec: spec.hidden_size / spec.num_heads), HEAD_DIM, CHOSEN),
-        Suspect("head-dim", counted(q_hidden=True, bias_width=lambda spec: (
-            spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim)), "q's outputs were taken to be hidden_size",
-            "num_heads x head_dim: a model may choose head_dim freely, and these do"),
-        Suspect("head-dim", counted(q_hidden=True), "q and the output were taken as hidden_size squared",
-                "num_heads x head_dim: a model may choose head_dim freely, and these do"),
-        Suspect("one-layer", counted(layers=False), "one layer was counted", "spec.num_layers, and what it multiplies"),
-        Suspect("bytes", lambda spec: 2 * count_weights(spec), "bytes were counted", "the docstring: a count"),
-        Suspect("bytes", lambda spec: 4 * count_weights(spec), "bytes were counted", "the docstring: a count"),
+        Suspect("head-dim", counted(q_width=lambda spec: spec.hidden_size, bias_width=lambda spec: (
+            (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)),
+            "q and the output were taken as hidden_size squared", CHOSEN),
+        *suspects_of(counted, WEIGHT_SLIPS),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """Three models that exist; what their tensors hold is what must come out."""
-        cases = [(TINY,), (BIASED,), (ROUNDED,)]
+        """Models that exist, with and without biases, tied or not; what their tensors hold is what must come out."""
+        cases = [(TINY,), (BIASED,), (ROUNDED,), (SQUARE,), (LARGER,), (TINY,)]
         judge(type(self), answer, live, cases, self.suspects, what="the number of weights held", whole=True)

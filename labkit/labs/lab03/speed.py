@@ -6,9 +6,121 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
-from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import attainable, tpot_floor
+from labkit.labs.lab03.slips import Slip, suspects_of
+
+
+def step_time(
+    *,
+    weights: Callable[[float, float], float] = lambda w, b: w,
+    cache: Callable[[float, float, float], float] = lambda t, c, b: t * c * b,
+    time: Callable[[float, float, float, float], float] = lambda w, x, b, s: (w + x) / s,
+) -> Callable[..., float]:
+    """A step with another idea of which bytes are read, or of how long that takes."""
+    return lambda w, t, c, b, s: time(weights(w, b), cache(t, c, b), b, s)
+
+
+HELD = "`context`: attention reads every token held"
+OWN = "`batch`: each request has K and V of its own"
+STEP_SLIPS = {
+    "weights": (
+        Slip("weights-per-request", lambda w, b: b * w, "the weights were counted once per request",
+             "what `batch` multiplies: what each request has alone"),
+        Slip("weights-left-out", lambda w, b: 0, "only the cache was counted",
+             "a step multiplies with every weight, so it reads them all"),
+        Slip("weights-shared-out", lambda w, b: w / b, "the weights were divided among the requests",
+             "a step reads the weights once, however many requests there are"),
+    ),
+    "cache": (
+        Slip("cache-shared", lambda t, c, b: t * c, "one request's K and V were counted for all of the batch", OWN),
+        Slip("cache-left-out", lambda t, c, b: 0, "only the weights were counted",
+             "attention reads all that is held, at each step"),
+        Slip("one-token", lambda t, c, b: t * b, "the K and V of the new token alone were counted", HELD),
+        Slip("one-token", lambda t, c, b: t, "the K and V of one token were counted", HELD),
+        Slip("tokens-not-bytes", lambda t, c, b: c * b, "tokens were counted, not their bytes", "`bytes_per_token`"),
+        Slip("token-more", lambda t, c, b: t * (c + 1) * b, "one token more than `context` was counted", HELD),
+        Slip("token-more", lambda t, c, b: t * (c - 1) * b, "one token fewer than `context` was counted", HELD),
+        Slip("k-and-v-twice", lambda t, c, b: 2 * t * c * b, "K and V were counted twice",
+             "bytes_per_token holds K and V of all layers already"),
+        Slip("context-plus-batch", lambda t, c, b: t * (c + b), "context and batch were added", OWN),
+        Slip("quadratic", lambda t, c, b: t * c * c * b, "each token held was read once per token held",
+             "a step has one new token per request; it reads what is held once"),
+        Slip("batch-squared", lambda t, c, b: t * c * b * b, "`batch` was multiplied in twice", OWN),
+    ),
+    "time": (
+        Slip("per-request", lambda w, x, b, s: (w + x) / s / b, "the step's time was divided by the number of requests",
+             "what a user waits for: a step gives everybody one token, after all of it"),
+        Slip("batch-times", lambda w, x, b, s: (w + x) / s * b, "the time was multiplied by the number of requests",
+             "a step serves all requests at once"),
+        Slip("inverted", lambda w, x, b, s: s / (w + x), "steps per second came out, not seconds",
+             "which is divided by which: bytes / (bytes / s) = s"),
+        Slip("inverted", lambda w, x, b, s: b * s / (w + x), "tokens per second came out, not seconds",
+             "which is divided by which: bytes / (bytes / s) = s"),
+        Slip("multiplied", lambda w, x, b, s: (w + x) * s, "bytes were multiplied with bytes per second",
+             "which is divided by which: bytes / (bytes / s) = s"),
+        Slip("bytes", lambda w, x, b, s: w + x, "bytes came out, not seconds", "`bytes_per_s`"),
+        Slip("longest", lambda w, x, b, s: max(w, x) / s, "the larger of the two reads was taken",
+             "both come through the same memory, one after the other: they add up"),
+        Slip("brackets", lambda w, x, b, s: w + x / s, "only the cache was divided by bytes_per_s",
+             "the brackets: a quotient comes before a sum"),
+        Slip("brackets", lambda w, x, b, s: w / s + x, "only the weights were divided by bytes_per_s",
+             "the brackets: a quotient comes before a sum"),
+        Slip("difference", lambda w, x, b, s: abs(w - x) / s, "the two reads were subtracted", "both take time"),
+        Slip("rounded", lambda w, x, b, s: (w + x) // s, "the seconds were rounded down", "/ and not //"),
+    ),
+}  # fmt: skip
+
+
+def roof(
+    *,
+    slanted: Callable[[float, float, float], float] = lambda f, n, b: f / n * b,
+    both: Callable[..., float] = lambda flat, slanted, f, n, b: min(flat, slanted),
+) -> Callable[..., float]:
+    """The roofline with another idea of what memory allows, or of what two limits come to."""
+    return lambda f, n, p, b: both(p, slanted(f, n, b), f, n, b)
+
+
+UNITS = "the units: (operations / byte) x (bytes / s) = operations / s"
+SAME_TIME = "a device reads and multiplies at the same time: the slower of the two decides"
+ROOF_SLIPS = {
+    "slanted": (
+        Slip("inverted", lambda f, n, b: n / f * b, "bytes per operation were taken", UNITS),
+        Slip("bandwidth-roof", lambda f, n, b: b, "the intensity of the work does not occur",
+             "the slanted roof: bytes per second times operations per byte"),
+        Slip("bytes-left-out", lambda f, n, b: f * b, "the bytes that the work moves do not occur", UNITS),
+        Slip("intensity", lambda f, n, b: f / n, "the bandwidth does not occur", UNITS),
+        Slip("intensity", lambda f, n, b: f / n / b, "the intensity was divided by the bandwidth", UNITS),
+        Slip("bytes-for-work", lambda f, n, b: n * b, "the bytes were taken for the intensity", UNITS),
+        Slip("seconds-for-rate", lambda f, n, b: n / b, "the time for the bytes was taken for a rate", UNITS),
+        Slip("two-per-byte", lambda f, n, b: 2 * f / n * b, "the operations were counted twice",
+             "flops are operations already: a multiplication and an addition are two of them"),
+    ),
+    "both": (
+        Slip("higher-roof", lambda flat, slanted, f, n, b: max(flat, slanted), "the higher of the two roofs was taken",
+             "min or max? Work stays below both"),
+        Slip("compute-only", lambda flat, slanted, f, n, b: flat, "memory sets no limit in your formula",
+             "work that does few operations per byte waits for its bytes"),
+        Slip("memory-only", lambda flat, slanted, f, n, b: slanted, "arithmetic sets no limit in your formula",
+             "work that does many operations per byte waits for its arithmetic"),
+        Slip("one-after-the-other", lambda flat, slanted, f, n, b: 1 / (1 / flat + 1 / slanted),
+             "the two times were added", SAME_TIME),
+        Slip("added", lambda flat, slanted, f, n, b: flat + slanted, "the two roofs were added", SAME_TIME),
+        Slip("mean", lambda flat, slanted, f, n, b: (flat + slanted) / 2, "the mean of the roofs was taken", SAME_TIME),
+        Slip("seconds", lambda flat, slanted, f, n, b: f / min(flat, slanted), "the time came out",
+             "the docstring: operations per second"),
+        Slip("seconds", lambda flat, slanted, f, n, b: f / max(flat, slanted), "the shorter of the two times came out",
+             "the docstring: operations per second"),
+        Slip("share", lambda flat, slanted, f, n, b: min(1.0, slanted / flat), "a share of the peak came out",
+             "the docstring: operations per second"),
+        Slip("intensity", lambda flat, slanted, f, n, b: f / n, "the intensity came out, operations per byte",
+             "one step more: so many bytes come per second"),
+        Slip("intensity", lambda flat, slanted, f, n, b: min(flat, f / n), "the bandwidth does not occur", UNITS),
+        Slip("ridge", lambda flat, slanted, f, n, b: flat / b, "the ridge came out", "the docstring: a rate"),
+        Slip("sides-exchanged", lambda flat, slanted, f, n, b: flat if slanted < flat else slanted,
+             "left of the ridge the flat roof was taken, right of it the slanted one", "which side waits for memory?"),
+    ),
+}  # fmt: skip
 
 
 class TpotFloor(Exercise):
@@ -27,31 +139,16 @@ class TpotFloor(Exercise):
         "cache-shared": "May one request read another's keys?",
         "per-request": "The floor is of a step. Everybody in the batch waits for the whole of it.",
     }
-    suspects: ClassVar = (
-        Suspect("weights-per-request", lambda w, t, c, b, s: b * (w + c * t) / s,
-                "the weights were counted once per request", "what `batch` multiplies: what each request has alone"),
-        Suspect("cache-shared", lambda w, t, c, b, s: (w + c * t) / s,
-                "one request's K and V were counted for all of the batch", "`batch`: each has K and V of its own"),
-        Suspect("per-request", lambda w, t, c, b, s: (w + b * c * t) / s / b,
-                "the step's time was divided by the number of requests",
-                "what a user waits for: a step gives everybody one token, after all of it"),
-        Suspect("weights-left-out", lambda w, t, c, b, s: b * c * t / s, "only the cache was counted",
-                "a step multiplies with every weight, so it reads them all"),
-        Suspect("cache-left-out", lambda w, t, c, b, s: w / s, "only the weights were counted",
-                "attention reads all that is held, at each step"),
-        Suspect("one-token", lambda w, t, c, b, s: (w + b * t) / s, "the K and V of the new token alone were counted",
-                "`context`: attention reads every token held"),
-        Suspect("inverted", lambda w, t, c, b, s: s / (w + b * c * t), "steps per second came out, not seconds",
-                "which is divided by which: bytes / (bytes / s) = s"),
-        Suspect("longest", lambda w, t, c, b, s: max(w, b * c * t) / s, "the larger of the two reads was taken",
-                "both come through the same memory, one after the other: they add up"),
-    )  # fmt: skip
+    suspects: ClassVar = tuple(suspects_of(step_time, STEP_SLIPS))
 
     def examine(self, answer: Callable) -> None:
-        """Sizes that share no factor, each changed alone once."""
+        """Sizes that share no factor, each changed alone once; one request, nothing held, whole and large numbers."""
         cases = [
             (7_000_003, 1_009, 211, 13, 3.1e6), (500_009, 1_009, 211, 13, 3.1e6), (7_000_003, 499, 211, 13, 3.1e6),
             (7_000_003, 1_009, 89, 13, 3.1e6), (7_000_003, 1_009, 211, 1, 3.1e6), (7_000_003, 1_009, 211, 13, 1.7e6),
+            (7_000_003, 1_009, 0, 13, 3.1e6), (0, 1_009, 211, 13, 3_100_000),
+            (15_231_233_024, 57_344, 131_072, 7, 3.35e12), (7_000_003, 1_009, 1, 1, 3.1e6),
+            (7_000_003, 1_009, 211, 13, 3.1e6),
         ]  # fmt: skip
         judge(type(self), answer, tpot_floor, cases, self.suspects, what="the step in seconds")
 
@@ -72,29 +169,13 @@ class Attainable(Exercise):
         "inverted": "Operations per byte, times bytes per second: do the units give operations per second?",
         "one-after-the-other": "While one tile is multiplied, the next is on its way.",
     }
-    suspects: ClassVar = (
-        Suspect("higher-roof", lambda f, n, p, b: max(p, f / n * b), "the higher of the two roofs was taken",
-                "min or max? Work stays below both"),
-        Suspect("inverted", lambda f, n, p, b: min(p, n / f * b), "bytes per operation were taken",
-                "the units: (operations / byte) x (bytes / s) = operations / s"),
-        Suspect("compute-only", lambda f, n, p, b: p, "memory sets no limit in your formula",
-                "work that does few operations per byte waits for its bytes"),
-        Suspect("memory-only", lambda f, n, p, b: f / n * b, "arithmetic sets no limit in your formula",
-                "work that does many operations per byte waits for its arithmetic"),
-        Suspect("one-after-the-other", lambda f, n, p, b: f / (f / p + n / b), "the two times were added",
-                "a device reads and multiplies at the same time: the slower of the two decides"),
-        Suspect("seconds", lambda f, n, p, b: max(f / p, n / b), "the time came out",
-                "the docstring: operations per second"),
-        Suspect("intensity", lambda f, n, p, b: f / n, "the intensity came out, operations per byte",
-                "one step more: so many bytes come per second"),
-        Suspect("bandwidth-roof", lambda f, n, p, b: min(p, b), "the intensity of the work does not occur",
-                "the slanted roof: bytes per second times operations per byte"),
-    )  # fmt: skip
+    suspects: ClassVar = tuple(suspects_of(roof, ROOF_SLIPS))
 
     def examine(self, answer: Callable) -> None:
-        """Left of the ridge, right of it, and either device rate changed alone."""
+        """Left of the ridge, on it and right of it, near and far; every argument changed alone; whole numbers."""
         cases = [
             (3e9, 2e9, 7e12, 1.1e11), (4e13, 2e9, 7e12, 1.1e11), (3e9, 2e9, 7e12, 1.3e11), (4e13, 2e9, 5e12, 1.1e11),
-            (7e10, 5e9, 7e12, 1.1e11), (5e9, 13e9, 7e12, 1.1e11),
+            (7e10, 5e9, 7e12, 1.1e11), (5e9, 13e9, 7e12, 1.1e11), (3e9, 2.5e9, 7e12, 1.1e11), (5e9, 2e9, 7e12, 1.1e11),
+            (640, 10, 6_400, 100), (63, 1, 6_400, 100), (65, 1, 6_400, 100), (3e9, 2e9, 7e12, 1.1e11),
         ]  # fmt: skip
         judge(type(self), answer, attainable, cases, self.suspects, what="the rate in operations per second")

@@ -314,6 +314,16 @@ def limit_by(
     return answer
 
 
+def by_the_token(spec, gpu, users, context, tpot):
+    if context > spec.max_seq_len:
+        return "length"
+    weights, request = 2 * count_weights(spec), request_bytes(spec, context, 2)
+    fit = capacity(gpu.memory_bytes, weights, request, 0.15)
+    if fit < users:
+        return "cache" if fit else "weights"
+    return "time" if (weights + users * request) / gpu.bytes_per_s > tpot else "fits"
+
+
 def weights_alone_or_cache(spec, gpu, users, context, tpot):
     if context > spec.max_seq_len:
         return "length"
@@ -352,7 +362,7 @@ def step_by_step(spec, gpu, users, context, tpot):
     if context > spec.max_seq_len:
         return "length"
     weights = 2 * count_weights(spec)
-    fit = capacity(gpu.memory_bytes, weights, request_bytes(spec, context, 2), 0.15)
+    fit = capacity(gpu.memory_bytes, weights, cache_bytes(spec, context, 1, 2), 0.15)
     if fit == 0:
         return "weights"
     if fit < users:
@@ -408,7 +418,7 @@ WRONG = [
     Wrong("03.2", "output-missing", "no output matrix", weights(output=False)),
     Wrong("03.2", "bytes", "bytes for weights", lambda spec: 2 * count_weights(spec)),
     Wrong("03.2", "units", "millions", lambda spec: count_weights(spec) / 1e6),
-    Wrong("03.2", "values", "the group size for the KV heads",
+    Wrong("03.2", "group-size", "the group size for the KV heads",
            weights(kv=lambda spec: spec.num_heads // spec.num_kv_heads), source=HEADS),
     Wrong("03.3", "reserve-of-all", "the reserve off the whole memory",
            lambda m, w, q, r: max(0, int((m * (1 - r) - w) // q))),
@@ -462,7 +472,7 @@ WRONG = [
     Wrong("03.6", "output-free", "free answers", free_answers),
     Wrong("03.6", "units", "not divided by a million", whole_dollars),
     Wrong("03.6", "units", "cents", cents),
-    Wrong("03.6", "values", "input and output prices exchanged", at_the_output_price),
+    Wrong("03.6", "prices-exchanged", "input and output prices exchanged", at_the_output_price),
     Wrong("03.7", "group-size", "the blank as it stands",
            with_heads(lambda spec: spec.num_heads // spec.num_kv_heads), source=HEADS),
     Wrong("03.7", "group-size", "whichever is larger",
@@ -480,6 +490,7 @@ WRONG = [
     Wrong("03.8", "reserve-of-all", "the reserve off the whole memory", reserve_off_the_whole),
     Wrong("03.8", "weights-counted", "a count for bytes", limit_by(per_weight=1)),
     Wrong("03.8", "weights-alone", "weights only where they alone do not fit", weights_alone_or_cache),
+    Wrong("03.8", "window-ignored", "03.7's formula for a model with a window", by_the_token),
     Wrong("03.8", "order", "cache asked before weights", limit_by(nothing="cache")),
     Wrong("03.8", "order", "the time before memory", limit_by(order=("length", "time", "memory"))),
     Wrong("03.8", "order", "the length last", limit_by(order=("memory", "time", "length"))),

@@ -1,0 +1,40 @@
+"""Slips: a formula whose steps can each be taken in another way, and what every one or two of these ways come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from labkit.course.checks.suspects import Suspect
+
+
+@dataclass(frozen=True, eq=False)
+class Slip:
+    """One step taken in another way. takes: what the formula gets in its place."""
+
+    diagnosis: str
+    takes: Any
+    cause: str
+    look: str
+
+
+def suspects_of(formula: Callable[..., Callable], slips: Mapping[str, Sequence[Slip]]) -> list[Suspect]:
+    """Every slip alone, then every two slips in different steps, in the order given.
+
+    formula: by keyword, a step each, what it takes; right where nothing is given. slips: by the name of the step.
+    """
+    single = [(step, slip) for step, several in slips.items() for slip in several]
+    alone = [Suspect(slip.diagnosis, formula(**{step: slip.takes}), slip.cause, slip.look) for step, slip in single]
+    pairs = [
+        Suspect(
+            one.diagnosis,
+            formula(**{step: one.takes, other_step: other.takes}),
+            f"two things: {one.cause}; and {other.cause}",
+            f"first {one.look}; then {other.look}",
+        )
+        for (step, one), (other_step, other) in combinations(single, 2)
+        if step != other_step
+    ]
+    return [*alone, *pairs]
