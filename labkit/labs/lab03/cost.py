@@ -24,23 +24,25 @@ def bill(
     calls: Callable[[int], Iterable[int]] = lambda count: range(1, count + 1),
     prices: Callable[[float, float, float], tuple[float, float, float]] = lambda new, out, old: (new, out, old),
     billed_twice: bool = False,
+    total: Callable[[float], float] = lambda dollars: dollars,
 ) -> Callable[..., float]:
     """The bill with another idea of what a call sends, what of it is cached, or which answers are paid for.
 
     sent: tokens of a call. cached: of those, read from the cache. answers: how many are paid for. calls: which are
     added up. prices: those of new input, answers and cached input. billed_twice: the cached part is new input as well.
+    total: what is returned.
     """
 
     def formula(
         count: int, prefix: int, added: int, answer: int, input_price: float, output_price: float, cached_price: float
     ) -> float:
         new, out, old = prices(input_price, output_price, cached_price)
-        each = [sent(call, prefix, added, answer) for call in range(1, count + 1)]
+        each = [sent(call, prefix, added, answer) for call in range(1, count + 2)]
         dollars = answers(count) * answer * out
         for call in calls(count):
             kept = cached(call, each, prefix, answer)
             dollars += kept * old + (each[call - 1] - (0 if billed_twice else kept)) * new
-        return dollars / 1e6
+        return total(dollars / 1e6)
 
     return formula
 
@@ -85,6 +87,8 @@ BILL_SLIPS = {
         Slip("all-cached", lambda call, sent, prefix, answer: sent[call - 1] if call > 1 else 0,
              "what a call sends for the first time has the cached price too", BEFORE),
         Slip("all-cached", lambda call, sent, prefix, answer: sent[call - 1], "all input has the cached price", BEFORE),
+        Slip("prefix-not-cached", lambda call, sent, prefix, answer: sent[call - 2] - prefix if call > 1 else 0,
+             "the prefix has the input price at every call", BEFORE),
         Slip("two-calls-late", lambda call, sent, prefix, answer: sent[call - 3] if call > 2 else 0,
              "what the call before sent is taken for new", BEFORE),
         Slip("sum-cached", lambda call, sent, prefix, answer: sum(sent[: call - 1]),
@@ -103,6 +107,7 @@ BILL_SLIPS = {
              "range: it ends before its second number"),
         Slip("one-call-fewer", lambda count: range(2, count + 1), "the first call's input is not paid for",
              "range: where it begins"),
+        Slip("one-call-more", lambda count: range(1, count + 2), "one call too many is paid for", "where range ends"),
         Slip("last-call-only", lambda count: range(count, count + 1), "only the last call's input is paid for",
              "`=` where `+=` was meant, or a sum outside the loop"),
     ),
@@ -111,9 +116,17 @@ BILL_SLIPS = {
         Slip("prices-exchanged", lambda new, out, old: (old, out, new), "input and cached price are exchanged", PRICES),
         Slip("prices-exchanged", lambda new, out, old: (new, old, out), "output and cached are exchanged", PRICES),
         Slip("output-at-input-price", lambda new, out, old: (new, new, old), "answers have the input price", PRICES),
+        Slip("cached-price", lambda new, out, old: (new, out, new - old),
+             "the cached price was taken off the input price", "cached_price is what cached input costs"),
         Slip("cached-free", lambda new, out, old: (new, out, 0.0), "cached input costs nothing", "cached_price"),
         Slip("cached-twice", lambda new, out, old: (new, out, new * old),
              "the cached price was taken as a share of the input price", PRICES),
+    ),
+    "total": (
+        Slip("rounded", lambda dollars: round(dollars, 2), "the bill was rounded to cents", "return it as it is"),
+        Slip("rounded", lambda dollars: round(dollars, 3), "the bill was rounded", "return it as it is"),
+        Slip("rounded", lambda dollars: round(dollars, 4), "the bill was rounded", "return it as it is"),
+        Slip("rounded", int, "the bill was rounded to whole dollars", "return it as it is"),
     ),
     "billed_twice": (
         Slip("billed-twice", True, "cached tokens are billed as new input as well",

@@ -71,22 +71,25 @@ def cases() -> list[Case]:
         case(OTHER, 17, 65_539, requests=0.9), case(OTHER, 500, 131, requests=500.5),
         case(OTHER, 500, 131, requests=500.5, share=1.01),
         case(MODEL, 13, 1_009, requests=14.5, share=1.0, bandwidth=EXACT),  # just in time
+        case(MODEL, 13, 1_009, requests=14.5, share=1e-5, bandwidth=9.0),
+        case(MODEL, 13, 1_009, requests=14.5, share=0.9e-3, bandwidth=9.0),
+        case(MODEL, 7, 1_009, requests=90, share=0.3), case(MODEL, 13, 1_009, requests=14.5, share=0.6),
         # A learner may count K and V of every token as read: the time is ample for that.
-        case(WINDOWED, 19, 8_009, requests=19.5, share=0.001), case(WINDOWED, 19, 8_009, requests=18.5, share=0.001),
+        case(WINDOWED, 19, 8_009, requests=19.5, share=0.0007), case(WINDOWED, 19, 8_009, requests=18.5, share=0.0007),
         case(MODEL, 13, 1_009, requests=13.01),
     ]  # fmt: skip
 
 
 def limit(
     *,
-    length: Callable[[int, int], bool] = lambda context, trained: context > trained,
+    length: Callable[[int, int, int], bool] = lambda context, trained, users: context > trained,
     fits: Callable[[int, int, int], float] = lambda memory, weights, request: capacity(memory, weights, request, 0.15),
     weights: Callable[[ModelSpec], int] = lambda spec: 2 * count_weights(spec),
     request: Callable[[ModelSpec, int, int], int] = lambda spec, context, users: cache_bytes(spec, context, 1, 2),
     few: Callable[[float, int], bool] = lambda fit, users: fit < users,
-    none: Callable[[float, int, int], bool] = lambda fit, memory, weights: fit < 1,
+    none: Callable[[float, int, int, int], bool] = lambda fit, memory, weights, request: fit < 1,
     slow: Callable[[float, float, int], bool] = lambda seconds, tpot, users: seconds > tpot,
-    read: Callable[[int, int, int], float] = lambda weights, request, users: weights + users * request,
+    read: Callable[..., float] = lambda weights, request, users, fit, context: weights + users * request,
     order: tuple[str, ...] = ANSWERS[:4],
 ) -> Callable[..., str]:
     """The answer with one of its parts changed."""
@@ -95,10 +98,10 @@ def limit(
         stored, one = weights(spec), request(spec, context, users)
         fit = fits(gpu.memory_bytes, stored, one)
         found = {
-            "length": length(context, spec.max_seq_len),
-            "weights": few(fit, users) and none(fit, gpu.memory_bytes, stored),
+            "length": length(context, spec.max_seq_len, users),
+            "weights": few(fit, users) and none(fit, gpu.memory_bytes, stored, one),
             "cache": few(fit, users),
-            "time": slow(read(stored, one, users) / gpu.bytes_per_s, tpot, users),
+            "time": slow(read(stored, one, users, fit, context) / gpu.bytes_per_s, tpot, users),
         }
         return next((name for name in order if found[name]), "fits")
 
@@ -109,11 +112,13 @@ ORDER = "the docstring lists them in the order in which they are asked; the firs
 TIME = "one step gives every user a token; it reads the weights once and each user's K and V"
 LIMIT_SLIPS = {
     "length": (
-        Slip("length-ignored", lambda context, trained: False,
+        Slip("length-ignored", lambda context, trained, users: False,
              "what the model was trained for sets no limit in your answer", "spec.max_seq_len"),
-        Slip("boundary", lambda context, trained: context >= trained,
+        Slip("boundary", lambda context, trained, users: context >= trained,
              "a request of exactly max_seq_len tokens was refused", "> or >=: the docstring says longer"),
-        Slip("length-reversed", lambda context, trained: context < trained,
+        Slip("length-of-all", lambda context, trained, users: users * context > trained,
+             "the tokens of all users together were compared with max_seq_len", "a request is one sequence"),
+        Slip("length-reversed", lambda context, trained, users: context < trained,
              "requests shorter than max_seq_len were refused", "the comparison of context with spec.max_seq_len"),
     ),
     "few": (
@@ -128,6 +133,8 @@ LIMIT_SLIPS = {
              "the reserve was taken off the whole memory", "the reserve is a share of what the weights leave"),
         Slip("only-the-reserve", lambda memory, weights, request: capacity(memory, weights, request, 0.85),
              "only the reserve was filled", "capacity's reserve: the share that is kept free"),
+        Slip("units", lambda memory, weights, request: capacity(memory * 10**9 // 2**30, weights, request, 0.15),
+             "GiB were taken for GB", "gpu.memory_bytes is in bytes already"),
         Slip("weights-left-out", lambda memory, weights, request: capacity(memory, 0, request, 0.15),
              "the weights take no memory in your answer", "capacity's weight_bytes"),
     ),
@@ -150,10 +157,12 @@ LIMIT_SLIPS = {
              "the cache of one token was taken for that of a request", "`context`"),
     ),
     "none": (
-        Slip("weights-alone", lambda fit, memory, weights: weights >= memory,
+        Slip("weights-alone", lambda fit, memory, weights, request: weights >= memory,
              '"weights" came only where they alone do not fit', "the docstring: where not one request fits"),
-        Slip("order", lambda fit, memory, weights: False, '"weights" never comes', ORDER),
-        Slip("order", lambda fit, memory, weights: True, '"cache" never comes', ORDER),
+        Slip("weights-alone", lambda fit, memory, weights, request: weights + request > memory,
+             'nothing was kept free where "weights" was asked', "the docstring: with 0.15 kept free"),
+        Slip("order", lambda fit, memory, weights, request: False, '"weights" never comes', ORDER),
+        Slip("order", lambda fit, memory, weights, request: True, '"cache" never comes', ORDER),
     ),
     "order": (
         Slip("order", ("weights", "cache", "time", "length"), "the length was asked about last", ORDER),
@@ -163,18 +172,24 @@ LIMIT_SLIPS = {
         Slip("order", ("time", "cache", "weights", "length"), "the questions were asked in the opposite order", ORDER),
     ),
     "read": (
-        Slip("time-of-one", lambda weights, request, users: weights + request,
+        Slip("time-of-one", lambda weights, request, users, fit, context: weights + request,
              "a step was timed as that of one user", TIME),
-        Slip("weights-per-request", lambda weights, request, users: users * (weights + request),
+        Slip("weights-per-request", lambda weights, request, users, fit, context: users * (weights + request),
              "the weights were read once per user", TIME),
-        Slip("cache-left-out", lambda weights, request, users: weights,
+        Slip("cache-left-out", lambda weights, request, users, fit, context: weights,
              "a step was timed as reading the weights alone", TIME),
-        Slip("weights-not-read", lambda weights, request, users: users * request,
+        Slip("all-that-fit", lambda weights, request, users, fit, context: weights + fit * request,
+             "a step was timed with all users that fit", "`users`: as many as are asked for"),
+        Slip("context-twice", lambda weights, request, users, fit, context: weights + users * request * context,
+             "the cache of a request was multiplied with its tokens again", "bytes_per_token: of one token"),
+        Slip("weights-not-read", lambda weights, request, users, fit, context: users * request,
              "a step was timed as reading the cache alone", TIME),
     ),
     "slow": (
         Slip("time-ignored", lambda seconds, tpot, users: False,
              "time sets no limit in your answer", "tpot and gpu.bytes_per_s"),
+        Slip("always-late", lambda seconds, tpot, users: True, "whatever fits comes out as too slow",
+             "the units on both sides of the comparison with tpot: seconds"),
         Slip("boundary", lambda seconds, tpot, users: seconds >= tpot,
              "a step that takes exactly tpot was refused", "> or >=: the docstring says more than"),
         Slip("per-request", lambda seconds, tpot, users: seconds / users > tpot,
@@ -219,7 +234,7 @@ class FirstLimit(Exercise):
     }
     suspects: ClassVar = (
         Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2),
-                                     read=lambda weights, request, users: weights + request),
+                                     read=lambda weights, request, users, fit, context: weights + request),
                 "capacity was handed the cache of all users as that of one request", "capacity's request_bytes"),
         *suspects_of(limit, LIMIT_SLIPS),
     )  # fmt: skip

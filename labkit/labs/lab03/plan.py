@@ -43,6 +43,7 @@ CAPACITY_SLIPS = {
              "a share that is kept free: what may be used is 1 - reserve of the room"),
         Slip("reserve-of-weights", lambda m, w, r: m - w * (1 + r), "the reserve was taken as a share of the weights",
              SHARE),
+        Slip("reserve-of-weights", lambda m, w, r: m - w * (1 - r), "the reserve was taken off the weights", SHARE),
         Slip("weights-added", lambda m, w, r: (m + w) * (1 - r), "the weights were added to the memory",
              "what stands in memory before the first request comes"),
     ),
@@ -53,6 +54,7 @@ CAPACITY_SLIPS = {
         Slip("reserve-per-request", lambda w, q, r: q * (1 - r), "each request was made smaller by the reserve", SHARE),
     ),
     "whole": (
+        Slip("one-at-least", lambda x: max(1, math.floor(x)), "one request was let in where none fits", WHOLE),
         Slip("rounded-up", math.ceil, "the number was rounded up", WHOLE),
         Slip("rounded-up", round, "the number was rounded to the nearest", WHOLE),
         Slip("rounded-up", lambda x: math.floor(x) + 1, "one was added to what fits", WHOLE),
@@ -84,6 +86,11 @@ class Capacity(Exercise):
     suspects: ClassVar = (
         Suspect("weights-per-request", fitting(room=lambda m, w, r: m * (1 - r), each=lambda w, q, r: w + q),
                 "each request was given weights of its own", "weights are shared: they are stored once"),
+        Suspect("rounded-twice", lambda m, w, q, r: max(0, int((m - w) // q * (1 - r))),
+                "the reserve was taken off a number of requests that had been rounded down",
+                "the reserve is a share of bytes: round at the end"),
+        Suspect("rounded-twice", lambda m, w, q, r: max(0, (m - w) // q - math.ceil((m - w) // q * r)),
+                "requests were kept free, not bytes", "the reserve is a share of bytes: round at the end"),
         *suspects_of(fitting, CAPACITY_SLIPS),
     )  # fmt: skip
 
@@ -94,6 +101,7 @@ class Capacity(Exercise):
         cases = [
             (84_932_978_278, 15_231_233_024, 117_440_512, 0.15), (84_932_978_278, 15_231_233_024, 117_440_512, 0.31),
             (84_932_978_278, 15_231_233_024, 7_516_192_768, 0.15), (84_932_978_278, 40_000_000_007, 117_440_512, 0.15),
+            (84_932_978_278, 70_000_000_001, 117_440_512, 0.15),
             (42_294_690_447, 15_231_233_024, 117_440_512, 0.15), (1_009, 211, 89, 0.1), (1_000, 200, 100, 0.5),
             (1_001, 200, 100, 0.5), (999, 200, 100, 0.5), (1_200, 200, 100, 0.0), (1_000, 200, 401, 0.5),
             (1_000, 200, 400, 0.5), (10**12 + 1, 7, 30_000_001, 0.25), (1_009, 211, 89, 0.1),
@@ -111,7 +119,7 @@ class Capacity(Exercise):
                     cause="a negative number of requests fits",
                     look="the case in which the weights do not fit: 0",
                 )
-        judge(type(self), answer, capacity, cases, self.suspects, what=what, whole=True)
+        judge(type(self), answer, capacity, cases, (), what=what, whole=True)
 
 
 def shaped(name: str, layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int) -> ModelSpec:
@@ -159,8 +167,6 @@ PLANNER_SLIPS = {
              "the grouping was applied to the KV heads once more", "num_kv_heads is what is left after grouping"),
         Slip("divided-twice", lambda spec: spec.num_kv_heads // (spec.num_heads // spec.num_kv_heads),
              "the grouping was applied to the KV heads once more", "num_kv_heads is what is left after grouping"),
-        Slip("multiplied-twice", lambda spec: spec.num_kv_heads * (spec.num_heads // spec.num_kv_heads),
-             "KV heads times query heads per KV head are the query heads", "queries are not stored"),
         Slip("written-down", lambda spec: 8, "the number of heads is 8, whatever the model", "spec.num_kv_heads"),
         Slip("written-down", lambda spec: 4, "the number of heads is 4, whatever the model", "spec.num_kv_heads"),
         Slip("square-root", lambda spec: spec.num_heads**0.5, "the square root of the query heads was taken",
@@ -187,6 +193,8 @@ PLANNER_SLIPS = {
         Slip("ignored", lambda context, size: context * 2, "two bytes a number were counted, whatever is asked",
              "`bytes_per_element`"),
         Slip("ignored", lambda context, size: context, "numbers were counted, not bytes", "`bytes_per_element`"),
+        Slip("trained-length", lambda context, size: min(context, 64) * size, "tokens beyond max_seq_len were left out",
+             "`context`: as many as are asked for"),
         Slip("ignored", lambda context, size: size, "one token was counted", "`context`"),
     ),
 }  # fmt: skip

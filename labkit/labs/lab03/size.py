@@ -22,9 +22,9 @@ FULL = ModelSpec(
 MIXED = ModelSpec(
     name="13 layers with windows of 37 and 23, or none",
     num_layers=13, num_heads=30, num_kv_heads=3, head_dim=26, hidden_size=190, intermediate_size=13,
-    vocab_size=17, max_seq_len=19, window=37, v_head_dim=10,
+    vocab_size=17, max_seq_len=19, window=37, v_head_dim=11,
     layers=[
-        LayerGroup("window", 3), LayerGroup("full", 1, num_kv_heads=5, head_dim=34, v_head_dim=14),
+        LayerGroup("window", 3), LayerGroup("full", 1, num_kv_heads=5, head_dim=34, v_head_dim=15),
         LayerGroup("window", 1, window=23),
     ],
 )  # fmt: skip
@@ -74,6 +74,10 @@ CACHE_SLIPS = {
              "a window of n was taken to keep n - 1 tokens", "a window keeps as many tokens as its number says"),
         Slip("window-off-by-one", lambda layer, tokens, spec: min(tokens, layer.window + 1) if layer.window else tokens,
              "a window of n was taken to keep n + 1 tokens", "a window keeps as many tokens as its number says"),
+        Slip("window-emptied", lambda layer, tokens, spec: tokens if tokens <= (layer.window or tokens) else 0,
+             "a layer whose window is full was taken to keep nothing", "a full window keeps what its number says"),
+        Slip("trained-length", lambda layer, tokens, spec: layer.tokens_held(min(tokens, spec.max_seq_len)),
+             "tokens beyond max_seq_len were left out", "what a layer holds: all tokens, or its newest"),
         Slip("tokens-left-out", lambda layer, tokens, spec: 1, "the cache of one token was counted", "`tokens`"),
     ),
     "heads": (
@@ -152,6 +156,21 @@ class CacheBytes(Exercise):
                 * min(tokens, spec.window or tokens) * batch * size,
                 lambda spec, tokens, batch, size: 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
                 * tokens * batch * size), UNIFORM, LOOP),
+        Suspect("hidden-size", lambda spec, tokens, batch, size: (
+            2 * spec.num_layers * spec.hidden_size * tokens * batch * size),
+            "hidden_size was taken for the width of a token's keys", LOOP),
+        Suspect("brackets", (
+            lambda spec, tokens, batch, size: batch * size * sum(
+                layer.tokens_held(tokens) * (layer.num_kv_heads * layer.k_dim + layer.v_dim)
+                for layer in spec.each_layer),
+            lambda spec, tokens, batch, size: batch * size * sum(
+                layer.tokens_held(tokens) * layer.num_kv_heads * layer.k_dim + layer.v_dim
+                for layer in spec.each_layer)),
+            "num_kv_heads multiplied the keys only", "the brackets around k_dim + v_dim"),
+        Suspect("window-shared", lambda spec, tokens, batch, size: size * sum(
+            layer.tokens_held(tokens * batch) * layer.num_kv_heads * (layer.k_dim + layer.v_dim)
+            for layer in spec.each_layer),
+            "one window was shared by all requests", "each request has a window of its own: `batch` comes last"),
         *suspects_of(layers_bytes, CACHE_SLIPS),
     )  # fmt: skip
 
@@ -209,7 +228,8 @@ def counted(
     head_dim: Callable[[ModelSpec], float] = lambda spec: spec.head_dim,
     bias: Callable[[ModelSpec], bool] = lambda spec: spec.qkv_bias,
     bias_width: Callable[[ModelSpec], float] | None = None,
-    mlp: float = 3, norms: float = 2, last: float = 1,
+    mlp: float = 3, norms: float | Callable[[ModelSpec], float] = 2, last: float = 1,
+    more: Callable[[ModelSpec], float] = lambda spec: 0,
     tables: Callable[[ModelSpec], float] = lambda spec: 1 if spec.tied_head else 2,
     layers: Callable[[ModelSpec, float, float], float] = lambda spec, layer, outside: spec.num_layers * layer + outside,
     square: bool = False,
@@ -221,8 +241,9 @@ def counted(
         width = q_width(spec) / spec.head_dim * head_dim(spec)
         attention = 4 * hidden**2 if square else (q * width + kv * narrow) * hidden
         biases = (bias_width(spec) if bias_width else width + 2 * narrow) if bias(spec) else 0
-        layer = attention + biases + mlp * hidden * spec.intermediate_size + norms * hidden
-        return layers(spec, layer, tables(spec) * spec.vocab_size * hidden + last * hidden)
+        count = norms(spec) if callable(norms) else norms
+        layer = attention + biases + mlp * hidden * spec.intermediate_size + count * hidden
+        return more(spec) + layers(spec, layer, tables(spec) * spec.vocab_size * hidden + last * hidden)
 
     return formula
 
@@ -247,6 +268,8 @@ WEIGHT_SLIPS = {
         Slip("group-size", lambda spec: spec.num_heads // spec.num_kv_heads,
              "query heads per KV head were counted, not KV heads", TABLE),
         Slip("kv-heads", lambda spec: 1, "k and v were given one head", TABLE),
+        Slip("kv-heads", lambda spec: spec.num_kv_heads / spec.head_dim,
+             "k and v were given as many outputs as there are KV heads", "num_kv_heads x head_dim"),
     ),
     "tables": (
         Slip("tied", lambda spec: 2, "the head was counted also where it is the embedding", TIED),
@@ -258,7 +281,21 @@ WEIGHT_SLIPS = {
     "q": many("output-missing", 2, "matrices of q's width, q and attention's output", TABLE, 1, 0, 3, 4),
     "kv": many("v-missing", 2, "matrices of the KV heads' width, k and v", TABLE, 1, 0, 4),
     "mlp": many("mlp", 3, "matrices of the MLP, gate, up and down", TABLE, 2, 1, 0, 4, 6),
-    "norms": many("norms", 2, "norms of a layer", "two per layer, and one after the last", 1, 0, 3, 4),
+    "norms": (
+        *many("norms", 2, "norms of a layer", "two per layer, and one after the last", 1, 0, 3, 4),
+        Slip("norms", lambda spec: 2 / spec.num_layers, "two norms were counted in all", "every layer has its own two"),
+        Slip("norms", lambda spec: 2 * spec.hidden_size, "a norm was given hidden_size squared weights",
+             "one weight per number"),
+        Slip("norms", lambda spec: 2 / spec.hidden_size, "a norm was taken for one weight", "one weight per number"),
+    ),
+    "more": (
+        Slip("output-bias", lambda spec: spec.num_layers * spec.hidden_size * spec.qkv_bias,
+             "attention's output was given a bias", "the table: q, k and v have biases, where there are any"),
+        Slip("mlp-bias", lambda spec: spec.num_layers * (2 * spec.intermediate_size + spec.hidden_size),
+             "the MLP was given biases", "the table: no such row"),
+        Slip("positions", lambda spec: spec.max_seq_len * spec.hidden_size,
+             "a table of positions was counted", "a Llama-style model rotates, and has no such table"),
+    ),
     "last": many("norms", 1, "norms after the last layer", "what stands outside the layers", 0, 2),
     "bias": (
         Slip("bias", lambda spec: False, "the biases of q, k and v were left out", "spec.qkv_bias"),
@@ -279,6 +316,8 @@ WEIGHT_SLIPS = {
         Slip("bias-width", lambda spec: 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim,
              "four biases were counted; the output has none", BIASES),
         Slip("bias-width", lambda spec: 2 * spec.num_kv_heads * spec.head_dim, "q's bias was left out", BIASES),
+        Slip("bias-width", lambda spec: (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / spec.num_layers,
+             "the biases of one layer were counted", "every layer has its own"),
         Slip("bias-width", lambda spec: 3, "a bias was taken for one number", BIASES),
     ),
     "head_dim": (

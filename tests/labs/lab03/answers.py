@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import torch
 
 from labkit import sizing
@@ -101,6 +105,12 @@ def by_live_tensors(spec, tokens, batch, bytes_per_element):
 
 def by_sizing(spec, tokens, batch, bytes_per_element):
     return sizing.cache_bytes(spec, tokens, batch, {1: "float8", 2: "float16", 4: "float32"}[bytes_per_element])
+
+
+def remembering(answer: Callable) -> Callable:
+    """An answer that keeps its results by the number of tokens alone."""
+    known = {}
+    return lambda spec, tokens, batch, size: known.setdefault(tokens, answer(spec, tokens, batch, size))
 
 
 # 03.2
@@ -324,6 +334,12 @@ def by_the_token(spec, gpu, users, context, tpot):
     return "time" if (weights + users * request) / gpu.bytes_per_s > tpot else "fits"
 
 
+def bytes_of_a_request_per_token(spec, gpu, users, context, tpot):
+    early = first_limit(spec, gpu, users, context, math.inf)
+    step = tpot_floor(2 * count_weights(spec), cache_bytes(spec, context, 1, 2), context, users, gpu.bytes_per_s)
+    return "time" if early == "fits" and step > tpot else early
+
+
 def weights_alone_or_cache(spec, gpu, users, context, tpot):
     if context > spec.max_seq_len:
         return "length"
@@ -390,6 +406,25 @@ WRONG = [
     Wrong("03.1", "one-layer", "= in the place of +=", keeps_the_last_layer),
     Wrong("03.1", "ignored", "always two bytes per number", always_two_bytes),
     Wrong("03.1", "ignored", "the batch left out", forgets_the_batch),
+    Wrong("03.1", "window-emptied", "a full window holds nothing",
+           by_layer(both, lambda layer, tokens: tokens if tokens <= (layer.window or tokens) else 0)),
+    Wrong("03.1", "window-off-by-one", "a window keeps one token fewer",
+           by_layer(both, lambda layer, tokens: min(tokens, layer.window - 1) if layer.window else tokens)),
+    Wrong("03.1", "window-shared", "one window for all requests",
+           lambda spec, tokens, batch, size: cache_bytes(spec, tokens * batch, 1, size)),
+    Wrong("03.1", "brackets", "the KV heads multiply the keys alone",
+           by_layer(lambda layer: layer.num_kv_heads * layer.k_dim + layer.v_dim)),
+    Wrong("03.1", "kinds-not-layers", "layers that are alike counted once",
+           lambda spec, tokens, batch, size: batch * size
+           * sum(layer.tokens_held(tokens) * both(layer) for layer in set(spec.each_layer))),
+    Wrong("03.1", "hidden-size", "hidden_size for the keys' width",
+           lambda spec, tokens, batch, size: 2 * spec.num_layers * spec.hidden_size * tokens * batch * size),
+    Wrong("03.1", "window-everywhere", "two things: the model's window, and values as wide as keys",
+           lambda spec, tokens, batch, size: sum(2 * layer.num_kv_heads * layer.k_dim for layer in spec.each_layer)
+           * min(tokens, spec.window or tokens) * batch * size),
+    Wrong("03.1", "trained-length", "no more tokens than the model was trained for",
+           lambda spec, tokens, batch, size: cache_bytes(spec, min(tokens, spec.max_seq_len), batch, size)),
+    Wrong("03.1", "ignored", "results kept by the number of tokens alone", remembering(cache_bytes)),
     Wrong("03.1", "bits", "bits for bytes", lambda *sizes: 8 * cache_bytes(*sizes)),
     Wrong("03.1", "units", "MiB for bytes", lambda *sizes: cache_bytes(*sizes) / 2**20),
     Wrong("03.1", "not-whole", "a float", lambda *sizes: cache_bytes(*sizes) / 1),
@@ -416,6 +451,18 @@ WRONG = [
            weights(head_dim=lambda spec: spec.hidden_size / spec.num_heads)),
     Wrong("03.2", "head-dim", "q and the output hidden_size squared", q_of_hidden_size),
     Wrong("03.2", "output-missing", "no output matrix", weights(output=False)),
+    Wrong("03.2", "norms", "two norms in all", weights(norms=0, last=3)),
+    Wrong("03.2", "mlp", "four matrices in the MLP", weights(mlp=4)),
+    Wrong("03.2", "positions", "a table of positions",
+           lambda spec: count_weights(spec) + spec.max_seq_len * spec.hidden_size),
+    Wrong("03.2", "output-bias", "a bias of attention's output",
+           lambda spec: count_weights(spec) + spec.num_layers * spec.hidden_size * spec.qkv_bias),
+    Wrong("03.2", "bias-width", "the biases of one layer",
+           lambda spec: count_weights(replace(spec, qkv_bias=False))
+           + (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.qkv_bias),
+    Wrong("03.2", "tables-per-layer", "the tables in every layer",
+           lambda spec: count_weights(spec) + (spec.num_layers - 1)
+           * ((2 - spec.tied_head) * spec.vocab_size + 1) * spec.hidden_size),
     Wrong("03.2", "bytes", "bytes for weights", lambda spec: 2 * count_weights(spec)),
     Wrong("03.2", "units", "millions", lambda spec: count_weights(spec) / 1e6),
     Wrong("03.2", "group-size", "the group size for the KV heads",
@@ -430,6 +477,19 @@ WRONG = [
     Wrong("03.3", "weights-per-request", "weights for each request",
            lambda m, w, q, r: max(0, int(m * (1 - r) // (w + q)))),
     Wrong("03.3", "not-rounded", "a fraction of a request", lambda m, w, q, r: max(0.0, (m - w) * (1 - r) / q)),
+    Wrong("03.3", "below-zero", "a negative number, cut off towards 0", lambda m, w, q, r: int((m - w) * (1 - r) / q)),
+    Wrong("03.3", "below-zero", "-1 for what does not fit",
+           lambda m, w, q, r: -1 if w > m else capacity(m, w, q, r)),
+    Wrong("03.3", "rounded-twice", "rounded before the reserve",
+           lambda m, w, q, r: max(0, int((m - w) // q * (1 - r)))),
+    Wrong("03.3", "one-at-least", "one user always fits", lambda *sizes: max(1, capacity(*sizes))),
+    Wrong("03.3", "one-too-few", "full to the last byte is too full",
+           lambda m, w, q, r: max(0, -int(-((m - w) * (1 - r)) // q) - 1)),
+    Wrong("03.3", "reserve-of-weights", "a share of the weights",
+           lambda m, w, q, r: max(0, int((m - w * (1 + r)) // q))),
+    Wrong("03.3", "values", "nothing fits beside weights of half the memory",
+           lambda m, w, q, r: 0 if 2 * w > m else capacity(m, w, q, r)),
+    Wrong("03.3", "values", "the sign lost", lambda m, w, q, r: int(abs(m - w) * (1 - r) // q)),
     Wrong("03.3", "not-whole", "// between floats", lambda *sizes: float(capacity(*sizes))),
     Wrong("03.3", "returned-none", "nothing when the weights do not fit",
            lambda m, w, q, r: int((m - w) * (1 - r) // q) if m > w else None),
@@ -441,6 +501,12 @@ WRONG = [
     Wrong("03.4", "one-token", "the new token's K and V alone", lambda w, t, c, b, s: (w + b * t) / s),
     Wrong("03.4", "inverted", "steps per second", lambda w, t, c, b, s: s / (w + b * c * t)),
     Wrong("03.4", "longest", "the larger of the two reads", lambda w, t, c, b, s: max(w, b * c * t) / s),
+    Wrong("03.4", "k-and-v-twice", "twice, for K and V", lambda w, t, c, b, s: (w + 2 * b * c * t) / s),
+    Wrong("03.4", "half-the-context", "half of the context, on average", lambda w, t, c, b, s: (w + b * c / 2 * t) / s),
+    Wrong("03.4", "token-more", "the new token besides", lambda w, t, c, b, s: (w + b * (c + 1) * t) / s),
+    Wrong("03.4", "brackets", "the cache alone divided", lambda w, t, c, b, s: w + b * c * t / s),
+    Wrong("03.4", "inverted", "tokens per second", lambda w, t, c, b, s: b * s / (w + b * c * t)),
+    Wrong("03.4", "rounded", "whole seconds", lambda *sizes: int(tpot_floor(*sizes))),
     Wrong("03.4", "units", "milliseconds", lambda *sizes: 1e3 * tpot_floor(*sizes)),
     Wrong("03.5", "higher-roof", "max for min", lambda f, n, p, b: max(p, f / n * b)),
     Wrong("03.5", "inverted", "bytes per operation", lambda f, n, p, b: min(p, n / f * b)),
@@ -450,6 +516,11 @@ WRONG = [
     Wrong("03.5", "seconds", "the time", lambda f, n, p, b: max(f / p, n / b)),
     Wrong("03.5", "intensity", "operations per byte", lambda f, n, p, b: f / n),
     Wrong("03.5", "bandwidth-roof", "no intensity", lambda f, n, p, b: min(p, b)),
+    Wrong("03.5", "share", "a percentage of the peak", lambda f, n, p, b: 100 * min(1, f / n * b / p)),
+    Wrong("03.5", "bytes-multiplied", "operations times bytes", lambda f, n, p, b: min(p, f * n * b)),
+    Wrong("03.5", "higher-roof", "the sides exchanged", lambda f, n, p, b: p if f / n < p / b else f / n * b),
+    Wrong("03.5", "values", "nothing at the ridge",
+           lambda f, n, p, b: f / n * b if f / n * b < p else (p if f / n * b > p else 0)),
     Wrong("03.6", "history-not-sent", "one message a call",
            bill_of(lambda call, prefix, added, answer: prefix + added, sent_before)),
     Wrong("03.6", "answers-not-sent", "answers are not sent again",
@@ -472,6 +543,14 @@ WRONG = [
     Wrong("03.6", "output-free", "free answers", free_answers),
     Wrong("03.6", "units", "not divided by a million", whole_dollars),
     Wrong("03.6", "units", "cents", cents),
+    Wrong("03.6", "one-call-fewer", "the last call's input left out",
+           lambda c, p, a, n, i, o, k: conversation_cost(c, p, a, n, i, o, k)
+           - (conversation_cost(c, p, a, n, i, 0, k) - conversation_cost(c - 1, p, a, n, i, 0, k))),
+    Wrong("03.6", "prefix-not-cached", "the prefix is never cached",
+           bill_of(everything, lambda call, prefix, sent: sent(call - 1) - prefix if call > 1 else 0)),
+    Wrong("03.6", "cached-price", "the cached price as a discount",
+           lambda c, p, a, n, i, o, k: conversation_cost(c, p, a, n, i, o, i - k)),
+    Wrong("03.6", "rounded", "rounded to cents", lambda *sizes: round(conversation_cost(*sizes), 2)),
     Wrong("03.6", "prices-exchanged", "input and output prices exchanged", at_the_output_price),
     Wrong("03.7", "group-size", "the blank as it stands",
            with_heads(lambda spec: spec.num_heads // spec.num_kv_heads), source=HEADS),
@@ -483,6 +562,12 @@ WRONG = [
     Wrong("03.7", "divided-twice", "KV heads grouped again",
            with_heads(lambda spec: spec.num_kv_heads / (spec.num_heads // spec.num_kv_heads))),
     Wrong("03.7", "k-only", "K without V", lambda *sizes: request_bytes(*sizes) // 2),
+    Wrong("03.7", "query-heads", "KV heads times their queries",
+           with_heads(lambda spec: spec.num_kv_heads * (spec.num_heads // spec.num_kv_heads))),
+    Wrong("03.7", "values", "half KV heads, half group size",
+           with_heads(lambda spec: (spec.num_kv_heads + spec.num_heads // spec.num_kv_heads) / 2)),
+    Wrong("03.7", "written-down", "head_dim 128, whatever the model",
+           lambda spec, context, size: 2 * spec.num_layers * spec.num_kv_heads * 128 * context * size),
     Wrong("03.7", "ignored", "always float16", always_float16),
     Wrong("03.8", "length-ignored", "any length", limit_by(trained=lambda spec: 10**9)),
     Wrong("03.8", "boundary", "max_seq_len itself refused", limit_by(trained=lambda spec: spec.max_seq_len - 1)),
@@ -491,6 +576,16 @@ WRONG = [
     Wrong("03.8", "weights-counted", "a count for bytes", limit_by(per_weight=1)),
     Wrong("03.8", "weights-alone", "weights only where they alone do not fit", weights_alone_or_cache),
     Wrong("03.8", "window-ignored", "03.7's formula for a model with a window", by_the_token),
+    Wrong("03.8", "boundary", "tpot itself too slow",
+           lambda spec, gpu, users, context, tpot: first_limit(spec, gpu, users, context, tpot * (1 - 1e-12))),
+    Wrong("03.8", "length-of-all", "all users' tokens as one length",
+           lambda spec, gpu, users, context, tpot: "length" if users * context > spec.max_seq_len
+           else first_limit(spec, gpu, users, context, tpot)),
+    Wrong("03.8", "context-twice", "a request's bytes for a token's",
+           bytes_of_a_request_per_token),
+    Wrong("03.8", "milliseconds", "milliseconds against seconds",
+           limit_by(seconds=lambda weights, request, users, gpu: 1e3 * (weights + users * request) / gpu.bytes_per_s)),
+    Wrong("03.8", "only-the-reserve", "0.85 for the reserve", limit_by(reserve=0.85)),
     Wrong("03.8", "order", "cache asked before weights", limit_by(nothing="cache")),
     Wrong("03.8", "order", "the time before memory", limit_by(order=("length", "time", "memory"))),
     Wrong("03.8", "order", "the length last", limit_by(order=("memory", "time", "length"))),
@@ -515,21 +610,32 @@ RIGHT: list[tuple[str, Callable]] = [
     ("03.1", by_live_tensors),
     ("03.1", by_sizing),
     ("03.1", by_layer(both)),
+    ("03.1", lambda *sizes: np.int64(cache_bytes(*sizes))),
+    ("03.1", lambda spec, tokens, batch, size: batch * size * sum(
+        count * layer.tokens_held(tokens) * layer.elements_per_token for layer, count in spec.layer_counts.items())),
     ("03.2", from_a_live_model),
     ("03.2", part_by_part),
     ("03.2", weights()),
     ("03.3", fits_by_counting),
     ("03.3", fits_with_a_test),
+    ("03.3", lambda m, w, q, r: max(0, math.floor((m - w) * (1 - r) / q))),
+    ("03.3", lambda m, w, q, r: max(0, int((m - w) * (1 - r))) // q),
+    ("03.3", lambda m, w, q, r: np.int64(max(0, np.floor_divide(m - w - r * (m - w), q)))),
+    ("03.4", lambda w, t, c, b, s: float(Fraction(w + t * c * b) / Fraction(s))),
     ("03.4", step_by_parts),
     ("03.4", lambda w, t, c, b, s: w / s + b * c * t / s),
+    ("03.5", lambda f, n, p, b: np.minimum(p, f * b / n)),
+    ("03.5", lambda f, n, p, b: p * min(1, (f / n) / (p / b))),
     ("03.5", rate_by_the_slower),
     ("03.5", rate_by_the_ridge),
     ("03.6", bill_in_closed_form),
     ("03.6", bill_by_sizing),
     ("03.6", bill_of(everything, sent_before)),
+    ("03.7", lambda spec, context, size: np.prod(
+        [2, spec.num_layers, spec.num_kv_heads, spec.head_dim, context, size], dtype=np.int64)),
     ("03.7", by_the_group),
     ("03.7", lambda spec, context, size: cache_bytes(spec, context, 1, size)),
     ("03.8", with_a_list),
     ("03.8", step_by_step),
     ("03.8", limit_by()),
-]
+]  # fmt: skip
