@@ -151,6 +151,8 @@ class ConversationCost(Exercise):
         "history-not-sent": "A stateless server knows nothing of call 3 when call 4 comes.",
         "first-call-cached": "Who put the prefix into the cache before the first call?",
         "only-the-prefix": "Call 3 sends the first question again. Had call 2 sent it?",
+        "no-caching": "What call 3 sends begins with all that call 2 sent. Which price has that part?",
+        "billed-twice": "A token is read from the cache or it is new. Which tokens are in both of your sums?",
         "answer-cached": "The model wrote the last answer. When was it first part of what you sent?",
         "answers-not-sent": "The model's own answer is part of what the next call sends.",
     }

@@ -81,6 +81,7 @@ class Capacity(Exercise):
         "reserve-of-all": "The reserve is a share. Of what? The docstring says.",
         "no-reserve": "Of ten bytes that the weights leave and a reserve of 0.15, how many may be used?",
         "rounded-up": "A request of which nine tenths fit does not fit.",
+        "rounded-twice": "Ten requests fit, and 15% is kept free: is that a request and a half, or bytes?",
         "below-zero": "How many users does a GPU serve that cannot hold the weights?",
     }
     suspects: ClassVar = (

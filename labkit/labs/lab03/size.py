@@ -148,6 +148,10 @@ class CacheBytes(Exercise):
         "window-ignored": "What does a layer do with its oldest token when the window is full?",
         "window-too-large": "A window of 4,096 and 100 tokens so far: how many does the layer hold?",
         "uniform": "spec.num_kv_heads speaks for most layers. Who speaks for this one?",
+        "k-only": "A token leaves two vectors behind in every KV head. Which one is in the formula?",
+        "query-heads": "Who is kept for later steps: queries, or the keys and values they meet?",
+        "brackets": "num_kv_heads heads, each with a key and a value. What do the brackets hold?",
+        "one-layer": "Print the sum after each turn of the loop. When does it stop growing?",
         "values-as-wide-as-keys": "A layer has a k_dim and a v_dim. Some models have narrower values.",
     }
     suspects: ClassVar = (
@@ -363,6 +367,9 @@ class CountWeights(Exercise):
         "kv-as-wide-as-q": "How many heads do k and v have under grouped-query attention?",
         "head-dim": "Does hidden_size divide by num_heads? Then print spec.head_dim beside it.",
         "bias-width": "A bias is added to the output. How many outputs does q have, and how many k?",
+        "mlp": "How many matrices lead from hidden_size to intermediate_size, and how many back?",
+        "norms": "Norms stand in every layer and once after the last. How many are that for three layers?",
+        "output-missing": "Attention's heads are joined at its end. By which matrix?",
         "square": "num_heads x head_dim need not be hidden_size.",
         "tied": "With a tied head, one table serves twice. How often is it stored?",
     }
