@@ -131,11 +131,11 @@ def shaped(name: str, layers: int, heads: int, kv_heads: int, head_dim: int, hid
     )  # fmt: skip
 
 
-COINCIDENCE = shaped("64 heads, 8 KV heads", 80, 64, 8, 128, 8192)
-FEW = shaped("28 heads, 4 KV heads", 28, 28, 4, 128, 3584)
-MANY = shaped("32 heads, 8 KV heads", 32, 32, 8, 128, 4096)
-ALL = shaped("40 heads, 40 KV heads", 40, 40, 40, 128, 5120)
-ONE = shaped("71 heads, 1 KV head", 32, 71, 1, 64, 4096)
+COINCIDENCE = shaped("the coincidence", 80, 64, 8, 128, 8192)
+FEW = shaped("few KV heads", 28, 28, 4, 128, 3584)
+MANY = shaped("groups of four", 32, 32, 8, 128, 4096)
+ALL = shaped("no groups", 40, 40, 40, 128, 5120)
+ONE = shaped("one KV head", 32, 71, 1, 64, 4096)
 
 
 def planned(
@@ -229,8 +229,8 @@ class RequestBytes(Exercise):
         """The coincidence, then models where group size and KV heads differ either way; every size changed alone."""
         cases = [
             (FEW, 1_009, 2), (FEW, 1_009, 4), (FEW, 2_003, 2), (MANY, 1_009, 2), (ALL, 1_009, 2), (ONE, 1_009, 2),
-            (COINCIDENCE, 1_009, 2), (replace(FEW, name="28 heads of 96", head_dim=96), 1_009, 2),
-            (replace(FEW, name="29 layers", num_layers=29), 1_009, 2), (ONE, 131_072, 1), (MANY, 1, 2),
+            (COINCIDENCE, 1_009, 2), (replace(FEW, name="narrow heads", head_dim=96), 1_009, 2),
+            (replace(FEW, name="a layer more", num_layers=29), 1_009, 2), (ONE, 131_072, 1), (MANY, 1, 2),
             (FEW, 1_009, 2),
         ]  # fmt: skip
         for some in (cases, [(MANY, 0, 2)]):

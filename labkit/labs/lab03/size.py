@@ -15,12 +15,12 @@ from labkit.llama import Llama
 from labkit.specs import Layer, LayerGroup, ModelSpec
 
 FULL = ModelSpec(
-    name="11 full layers",
+    name="all layers keep everything",
     num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
     vocab_size=17, max_seq_len=19,
 )  # fmt: skip
 MIXED = ModelSpec(
-    name="13 layers with windows of 37 and 23, or none",
+    name="windows of 37 and 23, or none",
     num_layers=13, num_heads=30, num_kv_heads=3, head_dim=26, hidden_size=190, intermediate_size=13,
     vocab_size=17, max_seq_len=19, window=37, v_head_dim=11,
     layers=[
@@ -29,7 +29,7 @@ MIXED = ModelSpec(
     ],
 )  # fmt: skip
 WINDOWED = ModelSpec(
-    name="5 layers, all with a window of 4,096",
+    name="a window of 4,096 in every layer",
     num_layers=5, num_heads=8, num_kv_heads=2, head_dim=46, hidden_size=370, intermediate_size=13,
     vocab_size=17, max_seq_len=19, window=4096,
 )  # fmt: skip
@@ -193,29 +193,29 @@ class CacheBytes(Exercise):
 
 
 TINY = ModelSpec(
-    name="3 layers, head of its own, no biases",
+    name="MLP 46, vocabulary 97, head of its own, no biases",
     num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, hidden_size=28, intermediate_size=46,
     vocab_size=97, max_seq_len=64,
 )  # fmt: skip
 BIASED = ModelSpec(
-    name="5 layers, tied head, biases",
+    name="MLP 34, vocabulary 53, tied head, biases",
     num_layers=5, num_heads=4, num_kv_heads=1, head_dim=6, hidden_size=22, intermediate_size=34,
     vocab_size=53, max_seq_len=64, qkv_bias=True, tied_head=True, model_type="qwen2",
 )  # fmt: skip
 ROUNDED = ModelSpec(
-    name="2 layers, head of its own, biases",
+    name="MLP 26, vocabulary 61, head of its own, biases",
     num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8, hidden_size=38, intermediate_size=26,
     vocab_size=61, max_seq_len=64, qkv_bias=True, parameters=30_000,
 )  # fmt: skip
 
 
 SQUARE = ModelSpec(
-    name="7 layers, as many KV heads, tied head, no biases",
+    name="MLP 58, vocabulary 71, tied head, no biases",
     num_layers=7, num_heads=3, num_kv_heads=3, head_dim=14, hidden_size=42, intermediate_size=58,
     vocab_size=71, max_seq_len=64, tied_head=True,
 )  # fmt: skip
 LARGER = ModelSpec(
-    name="11 larger layers, biases",
+    name="MLP 1,030, vocabulary 2,003, head of its own, biases",
     num_layers=11, num_heads=10, num_kv_heads=5, head_dim=38, hidden_size=390, intermediate_size=1_030,
     vocab_size=2_003, max_seq_len=64, qkv_bias=True,
 )  # fmt: skip
