@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
-from labkit.course.checks.numbers import judge, shown
+from labkit.course.checks.numbers import check_number, judge, shown
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import capacity, request_bytes
@@ -44,6 +44,8 @@ CAPACITY_SLIPS = {
         Slip("reserve-of-weights", lambda m, w, r: m - w * (1 + r), "the reserve was taken as a share of the weights",
              SHARE),
         Slip("reserve-of-weights", lambda m, w, r: m - w * (1 - r), "the reserve was taken off the weights", SHARE),
+        Slip("reserve-in-percent", lambda m, w, r: (m - w) * (1 - r / 100), "the reserve was divided by 100",
+             "the docstring: a share such as 0.15"),
         Slip("weights-added", lambda m, w, r: (m + w) * (1 - r), "the weights were added to the memory",
              "what stands in memory before the first request comes"),
     ),
@@ -113,7 +115,7 @@ class Capacity(Exercise):
             (40_000, 40_100, 700, 0.0),
         ]  # fmt: skip
         for case in cases:
-            if (count := self.call(answer, *case)) < 0:
+            if (count := check_number(type(self), self.call(answer, *case), what)) < 0:
                 self.fail(
                     "below-zero",
                     seen=f"{shown(capacity, case)}: {count:,} came back",
@@ -171,6 +173,8 @@ PLANNER_SLIPS = {
         Slip("written-down", lambda spec: 8, "the number of heads is 8, whatever the model", "spec.num_kv_heads"),
         Slip("written-down", lambda spec: 4, "the number of heads is 4, whatever the model", "spec.num_kv_heads"),
         Slip("square-root", lambda spec: spec.num_heads**0.5, "the square root of the query heads was taken",
+             "spec.num_kv_heads"),
+        Slip("square-root", lambda spec: int(spec.num_heads**0.5), "the square root of the query heads was taken",
              "spec.num_kv_heads"),
         Slip("heads-left-out", lambda spec: 1, "one KV head was counted", "spec.num_kv_heads"),
     ),

@@ -74,6 +74,8 @@ CACHE_SLIPS = {
              "a window of n was taken to keep n - 1 tokens", "a window keeps as many tokens as its number says"),
         Slip("window-off-by-one", lambda layer, tokens, spec: min(tokens, layer.window + 1) if layer.window else tokens,
              "a window of n was taken to keep n + 1 tokens", "a window keeps as many tokens as its number says"),
+        Slip("window-dropped", lambda layer, tokens, spec: max(0, tokens - layer.window) if layer.window else tokens,
+             "the tokens that a window lets go were counted", "a full window keeps what its number says"),
         Slip("window-emptied", lambda layer, tokens, spec: tokens if tokens <= (layer.window or tokens) else 0,
              "a layer whose window is full was taken to keep nothing", "a full window keeps what its number says"),
         Slip("trained-length", lambda layer, tokens, spec: layer.tokens_held(min(tokens, spec.max_seq_len)),
@@ -171,6 +173,10 @@ class CacheBytes(Exercise):
                 layer.tokens_held(tokens) * layer.num_kv_heads * layer.k_dim + layer.v_dim
                 for layer in spec.each_layer)),
             "num_kv_heads multiplied the keys only", "the brackets around k_dim + v_dim"),
+        Suspect("brackets", lambda spec, tokens, batch, size: batch * sum(
+            layer.tokens_held(tokens) * layer.num_kv_heads * (layer.k_dim * size + layer.v_dim)
+            for layer in spec.each_layer),
+            "bytes_per_element multiplied the keys only", "the brackets around k_dim + v_dim"),
         Suspect("window-shared", lambda spec, tokens, batch, size: size * sum(
             layer.tokens_held(tokens * batch) * layer.num_kv_heads * (layer.k_dim + layer.v_dim)
             for layer in spec.each_layer),
@@ -311,6 +317,8 @@ WEIGHT_SLIPS = {
         Slip("bias-width", lambda spec: 3 * spec.num_heads * spec.head_dim,
              "the biases of k and v were made as wide as q's", BIASES),
         Slip("bias-width", lambda spec: 3 * spec.hidden_size, "each bias was given hidden_size numbers", BIASES),
+        Slip("bias-width", lambda spec: spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim,
+             "q's bias was given hidden_size numbers", BIASES),
         Slip("bias-width", lambda spec: spec.hidden_size, "one bias of hidden_size numbers was counted", BIASES),
         Slip("bias-width", lambda spec: 3 * spec.num_kv_heads * spec.head_dim,
              "q's bias was made as narrow as those of k and v", BIASES),

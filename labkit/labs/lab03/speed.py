@@ -103,6 +103,8 @@ ROOF_SLIPS = {
              "flops are operations already: a multiplication and an addition are two of them"),
     ),
     "both": (
+        Slip("peaks-exchanged", lambda flat, slanted, f, n, b: min(b, f / n * flat),
+             "the two rates of the device were exchanged", UNITS),
         Slip("higher-roof", lambda flat, slanted, f, n, b: max(flat, slanted), "the higher of the two roofs was taken",
              "min or max? Work stays below both"),
         Slip("compute-only", lambda flat, slanted, f, n, b: flat, "memory sets no limit in your formula",
@@ -189,7 +191,7 @@ class Attainable(Exercise):
         cases = [
             (3e9, 2e9, 7e12, 1.1e11), (4e13, 2e9, 7e12, 1.1e11), (3e9, 2e9, 7e12, 1.3e11), (4e13, 2e9, 5e12, 1.1e11),
             (7e10, 5e9, 7e12, 1.1e11), (5e9, 13e9, 7e12, 1.1e11), (3e9, 2.5e9, 7e12, 1.1e11), (5e9, 2e9, 7e12, 1.1e11),
-            (640, 10, 6_400, 100), (63, 1, 6_400, 100), (6, 3, 6_400, 100), (65, 1, 6_400, 100),
+            (640, 10, 6_400, 100), (63, 1, 6_400, 100), (6, 3, 6_400, 100), (1, 1_003, 6_400, 100), (65, 1, 6_400, 100),
             (3e9, 2e9, 7e12, 1.1e11),
         ]  # fmt: skip
         judge(type(self), answer, attainable, cases, self.suspects, what="the rate in operations per second")

@@ -340,6 +340,11 @@ def bytes_of_a_request_per_token(spec, gpu, users, context, tpot):
     return "time" if early == "fits" and step > tpot else early
 
 
+def words_exchanged(*sizes):
+    right = first_limit(*sizes)
+    return {"weights": "cache", "cache": "weights"}.get(right, right)
+
+
 def weights_alone_or_cache(spec, gpu, users, context, tpot):
     if context > spec.max_seq_len:
         return "length"
@@ -453,6 +458,8 @@ WRONG = [
     Wrong("03.2", "output-missing", "no output matrix", weights(output=False)),
     Wrong("03.2", "norms", "two norms in all", weights(norms=0, last=3)),
     Wrong("03.2", "mlp", "four matrices in the MLP", weights(mlp=4)),
+    Wrong("03.2", "bias-width", "q's bias of hidden_size",
+           weights(bias_width=lambda spec: spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim)),
     Wrong("03.2", "positions", "a table of positions",
            lambda spec: count_weights(spec) + spec.max_seq_len * spec.hidden_size),
     Wrong("03.2", "output-bias", "a bias of attention's output",
@@ -482,6 +489,7 @@ WRONG = [
            lambda m, w, q, r: -1 if w > m else capacity(m, w, q, r)),
     Wrong("03.3", "rounded-twice", "rounded before the reserve",
            lambda m, w, q, r: max(0, int((m - w) // q * (1 - r)))),
+    Wrong("03.3", "reserve-in-percent", "0.15 percent", lambda m, w, q, r: max(0, int((m - w) * (1 - r / 100) // q))),
     Wrong("03.3", "one-at-least", "one user always fits", lambda *sizes: max(1, capacity(*sizes))),
     Wrong("03.3", "one-too-few", "full to the last byte is too full",
            lambda m, w, q, r: max(0, -int(-((m - w) * (1 - r)) // q) - 1)),
@@ -516,6 +524,7 @@ WRONG = [
     Wrong("03.5", "seconds", "the time", lambda f, n, p, b: max(f / p, n / b)),
     Wrong("03.5", "intensity", "operations per byte", lambda f, n, p, b: f / n),
     Wrong("03.5", "bandwidth-roof", "no intensity", lambda f, n, p, b: min(p, b)),
+    Wrong("03.5", "peaks-exchanged", "the device's rates exchanged", lambda f, n, p, b: min(b, f / n * p)),
     Wrong("03.5", "share", "a percentage of the peak", lambda f, n, p, b: 100 * min(1, f / n * b / p)),
     Wrong("03.5", "bytes-multiplied", "operations times bytes", lambda f, n, p, b: min(p, f * n * b)),
     Wrong("03.5", "higher-roof", "the sides exchanged", lambda f, n, p, b: p if f / n < p / b else f / n * b),
@@ -583,6 +592,9 @@ WRONG = [
            else first_limit(spec, gpu, users, context, tpot)),
     Wrong("03.8", "context-twice", "a request's bytes for a token's",
            bytes_of_a_request_per_token),
+    Wrong("03.8", "words-exchanged", "cache for weights", words_exchanged),
+    Wrong("03.8", "users-twice", "users in both factors",
+           limit_by(seconds=lambda weights, request, users, gpu: (weights + users**2 * request) / gpu.bytes_per_s)),
     Wrong("03.8", "milliseconds", "milliseconds against seconds",
            limit_by(seconds=lambda weights, request, users, gpu: 1e3 * (weights + users * request) / gpu.bytes_per_s)),
     Wrong("03.8", "only-the-reserve", "0.85 for the reserve", limit_by(reserve=0.85)),
