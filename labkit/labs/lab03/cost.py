@@ -140,6 +140,10 @@ class ConversationCost(Exercise):
 
     id, title, minutes, difficulty = "03.6", "The bill of a conversation", 5, 3
     reference = staticmethod(conversation_cost)
+    why = (
+        "`before` is what the last call sent, and just that is cached. The last answer was written, but not sent: "
+        "it is new input once, which `sent - before` counts by itself."
+    )
     hints = (
         "Write down, for calls 1, 2 and 3, how many tokens are sent. How many of those did the call before send?",
         "Call i sends prefix + i x added + (i - 1) x answer. What call i - 1 sent has the cached price; the rest the "

@@ -220,6 +220,10 @@ class FirstLimit(Exercise):
     id, title, minutes, difficulty = "03.8", "What breaks first", 8, 3
     needs = ("03.1", "03.2", "03.3", "03.4")
     reference = staticmethod(first_limit)
+    why = (
+        "Each question is a function of this lab, and an early return asks the next one only where the one before "
+        "was passed. The order makes the answer what has to change first."
+    )
     hints = (
         "Four questions, one after the other; each is one of the functions you wrote, or a comparison. What does each "
         "of them need, and is that bytes or a count?",

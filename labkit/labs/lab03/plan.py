@@ -73,6 +73,10 @@ class Capacity(Exercise):
 
     id, title, minutes, difficulty = "03.3", "How many fit", 3, 2
     reference = staticmethod(capacity)
+    why = (
+        "The weights are there whatever happens, so the reserve is a share of what they leave. A part of a "
+        "request serves nobody: // rounds down, int makes it a count, and max keeps it from going below none."
+    )
     hints = (
         "What is left when the weights are in place? How much of that may be used? How many whole requests is it?",
         "Take the weights off first, then the reserve off what is left, then divide and drop the fraction. Below zero "
@@ -211,6 +215,10 @@ class RequestBytes(Exercise):
     id, title, minutes, difficulty = "03.7", "Debug: right for one model", 4, 2
     needs = ("03.1", "03.3")
     reference = staticmethod(request_bytes)
+    why = (
+        "What is stored is one key and one value per KV head. num_heads // num_kv_heads is how many query heads "
+        "share one, which happens to be 8 for 64 and 8."
+    )
     hints = (
         "Print each factor for 64 heads and 8 KV heads, then for 28 and 4. Which one does not count what is stored?",
         "num_heads // num_kv_heads is the number of query heads that share one KV head. Which of the two is stored?",

@@ -138,6 +138,10 @@ class CacheBytes(Exercise):
 
     id, title, minutes, difficulty = "03.1", "Bytes, layer by layer", 5, 2
     reference = staticmethod(cache_bytes)
+    why = (
+        "A cache is a sum over layers, and each layer knows its own heads, widths and window. Requests and bytes "
+        "per number are the same for all of them, so they multiply the sum."
+    )
     hints = (
         "Take one layer and one token: how many numbers are its keys, its values? How many tokens does the layer keep?",
         "Walk over spec.each_layer and add up held x num_kv_heads x (k_dim + v_dim). Requests and bytes per number "
@@ -362,6 +366,10 @@ class CountWeights(Exercise):
 
     id, title, minutes, difficulty = "03.2", "Count the weights", 5, 2
     reference = staticmethod(count_weights)
+    why = (
+        "A matrix has as many weights as inputs x outputs. Attention's widths are heads x head_dim, which need "
+        "not be hidden_size; what stands outside the layers counts once, and a tied head is the embedding itself."
+    )
     hints = (
         "Write the shape of each matrix of one layer beside its name. A matrix from n to m numbers has n x m weights.",
         "q and the output: hidden_size x num_heads x head_dim. k and v: hidden_size x num_kv_heads x head_dim. Three "

@@ -137,6 +137,10 @@ class TpotFloor(Exercise):
 
     id, title, minutes, difficulty = "03.4", "The floor of a decode step", 3, 2
     reference = staticmethod(tpot_floor)
+    why = (
+        "One reading of the weights serves the whole batch; K and V are each request's own, and all of them are "
+        "read. All bytes come through the same memory, so they add up before they are divided by its rate."
+    )
     hints = (
         "One step gives each request one token. Which bytes must come from memory for it, and which of them twice?",
         "The weights are read once for the whole batch. Each request's K and V are its own. Then bytes over bytes per "
@@ -171,6 +175,10 @@ class Attainable(Exercise):
 
     id, title, minutes, difficulty = "03.5", "The roofline", 3, 2
     reference = staticmethod(attainable)
+    why = (
+        "Bytes that arrive feed flops / nbytes operations each, so memory allows that many times bytes_per_s. "
+        "Both limits hold at once, and the lower one is felt."
+    )
     hints = (
         "If memory were the only limit, how many operations a second would the bytes that arrive feed?",
         "flops / nbytes operations for each byte, times bytes_per_s. That is one roof; the other does not depend on "
