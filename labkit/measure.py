@@ -8,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -81,11 +81,19 @@ def time_call(run: Callable[[], Any], *, device: torch.device | str = "cpu") -> 
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1, device: torch.device | str = "cpu"
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 7,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, Timing]:
-    """Time several things in turn, `repeats` rounds after `warmup` unrecorded ones, so that drift hits all alike."""
+    """Time several things in turn, `repeats` rounds after `warmup` unrecorded ones, so that drift hits all alike.
+
+    watch: is handed the rounds and gives them back one by one, a progress bar for one.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + repeats):
+    for turn in watch(range(warmup + repeats)):
         for name, run in runs.items():
             seconds = time_call(run, device=device)
             if turn >= warmup:

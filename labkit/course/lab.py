@@ -14,11 +14,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from labkit import measure
-from labkit.course import cards
+from labkit.course import cards, waiting
 from labkit.course.catalogue import contents
 from labkit.course.contents import Mistyped
 from labkit.course.examine import Verdict, examine
@@ -87,8 +87,9 @@ class Lab:
         return ledger(self.model if watch is None else watch)
 
     def time(self, runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7) -> dict[str, measure.Timing]:
-        """Time several things in alternation on this session's device."""
-        return measure.alternate(runs, repeats=repeats, device=self.device)
+        """Time several things in alternation on this session's device, with a bar when somebody looks on."""
+        watch = partial(waiting.bar, what=f"timing {len(runs)} things, rounds")
+        return measure.alternate(runs, repeats=repeats, device=self.device, watch=watch)
 
     def compile_loops(self) -> None:
         """Compile the loops that read packed K and V on a CPU, and say so meanwhile: it takes seconds."""
