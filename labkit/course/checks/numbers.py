@@ -85,7 +85,7 @@ def judge(
     seen = f"{case}: {figure(got[first], wanted[first])} came back; {what} is {figure(wanted[first], got[first])}"
     accuse(exercise, suspects, seen, fits=lambda formula: agrees(formula, cases, got))
     explain_ratio(exercise, got, wanted, seen)
-    explain_ignored(exercise, want, cases, got, wanted, seen)
+    explain_ignored(exercise, answer, want, cases, got, wanted, seen)
     explain_quantities(exercise, want, cases, got, wanted, seen)
     exercise.fail(
         otherwise,
@@ -117,6 +117,7 @@ def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence
 
 def explain_ignored(
     exercise: type[Exercise],
+    answer: Callable,
     want: Callable,
     cases: Sequence[Case],
     got: Sequence[float],
@@ -126,7 +127,8 @@ def explain_ignored(
     """The result does not depend on a parameter that it should depend on.
 
     Not where rounding could hide it: a right result must change by more than a tenth, and by more than 1, between the
-    cases that differ in this parameter alone.
+    cases that differ in this parameter alone. And not where it only decides now and then: the answer is called again,
+    in every case, with this parameter three times and ten times as large and a tenth as large.
     """
     for place, name in enumerate(inspect.signature(want).parameters):
         pairs = [
@@ -137,13 +139,29 @@ def explain_ignored(
             == [place]
             and differ_clearly(wanted[i], wanted[j])
         ]
-        if pairs and all(equal(got[i], got[j]) for i, j in pairs) and any(got):
+        same = pairs and all(equal(got[i], got[j]) for i, j in pairs) and any(got)
+        if same and not any(matters(answer, case, place, result) for case, result in zip(cases, got, strict=True)):
             exercise.fail(
                 "ignored",
                 seen=f"the result is the same whatever `{name}` is. {seen}",
                 cause=f"`{name}` does not occur in the formula, it cancels, or a number stands where it belongs",
                 look=f"`{name}`: what does it stand for, and what does it multiply?",
             )
+
+
+def matters(answer: Callable, case: Case, place: int, result: float) -> bool:
+    """Whether the answer gives anything but `result` when one number of the case is larger or smaller."""
+    value = case[place]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    whole = isinstance(value, numbers.Integral)
+    for other in (3 * value, 10 * value, value // 10 or 1 if whole else value / 10):
+        try:
+            if not equal(answer(*case[:place], other, *case[place + 1 :]), result):
+                return True
+        except Exception:  # it does something with it
+            return True
+    return False
 
 
 def differ_clearly(a: float, b: float) -> bool:

@@ -89,6 +89,11 @@ def test_an_answer_is_told_apart_by_the_formula_it_agrees_with_in_every_case(ans
     assert diagnosis(answer) == said
 
 
+def test_a_number_that_decides_now_and_then_is_not_said_to_be_ignored() -> None:
+    assert diagnosis(lambda w, h: 5 * w if h < 40 else w * h) == "values"
+    assert diagnosis(lambda w, h: 5 * w) == "ignored"
+
+
 def test_a_formula_that_fits_one_case_only_is_not_named() -> None:
     assert diagnosis(lambda w, h: w + h if w == 3 and h == 5 else 0) == "values"
     assert diagnosis(lambda w, h: 1, otherwise="count") in ("count", "ignored")
