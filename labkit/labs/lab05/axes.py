@@ -14,7 +14,12 @@ from labkit.course.checks.tensors import agree
 from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import quantize, quantize_cache
 
-SIZES = (2, 3, 24, 16)  # batch, KV heads, tokens, head_dim: the groups of 4 and 8 are none of them
+SIZES = (
+    2,
+    3,
+    48,
+    40,
+)  # batch, KV heads, tokens, head_dim. However they are cut, no group of two: it comes back exactly
 PLACE = (1, 1, 13, 6)  # the number that is made large, in the middle of everything
 TOLERANCE = 1e-3  # bounded: a wrong code is off by a scale, 0.01 or more; an eps of 1e-6 in a scale by under 3e-4
 
@@ -43,13 +48,14 @@ class QuantizeCache(Exercise):
         "values can be quantized at once if they share a scale with nobody.",
         "axes-swapped": "`quantize` groups the last dimension. Which of k and v has to be turned for it?",
         "group-size-ignored": "unflatten(-1, (-1, group_size)) makes of n numbers n / group_size groups.",
+        "groups-counted": "In unflatten(-1, (a, b)), which of a and b is the size of a group?",
         "strided-groups": "unflatten(-1, (-1, group_size)) or (group_size, -1): in which are neighbours in one group?",
         "rearranged": "Undo the steps in the opposite order: the last one first.",
     }
 
     def examine(self, answer: Callable) -> None:
         """Two group sizes and two widths, one group of tokens, another dtype."""
-        for sizes, nbits, group_size in ((SIZES, 4, 8), (SIZES, 2, 4), ((1, 2, 8, 32), 8, 8)):
+        for sizes, nbits, group_size in ((SIZES, 4, 8), (SIZES, 2, 4), ((1, 2, 24, 32), 8, 8)):
             k, v = torch.randn(2, *sizes, dtype=torch.float64)
             k[..., 5] *= 30.0  # a channel that is large in every token
             v[:, :, 3] *= 30.0  # a token that is large in every channel
@@ -154,8 +160,11 @@ class QuantizeCache(Exercise):
             Suspect("strided-groups", along == {axis} and len(places) == group_size and places.tolist() != right_places,
                     "a group holds numbers that are not successive",
                     "the order in unflatten: (-1, group_size), groups first"),
+            Suspect("groups-counted", along == {axis} and len(places) == spoilt.shape[axis] // group_size,
+                    "group_size was taken for the number of groups",
+                    "unflatten(-1, (-1, group_size)): groups first, then their size"),
             Suspect("group-size", len(places) != group_size, "a group has another size than group_size", per),
-        ], described(noun, spoilt))  # fmt: skip
+        ], f"{described(noun, spoilt)}; group_size is {group_size}")  # fmt: skip
 
     def changed_by_one(self, answer: Callable, side: int, group_size: int) -> Tensor:
         """Which numbers of K (side 0) or V (1) come back otherwise when the one at PLACE is large; bool, itself too.

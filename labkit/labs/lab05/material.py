@@ -1,13 +1,25 @@
-"""Two ways around a small cache that lab 05 measures with. `rest` and `layer` have append(k, v) and read()."""
+"""What lab 05 measures with: two ways around a small cache, a measured number in words, and a bar while one waits.
+
+`rest` and `layer` have append(k, v) and read().
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from labkit import quality
 from labkit.course.plug import SmallCache
+from labkit.llama import Llama
+from labkit.quality.compare import MakeCache
 
 Pair = tuple[Tensor, Tensor]
+Item = TypeVar("Item")
 
 
 class WithSinks:
@@ -56,3 +68,51 @@ class FirstPassExact:
     def read(self) -> Pair:
         """K and V of every token held."""
         return self.first or self.layer.read()
+
+
+def between(value: float, low: float, high: float) -> str:
+    """A measured number, told so that two machines say the same: the range if it lies in it, else the number."""
+    return f"{low:g} to {high:g}" if low <= value <= high else f"{value:.3g}"
+
+
+def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
+    """`items`, with a bar on stderr while they are gone through; it leaves nothing behind."""
+    return tqdm(items, desc=what, leave=False, file=sys.stderr, disable=not watched())
+
+
+def watched() -> bool:
+    """Whether somebody looks on. A kernel that may not ask for input is run by a program, which would store the bar."""
+    from IPython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+class Counting:
+    """A model that moves a bar on at each pass. `passes`: how many there will be, None where nobody knows."""
+
+    def __init__(self, model: Llama, passes: int | None = None) -> None:
+        self.model, self.device, self.cache = model, model.device, model.cache
+        self.bar = tqdm(
+            total=passes, desc="passes through the model", leave=False, file=sys.stderr, disable=not watched()
+        )
+
+    def __call__(self, tokens: Tensor, cache: Any) -> Tensor:
+        """One pass of the model."""
+        self.bar.update()
+        return self.model(tokens, cache)
+
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.bar.close()
+
+
+def compare(
+    model: Llama, tokens: Tensor, caches: Mapping[str, MakeCache], *, chunk: int, context: int
+) -> dict[str, quality.Quality]:
+    """`quality.compare`, with a bar while it runs."""
+    passes = len(list(quality.passes(tokens.shape[1], chunk, context)))
+    with Counting(model, passes * (len(caches) + 1)) as counting:
+        return quality.compare(counting, tokens, caches, chunk=chunk, context=context)

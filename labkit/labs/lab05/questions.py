@@ -49,13 +49,14 @@ QUIZZES = (
     ),
     Quiz(
         "05.q4",
-        "An engine announces a 4-bit cache. Answers change a little, the GPU's memory not at all. What is likeliest?",
+        "An engine announces a 4-bit cache. Answers change a little, and as many tokens fit into the GPU's memory as "
+        "before. What is likeliest?",
         {"a": "4 bits are rounded up to a byte.", "b": "The scales take the rest.",
          "c": "Weights were quantized by mistake.", "d": "Numbers are rounded and stored as float16 again."},
-        {"a": "A byte a code would still halve float16.",
+        {"a": "With a byte a code, still twice as many would fit.",
          "b": "A scale and a zero point per 64 numbers are half a bit a number.",
-         "c": "That would save memory.",
-         "d": "Fake quantization: the error is real, the codes never exist. Ask for nbytes."},
+         "c": "That would leave more room, and more tokens would fit.",
+         "d": "Fake quantization: the error is real, the codes are never kept. Ask for bytes per token."},
         "d",
     ),
     Quiz(

@@ -112,7 +112,7 @@ class Quantizing(ipywidgets.VBox):
         nbits = float(kept.bits_per_element)
         long, dense = (sizing.cache_bytes(spec, LONG, dtype=format) for format in (kept, full))
         return [
-            f"{per_token:,.1f} bytes per token in the long run · {nbits:.4g} bits per element, "
+            f"{per_token:,.10g} bytes per token in the long run · {nbits:.4g} bits per element, "
             f"{nbits - kept.nbits:.4g} of them scales and zero points",
             f"{long / 1e6:,.2f} MB at {LONG:,} tokens: {long / dense:.1%} of the full float16 cache, "
             f"{dense / 1e6:,.2f} MB",

@@ -1,4 +1,4 @@
-"""The two ways around a small cache that lab 05 measures with."""
+"""What lab 05 measures with: two ways around a small cache, a range in words, a model that counts its passes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.labs.lab05.material import FirstPassExact, WithSinks
+from labkit import models, quality
+from labkit.cache import Cache
+from labkit.labs.lab05 import material
+from labkit.labs.lab05.material import Counting, FirstPassExact, WithSinks, between, compare, progress
+from labkit.specs import ModelSpec
 
 
 class Halves:
@@ -48,3 +52,42 @@ def test_the_first_pass_is_exact_until_the_second_one_comes(tokens) -> None:
     cache.append(*second)
     for got, x in zip(cache.read(), tokens, strict=True):
         assert torch.equal(got, x / 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0 to 0.02"), (0.02, "0 to 0.02"), (0.0213, "0.0213"), (-1.0, "-1"), (float("nan"), "nan")],
+)
+def test_a_number_is_told_as_its_range_or_as_itself(value: float, said: str) -> None:
+    assert between(value, 0, 0.02) == said
+
+
+@pytest.fixture
+def bars(monkeypatch) -> list:
+    """Every bar that is made, as if somebody looked on."""
+    made, real = [], material.tqdm
+    monkeypatch.setattr(material, "watched", lambda: True)
+    monkeypatch.setattr(material, "tqdm", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
+    return made
+
+
+def test_a_bar_counts_every_pass_and_changes_no_figure(bars, capsys) -> None:
+    model = models.random(ModelSpec("tiny", 2, 4, 2, 32, 48, 96, 100, 512), prepack=False)
+    tokens = torch.randint(0, 100, (1, 120), generator=torch.Generator().manual_seed(0))
+    caches = {"int4": lambda: Cache.quantized(2, 4, group_size=8), "int2": lambda: Cache.quantized(2, 2, group_size=8)}
+    found = compare(model, tokens, caches, chunk=16, context=40)
+    plain = quality.compare(model, tokens, caches, chunk=16, context=40)
+    assert all(torch.equal(found[name].divergence, plain[name].divergence) for name in caches)
+    assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(24, 24, True)]  # closed: 8 passes, 3 caches
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_is_closed_when_the_model_fails(bars) -> None:
+    with pytest.raises(RuntimeError), Counting(models.random(ModelSpec("tiny", 2, 4, 2, 32, 48, 96, 100, 512))):
+        raise RuntimeError
+    assert bars[0].disable
+
+
+def test_nobody_looks_on_outside_a_notebook(capsys) -> None:
+    assert list(progress([3, 1, 2], "numbers")) == [3, 1, 2]
+    assert capsys.readouterr().err == ""

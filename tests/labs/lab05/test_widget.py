@@ -63,7 +63,7 @@ def test_the_bytes_are_those_of_sizing(widget) -> None:
     widget.residual_length.value, widget.sink_length.value = 32, 4
     kept = Quantized(4, 16, 32, sink_length=4)
     said = widget.label.value
-    assert f"{float(sizing.bytes_per_token(SPEC, kept)):,.1f} bytes per token" in said
+    assert f"{float(sizing.bytes_per_token(SPEC, kept)):,.10g} bytes per token" in said
     assert "6 bits per element, 2 of them scales and zero points" in said
     held, full = sizing.cache_bytes(SPEC, 2000, dtype=kept), sizing.cache_bytes(SPEC, 2000, dtype="float16")
     assert f"{held / 1e6:.2f} MB at 2,000 tokens: {held / full:.1%} of the full float16 cache" in said
