@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.checks.effort import Effort, Kernels
-from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import TIGHT, agree, near
+from labkit.course.checks.effort import Effort, Kernels, check_stays, effort_of
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.trials import Case, compare, sliced
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import packed_scores
 from labkit.ledger import tensors_in
@@ -41,141 +41,184 @@ class PackedScores(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Values for several shapes and numbers of bits, in float64; dtype; then what was made on the way."""
-        for lead, queries, nbits in (((), 1, 2), ((2, 3), 1, 8), ((2, 3), 4, 4), ((3,), 5, 8), ((), 3, 8)):
-            inputs = packed_keys(*lead, queries=queries, nbits=nbits)
-            got = self.called(answer, inputs)
-            want = packed_scores(*inputs)
-            where = f"q {list(inputs[0].shape)}, codes {list(inputs[1].shape)} of {nbits} bits"
-            if isinstance(got, Tensor) and got.shape == want.mT.shape and got.shape != want.shape:
-                self.fail(
-                    "transposed",
-                    seen=f"{where}: scores of shape {list(got.shape)}",
-                    cause="k @ q.mT was computed",
-                    look="the docstring: [..., queries, tokens], queries first",
-                )
-            self.like(got, want, what=f"the result for {where},")
-            if not agree(got, want):
-                self.explain(got, *inputs, where)
-        half = packed_keys(2, 3, queries=1, nbits=4, dtype=torch.bfloat16)
-        self.like(self.called(answer, half), packed_scores(*half), what="the scores of bfloat16 tensors")
-        self.check_work(answer)
-
-    def called(self, answer: Callable, inputs: tuple[Tensor, ...]) -> Any:
-        """One call, where an error about dtypes has a finding of its own."""
+        """Values for several shapes and numbers of bits; then what is made on the way, for one query and for three."""
+        cases = [
+            Case(packed_keys(2, 3, queries=1, nbits=4, tokens=11, head_dim=8)),
+            Case(packed_keys(3, queries=5, nbits=8, tokens=7, head_dim=4)),
+            Case(packed_keys(queries=1, nbits=2, tokens=9, head_dim=6)),
+            Case(packed_keys(2, 3, queries=4, nbits=4, tokens=5, head_dim=12)),
+            Case(packed_keys(queries=3, nbits=8, tokens=1, head_dim=10), "one token"),
+            Case(packed_keys(4, queries=2, nbits=4, tokens=300, head_dim=64, small=1e-3), "small scales"),
+        ]
+        self.check_shape(answer, cases[0])
         try:
-            return self.call(answer, *inputs)
+            compare(type(self), answer, packed_scores, cases, suspects=suspects, what="the scores",
+                    dtypes=(torch.float64, torch.bfloat16))  # fmt: skip
         except NotYet as not_yet:
-            finding = not_yet.finding
-            if finding.diagnosis == "raised" and ("dtype" in finding.seen or "same type" in finding.seen):
-                self.fail(
-                    "codes-not-converted",
-                    seen=f"q is {str(inputs[0].dtype).removeprefix('torch.')}, codes are uint8: {finding.seen}",
-                    cause="the product got two dtypes",
-                    look="the codes: codes.to(q.dtype), not another dtype, and not q",
-                )
+            self.explain_dtypes(not_yet.finding.seen)
             raise
+        for queries in (1, 3):
+            inputs = packed_keys(2, 3, queries=queries, nbits=4, tokens=256, head_dim=64)
+            self.check_keys(answer, inputs)
+            for dtype in (torch.float32, torch.bfloat16):
+                narrow = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+                self.check_work(answer, narrow)
+                self.check_work(answer, [sliced(x) for x in narrow])
 
-    def explain(self, got: Tensor, q: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, where: str) -> None:
-        """Name the formula that gives what was seen."""
-        codes_ = codes.to(q.dtype)
-        products, zeros = (q * scale) @ codes_.mT, (q * zero).sum(-1, keepdim=True)
-        signed = codes.view(torch.int8).to(q.dtype)
-        known = [
-            Suspect("zero-forgotten", products, "the zero point is nowhere", "the second term: q * zero"),
-            Suspect("scale-forgotten", q @ codes_.mT + zeros, "the scale is nowhere", "the first term: q * scale"),
-            Suspect("zero-scaled", products + (q * scale * zero).sum(-1, keepdim=True),
-                    "the zero point was multiplied by the scale too, as in (codes + zero) * scale",
-                    "the docstring: codes * scale + zero. The second term takes q as it came"),
-            Suspect("zero-subtracted", (products - zeros, products - (q * scale * zero).sum(-1, keepdim=True)),
-                    "the zero point was subtracted; other formats do that, (codes - zero) * scale among them",
-                    "the docstring: codes * scale + zero"),
-            Suspect("zero-unweighted", (products + zero.sum(-1, keepdim=True), products + zero.mean(-1, keepdim=True)),
-                    "the zero points were added to the scores without q",
-                    "the second term: q[d] * zero[d], summed over channels"),
-            Suspect("zero-not-per-channel",
-                    tuple(products + q.sum(-1, keepdim=True) * total
-                    for total in (zero.sum(-1, keepdim=True), zero.mean(-1, keepdim=True))),
-                    "the sum of q was multiplied by the sum, or the mean, of the zero points",
-                    "the order: multiply channel by channel, then add up"),
-            Suspect("zero-of-all-queries",
-                    (products + (q * zero).sum(), products + (q * zero).sum((-2, -1), keepdim=True)),
-                    "q * zero was summed over queries, heads or rows as well",
-                    "the sum: over the last dimension only, sum(-1, keepdim=True)"),
-            Suspect("one-scale",
-                    tuple((q @ codes_.mT) * one + zeros
-                    for one in (scale.mean(-1, keepdim=True), scale[..., :1], scale.sum(-1, keepdim=True))),
-                    "one scale for all channels was applied to the sums", "q * scale, before the product"),
-            Suspect("scale-inverted", (q / scale) @ codes_.mT + zeros, "q was divided by the scale", "q * scale"),
-            Suspect("codes-signed", (q * scale) @ signed.mT + zeros,
-                    "codes from 128 on became negative: they went through int8",
-                    "the conversion: from uint8 straight to q's dtype"),
-            Suspect("divided-by-root", (products + zeros) * q.shape[-1] ** -0.5,
-                    "the scores were divided by sqrt(head_dim); q is taken as it comes",
-                    "the docstring: q @ k.mT, no more"),
-            Suspect("softmax", (products + zeros).softmax(-1), "softmax was applied",
-                    "the docstring: scores, not weights"),
-        ]  # fmt: skip
-        off = f"{where}: scores off by up to {(got - products - zeros).abs().max():.3g}"
-        accuse(type(self), known, off, fits=lambda value: agree(got, value.expand_as(got)))
-        if agree(got - zeros, (got - zeros).round(), 1e-6):
-            self.fail(
-                "q-rounded",
-                seen=f"{where}: without the zero point's term the scores are whole numbers",
-                cause="q, or q * scale, was converted to the codes' dtype: fractions are lost and sums wrap at 256",
-                look="the conversion: codes.to(q.dtype), never q.to(codes.dtype)",
-            )
-        self.same(got, products + zeros, what=f"the scores of {where}", tolerance=TIGHT)
+    def check_shape(self, answer: Callable, case: Case) -> None:
+        """Queries are rows; an error about dtypes has a finding of its own."""
+        try:
+            got = self.call(answer, *case.args)
+        except NotYet as not_yet:
+            self.explain_dtypes(not_yet.finding.seen)
+            raise
+        q, codes = case.args[:2]
+        if isinstance(got, Tensor) and got.shape == (*q.shape[:-2], codes.shape[-2], q.shape[-2]):
+            self.fail("transposed", seen=f"q {list(q.shape)}, codes {list(codes.shape)}: scores of {list(got.shape)}",
+                      cause="k @ q.mT was computed",
+                      look="the docstring: [..., queries, tokens], queries first")  # fmt: skip
 
-    def check_work(self, answer: Callable) -> None:
-        """One query on 256 tokens: of tensors as large as the keys, only the converted codes are made, once."""
-        inputs = packed_keys(2, 3, queries=1, nbits=4, tokens=256, head_dim=64, dtype=torch.float32)
+    def explain_dtypes(self, seen: str) -> None:
+        """What PyTorch says when a product gets two dtypes."""
+        if "dtype" in seen or "same type" in seen or "scalar type" in seen:
+            self.fail("codes-not-converted", seen=f"two dtypes met in a product: {seen}",
+                      cause="codes are uint8 and q is a float of any kind: float32, float64 or bfloat16",
+                      look="the codes: codes.to(q.dtype), not another dtype, and not q")  # fmt: skip
+
+    def check_keys(self, answer: Callable, inputs: tuple[Tensor, ...]) -> None:
+        """None of the tensors made on the way, however small, holds keys, or codes that were scaled or shifted."""
         _, codes, scale, zero = inputs
-        keys = codes * scale + zero
-        with Large(codes.numel()) as made:
+        ways = (codes * scale + zero, codes * scale, codes + zero, codes + zero / scale, codes - zero)
+        halfway = torch.cat([way[codes > 1] for way in ways]).unique()  # of codes 0 and 1: zero and scale themselves
+        with Fractions() as made:
             answer(*inputs)
-        halfway = (keys, codes * scale, codes + zero, codes + zero / scale)
-        if any(near(x.reshape_as(k), k) for x in made.scaled for k in (*halfway, *(k.mT for k in halfway))
-               if x.numel() == k.numel()):  # fmt: skip
+        if any(mostly_among(x, halfway) for x in made.found):
             self.fail(
                 "dequantized",
-                seen="the scores are right, and a tensor as large as the keys was made, of codes scaled or shifted",
-                cause="scale or zero was applied to the codes: that much memory is written and read at every step",
+                seen="the scores are right, and keys were made on the way: codes scaled or shifted",
+                cause="scale or zero was applied to the codes: as many numbers as K has, written and read at every step",
                 look="the side of the product that is small: q * scale",
             )
-        if made.scaled or made.effort.made > 1.5 * keys.nbytes:
-            times = f"{made.effort.made / keys.nbytes:.1f} times the bytes of the keys"
+
+    def check_work(self, answer: Callable, inputs: list[Tensor]) -> None:
+        """Of tensors as large as the keys, only the converted codes are made, once."""
+        q, codes = inputs[:2]
+        effort = effort_of(lambda: answer(*inputs))
+        check_stays(type(self), effort)
+        converted = codes.numel() * torch.promote_types(q.dtype, torch.float64).itemsize
+        with Fractions() as made:
+            answer(*inputs)
+        where = f"{q.shape[-2]} queries, {codes.shape[-2]} tokens, {str(q.dtype).removeprefix('torch.')}"
+        large = [x for x in made.found if x.numel() >= codes.numel()]
+        if large or made.large(codes.numel()) > 1 or effort.largest > converted:
             self.fail(
                 "large-tensors",
-                seen="the scores are right, and one product for each query, token and channel was written out"
-                if made.scaled
-                else f"the scores are right, and tensors of {times} were made; converted codes are 1.0 times",
+                seen=f"{where}: the scores are right, and one product for each query, token and channel was written out"
+                if large
+                else f"{where}: the scores are right, and {made.large(codes.numel())} tensors with as many numbers as "
+                "the keys were made; converted codes are one",
                 cause="an elementwise product that is summed afterwards: each step writes and reads all of it"
-                if made.scaled
+                if large
                 else "the converted codes were copied, or converted twice",
                 look="one matrix product, with codes.to(q.dtype).mT as it is",
             )
 
 
-class Large(Kernels):
-    """Counts every kernel, and keeps tensors of `numel` numbers or more that hold anything but whole ones."""
+class Fractions(Kernels):
+    """Keeps the float tensors that are made and hold anything but whole numbers, and the sizes of all."""
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self) -> None:
         super().__init__(Effort())
-        self.numel = numel
-        self.scaled: list[Tensor] = []
+        self.found: list[Tensor] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        before = self.effort.made
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        large = [x for x in tensors_in(result) if x.numel() >= self.numel and x.is_floating_point()]
-        self.scaled += [x.clone() for x in large if (x != x.round()).any()]
+        new = list(tensors_in(result)) if self.effort.made > before else []
+        self.sizes += [x.numel() for x in new]
+        written = list(tensors_in(result)) if func._schema.is_mutable else new
+        self.found += [x.clone() for x in written if x.is_floating_point() and x.numel() >= 32 and (x % 1).any()]
         return result
+
+    def large(self, numel: int) -> int:
+        """How many new tensors have `numel` numbers or more."""
+        return sum(size >= numel for size in self.sizes)
+
+
+def mostly_among(x: Tensor, values: Tensor) -> bool:
+    """Whether of a few numbers of `x`, spread over it, most are among the sorted `values`, but for rounding."""
+    some = x.flatten()[:: max(1, x.numel() // 48)].to(values.dtype)
+    places = torch.searchsorted(values, some.contiguous()).clamp(1, len(values) - 1)
+    nearest = torch.minimum((values[places] - some).abs(), (values[places - 1] - some).abs())
+    return bool((nearest <= 1e-6 * some.abs()).double().mean() > 0.7)
+
+
+def suspects(q: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> list[Suspect]:
+    """What each mistake gives."""
+    numbers, signed = codes.to(q.dtype), codes.view(torch.int8).to(q.dtype)
+    products, zeros = (q * scale) @ numbers.mT, (q * zero).sum(-1, keepdim=True)
+
+    def whole(rows: Tensor) -> Tensor:
+        """A product in the codes' dtype."""
+        return (rows.to(codes.dtype) @ codes.mT).to(q.dtype)
+
+    return [
+        Suspect("zero-forgotten", products, "the zero point is nowhere", "the second term: q * zero"),
+        Suspect("scale-forgotten", q @ numbers.mT + zeros, "the scale is nowhere", "the first term: q * scale"),
+        Suspect("codes-alone", q @ numbers.mT, "neither scale nor zero point is anywhere",
+                "the docstring: keys are codes * scale + zero"),
+        Suspect("scale-twice", (q * scale * scale) @ numbers.mT + zeros, "q and the codes were both multiplied by scale",
+                "the first term: one scale for each channel, on the side of q"),
+        Suspect("zero-scaled", products + (q * scale * zero).sum(-1, keepdim=True),
+                "the zero point was multiplied by the scale too, as in (codes + zero) * scale",
+                "the docstring: codes * scale + zero. The second term takes q as it came"),
+        Suspect("zero-subtracted", (products - zeros, products - (q * scale * zero).sum(-1, keepdim=True)),
+                "the zero point was subtracted; other formats do that, (codes - zero) * scale among them",
+                "the docstring: codes * scale + zero"),
+        Suspect("zero-unweighted", (products + zero.sum(-1, keepdim=True), products + zero.mean(-1, keepdim=True)),
+                "the zero points were added to the scores without q",
+                "the second term: q[d] * zero[d], summed over channels"),
+        Suspect("zero-averaged", products + (q * zero).mean(-1, keepdim=True),
+                "q * zero was averaged over the channels", "the second term is a sum: sum(-1, keepdim=True)"),
+        Suspect("zero-not-per-channel",
+                tuple(products + q.sum(-1, keepdim=True) * total
+                for total in (zero.sum(-1, keepdim=True), zero.mean(-1, keepdim=True), zero[..., :1])),
+                "the sum of q was multiplied by the sum, the mean, or the first, of the zero points",
+                "the order: multiply channel by channel, then add up"),
+        Suspect("zero-of-all-queries",
+                (products + (q * zero).sum(), products + (q * zero).sum((-2, -1), keepdim=True)),
+                "q * zero was summed over queries, heads or rows as well",
+                "the sum: over the last dimension only, sum(-1, keepdim=True)"),
+        Suspect("zero-times-codes", products + (q * zero) @ numbers.mT,
+                "the zero points were multiplied by the codes", "the second term holds no code"),
+        Suspect("zero-added-to-q", (((q + zero) * scale) @ numbers.mT, (q * scale + zero) @ numbers.mT),
+                "the zero point was added to q: then the codes multiply it", "the second term holds no code"),
+        Suspect("not-transposed", (q * scale) @ numbers.reshape(*numbers.shape[:-2], *numbers.shape[:-3:-1]) + zeros,
+                "codes were reshaped where they should be transposed", "codes.to(q.dtype).mT"),
+        Suspect("one-scale",
+                tuple((q @ numbers.mT) * one + zeros
+                for one in (scale.mean(-1, keepdim=True), scale[..., :1], scale.sum(-1, keepdim=True))),
+                "one scale for all channels was applied to the sums", "q * scale, before the product"),
+        Suspect("scale-inverted", (q / scale) @ numbers.mT + zeros, "q was divided by the scale", "q * scale"),
+        Suspect("codes-signed", (q * scale) @ signed.mT + zeros,
+                "codes from 128 on became negative: they went through int8",
+                "the conversion: from uint8 straight to q's dtype"),
+        Suspect("q-rounded", (lambda: whole(q * scale) + zeros, lambda: whole(q) * scale.mean() + zeros),
+                "q * scale was converted to the codes' dtype: fractions are lost and sums wrap at 256",
+                "the conversion: codes.to(q.dtype), never q.to(codes.dtype)"),
+        Suspect("divided-by-root", (products + zeros) * q.shape[-1] ** -0.5,
+                "the scores were divided by sqrt(head_dim); q is taken as it comes",
+                "the docstring: q @ k.mT, no more"),
+        Suspect("softmax", (products + zeros).softmax(-1), "softmax was applied",
+                "the docstring: scores, not weights"),
+    ]  # fmt: skip
 
 
 def packed_keys(
-    *lead: int, queries: int, nbits: int, tokens: int = 9, head_dim: int = 6, dtype: torch.dtype = torch.float64
+    *lead: int, queries: int, nbits: int, tokens: int, head_dim: int, small: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random q, codes, scale and zero."""
-    q, zero = torch.randn(*lead, queries, head_dim).to(dtype), torch.randn(*lead, 1, head_dim).to(dtype) * 3
+    """Random q, codes, scale and zero, float32. small: what scales are multiplied by."""
+    q, zero = torch.randn(*lead, queries, head_dim), torch.randn(*lead, 1, head_dim) * 3
     codes = torch.randint(0, 2**nbits, (*lead, tokens, head_dim), dtype=torch.uint8)
-    return q, codes, torch.rand(*lead, 1, head_dim).to(dtype) + 0.5, zero
+    return q, codes, (torch.rand(*lead, 1, head_dim) + 0.5) * small, zero
