@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.exercise import Exercise
+from labkit.course.checks.trials import LAYOUTS
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import pack
 
 
@@ -29,23 +31,30 @@ class Pack(Exercise):
         "not-packed": "How many bytes does a uint8 tensor of n codes take, whatever nbits says?",
         "first-code-high": "Byte 0 of codes 1, 2 is 1 + 16 * 2. Which of the two is shifted?",
         "halves": "codes[..., 0::2] and codes[..., 1::2] are neighbours. What are codes[..., :n // 2] and the rest?",
+        "precedence": "Which does Python do first in a + b << 4? Parentheses, or |, which comes after <<.",
         "fixed-bits": "Which numbers in your code are right for 4 bits only? Write them with nbits.",
         "arguments-changed": "A slice is a view: `|=` and `<<=` on it write into codes. Where does a new tensor start?",
         "memory-kept": "A slice of a large tensor keeps the large tensor alive.",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Codes to follow by hand, random ones of 4, 2 and 8 bits, one byte alone, transposed codes."""
-        self.judge(answer, torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.uint8), 4)
+        """Codes to follow by hand, then others of the same shape; random ones of 4, 2 and 8 bits, of one to four
+        dimensions, one byte alone, thousands; codes in another order in memory."""
+        by_hand = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.uint8)
+        self.judge(answer, by_hand, 4)
+        self.judge(answer, by_hand.flip(0), 4)
         for nbits in (4, 2, 8):
-            self.judge(answer, torch.randint(0, 2**nbits, (2, 3, 16), dtype=torch.uint8), nbits)
+            for shape in ((2, 3, 16), (5, 8), (2, 3, 4, 24), (8 // nbits,), (3, 4096)):
+                self.judge(answer, torch.randint(0, 2**nbits, shape, dtype=torch.uint8), nbits)
             self.judge(answer, torch.full((8 // nbits,), 2**nbits - 1, dtype=torch.uint8), nbits)
-        self.judge(answer, torch.randint(0, 16, (2, 8, 6), dtype=torch.uint8).mT, 4)
+        for change, words in LAYOUTS:
+            self.judge_layout(answer, change(torch.randint(0, 16, (2, 3, 8), dtype=torch.uint8)), words)
+        self.judge_layout(answer, torch.randint(0, 16, (2, 8, 6), dtype=torch.uint8).mT, "transposed")
 
     def judge(self, answer: Callable, codes: Tensor, nbits: int) -> None:
         """One tensor of codes: bytes, their number, their values, and what they keep in memory."""
         got, want = self.call(answer, codes, nbits), pack(codes, nbits)
-        where = f"{codes.shape[-1]} codes of {nbits} bits"
+        where = f"{list(codes.shape)} codes of {nbits} bits"
         if isinstance(got, Tensor) and got.shape != want.shape:
             self.explain_shape(list(got.shape), list(want.shape), list(codes.shape), nbits, where)
         if isinstance(got, Tensor) and got.shape == want.shape and got.dtype != torch.uint8:
@@ -60,6 +69,18 @@ class Pack(Exercise):
                       f"{got.untyped_storage().nbytes()} bytes for {got.numel()}",
                       cause="a slice of a longer tensor, or an expanded one, was returned: all of it stays in memory",
                       look="make the result as long as it has to be, or clone the slice")  # fmt: skip
+
+    def judge_layout(self, answer: Callable, codes: Tensor, words: str) -> None:
+        """Codes that lie in memory in another order than their dimensions."""
+        try:
+            self.judge(answer, codes, 4)
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis not in ("raised", "values"):
+                raise
+            self.fail("layout", seen=f"codes {list(codes.shape)}, {words}: {not_yet.finding.seen}. Contiguous in "
+                      "memory, codes were packed right",
+                      cause="the code counts on the order in memory: view, or a reshape that assumes it",
+                      look="slices along the last dimension, or reshape in place of view")  # fmt: skip
 
     def explain_shape(self, got: list[int], want: list[int], codes: list[int], nbits: int, where: str) -> None:
         """Name the packing that gives so many bytes; the base class speaks of the others."""
@@ -81,7 +102,8 @@ class Pack(Exercise):
 
     def explain(self, got: Tensor, want: Tensor, codes: Tensor, nbits: int, where: str) -> None:
         """Name the packing that gives these bytes."""
-        size, first = 8 // nbits, [part.flatten()[0].item() for part in (got, want)]
+        size, at = 8 // nbits, int((got != want).flatten().int().argmax())  # the first byte that is wrong
+        first = [part.flatten()[at].item() for part in (got, want)]
         neighbours, apart = codes.unflatten(-1, (-1, size)), codes.unflatten(-1, (size, -1)).mT
         shifts = [place * nbits for place in range(size)]
 
@@ -93,8 +115,13 @@ class Pack(Exercise):
                 joined = joined | other
             return any(torch.equal(got.long(), made % 256) for made in (joined, torch.stack(moved).sum(0)))
 
-        places = ", ".join(map(str, codes.flatten()[:4].tolist()))
-        seen = f"{where}, starting {places}: byte 0 is {first[0]}; it should be {first[1]}"
+        bits = [f"{byte} ({byte:08b})" for byte in first]
+        given = codes.flatten()[at * size : at * size + size].tolist()
+        seen = f"{where}: the byte of codes {', '.join(map(str, given))} is {bits[0]}; it should be {bits[1]}"
+        places = [neighbours[..., place] for place in range(size)]
+        added = places[0]
+        for place in range(1, size):
+            added = added + places[place] << place * nbits  # what Python makes of a + b << 4 + c << 8
         accuse(type(self), [
             Suspect("eight-bits", nbits == 8, "with 8 bits a code fills its byte: nothing is to be shifted or joined",
                     "8 // nbits is 1 here"),
@@ -103,16 +130,37 @@ class Pack(Exercise):
                     "neighbours: codes[..., 0::2] and codes[..., 1::2] for 4 bits, not the first half and the second"),
             Suspect("first-code-high", by(neighbours, shifts[::-1]), "the first code went into the highest bits",
                     "the docstring: byte 0 holds code 0 and 16 times code 1"),
+            Suspect("precedence", size > 1 and torch.equal(got, added),
+                    "+ binds tighter than <<: a + b << 4 is (a + b) << 4", "parentheses round each shift, or | for +"),
+            Suspect("codes-lost", any(torch.equal(got, joined) for joined in (
+                    *(pieced(places, lambda code, place, kept=kept: code << place * nbits if place in kept else code * 0)
+                    for count in range(1, size) for kept in combinations(range(size), count)), *places)),
+                    "of each byte's codes some are left: the others were never added, or shifted out of the byte",
+                    "the loop over places, what it adds to, and <<, which shifts up"),
+            Suspect("joined-by-and", not got.any(), "nothing is left of any code: & keeps what both have, and they "
+                    "overlap nowhere", "| joins, or + with each shift in parentheses"),
+            Suspect("shifted-right",
+                    any(torch.equal(got, joined) for joined in (
+                    pieced(places, lambda code, place: code >> place * nbits),
+                    pieced(places, lambda code, place: code >> (size - 1 - place) * nbits))),
+                    "codes were shifted down, out of the byte", "<< shifts up, >> down"),
             Suspect("unshifted", by(neighbours, [0] * size), "the codes lie on top of each other",
                     "the shift: place * nbits bits to the left"),
             Suspect("fixed-bits", nbits != 4 and by(neighbours, [4 * place for place in range(size)]),
                     "codes were shifted by 4 bits, whatever nbits is", "the shift: place * nbits"),
-            Suspect("codes-lost",
-                    any(torch.equal(got, neighbours[..., place]) or torch.equal(
-                    got, neighbours[..., place] << (place * nbits)) for place in range(size)),
-                    "of each byte's codes one was kept", "the loop over places, and what it adds to"),
-            Suspect("wrong-shift", any(by(neighbours, [step * place for place in range(size)]) for step in range(1, 9)),
-                    "codes were shifted, by another number of bits than they have", "place * nbits"),
+            Suspect("wrong-shift", any(by(neighbours, [step * (place + more) for place in range(size)])
+                    for step in range(1, 9) for more in (0, 1)),
+                    "codes were shifted, by another number of bits than they have, or one place too far",
+                    "place * nbits, from place 0 on"),
+            Suspect("bits-flipped", torch.equal(got, want ^ 255), "every bit is turned round", "no ~ and no ^"),
         ], seen)  # fmt: skip
         self.fail("values", seen=seen, cause="codes were combined in another way",
                   look="byte 0, in binary: which bits belong to which code?")  # fmt: skip
+
+
+def pieced(places: list[Tensor], move: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The codes of each byte, moved by `move(codes, place)` and joined."""
+    joined = torch.zeros_like(places[0])
+    for place, codes in enumerate(places):
+        joined = joined | move(codes, place)
+    return joined

@@ -11,10 +11,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import near
-from labkit.course.exercise import Exercise
+from labkit.course.checks.trials import LAYOUTS
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import quantize
 
 Parts = tuple[Tensor, Tensor, Tensor]
+STEPS = "the scale: (high - low) / (2**nbits - 1), the number of steps between the first code and the last"
+RULES: tuple[tuple[str, Callable[[int], float], str, str], ...] = (  # into how many steps a range was cut
+    ("fixed-bits", lambda nbits: 15, "15, the last code of 4 bits, was written down", "2**nbits - 1"),
+    ("fixed-bits", lambda nbits: 255, "255, the last code of 8 bits, was written down", "2**nbits - 1"),
+    ("one-level-too-many", lambda nbits: 2**nbits, "the range was cut into 2**nbits steps, so that the greatest number "
+     "gets code 2**nbits, which does not exist", STEPS),
+    ("half-the-codes", lambda nbits: 2 ** (nbits - 1), "the range was cut as for signed codes, half of which lie below "
+     "0", STEPS),
+    ("half-the-codes", lambda nbits: 2 ** (nbits - 1) - 1, "the range was cut as for signed codes, half of which lie "
+     "below 0", STEPS),
+    ("levels-miscounted", lambda nbits: nbits, "nbits was taken for the number of steps", STEPS),
+    ("levels-miscounted", lambda nbits: nbits - 1, "nbits was taken for the number of levels", STEPS),
+    ("levels-miscounted", lambda nbits: 2 * nbits, "2 * nbits stands where 2**nbits belongs", STEPS),
+    ("levels-miscounted", lambda nbits: 2 * nbits - 1, "2 * nbits stands where 2**nbits belongs", STEPS),
+    ("levels-miscounted", lambda nbits: nbits**2 - 1, "nbits**2 stands where 2**nbits belongs", STEPS),
+    ("levels-miscounted", lambda nbits: 2**nbits - 2, "one step too few: the fence has 2**nbits posts", STEPS),
+    ("xor", lambda nbits: 2 ^ (nbits - 1), "in Python ^ is exclusive or; powers are **", "2**nbits - 1"),
+    ("xor", lambda nbits: (2 ^ nbits) - 1, "in Python ^ is exclusive or; powers are **", "2**nbits - 1"),
+    ("range-not-divided", lambda nbits: 1, "the scale is the whole range", STEPS),
+)  # fmt: skip
 
 
 class Quantize(Exercise):
@@ -43,25 +64,44 @@ class Quantize(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Groups to follow by hand, random ones in 4, 8 and 2 bits, equal numbers, small numbers, other dtypes."""
+        """Groups to follow by hand; random ones of many sizes, in every number of bits; equal numbers alone and among
+        others; small and large numbers; other layouts and dtypes."""
         by_hand = torch.tensor([[-2.0, -0.65, -0.48, 1.0], [4.0, 10.0, 5.1, 7.25]])
         self.judge(answer, by_hand, 4)
+        self.judge(answer, by_hand.flip(0, 1) + 0.3, 4)
         for nbits in (4, 8, 2):
             x = torch.randn(2, 3, 9)
             x[0, 0, 4] = 40.0
             x[1] += torch.tensor([20.0, -20.0, 3.0])[:, None]
             self.judge(answer, x, nbits)
-        self.judge(answer, torch.randn(11), 4)
         self.judge_equal_numbers(answer)
         self.judge_small_numbers(answer)
-        for dtype in (torch.float64, torch.bfloat16):
-            self.judge(answer, torch.randn(5, 12).to(dtype), 4)
+        for shape, nbits, factor in (((11,), 4, 1.0), ((2, 3, 4, 5), 2, 1.0), ((3, 700), 8, 1e6), ((4, 2), 4, 1e-2)):
+            self.judge(answer, torch.randn(shape) * factor + factor, nbits)
+        for change, words in LAYOUTS:
+            self.judge_layout(answer, change(torch.randn(3, 4, 7)), words)
+        for dtype, nbits in ((torch.float64, 8), (torch.float16, 8), (torch.bfloat16, 4)):
+            self.judge(answer, torch.randn(5, 12).to(dtype), nbits)
 
     def judge(self, answer: Callable, x: Tensor, nbits: int) -> None:
-        """The properties that the docstring promises of groups of different numbers."""
+        """The properties that the docstring promises of groups."""
         got = self.parts(answer, x, nbits)
         if (wrong := broken(x, got, nbits)).any():
-            self.explain(x, got, nbits, int(wrong.flatten().int().argmax()))
+            self.explain(answer, x, got, nbits, int(wrong.flatten().int().argmax()))
+
+    def judge_layout(self, answer: Callable, x: Tensor, words: str) -> None:
+        """Numbers that lie in memory in another order than their dimensions."""
+        try:
+            wrong = broken(x, self.parts(answer, x, 4), 4).any()
+            seen = "other numbers"
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis != "raised":
+                raise
+            wrong, seen = torch.tensor(True), not_yet.finding.seen
+        if wrong:
+            self.fail("layout", seen=f"x {list(x.shape)}, {words}: {seen}. Contiguous in memory, groups were right",
+                      cause="the code counts on the order in memory: view, or a reshape that assumes it",
+                      look="reshape instead of view, and the last dimension by its place: -1")  # fmt: skip
 
     def parts(self, answer: Callable, x: Tensor, nbits: int) -> Parts:
         """Codes, scale and zero, when they are tensors of the right kind; a finding otherwise."""
@@ -77,7 +117,7 @@ class Quantize(Exercise):
                           look="the return: codes, scale, zero")  # fmt: skip
         if isinstance(codes, Tensor) and codes.shape == x.shape and codes.dtype != torch.uint8:
             self.fail("codes-dtype", seen=f"the codes are {codes.dtype}; they should be torch.uint8",
-                      cause="round() gives floats, and int8 has no code above 127: the codes were not made uint8",
+                      cause="the last step, which makes bytes of the rounded numbers, is missing or names another type",
                       look="the last step: .to(torch.uint8)")  # fmt: skip
         want = quantize(x, nbits)
         self.like(codes, want[0], what="the codes")
@@ -104,43 +144,43 @@ class Quantize(Exercise):
             accuse(type(self), known, f"{name} of {part.dtype} {list(shape)} for x {list(x.shape)}")
         self.like(part, want, what=f"{name} for {x.dtype} numbers")
 
-    def explain(self, x: Tensor, got: Parts, nbits: int, which: int) -> None:
+    def explain(self, answer: Callable, x: Tensor, got: Parts, nbits: int, which: int) -> None:
         """Name the rule that gives these codes, scales and zero points. `which`: the group to show."""
         codes, scale, zero = got[0].long(), got[1].double(), got[2].double()
-        x, last, half = x.double(), 2**nbits - 1, 2 ** (nbits - 1)
+        x, last = x.double(), 2**nbits - 1
         low, high, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
         right = (high - low) / last
         one, shown = [part.flatten(0, -2)[which] if part.dim() > 1 else part for part in (x, codes)]
         where = f"a group from {one.min().item():.3g} to {one.max().item():.3g} in {nbits} bits"
         values = [part.flatten()[which].item() for part in (scale, zero, right, low)]
         seen = "{}: scale {:.3g}, zero {:.3g}; scale {:.3g}, zero {:.3g} is right".format(where, *values)
-        cuts = {steps: near(scale, (high - low) / steps) for steps in (last + 1, 15, half, half - 1) if steps}
-        by_largest = near(scale, high / last)
-        by_largest |= any(near(scale, largest / n) for n in (last, last + 1, last / 2, half, half - 1) if n)
+        by_largest = near(scale, high / last) or near(scale, (largest - low) / last)
+        by_largest |= any(near(scale, largest / n) for n in (last, last + 1, last / 2, last // 2, last // 2 + 1) if n)
         no_zero = bool((zero == 0).all())
         everything = near(scale, ((x.max() - x.min()) / last).expand_as(scale))
-        steps_of = "the scale: (high - low) / (2**nbits - 1), the number of steps between the first code and the last"
         accuse(type(self), [
             Suspect("swapped", near(zero, right) and near(scale, low), "scale and zero changed places", "the return"),
             Suspect("one-scale-for-all", x.dim() > 1 and everything, "min and max were taken of the whole tensor",
                     "amin and amax of the last dimension: dim=-1"),
-            Suspect("fixed-bits", nbits != 4 and cuts[15], "15, the last code of 4 bits, was written down",
-                    "2**nbits - 1"),
-            Suspect("one-level-too-many", cuts[last + 1],
-                    f"the range was cut into {last + 1} steps, so that the greatest number gets code {last + 1}, "
-                    f"which {nbits} bits do not have", steps_of),
+            *self.suspected_steps(answer),
             Suspect("symmetric", no_zero and by_largest,
                     "scale from the largest absolute value, no zero point: codes of numbers that do not occur are "
                     "wasted", "the docstring: the least number gets code 0"),
             Suspect("abs-max", by_largest,
-                    "the scale was taken from the largest absolute value, or from the greatest number", steps_of),
-            Suspect("half-the-codes", any(cuts.get(steps) for steps in (half, half - 1)),
-                    "the range was cut as for signed codes, half of which lie below 0", steps_of),
+                    "the scale was taken from the largest absolute value, or from the greatest number", STEPS),
             Suspect("scale-inverted", near(scale, 1 / right), "steps per number in place of numbers per step",
                     "the docstring's formula: codes are multiplied by scale"),
+            Suspect("scale-sign", near(scale, -right) and not near(zero, high), "low - high stands for high - low",
+                    STEPS),
         ], seen)  # fmt: skip
         if near(scale.abs(), right):
             as_codes = [sign * low / right for sign in (1, -1)]
+            middles = (
+                (low + high) / 2,
+                x.mean(-1, keepdim=True),
+                x.median(-1, keepdim=True).values,
+                low + right * (last // 2 + 1),
+            )
             accuse(type(self), [
                 Suspect("zero-is-a-code", any(near(zero, code) or near(zero, code.round()) for code in as_codes),
                         "the zero point was given in steps",
@@ -149,12 +189,32 @@ class Quantize(Exercise):
                 Suspect("reversed", near(zero, high), "codes were counted down from the greatest number",
                         "the docstring: the least number gets code 0"),
                 Suspect("no-zero", no_zero, "zero was left at 0", "what code 0 stands for: the least number"),
+                Suspect("zero-is-the-middle", any(near(zero, middle) for middle in middles),
+                        "zero is the middle of the group", "what code 0 stands for: the least number"),
             ], seen)  # fmt: skip
         self.explain_codes(x, codes, right, low, f"{where}: codes {str(shown.tolist())[:60]}", last)
 
+    def suspected_steps(self, answer: Callable) -> list[Suspect]:
+        """The rules by which the answer cuts every range into as many steps as it does, in 4, 8 and 2 bits alike."""
+        used = {}
+        for nbits in (4, 8, 2):
+            x = torch.randn(3, 9, dtype=torch.float64)
+            try:
+                scale = answer(x.clone(), nbits)[1].double()
+            except Exception:  # what it raises there has its own case
+                continue
+            steps = ((x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / scale).flatten()
+            used[nbits] = steps.mean().item() if near(steps, steps.mean().expand_as(steps)) else float("nan")
+        return [
+            Suspect(diagnosis, bool(used) and all(abs(n - rule(nbits)) < 1e-3 * abs(n) for nbits, n in used.items()),
+                    cause, look)
+            for diagnosis, rule, cause, look in RULES
+        ]  # fmt: skip
+
     def explain_codes(self, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, seen: str, last: int) -> None:
         """Scale and zero are right, or unknown; name the rule that gives these codes."""
-        unsubtracted = (x / scale).round().long()
+        unsubtracted, steps = (x / scale).round().long(), (x - low) / scale
+        rounded = steps.round().long()
         accuse(type(self), [
             Suspect("truncated", torch.equal(codes, ((x - low) / scale + 1e-5).long()),
                     "fractions were cut off, so that errors reach a whole scale", "round() before uint8"),
@@ -162,6 +222,17 @@ class Quantize(Exercise):
                     any(torch.equal(codes, c) for c in (unsubtracted % 256, unsubtracted.clamp(0, 255),
                     unsubtracted.clamp(0, last))), "x was divided as it is: numbers below 0 have no code",
                     "x - low, then divide"),
+            Suspect("rounded-up", torch.equal(codes, (steps - 1e-5).ceil().long()),
+                    "codes were rounded up, so that errors reach a whole scale", "round(), to the nearest"),
+            Suspect("clipped", any(torch.equal(codes, rounded.clamp(max=most)) for most in {15, last // 2, last - 1} if
+                    most < last), "codes were clamped below the last one", f"the clamp: 0 to {last}"),
+            Suspect("one-off", torch.equal(codes, rounded + 1) or torch.equal(codes, (rounded + 1).clamp(max=last)),
+                    "every code is one too large", "the least number gets code 0"),
+            Suspect("signed", torch.equal(codes, (rounded - last // 2 - 1) % 256),
+                    "half of the codes were subtracted, as for signed ones, and uint8 has none below 0",
+                    "the least number gets code 0"),
+            Suspect("multiplied", torch.equal(codes, ((x - low) * scale).round().long()),
+                    "x - low was multiplied by the scale", "how many steps of one scale lie between low and x?"),
             Suspect("not-divided", torch.equal(codes, (x - low).round().long()),
                     "x - low was rounded without the scale", "how many steps of one scale lie between low and x?"),
             Suspect("code-too-large", bool((codes > last).any()), f"{last} is the last code", "the scale, or a clamp"),
@@ -171,39 +242,63 @@ class Quantize(Exercise):
                   look="x - low, divided by scale, rounded; by hand for one group")  # fmt: skip
 
     def judge_equal_numbers(self, answer: Callable) -> None:
-        """Groups without a range come back to the bit, and no NaN stood in for a code."""
-        x = torch.tensor([0.1, -3.7, 0.0])[:, None].repeat(1, 6)
-        with NaNAs255():
-            codes, scale, zero = self.call(answer, x, 4)
-        back = codes * scale + zero
-        seen, cause = f"{back[0, 0].item():.3g}", "the special case for a scale of 0 does not give the number back"
-        if nan := bool((codes > 15).any() | back.isnan().any()):
-            seen, cause = (
-                "NaN on the way",
-                "the scale is 0, and 0 / 0 is NaN: uint8 has no code for it, and what comes ",
-            )
-            cause += "out differs between machines"
-        if nan or not torch.equal(back, x):
-            self.fail("constant-group", seen=f"a group of six times {x[0, 0].item():.2g}: {seen}", cause=cause,
-                      look="the division: by 1 where the scale is 0, say")  # fmt: skip
+        """Groups without a range come back to the bit, alone and beside others, and no NaN stood in for a code."""
+        equal = torch.tensor([0.1, -3.7, 0.0])[:, None].repeat(1, 6)
+        for x, words in (
+            (equal, "six times"),
+            (equal[:, :1], "one"),
+            (torch.cat((equal, torch.randn(2, 6))), "six times"),
+        ):
+            with NaNAs255():
+                codes, scale, zero = self.parts(answer, x, 4)
+            back = codes * scale + zero
+            same = (x == x[:, :1]).all(-1)
+            seen, cause = f"{back[0, 0].item():.3g}", "the special case for a scale of 0 does not give the number back"
+            if nan := bool((codes[same] > 15).any() | back[same].isnan().any()):
+                seen = "NaN on the way"
+                cause = (
+                    "the scale is 0, and 0 / 0 is NaN: uint8 has no code for it, and what comes out differs between "
+                )
+                cause += "machines"
+            if nan or not torch.equal(back[same], x[same]):
+                self.fail("constant-group", seen=f"a group of {words} {x[0, 0].item():.2g}: {seen}", cause=cause,
+                          look="the division: by 1 where the scale is 0, say")  # fmt: skip
+            if broken(x[~same], (codes[~same], scale[~same], zero[~same]), 4).any():
+                self.fail("constant-group",
+                          seen="groups of different numbers come back wrong beside a group of equal ones",
+                          cause="the special case for a scale of 0 took hold of every group",
+                          look="torch.where, group by group, not `if` over all of them")  # fmt: skip
 
     def judge_small_numbers(self, answer: Callable) -> None:
-        """An eps that is as large as the numbers spoils them."""
-        x = torch.rand(3, 8) * 1e-4
+        """An eps that is not small beside the scale spoils small numbers."""
+        x = torch.rand(3, 8) * torch.tensor([[1e-4], [2e-4], [3e-4]])
         got = self.parts(answer, x, 8)
-        if broken(x, got, 8).any():
-            self.fail("small-group", seen=f"numbers of 0 to 0.0001 in 8 bits: the greatest code used is "
-                      f"{int(got[0].max())} of 255, scale {got[1].max().item():.1g}",
-                      cause="an eps, added to the scale or its least value, is larger than the scale",
-                      look="treat a scale of 0 apart: torch.where(scale == 0, ...)")  # fmt: skip
+        codes, scale = got[:2]
+        if not (wrong := broken(x, got, 8)).any():
+            return
+        low, right = x.amin(-1, keepdim=True), (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+        guards = [guard for eps in (10.0**-n for n in range(1, 13)) for guard in (right + eps, right.clamp(min=eps))]
+        guarded = [((x - low) / guard).round().long() for guard in guards]
+        which = int(wrong.int().argmax())
+        accuse(type(self), [
+            Suspect("small-group", any(near(scale, guard, 1e-4) for guard in guards) or
+                    any(torch.equal(codes.long(), made) for made in guarded),
+                    "an eps, added to the scale or its least value, is not small beside this scale",
+                    "treat a scale of 0 apart: torch.where(scale == 0, ...)"),
+        ], f"numbers of 0 to {x[which].max().item():.1g} in 8 bits: the greatest code is {int(codes[which].max())} of "
+           f"255, scale {scale[which].item():.3g}; {right[which].item():.3g} is right")  # fmt: skip
+        self.explain(answer, x, got, 8, which)
 
 
 def broken(x: Tensor, quantized: tuple[Tensor, Tensor, Tensor], nbits: int) -> Tensor:
-    """Which groups break a promise, bool [...]: codes in range, both ends used, errors of half a scale at most.
+    """Which groups of different numbers break a promise, bool [...]: codes in range, both ends used, errors of half a
+    scale at most.
 
     Bounded: half a scale, and what rounding of the dtype adds to scale, zero and each of the last code's steps.
     """
     last, eps = 2**nbits - 1, torch.finfo(x.dtype).eps
+    if not x.numel():
+        return torch.zeros(0, dtype=torch.bool)
     codes, scale, zero = (part.double() for part in quantized)
     error = (codes * scale + zero - x.double()).abs()
     bound = (0.5 + 4 * last * eps) * scale.abs() + 2 * eps * x.double().abs().amax(-1, keepdim=True)

@@ -96,7 +96,7 @@ class PackedScores(Exercise):
             self.fail(
                 "dequantized",
                 seen="the scores are right, and keys were made on the way: codes scaled or shifted",
-                cause="scale or zero was applied to the codes: as many numbers as K has, written and read at every step",
+                cause="scale or zero was applied to the codes: as many numbers as K has, made anew at every step",
                 look="the side of the product that is small: q * scale",
             )
 
@@ -168,7 +168,7 @@ def suspects(q: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> list[Susp
         Suspect("scale-forgotten", q @ numbers.mT + zeros, "the scale is nowhere", "the first term: q * scale"),
         Suspect("codes-alone", q @ numbers.mT, "neither scale nor zero point is anywhere",
                 "the docstring: keys are codes * scale + zero"),
-        Suspect("scale-twice", (q * scale * scale) @ numbers.mT + zeros, "q and the codes were both multiplied by scale",
+        Suspect("scale-twice", (q * scale * scale) @ numbers.mT + zeros, "q and the codes were both scaled",
                 "the first term: one scale for each channel, on the side of q"),
         Suspect("zero-scaled", products + (q * scale * zero).sum(-1, keepdim=True),
                 "the zero point was multiplied by the scale too, as in (codes + zero) * scale",
