@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree
-from labkit.course.exercise import Exercise
+from labkit.course.checks.trials import LAYOUTS
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import quantize, quantize_cache
 
 SIZES = (
@@ -54,19 +56,78 @@ class QuantizeCache(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Two group sizes and two widths, one group of tokens, another dtype."""
-        for sizes, nbits, group_size in ((SIZES, 4, 8), (SIZES, 2, 4), ((1, 2, 24, 32), 8, 8)):
-            k, v = torch.randn(2, *sizes, dtype=torch.float64)
-            k[..., 5] *= 30.0  # a channel that is large in every token
-            v[:, :, 3] *= 30.0  # a token that is large in every channel
-            got = self.pair(answer, k, v, nbits, group_size)
-            want = quantize_cache(k, v, nbits, group_size)
-            if not all(alike(*sides) for sides in zip(got, want, strict=True)):
-                self.explain_difference(got, want, (k, v), nbits, group_size)
-                self.explain_groups(answer, [not alike(*sides) for sides in zip(got, want, strict=True)], group_size)
-        half = torch.randn(2, 1, 2, 8, 4).to(torch.bfloat16)
-        for side, got_half in zip("KV", self.pair(answer, half[0], half[1], 4, 4), strict=True):
-            self.like(got_half, half[0], what=f"{side} of bfloat16 tensors")
+        """Two group sizes and several widths, one group, groups of one, groups of equal numbers, the same shape again,
+        tensors in another order in memory, other dtypes."""
+        self.judge(answer, *large_here_and_there(SIZES), 4, 8)
+        self.judge_equal_numbers(answer)
+        for sizes, nbits, group_size in (
+            (SIZES, 2, 4), (SIZES, 4, 8), ((1, 2, 96, 32), 8, 8), ((1, 2, 16, 16), 4, 16), ((1, 3, 256, 64), 4, 32),
+            ((1, 1, 3, 5), 2, 1),
+        ):  # fmt: skip
+            self.judge(answer, *large_here_and_there(sizes), nbits, group_size)
+        for change, words in LAYOUTS:
+            self.judge_layout(answer, *(change(x) for x in torch.randn(2, *SIZES, dtype=torch.float64)), words)
+        for dtype in (torch.float32, torch.bfloat16):
+            self.judge_dtype(answer, *torch.randn(2, 1, 2, 24, 16).to(dtype))
+
+    def judge(self, answer: Callable, k: Tensor, v: Tensor, nbits: int, group_size: int) -> None:
+        """One call beside the reference."""
+        got, want = self.pair(answer, k, v, nbits, group_size), quantize_cache(k, v, nbits, group_size)
+        ties = [
+            halfway(x, nbits, group_size, turn) for x, turn in ((k, True), (v, False))
+        ]  # may become either neighbour
+        wrong = [not alike(a.where(~tie, b), b) for a, b, tie in zip(got, want, ties, strict=True)]
+        if any(wrong):
+            self.explain_difference(got, want, (k, v), nbits, group_size)
+            self.explain_groups(answer, wrong, group_size)
+
+    def judge_equal_numbers(self, answer: Callable) -> None:
+        """A channel of zeros, a token of ones: groups whose scale is 0."""
+        k, v = torch.randn(2, 1, 2, 8, 12, dtype=torch.float64)
+        k[..., 5], v[:, :, 3] = 0.0, 1.0
+        try:
+            keys, values = self.pair(answer, k, v, 4, 4)
+            wrong, seen = (
+                bool(keys[..., 5].any() or (values[:, :, 3] != 1.0).any()),
+                "other numbers come back for these",
+            )
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis != "not-finite":
+                raise
+            wrong, seen = True, "NaN comes back"
+        if wrong:
+            self.fail("constant-group", seen=f"a channel of K is 0 throughout, a token of V 1 throughout: {seen}",
+                      cause="the scale of such a group is 0, and 0 / 0 is NaN",
+                      look="quantize from 05.1, which takes care of it")  # fmt: skip
+
+    def judge_layout(self, answer: Callable, k: Tensor, v: Tensor, words: str) -> None:
+        """Tensors that lie in memory in another order than their dimensions, as a model's K and V do."""
+        try:
+            right = all(map(alike, self.pair(answer, k, v, 4, 8), quantize_cache(k, v, 4, 8)))
+            seen = "other numbers come back"
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis != "raised":
+                raise
+            right, seen = False, not_yet.finding.seen
+        if not right:
+            self.fail("layout", seen=f"k and v {list(k.shape)}, {words}: {seen}. Contiguous in memory, they were right",
+                      cause="the code counts on the order in memory: view, or a reshape that assumes it",
+                      look="reshape or unflatten in place of view")  # fmt: skip
+
+    def judge_dtype(self, answer: Callable, k: Tensor, v: Tensor) -> None:
+        """Another dtype: it stays, and no number is further off than half a scale and the dtype's rounding."""
+        for side, x, back in zip("KV", (k, v), self.pair(answer, k, v, 4, 8), strict=True):
+            groups, restored = (
+                (part.mT if side == "K" else part).double().unflatten(-1, (-1, 8)) for part in (x, back)
+            )
+            scale = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+            rounding = 16 * torch.finfo(x.dtype).eps * groups.abs().amax(-1, keepdim=True)
+            off = ((restored - groups).abs() - rounding) / scale
+            if (off > 0.5).any():
+                self.fail("precision", seen=f"{side} in {str(x.dtype).removeprefix('torch.')}: a number comes back "
+                          f"{off.max().item():.2g} scales off; half a scale is the most. In float64 it was right",
+                          cause="a step is computed in too few bits",
+                          look="every dtype that is written down")  # fmt: skip
 
     def pair(self, answer: Callable, k: Tensor, v: Tensor, nbits: int, group_size: int) -> Pair:
         """K and V as the answer gives them back, when they have the shapes that came in."""
@@ -99,17 +160,29 @@ class QuantizeCache(Exercise):
         for name, back, right, raw, turn in zip("KV", got, want, given, (True, False), strict=True):
             groups = (raw.mT if turn else raw).unflatten(-1, (-1, group_size))
             codes, scale, zero = quantize(groups, nbits)
-            without = [part.flatten(-2) for part in (codes * scale, (codes - zero) * scale, codes.double())]
-            without = [part.mT if turn else part for part in without]
+            least = groups.amin(-1, keepdim=True)
+            steps, wider = (groups - least) / scale, (groups.amax(-1, keepdim=True) - least) / 2**nbits
+            largest = groups.abs().amax(-1, keepdim=True) / (2 ** (nbits - 1) - 1)
+            ways = (codes * scale, (codes - zero) * scale, codes.double(), (codes + zero) * scale, codes * zero + scale,
+                    codes * (scale + zero), steps.floor() * scale + least, ((groups - least) / wider).round() * wider +
+                    least, (groups / largest).round() * largest)  # fmt: skip
+            made = [part.flatten(-2).mT if turn else part.flatten(-2) for part in ways]
             worst = int((back - right).abs().argmax())
             shown = [f"{part.flatten()[worst].item():.3f}" for part in (raw, back, right)]
             others = [quantize_cache(*given, bits, group_size)["KV".index(name)] for bits in (8, 4, 2) if bits != nbits]
             accuse(type(self), [
                 Suspect("not-quantized", alike(back, raw), "it went through unchanged",
                         f"the line that quantizes {name}"),
-                Suspect("codes-returned", alike(back, without[2]), "the codes were returned", "codes * scale + zero"),
-                Suspect("zero-not-added", alike(back, without[0]) or alike(back, without[1]),
+                Suspect("codes-returned", alike(back, made[2]), "the codes were returned", "codes * scale + zero"),
+                Suspect("zero-not-added", alike(back, made[0]) or alike(back, made[1]),
                         "the zero point was not added", "codes * scale + zero"),
+                Suspect("zero-misplaced", any(alike(back, part) for part in made[3:6]),
+                        "codes, scale and zero were put together in another way", "codes * scale + zero"),
+                Suspect("truncated", alike(back, made[6]), "fractions of codes were cut off", "quantize from 05.1"),
+                Suspect("one-level-too-many", alike(back, made[7]), "the range was cut into 2**nbits steps",
+                        "quantize from 05.1"),
+                Suspect("symmetric", alike(back, made[8]), "scale from the largest absolute value, no zero point",
+                        "quantize from 05.1"),
                 Suspect("fixed-bits", any(alike(back, other) for other in others),
                         "another number of bits was written down", "the parameter nbits"),
                 Suspect("rearranged",
@@ -129,12 +202,15 @@ class QuantizeCache(Exercise):
         for side, (noun, axis) in enumerate((("key", 2), ("value", 3))):
             if wrong[side]:
                 self.name_groups(noun, axis, spoilt[side], group_size)
-        self.fail("values", seen="every group holds the numbers it should, yet other numbers come back",
-                  cause="codes, scale and zero were combined in another way", look="codes * scale + zero")  # fmt: skip
+        self.fail("values", seen="one large number changes none but its own group, yet other numbers come back",
+                  cause="something inside a group is computed in another way",
+                  look="one group by hand: quantize, then codes * scale + zero")  # fmt: skip
 
     def name_groups(self, noun: str, axis: int, spoilt: Tensor, group_size: int) -> None:
         """One side whose groups are not what they should be."""
-        along, places = spread(spoilt), spoilt.nonzero()[:, axis]
+        along, places = spread(spoilt), spoilt.nonzero()[:, axis].tolist()
+        gaps = [after - before for before, after in pairwise(places)] or [0]
+        block = along == {axis} and set(gaps) == {1}
         start = PLACE[axis] // group_size * group_size
         right_places = list(range(start, start + group_size))
         whole = len(places) == spoilt.shape[axis]
@@ -157,13 +233,17 @@ class QuantizeCache(Exercise):
             Suspect("group-size-ignored", along == {axis} and whole,
                     "group_size was not used: all of them share a scale",
                     "unflatten(-1, (-1, group_size)) before quantize"),
-            Suspect("strided-groups", along == {axis} and len(places) == group_size and places.tolist() != right_places,
+            Suspect("strided-groups", along == {axis} and min(gaps) == max(gaps) > 1,
                     "a group holds numbers that are not successive",
                     "the order in unflatten: (-1, group_size), groups first"),
-            Suspect("groups-counted", along == {axis} and len(places) == spoilt.shape[axis] // group_size,
+            Suspect("groups-counted", block and len(places) == spoilt.shape[axis] // group_size,
                     "group_size was taken for the number of groups",
                     "unflatten(-1, (-1, group_size)): groups first, then their size"),
-            Suspect("group-size", len(places) != group_size, "a group has another size than group_size", per),
+            Suspect("group-size", block and len(places) != group_size and not set(places) <= set(right_places),
+                    "a group has another size than group_size", per),
+            Suspect("groups-shifted", block and len(places) == group_size and places != right_places,
+                    "groups begin elsewhere than at the first number",
+                    f"the first group: numbers 0 to {group_size - 1}"),
         ], f"{described(noun, spoilt)}; group_size is {group_size}")  # fmt: skip
 
     def changed_by_one(self, answer: Callable, side: int, group_size: int) -> Tensor:
@@ -180,6 +260,23 @@ class QuantizeCache(Exercise):
             changed |= (self.pair(answer, other[0], other[1], 4, group_size)[side] - before).abs() > TOLERANCE
         changed[PLACE] = True
         return changed
+
+
+def large_here_and_there(sizes: tuple[int, ...]) -> Tensor:
+    """Random K and V, with a channel that is large in every token of K, a token that is large in every channel of V."""
+    k, v = both = torch.randn(2, *sizes, dtype=torch.float64)
+    k[..., -3] *= 30.0
+    v[:, :, 2] *= 30.0
+    return both
+
+
+def halfway(x: Tensor, nbits: int, group_size: int, turn: bool) -> Tensor:
+    """Which numbers lie in the middle of two levels, bool of x's shape; turn: whether groups lie along the tokens."""
+    groups = (x.mT if turn else x).unflatten(-1, (-1, group_size))
+    least = groups.amin(-1, keepdim=True)
+    scale = (groups.amax(-1, keepdim=True) - least) / (2**nbits - 1)
+    tie = (((groups - least) / scale.masked_fill(scale == 0, 1.0)) % 1 - 0.5).abs() < 1e-4
+    return tie.flatten(-2).mT if turn else tie.flatten(-2)
 
 
 def spread(mask: Tensor) -> set[int]:
