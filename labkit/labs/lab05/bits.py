@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from labkit.course.checks.numbers import judge
+from labkit.course.checks.numbers import check_number, equal, judge
 from labkit.course.checks.suspects import Suspect
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.references import bits_per_element
 
-CASES = (  # tokens, nbits, group_size, residual_length, full_bits
+CASES = (  # tokens, nbits, group_size, residual_length, full_bits; neighbours differ in one of them
     (1000, 4, 64, 128, 16),
+    (1000, 2, 64, 128, 16),
+    (1000, 4, 20, 128, 16),
+    (1000, 4, 64, 50, 16),
+    (1000, 4, 64, 128, 32),
+    (127, 4, 64, 64, 16),  # one token short of a group
+    (128, 4, 64, 64, 16),  # just one
+    (129, 4, 64, 64, 16),
+    (64, 4, 64, 64, 16),
+    (100, 2, 32, 128, 16),  # fewer than the residual
+    (4, 4, 1, 8, 16),
+    (9, 4, 1, 8, 16),
+    (1, 8, 32, 0, 16),
     (2048, 2, 32, 0, 16),
-    (500, 4, 20, 50, 16),
-    (127, 4, 64, 64, 16),
-    (100, 2, 32, 128, 16),
-    (192, 8, 64, 64, 16),
     (300, 2, 16, 96, 32),
     (90, 4, 32, 64, 32),
+    (1_000_003, 8, 48, 100, 16),
 )
 Rule = Callable[[int, int, int, int, int], float]
 
@@ -45,7 +54,18 @@ def per_packed(tokens: int, nbits: int, group: int, residual: int, full_bits: in
     return bits_per_element(tokens, nbits, group, residual, full_bits) * tokens / (count or tokens)
 
 
+def total_of(total: Callable[..., float]) -> Rule:
+    """A rule from the bits of all tokens: total(packed, rest, nbits, group, full_bits)."""
+
+    def bits(tokens: int, nbits: int, group: int, residual: int, full_bits: int) -> float:
+        packed = whole_groups(tokens, group, residual)
+        return total(packed, tokens - packed, nbits, group, full_bits) / tokens
+
+    return bits
+
+
 META = "what each group keeps beside its codes: 2 numbers of 16 bits, shared by group_size codes"
+SHARES = "what each kind of token takes, times how many there are, over all tokens"
 PACKED = "the number of packed tokens: max(0, tokens - residual_length) // group_size * group_size"
 SUSPECTS = (
     Suspect("total", lambda *a: bits_per_element(*a) * a[0], "the bits of all tokens were returned",
@@ -53,8 +73,8 @@ SUSPECTS = (
     Suspect("bytes", lambda *a: bits_per_element(*a) / 8, "bytes were returned", "the name: bits"),
     Suspect("ratio", (lambda *a: bits_per_element(*a) / a[4], lambda *a: a[4] / bits_per_element(*a)),
             "a ratio to full precision was returned", "the docstring: bits that one number takes"),
-    Suspect("not-a-fraction", (lambda *a: int(bits_per_element(*a)), lambda *a: round(bits_per_element(*a))),
-            "the result was made whole", "an average of bits has a fraction: `/`, and no rounding"),
+    Suspect("not-a-fraction", (lambda *a: int(bits_per_element(*a)), *(lambda *a, n=n: round(bits_per_element(*a), n)
+            for n in range(4))), "the result was rounded", "an average of bits has a fraction: `/`, and no rounding"),
     Suspect("no-metadata", rule(per=lambda n, g, f: n), "scale and zero point were not counted", META),
     Suspect("scale-only", rule(per=lambda n, g, f: n + 16 / g), "one of scale and zero point was not counted", META),
     Suspect("metadata-in-bytes", (rule(per=lambda n, g, f: n + 4 / g), rule(per=lambda n, g, f: n + 2 / g)),
@@ -82,6 +102,41 @@ SUSPECTS = (
             "the residual was taken to be packed as a whole when it is full, as some libraries do",
             "the docstring: group_size at a time, at least the newest residual_length stay"),
     Suspect("fixed-full-bits", rule(full=lambda f: 16), "16 was written down for full precision", "full_bits"),
+    Suspect("metadata-once", total_of(lambda packed, rest, n, g, f: packed * n + 32 + rest * f),
+            "one scale and one zero point were counted for the whole cache", META),
+    Suspect("metadata-for-all", total_of(lambda packed, rest, n, g, f: packed * (n + 32 / g) + rest * (f + 32 / g)),
+            "tokens that wait in full precision were given scales and zero points too", META),
+    Suspect("metadata-multiplied", rule(per=lambda n, g, f: n + 32 * g), "metadata was multiplied by group_size",
+            "the share of one number: 2 * 16 / group_size"),
+    Suspect("metadata-in-nbits", (rule(per=lambda n, g, f: n + 2 * n / g), rule(per=lambda n, g, f: n + n / g)),
+            "scale and zero point were counted with nbits each", META),
+    Suspect("packed-only", total_of(lambda packed, rest, n, g, f: packed * (n + 32 / g)),
+            "tokens that wait take no bits in this sum", SHARES),
+    Suspect("rest-forgotten",
+            tuple(lambda t, n, g, r, f, left=left: (whole_groups(t, g, r) * (n + 32 / g) + left(t, r) * f) / t
+            for left in (min, lambda t, r: r)),
+            "the residual was counted, tokens of a group that is not complete were not",
+            "everything that is not packed waits: tokens - packed"),
+    Suspect("rest-twice",
+            lambda t, n, g, r, f: (whole_groups(t, g, r) * (n + 32 / g) + (t - whole_groups(t, g, r) + r) * f) / t,
+            "the residual was counted twice", "everything that is not packed waits: tokens - packed"),
+    Suspect("groups-for-tokens", (
+            rule(lambda t, g, r: max(0, t - r) // g),
+            *(lambda t, n, g, r, f, of=of: (max(0, t - r) // g * of(n, g) + (t - whole_groups(t, g, r)) * f) / t
+            for of in (lambda n, g: n + 32 / g, lambda n, g: n + 32))),
+            "groups were counted where tokens belong: each group holds group_size of them", PACKED),
+    Suspect("rest-of-all",
+            (rule(lambda t, g, r: max(0, t - r - t % g)), rule(lambda t, g, r: max(0, t // g * g - r)),
+             rule(lambda t, g, r: max(0, t // g * g - r) // g * g)),
+            "whole groups were taken of all tokens, and the residual taken off afterwards", PACKED),
+    Suspect("one-short", (rule(lambda t, g, r: max(0, t - r - 1) // g * g), rule(lambda t, g, r: max(0, t - r - g) //
+            g * g)), "the last whole group was not counted as packed", PACKED),
+    Suspect("to-the-nearest", rule(lambda t, g, r: round(max(0, t - r) / g) * g),
+            "groups were rounded to the nearest number; an incomplete one waits", PACKED),
+    Suspect("packed-for-all", total_of(lambda packed, rest, n, g, f: (packed + rest) * (n + 32 / g) + rest * f),
+            "what a packed number takes was counted for tokens that wait, too", SHARES),
+    Suspect("unweighted", (lambda t, n, g, r, f: (n + 32 / g + f) / 2, lambda t, n, g, r, f: n + 32 / g + f),
+            "the two sizes were put together as if there were as many tokens of each", SHARES),
     Suspect("parts-swapped", rule(lambda t, g, r: t - whole_groups(t, g, r)),
             "packed tokens were counted in full, and the others packed", "which count goes with which size"),
     Suspect("packed-alone", per_packed, "the bits of all tokens were divided by the packed tokens alone",
@@ -111,5 +166,16 @@ class BitsPerElement(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Groups that divide and that do not, no residual, too few tokens to pack, another full precision."""
+        """Each argument changed alone; groups that divide and that do not, one token more and less; no residual, too
+        few tokens to pack; at last the default."""
         judge(type(self), answer, bits_per_element, CASES, SUSPECTS, what="the average in bits", otherwise="count")
+        try:
+            got = check_number(type(self), self.call(answer, 1000, 4, 64, 128), "a number of bits")
+        except NotYet as not_yet:
+            got, seen = float("nan"), not_yet.finding.seen
+        else:
+            seen = f"{float(got):g} came back"
+        if not equal(got, want := bits_per_element(1000, 4, 64, 128)):
+            self.fail("default", seen=f"with 1,000 tokens, nbits 4, group_size 64, residual_length 128, full_bits left "
+                      f"out: {seen}; it should be {want:g}", cause="full_bits has another default than 16, or none",
+                      look="the first line of the blank: full_bits: int = 16")  # fmt: skip

@@ -422,7 +422,7 @@ def cache_along_a_dimension(k, v, nbits, group_size):
 def counted(*, packed=None, per=None, full=None, total=lambda bits, tokens, packed: bits / tokens):
     """The right sum, with some of its parts replaced."""
 
-    def wrong(tokens, nbits, group_size, residual_length, full_bits):
+    def wrong(tokens, nbits, group_size, residual_length, full_bits=16):
         older = max(0, tokens - residual_length)
         count = packed(tokens, group_size, residual_length) if packed else older // group_size * group_size
         each = per(nbits, group_size, full_bits) if per else nbits + 32 / group_size
@@ -435,7 +435,7 @@ def rounded_up(tokens, group_size, residual_length):
     return -(-max(0, tokens - residual_length) // group_size) * group_size
 
 
-def swapped_parts(tokens, nbits, group_size, residual_length, full_bits):
+def swapped_parts(tokens, nbits, group_size, residual_length, full_bits=16):
     packed = max(0, tokens - residual_length) // group_size * group_size
     return (packed * full_bits + (tokens - packed) * (nbits + 32 / group_size)) / tokens
 
@@ -448,14 +448,16 @@ def as_a_tensor(*case):
     return torch.tensor(bits_per_element(*case))
 
 
-def bits_by_sizing(tokens, nbits, group_size, residual_length, full_bits):
-    """Right: the package's own arithmetic, a Fraction."""
+def bits_by_sizing(tokens, nbits, group_size, residual_length, full_bits=16):
+    """Right: the package's own arithmetic, a Fraction, where packing knows such groups."""
+    if group_size % 4:
+        return bits_by_group(tokens, nbits, group_size, residual_length, full_bits)
     dtype = {16: "float16", 32: "float32"}[full_bits]
     kept = Quantized(nbits=nbits, group_size=group_size, residual_length=residual_length, dtype=dtype)
     return kept.bits_held(tokens) / tokens
 
 
-def bits_token_by_token(tokens, nbits, group_size, residual_length, full_bits):
+def bits_token_by_token(tokens, nbits, group_size, residual_length, full_bits=16):
     """Right: a queue that packs its oldest group when enough newer tokens wait."""
     waiting = groups = 0
     for _ in range(tokens):
@@ -465,7 +467,7 @@ def bits_token_by_token(tokens, nbits, group_size, residual_length, full_bits):
     return (groups * (group_size * nbits + 16 + 16) + waiting * full_bits) / tokens
 
 
-def bits_by_shares(tokens, nbits, group_size, residual_length, full_bits):
+def bits_by_shares(tokens, nbits, group_size, residual_length, full_bits=16):
     """Right: the share of packed tokens, and a case for a young cache."""
     if tokens < residual_length + group_size:
         return full_bits
@@ -474,7 +476,7 @@ def bits_by_shares(tokens, nbits, group_size, residual_length, full_bits):
     return share * (nbits + 16 * 2 / group_size) + (1 - share) * full_bits
 
 
-def bits_by_group(tokens, nbits, group_size, residual_length, full_bits):
+def bits_by_group(tokens, nbits, group_size, residual_length, full_bits=16):
     """Right: a group's bits, group after group."""
     groups = max((tokens - residual_length) // group_size, 0)
     return groups * (nbits * group_size + 32) / tokens + full_bits * (1 - groups * group_size / tokens)
