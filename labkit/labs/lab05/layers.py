@@ -11,26 +11,36 @@ from torch import Tensor
 
 from labkit.course.exercise import Exercise
 
-BATCH, HEADS, HEAD_DIM = 2, 3, 5
+Shape = tuple[int, int, int]
+SHAPE: Shape = (2, 3, 5)  # batch, heads, head_dim; 32 numbers or fewer
 STEP, VALUES = 64.0, 32.0  # from one token's numbers to the next one's; from keys to values
+FRACTION = 0.2  # no 16-bit float holds it
 CHANGE = 0.25  # what one round through the quantizer adds to every number
 
 
-def numbered(tokens: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Keys [batch, heads, tokens, head_dim] in which every number says whose it is: whole, no two alike."""
-    places = torch.arange(BATCH * HEADS * HEAD_DIM).view(BATCH, HEADS, 1, HEAD_DIM)
-    return (places + STEP * torch.tensor(list(tokens)).view(1, 1, -1, 1)).to(dtype)
+def numbered(tokens: Sequence[int], dtype: torch.dtype = torch.float32, shape: Shape = SHAPE) -> Tensor:
+    """Keys [batch, heads, tokens, head_dim] in which every number says whose it is: no two alike."""
+    batch, heads, head_dim = shape
+    places = torch.arange(batch * heads * head_dim, dtype=torch.float64).view(batch, heads, 1, head_dim) + FRACTION
+    return (places + STEP * torch.tensor(list(tokens), dtype=torch.float64).view(1, 1, -1, 1)).to(dtype)
 
 
-def numbered_pair(first: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def numbered_pair(
+    first: int, count: int, dtype: torch.dtype = torch.float32, shape: Shape = SHAPE
+) -> tuple[Tensor, Tensor]:
     """K and V of tokens `first` to `first + count - 1`."""
-    k = numbered(range(first, first + count), dtype)
-    return k, k + VALUES
+    k = numbered(range(first, first + count), torch.float64, shape)
+    return k.to(dtype), (k + VALUES).to(dtype)
 
 
 def ids(x: Tensor) -> list[int]:
     """Which tokens a tensor of numbered keys or values holds."""
-    return [int(number // STEP) for number in x[0, 0, :, 0].tolist()]
+    return (x[0, 0, :, 0].double() // STEP).long().tolist()
+
+
+def listed(tokens: Sequence[int]) -> str:
+    """Tokens in few characters."""
+    return str(list(tokens)) if len(tokens) <= 12 else f"[{', '.join(map(str, tokens[:6]))}, ..., {tokens[-1]}]"
 
 
 def is_values(x: Tensor) -> bool:
@@ -38,9 +48,9 @@ def is_values(x: Tensor) -> bool:
     return bool((x % STEP >= VALUES).all()) and x.numel() > 0
 
 
-def fits(x: Any) -> bool:
+def fits(x: Any, shape: Shape = SHAPE) -> bool:
     """Whether `x` is a tensor of the numbered tokens' batch, heads and head_dim."""
-    return isinstance(x, Tensor) and x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (BATCH, HEADS, HEAD_DIM)
+    return isinstance(x, Tensor) and x.dim() == 4 and (*x.shape[:2], x.shape[3]) == shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,46 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.exercise import Exercise
-from labkit.labs.lab05.layers import BATCH, HEAD_DIM, HEADS, fits, ids, numbered
+from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.trials import LAYOUTS
+from labkit.course.exercise import Exercise, NotYet
+from labkit.labs.lab05.layers import SHAPE, Shape, fits, ids, listed, numbered
 from labkit.labs.lab05.references import groups_to_quantize
+
+Rule = Callable[[int, int, int], list[int]]
+
+
+def split(tokens: int, size: int, *, rest: bool = False) -> list[int]:
+    """Sizes of whole groups, and of what is left over."""
+    return [size] * (tokens // size) + [tokens % size] * (rest and tokens % size > 0)
+
+
+# How many tokens the groups have, from (waiting, new, group_size), under what people write.
+RULES: tuple[tuple[str, tuple[Rule, ...], str, str], ...] = (
+    ("one-token-groups", (lambda w, n, g: [w + n], lambda w, n, g: [n], lambda w, n, g: [1] * n),
+     "whatever comes is a group. Of one token min = max: it comes back exactly, and its scale and zero take 32 bits a "
+     "number", "the condition under which tokens form a group: group_size of them, or they wait"),
+    ("groups-as-they-came",
+     (lambda w, n, g: [w + n] if w + n >= g else [], lambda w, n, g: [(w + n) // g * g] if w + n >= g else []),
+     "all that may be quantized was made one group", "cut the joined tensor every group_size tokens"),
+    ("short-group",
+     (lambda w, n, g: split(w + n, g, rest=True), lambda w, n, g: split(w + n, g, rest=True) if w + n >= g else []),
+     "the tokens left over behind the last whole group were made a group too",
+     "where the loop ends: tokens // group_size * group_size"),
+    ("one-group-only", (lambda w, n, g: [g] if w + n >= g else [],),
+     "an `if` where a loop is needed: one group is cut, however many there are",
+     "the number of whole groups: tokens // group_size"),
+    ("whole-group-waits",
+     (lambda w, n, g: split(max(0, w + n - 1), g), lambda w, n, g: split(max(0, w + n - g), g), lambda w, n, g: []),
+     "the condition asks for more than group_size tokens, a group is held back, or nothing is ever quantized",
+     "the number of whole groups: tokens // group_size"),
+    ("new-tokens-only", (lambda w, n, g: split(n, g),), "groups are cut from the new tokens alone",
+     "torch.cat((waiting, new), dim=2)"),
+    ("group-size",
+     (*(lambda w, n, g, size=size: split(w + n, size) for size in range(1, 65)),
+      lambda w, n, g: split(w + n, g - 1), lambda w, n, g: split(w + n, g + 1)),
+     "groups have another size than group_size", "every number in the slice: group_size"),
+)  # fmt: skip
 
 
 class GroupsToQuantize(Exercise):
@@ -37,59 +74,71 @@ class GroupsToQuantize(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Steps that complete no group, pieces that complete one or more, prompts; at last no token at all."""
-        for held, new, group_size in (
-            (0, 1, 4), (2, 1, 4), (3, 6, 4), (3, 1, 4), (0, 4, 4), (0, 11, 4), (2, 13, 3), (5, 0, 4), (3, 4, 1),
-            (0, 0, 4),
+        """Steps that complete no group, pieces that complete one or more, prompts, no token at all; other shapes; keys
+        in another order in memory."""
+        for held, new, group_size, shape in (
+            (0, 1, 4, SHAPE), (2, 1, 4, SHAPE), (3, 6, 4, SHAPE), (3, 1, 4, SHAPE), (0, 4, 4, SHAPE), (0, 11, 4, SHAPE),
+            (2, 13, 3, (1, 2, 7)), (5, 0, 4, SHAPE), (3, 4, 1, SHAPE), (31, 1, 32, (3, 1, 4)), (31, 2, 32, (3, 1, 4)),
+            (30, 1, 32, (3, 1, 4)), (7, 3000, 64, (1, 1, 2)), (0, 0, 4, SHAPE),
         ):  # fmt: skip
-            self.case(answer, held, new, group_size)
-        for group in self.call(answer, numbered(range(3)).bfloat16(), numbered([3]).bfloat16(), 4)[0]:
-            self.like(group, numbered(range(4)).bfloat16(), what="a group of bfloat16 keys")
+            self.case(
+                answer, numbered(range(held), shape=shape), numbered(range(held, held + new), shape=shape), group_size
+            )
+        waiting, new = numbered(range(3)), numbered(range(3, 9))
+        for change, words in LAYOUTS:
+            try:
+                self.case(answer, change(waiting), change(new), 4, words)
+            except NotYet as not_yet:
+                if not_yet.finding.diagnosis not in ("raised", "keys-changed"):
+                    raise
+                self.fail("layout", seen=f"3 waiting, 6 new, {words}: {not_yet.finding.seen}",
+                          cause="the code counts on the order in memory: view, or a reshape that assumes it",
+                          look="slices and cat, along dim=2")  # fmt: skip
+        for dtype in (torch.bfloat16, torch.float64):
+            for group in self.call(answer, numbered(range(3), dtype), numbered([3], dtype), 4)[0]:
+                self.same(group, numbered(range(4), dtype), what=f"a group of {str(dtype).removeprefix('torch.')} keys")
 
-    def case(self, answer: Callable, held: int, new: int, group_size: int) -> None:
+    def case(self, answer: Callable, waiting: Tensor, new: Tensor, group_size: int, words: str = "") -> None:
         """Judge one call: sizes of groups, then which tokens are in them and which go on waiting."""
-        got = self.call(answer, numbered(range(held)), numbered(range(held, held + new)), group_size)
-        where = f"{held} waiting, {new} new, group_size {group_size}"
-        groups, rest = self.parts(got, where)
+        got = self.call(answer, waiting, new, group_size)
+        shape: Shape = (*new.shape[:2], new.shape[3])
+        held, count = waiting.shape[2], new.shape[2]
+        where = f"{held} waiting, {count} new, group_size {group_size}" + f", {words}" * bool(words)
+        groups, rest = self.parts(got, where, shape)
         sizes, tokens = [len(group) for group in groups], [token for group in groups for token in group]
-        seen = f"{where}: groups of {sizes} tokens, {len(rest)} go on waiting"
-        whole = (held + new) // group_size
-        if sizes == [group_size] * whole and [*tokens, *rest] == list(range(held + new)):
+        seen = f"{where}: groups of {listed(sizes)} tokens, {len(rest)} go on waiting"
+        whole = (held + count) // group_size
+        if sizes == [group_size] * whole and [*tokens, *rest] == list(range(held + count)):
             return
-        self.explain_sizes(sizes, held, new, group_size, seen)
-        self.explain_lost(sorted([*tokens, *rest]), held, new, seen)
+        if sizes != [group_size] * whole:
+            self.explain_sizes(answer, sizes, f"{seen}; whole groups: {whole}")
+        self.explain_lost(sorted([*tokens, *rest]), held, count, seen)
         if rest and tokens and min(rest) < max(tokens):
             oldest = rest == list(range(len(rest)))
             self.fail(
                 "remainder-in-front" if oldest and len(sizes) == whole else "older-tokens-wait",
-                seen=f"{seen}: tokens {rest}, while {tokens} are quantized",
+                seen=f"{seen}: tokens {listed(rest)}, while {listed(tokens)} are quantized",
                 cause="groups were counted from the end, so that the oldest tokens are left over"
                 if oldest and len(sizes) == whole
                 else "groups were cut from the new tokens alone, past those that waited already",
                 look="groups begin at the first token of torch.cat((waiting, new), dim=2)",
             )
-        if [*tokens, *rest] != list(range(held + new)):
-            self.fail(
-                "order",
-                seen=f"{where}: tokens in the order {[*tokens, *rest]}",
-                cause="new tokens were put before those that waited, or groups turned round",
-                look="torch.cat((waiting, new), dim=2), and the order of the groups: oldest first",
-            )
-        only = len(sizes) == 1
         self.fail(
-            "one-group-only" if only else "whole-group-waits",
-            seen=f"{seen}; whole groups: {whole}",
-            cause="an `if` where a loop is needed: one group is cut, however many there are"
-            if only
-            else "the condition asks for more than group_size tokens, or a group is held back",
-            look="the number of whole groups: tokens // group_size",
+            "order",
+            seen=f"{where}: tokens in the order {listed([*tokens, *rest])}",
+            cause="new tokens were put before those that waited, or groups turned round",
+            look="torch.cat((waiting, new), dim=2), and the order of the groups: oldest first",
         )
 
-    def parts(self, got: Any, where: str) -> tuple[list[list[int]], list[int]]:
+    def parts(self, got: Any, where: str, shape: Shape) -> tuple[list[list[int]], list[int]]:
         """The tokens of each group and of what waits; a finding when they are no tokens of the case."""
-        if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], (list, tuple))
-                and isinstance(got[1], Tensor)):  # fmt: skip
-            kinds = [type(part).__name__ for part in got] if isinstance(got, tuple) else type(got).__name__
+        pair = isinstance(got, (tuple, list)) and len(got) == 2
+        if pair and isinstance(got[0], Tensor) and isinstance(got[1], (list, tuple)):
+            self.fail("swapped", seen=f"{where}: a tensor came back first, then a list",
+                      cause="the two results changed places",
+                      look="the return: a list of groups, then the tensor of those that wait")  # fmt: skip
+        if not (pair and isinstance(got[0], (list, tuple)) and isinstance(got[1], Tensor)):
+            kinds = [type(part).__name__ for part in got] if isinstance(got, (tuple, list)) else type(got).__name__
             self.fail(
                 "not-groups-and-rest",
                 seen=f"{where}: returned {kinds}",
@@ -97,48 +146,43 @@ class GroupsToQuantize(Exercise):
                 look="the return: a list of tensors, then the tensor of those that wait",
             )
         for name, x in [*(("a group", group) for group in got[0]), ("what waits", got[1])]:
-            if not fits(x):
+            if not fits(x, shape):
                 self.fail(
                     "shape",
                     seen=f"{where}: {name} is {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}; it should"
-                    f" be [{BATCH}, {HEADS}, tokens, {HEAD_DIM}]",
+                    f" be [{shape[0]}, {shape[1]}, tokens, {shape[2]}]",
                     cause="another dimension than the tokens' was joined, sliced or split",
                     look="dim=2 in cat and split, [:, :, a:b] in slices",
                 )
-            if not torch.equal(x, numbered(ids(x))):
+            if not torch.equal(x, numbered(ids(x), shape=shape)):
                 self.fail(
                     "keys-changed",
                     seen=f"{where}: {name} holds other numbers than the keys that came",
-                    cause="keys were reshaped across tokens, padded, or quantized here already",
+                    cause="keys were converted on the way, reshaped across tokens, padded, or quantized here already",
                     look="what is returned: slices of the joined tensor, nothing else",
                 )
         return [ids(group) for group in got[0]], ids(got[1])
 
-    def explain_sizes(self, sizes: list[int], held: int, new: int, group_size: int, seen: str) -> None:
-        """Name what makes groups of another size."""
-        if all(size == group_size for size in sizes):
-            return
+    def explain_sizes(self, answer: Callable, sizes: list[int], seen: str) -> None:
+        """Name the rule by which groups get their sizes, in several calls alike."""
         if 0 in sizes:
             self.fail("empty-group", seen=seen, cause="a loop or a split that makes a group of no tokens",
                       look="the case that no group is whole: an empty list")  # fmt: skip
-        if sizes in ([held + new], [new]) and held + new < group_size:
-            self.fail(
-                "one-token-groups",
-                seen=seen,
-                cause="whatever comes is a group. Of one token min = max: it comes back exactly, and its scale and "
-                "zero take 32 bits a number",
-                look="the condition under which tokens form a group: group_size of them, or they wait",
-            )
-        if len(sizes) == 1:
-            self.fail("groups-as-they-came", seen=seen, cause="everything there is was made one group",
-                      look="cut the joined tensor every group_size tokens")  # fmt: skip
-        self.fail(
-            "short-group",
-            seen=seen,
-            cause="the tokens left over behind the last whole group were made a group too, or groups were cut "
-            "elsewhere than every group_size tokens",
-            look="where the loop ends: tokens // group_size * group_size",
-        )
+        probes = ((0, 1, 4), (2, 1, 4), (0, 11, 4), (3, 6, 4), (2, 14, 3), (1, 39, 5))
+        cut = {}
+        for held, new, group_size in probes:
+            try:
+                groups = answer(numbered(range(held)), numbered(range(held, held + new)), group_size)[0]
+                cut[held, new, group_size] = [group.shape[2] for group in groups]
+            except Exception:  # what it raises there has its own case
+                continue
+        accuse(type(self), [
+            Suspect(diagnosis, any(cut and all(got == rule(*probe) for probe, got in cut.items()) for rule in rules),
+                    cause, look)
+            for diagnosis, rules, cause, look in RULES
+        ], seen)  # fmt: skip
+        self.fail("group-sizes", seen=seen, cause="groups are cut by another rule",
+                  look="of n tokens, n // group_size groups of group_size; the others wait")  # fmt: skip
 
     def explain_lost(self, tokens: list[int], held: int, new: int, seen: str) -> None:
         """Name what is missing or there twice."""
@@ -153,7 +197,7 @@ class GroupsToQuantize(Exercise):
             dropped = held and missing == list(range(held))
             self.fail(
                 "waiting-dropped" if dropped else "tokens-lost",
-                seen=f"{seen}: tokens {missing} are gone",
+                seen=f"{seen}: tokens {listed(missing)} are gone",
                 cause="only the new tokens were looked at"
                 if dropped
                 else "tokens behind the last group, or between groups, are in neither result",

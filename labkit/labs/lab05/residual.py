@@ -7,21 +7,26 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from labkit.course.checks.caches import check_methods, read_pair
 from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.bookkeeping import check_given, check_read
-from labkit.labs.lab05.layers import Recorder, numbered_pair
+from labkit.labs.lab05.layers import SHAPE, Recorder, Shape, numbered_pair
 from labkit.labs.lab05.references import QuantizedLayer
+from labkit.ledger import memory_of
 
-CASES = (  # group_size, residual_length, tokens of each append
-    (4, 3, (1,) * 13),
-    (4, 3, (20, 1, 1, 1)),
-    (4, 3, (5, 9, 2, 6)),
-    (2, 5, (3, 8, 1, 1, 1, 1)),
-    (3, 7, (7, 2, 1, 13)),
-    (1, 2, (1, 1, 5)),
+CASES: tuple[tuple[int, int, tuple[int, ...], Shape], ...] = (  # group_size, residual_length, tokens of each append
+    (2, 3, (1,) * 10, SHAPE),
+    (4, 3, (20, 1, 1, 1), SHAPE),
+    (4, 3, (5, 9, 2, 6), (1, 2, 7)),
+    (2, 5, (3, 8, 1, 1, 1, 1), (3, 1, 4)),
+    (3, 7, (7, 2, 1, 13), SHAPE),
+    (1, 2, (1, 1, 5), SHAPE),
+    (5, 5, (9, 1, 1, 4, 1), SHAPE),  # one token short of a group and the residual; just both; one more
+    (32, 32, (1, 63, 1), (1, 1, 6)),
+    (64, 100, (3000, 1, 75, 1), (1, 1, 2)),
 )
 
 
@@ -46,6 +51,7 @@ class QuantizedLayerExercise(Exercise):
         "one-group-per-append": "A prompt of 20 tokens holds several groups. Which keyword repeats an `if`?",
         "residual-not-kept": "With 4 tokens held and residual_length 3, only one token is old enough. Is one a group?",
         "waits-too-long": "As soon as group_size + residual_length tokens wait, a group can go.",
+        "joined-along": "K is [batch, num_kv_heads, tokens, head_dim]. Which dimension grows when a token comes?",
         "callers-tensor": "A slice or a plain assignment is the same memory as the caller's. clone() is not.",
         "slice-keeps-all": "x[:, :, 100:] is small, and the memory behind it is that of x.",
         "no-residual": "x[:, :, :-0] holds nothing. Count from the front.",
@@ -56,16 +62,15 @@ class QuantizedLayerExercise(Exercise):
         """What is quantized and what is read after every append, in many pieces; then whose memory, and how much."""
         check_methods(type(self), self.made(answer, 4, 3)[0])
         self.check_apart(answer)
-        for group_size, residual_length, pieces in CASES:
-            self.follow(answer, group_size, residual_length, pieces)
+        for group_size, residual_length, pieces, shape in CASES:
+            self.follow(answer, group_size, residual_length, pieces, shape)
         for group_size in (4, 1):
             self.check_without_residual(answer, group_size)
         self.check_callers_tensor(answer)
         self.check_memory(answer)
-        k, v = numbered_pair(0, 2, torch.bfloat16)
-        cache, _ = self.made(answer, 4, 3)
-        self.run(partial(cache.append, k, v))
-        self.same(read_pair(type(self), cache)[0], k, what="K of two bfloat16 tokens")
+        for dtype in (torch.bfloat16, torch.float64):
+            for contiguous in (True, False):
+                self.check_script(answer, dtype, contiguous=contiguous)
 
     def made(self, answer: Callable, group_size: int, residual_length: int) -> tuple[Any, Recorder]:
         """A cache, and the quantizer that it was given."""
@@ -74,32 +79,40 @@ class QuantizedLayerExercise(Exercise):
         return self.run(make), recorder
 
     def check_apart(self, answer: Callable) -> None:
-        """A second cache holds its own tokens only. Trouble of other kinds is for the cases to tell."""
-        first, second = self.made(answer, 4, 3)[0], self.made(answer, 4, 3)[0]
-        tokens = 1
+        """Two caches in turn hold their own tokens only. Trouble of other kinds is for the cases to tell."""
+        caches = [self.made(answer, 4, 3)[0] for _ in range(2)]
+        held = [0, 0]
         try:
-            first.append(*numbered_pair(0, 8))
-            second.append(*numbered_pair(8, 1))
-            tokens = second.read()[0].shape[2]
+            for which, count in ((0, 8), (1, 1), (0, 1), (1, 9)):
+                caches[which].append(*numbered_pair(held[which], count))
+                held[which] += count
+                pairs = [cache.read() if many else None for cache, many in zip(caches, held, strict=True)]
+                if not all(pair is None or (isinstance(pair, (tuple, list)) and len(pair) == 2) for pair in pairs):
+                    return
+                tokens = [0 if pair is None else pair[0].shape[2] for pair in pairs]
+                if any(count > many for count, many in zip(tokens, held, strict=True)):
+                    break
         except (NotYet, NotImplementedError):
             raise
         except Exception:
             return
-        if tokens > 1:
+        if tokens == [sum(held)] * 2 or tokens[1] > held[1]:
             self.fail(
                 "shared-between-caches",
-                seen="a new cache that was given 1 token reads more: tokens of another cache turned up",
-                cause="groups are kept on the class, in a default argument or in a global, not on the instance",
+                seen=f"two caches were given {held[0]} and {held[1]} tokens; they read {tokens[0]} and {tokens[1]}",
+                cause="tokens are kept on the class, in a default argument or in a global, not on the instance",
                 look="__init__: everything a cache keeps belongs on self",
             )
 
-    def follow(self, answer: Callable, group_size: int, residual_length: int, pieces: Sequence[int]) -> None:
+    def follow(
+        self, answer: Callable, group_size: int, residual_length: int, pieces: Sequence[int], shape: Shape = SHAPE
+    ) -> None:
         """Append tokens in these pieces; check after each."""
         cache, recorder = self.made(answer, group_size, residual_length)
         held = 0
         for piece in pieces:
             groups_before = len(recorder.given)
-            k, v = numbered_pair(held, piece)
+            k, v = numbered_pair(held, piece, shape=shape)
             kept = k.clone(), v.clone()
             self.run(partial(cache.append, k, v))
             self.check_unchanged(kept, (k, v))
@@ -119,7 +132,12 @@ class QuantizedLayerExercise(Exercise):
                     "or quantized at every read",
                     look="append quantizes, read restores",
                 )
-            check_given(type(self), recorder.given, group_size, groups, groups_before, piece, where)
+            if got is not None:
+                self.check_read_again(cache, got, where)
+                if got[0].dim() == 4 and got[0].shape[2] < held and quantized < groups:  # lost, not waiting
+                    check_read(type(self), got, held, quantized * group_size, where, shape, group_size)
+            sizes = (group_size, residual_length)
+            check_given(type(self), recorder.given, sizes, groups, groups_before, piece, where, shape)
             if got is None and groups == 0 and trouble and trouble.finding.diagnosis == "raised":
                 self.fail(
                     "read-before-a-group",
@@ -130,7 +148,7 @@ class QuantizedLayerExercise(Exercise):
             if got is None:
                 assert trouble is not None
                 raise trouble
-            check_read(type(self), got, held, groups * group_size, where)
+            check_read(type(self), got, held, groups * group_size, where, shape, group_size)
 
     def check_without_residual(self, answer: Callable, group_size: int) -> None:
         """residual_length 0: at times no token waits."""
@@ -159,26 +177,75 @@ class QuantizedLayerExercise(Exercise):
                     look="where append keeps what waits: clone() it",
                 )
 
+    def check_read_again(self, cache: Any, got: tuple[Tensor, Tensor], where: str) -> None:
+        """A second read gives the same."""
+        try:
+            again = read_pair(type(self), cache)
+            seen = "" if all(map(torch.equal, got, again)) else f"and a second read() of {again[0].shape[2]}, or others"
+        except NotYet as not_yet:
+            seen = f"and a second read() stops with {not_yet.finding.seen}"
+        if seen:
+            self.fail("read-changes", seen=f"{where}: read() gives K of {got[0].shape[2]} tokens, {seen}",
+                      cause="read() changes what the cache holds",
+                      look="read(): it joins, and assigns to no attribute")  # fmt: skip
+
+    def check_script(self, answer: Callable, dtype: torch.dtype, *, contiguous: bool) -> None:
+        """Random numbers in random pieces, beside the reference. contiguous, or laid out as a model hands them over."""
+        random = torch.Generator().manual_seed(1)
+        caches = [self.made(QuantizedLayer, 3, 5), self.made(answer, 3, 5)]
+        where = f"random {str(dtype).removeprefix('torch.')} K and V in random pieces, group_size 3, residual_length 5"
+        for step in range(12):
+            new = int(torch.randint(1, 9, (1,), generator=random))
+            both = torch.randn(2, 2, new, 3, 8, generator=random, dtype=torch.float64).to(dtype).transpose(2, 3)
+            both = both.contiguous() if contiguous else both
+            caches[0][0].append(both[0], both[1])
+            try:
+                self.run(partial(caches[1][0].append, both[0], both[1]))
+            except NotYet as not_yet:
+                if contiguous or not_yet.finding.diagnosis != "raised":
+                    raise
+                self.fail("layout", seen=f"{where}: {not_yet.finding.seen}. Contiguous in memory, they were taken",
+                          cause="the code counts on the order in memory: view, or a reshape that assumes it",
+                          look="slices and cat, along dim=2")  # fmt: skip
+            (want, right), (cache, recorder) = caches
+            for name, x, wanted in zip("KV", read_pair(type(self), cache), want.read(), strict=True):
+                self.same(x, wanted, what=f"{where}, append {step + 1}: {name}")
+            for pair, rights in zip(recorder.given, right.given, strict=False):
+                for name, x, wanted in zip("KV", pair, rights, strict=True):
+                    self.same(x, wanted, what=f"{where}: {name} of a group")
+
     def check_memory(self, answer: Callable) -> None:
-        """After a long prompt, no more than a few groups' worth of tensors is alive."""
+        """After a long prompt, no more than a few groups' worth of tensors is alive; nor after the first token."""
+        cache, recorder = self.made(answer, 4, 3)
+        self.run(partial(cache.append, *numbered_pair(0, 1)))
+        token = sum(x.nbytes for x in numbered_pair(0, 1))
+        if (held_bytes := bytes_behind(cache, without=[recorder])) > 4 * (4 + 3) * token:
+            self.fail(
+                "room-unused",
+                seen=f"group_size 4, residual_length 3: after 1 token it holds the bytes of {held_bytes // token}",
+                cause="room is made for more tokens than ever wait: group_size + residual_length - 1 at most",
+                look="where the memory is made",
+            )
         cache, recorder = self.made(answer, 4, 3)
         k, v = numbered_pair(0, 120)
         self.run(partial(cache.append, k, v))
         limit = 3 * (4 + 3) * (k.nbytes + v.nbytes) // 120
         held = tensors_behind(cache, without=[recorder])
-        if sum(x.nbytes for x in held) > limit:
-            self.fail(
-                "keeps-originals",
-                seen="a prompt of 120 tokens, 4 of which should wait: the cache holds "
-                f"{sum(x.nbytes for x in held) / (k.nbytes + v.nbytes):.0%} of its bytes in full precision",
-                cause="quantized tokens are kept as they came as well: more memory than without quantization",
-                look="append: once a group is quantized, its tokens are kept in no other form",
-            )
-        if bytes_behind(cache, without=[recorder]) > limit:
+        behind, prompt = bytes_behind(cache, without=[recorder]), k.nbytes + v.nbytes
+        waiting = sum(x.nbytes for x in held)
+        if waiting <= limit < sum({memory_of(x): x.untyped_storage().nbytes() for x in held}.values()):
             self.fail(
                 "slice-keeps-all",
                 seen="a prompt of 120 tokens: few wait, but the memory behind them is that of "
-                f"{bytes_behind(cache, without=[recorder]) / (k.nbytes + v.nbytes):.0%} of the prompt",
+                f"{behind / prompt:.0%} of the prompt",
                 cause="what waits is a slice, and a slice keeps alive all that it was cut from",
                 look="where append keeps what waits: clone() it",
+            )
+        if behind > limit:
+            self.fail(
+                "keeps-originals",
+                seen="a prompt of 120 tokens, 4 of which should wait: the cache holds "
+                f"{behind / prompt:.0%} of its bytes in full precision",
+                cause="quantized tokens are kept in another form besides: more memory than without quantization",
+                look="append: once a group is quantized, its tokens are kept in no other form",
             )
