@@ -12,9 +12,9 @@ from torch import Tensor
 
 from labkit.course.checks.numbers import check_number
 from labkit.course.checks.suspects import accuse
-from labkit.course.checks.tensors import TIGHT
+from labkit.course.checks.tensors import TIGHT, told_apart
 from labkit.course.exercise import Exercise
-from labkit.labs.lab05.passes import FIRST, PART, LossyCache, Passes, all_rows, surprise, suspects
+from labkit.labs.lab05.passes import FIRST, PART, LossyCache, Passes, all_rows, some_tokens, surprise, suspects
 from labkit.labs.lab05.references import mean_surprise
 
 
@@ -45,8 +45,8 @@ class MeanSurprise(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Which passes were made and with what; then the number."""
-        for count in (150, 128, 161, 66):
-            tokens = torch.randint(0, Passes.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(count))
+        for count in (150, 128, 161, 66, 129, 97):
+            tokens = some_tokens(count)
             model, cache, kept = Passes(), LossyCache(), tokens.clone()
             got = self.run(partial(answer, model, tokens, cache))
             self.check_unchanged(kept, tokens)
@@ -54,6 +54,8 @@ class MeanSurprise(Exercise):
             self.check_tokens(model, tokens[0].tolist())
             self.check_parts([len(part) for part, *_ in model.passes], count)
             self.check_number(got, tokens)
+        other = some_tokens(150).flip(1)  # as many, others, and logits in the dtype of the lab's model
+        self.check_number(self.run(partial(answer, Passes(torch.float32), other, LossyCache())), other, 1e-5)
 
     def check_cache(self, model: Passes, cache: LossyCache, got: Any, tokens: Tensor) -> None:
         """More than one pass, all with the cache that was given, which goes on filling."""
@@ -91,6 +93,11 @@ class MeanSurprise(Exercise):
         if fed in (tokens, tokens[:-1]):
             return
         parts = [len(each.tokens) for each in model.passes]
+        if len(fed) == len(tokens) and sorted(fed) != sorted(tokens):
+            place = next(i for i, pair in enumerate(zip(fed, tokens, strict=True)) if pair[0] != pair[1])
+            self.fail("other-tokens", seen=f"token {place} of the text is {tokens[place]}; the model got {fed[place]}",
+                      cause="ids were converted to fewer bits, or changed on the way",
+                      look="what the model is called with: a slice of tokens")  # fmt: skip
         if len(fed) > len(tokens):
             self.fail(
                 "tokens-fed-twice",
@@ -125,14 +132,14 @@ class MeanSurprise(Exercise):
             look="the step of the range and the end of the slice: 32",
         )
 
-    def check_number(self, got: Any, tokens: Tensor) -> None:
+    def check_number(self, got: Any, tokens: Tensor, tolerance: float = TIGHT) -> None:
         """The mean, told apart by what was averaged."""
         got = check_number(type(self), got, "a mean")
         rows, targets = all_rows(tokens), tokens[0]
         surprises = surprise(rows[:-1], targets[1:])  # number j is about token j + 1
         want = surprises[FIRST - 1 :].mean().item()
-        seen = f"{len(targets)} tokens: {got:.4f}; the mean is {want:.4f}"
-        if abs(got - want) <= TIGHT:
+        seen = "{} tokens: {}; the mean is {}".format(len(targets), *told_apart(float(got), want))
+        if abs(got - want) <= tolerance:
             return
         if math.isnan(got):
             self.fail(
@@ -141,6 +148,6 @@ class MeanSurprise(Exercise):
                 cause="a mean over no tokens: the last part may hold a token and no target",
                 look="join all surprises first, then one mean",
             )
-        accuse(type(self), suspects(rows, targets, surprises), seen, fits=lambda value: abs(got - value) <= TIGHT)
+        accuse(type(self), suspects(rows, targets, surprises), seen, fits=lambda value: abs(got - value) <= tolerance)
         self.fail("values", seen=seen, cause="the passes are right; other logits, other targets or another average",
                   look="for one part of 32: which logits meet which targets")  # fmt: skip

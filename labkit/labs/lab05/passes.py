@@ -21,7 +21,7 @@ class LossyCache:
 
     def reset(self) -> None:
         """Let all tokens go, as a new cache has none."""
-        self.rows = torch.zeros(0, Passes.VOCABULARY, dtype=torch.float64)
+        self.rows = torch.zeros(0, Passes.WIDTH, dtype=torch.float64)
 
     @property
     def seq_len(self) -> int:
@@ -30,7 +30,7 @@ class LossyCache:
 
     def append(self, new: Tensor) -> Tensor:
         """All rows: those held already rounded, `new` as it came."""
-        held = self.rows.round()
+        held = (self.rows / 3).round() * 3
         self.rows = torch.cat((self.rows, new))
         return torch.cat((held, new))
 
@@ -46,15 +46,18 @@ class Pass(NamedTuple):
 class Passes:
     """model(part, cache): logits that depend on each token and on the mean of what the cache gives of all up to it."""
 
-    VOCABULARY: ClassVar[int] = 13
+    VOCABULARY: ClassVar[int] = 4_200  # ids that neither a byte nor a 16-bit float holds
+    WIDTH: ClassVar[int] = 13
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         random = torch.Generator().manual_seed(2)
-        self.table = torch.randn(self.VOCABULARY, self.VOCABULARY, generator=random, dtype=torch.float64)
+        self.dtype = dtype
+        self.table, self.head = torch.randn(2, self.VOCABULARY, self.WIDTH, generator=random, dtype=torch.float64)
+        self.head *= 0.6
         self.passes: list[Pass] = []
 
     def __call__(self, part: Tensor, cache: LossyCache | None = None) -> Tensor:
-        """Logits, float64 [1, part, vocabulary]."""
+        """Logits, [1, part, vocabulary]."""
         if part.dim() != 2 or part.shape[0] != 1 or part.shape[1] == 0:
             raise ValueError(f"the model was given tokens of shape {list(part.shape)}; it takes [1, at least one]")
         rows = self.table[part[0]]
@@ -62,7 +65,21 @@ class Passes:
         self.passes.append(Pass(part[0].tolist(), cache, held))
         seen = cache.append(rows) if cache is not None else rows
         means = seen.cumsum(0) / torch.arange(1, len(seen) + 1, dtype=torch.float64)[:, None]
-        return (rows + 4 * means[held:])[None]
+        return ((rows + 4 * means[held:]) @ self.head.mT)[None].to(self.dtype)
+
+
+def some_tokens(count: int) -> Tensor:
+    """Tokens that the model would say itself, int [1, count], with ids among them that fewer bits would change."""
+    random, model = torch.Generator().manual_seed(count), Passes()
+    noise = -(-torch.rand(count, Passes.VOCABULARY, generator=random, dtype=torch.float64).log()).log()
+    tokens, total = [1], model.table[1].clone()
+    for place in range(1, count):
+        logits = (model.table[tokens[-1]] + 4 * total / place) @ model.head.mT
+        tokens.append(int((logits + noise[place]).argmax()))
+        total += model.table[tokens[-1]]
+    for place, token in ((3, 0), (64, 257), (65, 4097)):
+        tokens[place] = token
+    return torch.tensor([tokens])
 
 
 def all_rows(tokens: Tensor) -> Tensor:
@@ -86,7 +103,12 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
         [surprises[start : start + PART] for start in range(0, len(surprises), PART)],
         [surprises[max(start, FIRST - 1) : start + PART] for start in range(0, len(surprises), PART)],
         [surprises[start : start + PART] for start in range(FIRST, len(surprises), PART)],
+        [surprises[start : start + PART] for start in range(PART, len(surprises), PART)],
+        [surprises[start : start + PART - 1] for start in range(0, len(surprises), PART)],
+        [surprises[start : start + PART - 1] for start in range(FIRST, len(surprises), PART)],
     )]  # fmt: skip
+    logp = rows.log_softmax(-1)[FIRST - 1 : -1].gather(1, targets[FIRST:, None])[:, 0]
+    two_on, last = surprise(rows[:-2], targets[2:]), (len(targets) - 2) // PART * PART
     wrapped = torch.cat((scored, surprise(rows[-1:], targets[:1])))
     return [
         Suspect("perplexity", [math.exp(mean)], "exp was applied: that is perplexity", "the return: the mean itself"),
@@ -99,7 +121,8 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
                 "the first 64 tokens are scored too; they have little context, and no cache is read for the first 32",
                 "the slice before the mean: positions from 64 on"),
         Suspect("starts-beside-64",
-                [surprises[start:].mean().item() for start in (FIRST - 2, FIRST) if start < len(surprises)],
+                [surprises[start:].mean().item() for start in (FIRST - 2, FIRST, PART - 1, PART) if start <
+                 len(surprises)],
                 "the first token scored is not that at position 64: logits at position 63 predict it",
                 "the slice before the mean: [63:], when surprise 0 is about token 1"),
         Suspect("predicts-itself", [surprise(rows, targets)[start:].mean().item() for start in (FIRST - 1, FIRST)],
@@ -116,4 +139,21 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
         Suspect("wraps-round", [wrapped.mean().item()],
                 "the last logits were scored against the first token, as torch.roll does",
                 "the last part: it has one target fewer than logits"),
+        Suspect("two-apart", [two_on[start:].mean().item() for start in range(FIRST - 3, FIRST + 1) if start <
+                              len(two_on)],
+                "logits at a position were compared with the token two positions on",
+                "the pairs: logits at position i and token i + 1"),
+        Suspect("no-softmax", [-rows[FIRST - 1 : -1].gather(1, targets[FIRST:, None]).mean().item()],
+                "logits were taken for logarithms of probabilities", "log_softmax, or cross_entropy"),
+        Suspect("probability", [logp.exp().mean().item(), -logp.exp().mean().log().item()],
+                "probabilities were averaged", "the mean of -log p, not the logarithm of a mean"),
+        Suspect("median", [scored.median().item()], "the median was taken", "mean()"),
+        Suspect("divided-by-others",
+                [scored.sum().item() / count for count in range(len(targets) - 66, len(targets) + 1)
+                 if 0 < count != len(scored)],
+                "the sum was divided by another number than that of the tokens scored",
+                "mean(), or a division by their number"),
+        Suspect("last-part-only", [surprises[last:].mean().item()], "only the last part was scored",
+                "what the loop keeps: a list that every part is added to"),
+        Suspect("rounded", [round(mean, digits) for digits in range(9)], "the mean was rounded", "the return"),
     ]  # fmt: skip
