@@ -50,6 +50,7 @@ class QuantizeCache(Exercise):
         "values can be quantized at once if they share a scale with nobody.",
         "axes-swapped": "`quantize` groups the last dimension. Which of k and v has to be turned for it?",
         "group-size-ignored": "unflatten(-1, (-1, group_size)) makes of n numbers n / group_size groups.",
+        "constant-group": "What is the scale of a channel of zeros? quantize knows what to do with it.",
         "groups-counted": "In unflatten(-1, (a, b)), which of a and b is the size of a group?",
         "strided-groups": "unflatten(-1, (-1, group_size)) or (group_size, -1): in which are neighbours in one group?",
         "rearranged": "Undo the steps in the opposite order: the last one first.",

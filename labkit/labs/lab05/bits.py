@@ -159,6 +159,12 @@ class BitsPerElement(Exercise):
     hints_for: ClassVar = {
         "no-metadata": "64 codes of 4 bits are 256 bits. What else is kept for these 64 numbers?",
         "scale-only": "codes * scale + zero: how many numbers does a group need to come back?",
+        "rest-forgotten": "Of 131 tokens with groups and a residual of 32, the drawing shows 35 that wait, not 32.",
+        "rest-of-all": "Which comes first: taking the residual off, or cutting into groups?",
+        "groups-for-tokens": "Three groups of 64: how many tokens are packed?",
+        "metadata-for-all": "A token that waits in full precision has no code. Does it need a scale?",
+        "packed-for-all": "Each token is either packed or waits: count it once.",
+        "one-short": "192 tokens, a residual of 64, groups of 64: how many groups can go?",
         "no-whole-groups": "70 tokens may be packed, 64 at a time. How many are, and what do the others take?",
         "rounded-up": "70 tokens may be packed, 64 at a time. Is the second group complete?",
         "negative": "100 tokens, a residual of 128: how many are packed?",

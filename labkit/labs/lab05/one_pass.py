@@ -38,6 +38,8 @@ class MeanSurprise(Exercise):
         "boundary-skipped": "The last logits of a part predict a token too: where is it?",
         "tokens-fed-twice": "The target of a part's last logits need not be in the part: take it from `tokens`.",
         "mean-of-means": "Parts of 32 and of 5 tokens should not count alike. Join first, then take the mean.",
+        "two-apart": "Write down, for a part of three tokens, which logits say what.",
+        "part-length": "The docstring says how many tokens go through the model at a time.",
         "predicts-itself": "Logits at position i say what token i + 1 is.",
         "new-cache": "A cache made for each part is empty each time.",
         "starts-beside-64": "Surprise j of the joined list is about token j + 1.",

@@ -69,6 +69,8 @@ class GroupsToQuantize(Exercise):
         "groups-as-they-came": "What came at once has nothing to do with what is quantized together.",
         "short-group": "The tokens behind the last whole group are not a group yet.",
         "one-group-only": "11 tokens hold two groups of 4.",
+        "new-tokens-only": "Tokens that waited come first: join them with the new ones, then cut.",
+        "group-size": "Which number in your slice is group_size?",
         "remainder-in-front": "Which tokens should still be exact, the oldest or the newest?",
         "empty-group": "torch.split of no tokens gives one piece of no tokens.",
     }
@@ -94,6 +96,12 @@ class GroupsToQuantize(Exercise):
                 self.fail("layout", seen=f"3 waiting, 6 new, {words}: {not_yet.finding.seen}",
                           cause="the code counts on the order in memory: view, or a reshape that assumes it",
                           look="slices and cat, along dim=2")  # fmt: skip
+        others = numbered(range(20, 23)), numbered(range(23, 29))  # as many as before
+        groups, rest = self.parts(self.call(answer, *others, 4), "3 waiting, 6 new, others than before", SHAPE)
+        if [*groups, rest] != [list(range(20, 24)), list(range(24, 28)), [28]]:
+            self.fail("values", seen=f"tokens 20 to 28 came: groups of {groups}, {rest} go on waiting",
+                      cause="right for other tokens, as many: something of an earlier call was kept",
+                      look="everything that is returned is made of waiting and new")  # fmt: skip
         for dtype in (torch.bfloat16, torch.float64):
             for group in self.call(answer, numbered(range(3), dtype), numbered([3], dtype), 4)[0]:
                 self.same(group, numbered(range(4), dtype), what=f"a group of {str(dtype).removeprefix('torch.')} keys")

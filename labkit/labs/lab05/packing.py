@@ -32,6 +32,7 @@ class Pack(Exercise):
         "first-code-high": "Byte 0 of codes 1, 2 is 1 + 16 * 2. Which of the two is shifted?",
         "halves": "codes[..., 0::2] and codes[..., 1::2] are neighbours. What are codes[..., :n // 2] and the rest?",
         "precedence": "Which does Python do first in a + b << 4? Parentheses, or |, which comes after <<.",
+        "codes-lost": "Of codes 1 and 2 the byte is 1 + 16 * 2. Which of the two is missing in yours?",
         "fixed-bits": "Which numbers in your code are right for 4 bits only? Write them with nbits.",
         "arguments-changed": "A slice is a view: `|=` and `<<=` on it write into codes. Where does a new tensor start?",
         "memory-kept": "A slice of a large tensor keeps the large tensor alive.",

@@ -52,6 +52,11 @@ class Quantize(Exercise):
         "steps = (x - low) / torch.where(scale == 0, 1.0, scale)\n# round, then uint8; zero is low",
     )
     hints_for: ClassVar = {
+        "levels-miscounted": "With 4 bits there are 2 * 2 * 2 * 2 codes. How many steps lie between the first and the last?",
+        "xor": "Try 2 ^ 4 in a cell of its own.",
+        "signed": "uint8 counts from 0. What does it make of -1?",
+        "clipped": "What is the last code of 8 bits? And of 4?",
+        "rounded-up": "Which code is nearest to 6.1?",
         "truncated": "`.to(torch.uint8)` cuts off what is behind the point. Which code is nearest to 6.9?",
         "one-level-too-many": "A fence of 16 posts has how many gaps?",
         "symmetric": "A group from 4 to 10 uses how many of its codes if code 0 stands for 0?",

@@ -32,6 +32,8 @@ class PackedScores(Exercise):
     )
     hints_for: ClassVar = {
         "zero-forgotten": "Expand q * (code * scale + zero): there are two terms.",
+        "zero-averaged": "q · k is a sum over channels, in both of its terms.",
+        "zero-added-to-q": "(q + zero) * code is not q * (code + zero).",
         "zero-scaled": "Is it code * scale + zero, or (code + zero) * scale?",
         "zero-not-per-channel": "A sum of products is not the product of the sums.",
         "dequantized": "Scale and zero are one number for each channel, and so is q. Multiply those two first.",

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -359,6 +360,195 @@ class InABuffer:
         return torch.cat([part[0] for part in parts], dim=2), torch.cat([part[1] for part in parts], dim=2)
 
 
+def joining(dim) -> type:
+    """Tokens joined along this dimension."""
+
+    class Joining(QuantizedLayer):
+        def append(self, k, v):
+            if self.waiting is not None:
+                k, v = (torch.cat(pair, dim=dim) for pair in zip(self.waiting, (k, v), strict=True))
+            self.waiting = None
+            super().append(k, v)
+
+    return Joining
+
+
+class KeepsTheResidualOnly(QuantizedLayer):
+    """After a group is cut off, the newest residual_length tokens stay, and no others."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        while k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k, v = k[:, :, -self.residual_length :], v[:, :, -self.residual_length :]
+        self.waiting = k.clone(), v.clone()
+
+
+class CutsKeysOnly(QuantizedLayer):
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        size = self.group_size
+        while k.shape[2] >= size + self.residual_length:
+            self.groups.append(self.quantize_group(k[:, :, :size], v[:, :, :size]))
+            k = k[:, :, size:]
+        self.waiting = k.clone(), v.clone()
+
+
+class SizesSwapped(QuantizedLayer):
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        super().__init__(residual_length, group_size, quantize_group, restore)
+
+
+class EmptiedByRead(QuantizedLayer):
+    def read(self):
+        both = super().read()
+        self.waiting = None
+        return both
+
+
+class OneGroupRead(QuantizedLayer):
+    def read(self):
+        parts = [self.restore(group) for group in self.groups[-1:]] + [self.waiting]
+        return tuple(torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+
+
+class RoomForMany(QuantizedLayer):
+    """A buffer of 2,048 tokens, whatever comes."""
+
+    def append(self, k, v):
+        if not hasattr(self, "room"):
+            self.room = torch.zeros(2, *k.shape[:2], 2048, k.shape[3], dtype=k.dtype)
+        super().append(k, v)
+
+
+class Inner:
+    """Something to hide numbers in."""
+
+
+class HidesOriginals(QuantizedLayer):
+    """The originals as Python's numbers, in an object of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.inner = Inner()
+        self.inner.numbers = []
+
+    def append(self, k, v):
+        self.inner.numbers += k.tolist() + v.tolist()
+        super().append(k, v)
+
+
+class KeepsRestored(QuantizedLayer):
+    """Restores every group after each append, and keeps that."""
+
+    def append(self, k, v):
+        super().append(k, v)
+        self.restored = [self.restore(group) for group in self.groups]
+
+
+class ThroughHalf(QuantizedLayer):
+    def append(self, k, v):
+        super().append(k.half().to(k.dtype), v.half().to(v.dtype))
+
+
+class GroupsThroughHalf(QuantizedLayer):
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        super().__init__(
+            group_size,
+            residual_length,
+            lambda k, v: quantize_group(k.half().to(k.dtype), v.half().to(v.dtype)),
+            restore,
+        )
+
+
+class Viewed(QuantizedLayer):
+    def append(self, k, v):
+        super().append(k.view(-1).view(k.shape), v)
+
+
+class WaitingOnTheClass(QuantizedLayer):
+    kept = None
+
+    def append(self, k, v):
+        self.waiting = WaitingOnTheClass.kept
+        super().append(k, v)
+        WaitingOnTheClass.kept = self.waiting
+
+
+class PromptOnly(QuantizedLayer):
+    """Groups are cut when a prompt comes, not when a token does."""
+
+    def append(self, k, v):
+        if k.shape[2] > 1:
+            super().append(k, v)
+        else:
+            self.waiting = joined(self.waiting, k.clone(), v.clone())
+
+
+class InSlots:
+    """Right: slots, sizes from the end, all groups at once."""
+
+    __slots__ = ("groups", "k", "quantize_group", "residual", "restore", "size", "v")
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        self.size, self.residual, self.quantize_group, self.restore = (
+            group_size,
+            residual_length,
+            quantize_group,
+            restore,
+        )
+        self.groups, self.k, self.v = [], None, None
+
+    def append(self, k, v):
+        k = k if self.k is None else torch.cat([self.k, k], dim=-2)
+        v = v if self.v is None else torch.cat([self.v, v], dim=-2)
+        stop = max(0, k.size(-2) - self.residual) // self.size * self.size
+        for start in range(0, stop, self.size):
+            part = slice(start, start + self.size)
+            self.groups.append(self.quantize_group(k[..., part, :], v[..., part, :]))
+        self.k, self.v = k[..., stop:, :].clone(), v[..., stop:, :].clone()
+
+    def read(self):
+        pairs = [*map(self.restore, self.groups), (self.k, self.v)]
+        return [torch.cat(side, -2) for side in zip(*pairs, strict=True)]
+
+
+class Stacked:
+    """Right: K and V in one tensor, cut by split."""
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        self.sizes, self.quantize_group, self.restore = (group_size, residual_length), quantize_group, restore
+        self.done, self.both = deque(), None
+
+    def append(self, k, v):
+        new = torch.stack((k, v))
+        self.both = new if self.both is None else torch.cat((self.both, new), dim=3)
+        size, residual = self.sizes
+        if (groups := max(0, self.both.shape[3] - residual) // size) > 0:
+            for part in self.both[..., : groups * size, :].split(size, dim=3):
+                self.done.append(self.quantize_group(*part))
+            self.both = self.both[..., groups * size :, :].clone()
+
+    def read(self):
+        parts = [torch.stack(self.restore(group)) for group in self.done]
+        return tuple(torch.cat((*parts, self.both), dim=3))
+
+
+class Wrapped:
+    """Right: an inner object does the work."""
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        self.inner = QuantizedLayer(group_size, residual_length, quantize_group, restore)
+
+    def append(self, k, v):
+        self.inner.append(k, v)
+        return self
+
+    def read(self):
+        return self.inner.read()
+
+
 # 05.6
 
 
@@ -440,7 +630,84 @@ def scores_in_place(q, codes, scale, zero):
     return scores
 
 
+def token_by_token_dequantized(q, codes, scale, zero):
+    keys = (codes[..., token : token + 1, :] * scale + zero for token in range(codes.shape[-2]))
+    return torch.cat([q @ key.mT for key in keys], dim=-1)
+
+
+def dequantizes_for_many(q, codes, scale, zero):
+    return (packed_scores if q.shape[-2] == 1 else dequantizes)(q, codes, scale, zero)
+
+
+def through_numpy(q, codes, scale, zero):
+    codes = torch.from_numpy(codes.numpy().astype("float64"))
+    return packed_scores(q, codes, scale, zero)
+
+
+def through_half(q, codes, scale, zero):
+    products = (q * scale).half().float() @ codes.float().mT
+    return products.to(q.dtype) + zeros(q, zero)
+
+
+def float_codes(q, codes, scale, zero):
+    return (q * scale) @ codes.float().mT + zeros(q, zero)
+
+
+def in_four_dimensions(q, codes, scale, zero):
+    return torch.einsum("bhqd,bhtd->bhqt", q * scale, codes.to(q.dtype)) + zeros(q, zero)
+
+
+def reshaped_codes(q, codes, scale, zero):
+    turned = codes.reshape(*codes.shape[:-2], codes.shape[-1], codes.shape[-2])
+    return (q * scale) @ turned.to(q.dtype) + zeros(q, zero)
+
+
+def scores_in_float64(q, codes, scale, zero):
+    """Right: float64 inside, cast back."""
+    return packed_scores(q.double(), codes, scale.double(), zero.double()).to(q.dtype)
+
+
+def scores_by_channel(q, codes, scale, zero):
+    """Right: channel after channel, added up."""
+    scores = zeros(q, zero).expand(*q.shape[:-1], codes.shape[-2]).clone()
+    scaled = q * scale
+    for channel in range(q.shape[-1]):
+        scores += scaled[..., channel : channel + 1] * codes[..., channel].unsqueeze(-2).to(q.dtype)
+    return scores
+
+
 # 05.7
+
+
+def grouped_by(size) -> Callable:
+    """Groups of another size."""
+    return lambda waiting, new, group_size: groups_to_quantize(waiting, new, size(group_size))
+
+
+def holds_a_group_back(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), dim=2)
+    whole = max(0, tokens.shape[2] - group_size) // group_size * group_size
+    return list(tokens[:, :, :whole].split(group_size, dim=2)) if whole else [], tokens[:, :, whole:]
+
+
+def swapped_results(waiting, new, group_size):
+    return groups_to_quantize(waiting, new, group_size)[::-1]
+
+
+def through_half_keys(waiting, new, group_size):
+    return groups_to_quantize(waiting.half().to(waiting.dtype), new, group_size)
+
+
+def viewed_keys(waiting, new, group_size):
+    return groups_to_quantize(waiting, new.view(-1).view(new.shape), group_size)
+
+
+def right_by_narrow(waiting, new, group_size):
+    """Right: narrow, copies, a list for the pair."""
+    tokens = torch.cat((waiting, new), dim=-2)
+    count = tokens.size(2) // group_size
+    groups = tuple(tokens.narrow(2, place * group_size, group_size).clone() for place in range(count))
+    return [groups, tokens[..., count * group_size :, :].clone()]
 
 
 def as_they_came(waiting, new, group_size):
@@ -675,6 +942,35 @@ def weighed_means(model, tokens, cache):
     return (total / (tokens.shape[1] - 64)).item()
 
 
+def from_probabilities(average) -> Callable:
+    """average(log-probabilities of the tokens from 64 on, logits of the same)."""
+
+    def answer(model, tokens, cache):
+        rows = torch.cat([model(part, cache)[0] for part in tokens.split(32, dim=1)])[63:-1]
+        wanted = tokens[0, 64:, None]
+        return average(rows.log_softmax(-1).gather(1, wanted), rows.gather(1, wanted)).item()
+
+    return answer
+
+
+def in_bytes(model, tokens, cache):
+    return measured()(model, tokens.to(torch.uint8).long(), cache)
+
+
+def last_part_of_all(found):
+    return found[-1].mean().item()
+
+
+def plain_mean_of_others(rows, part, targets, start):
+    return surprises_of(rows[:-1], part[1:]).mean() if start >= 64 and len(part) > 1 else None
+
+
+def surprise_in_numpy(model, tokens, cache):
+    """Right: a number of NumPy's, from float64 logits."""
+    rows = torch.cat([model(part, cache)[0].double() for part in tokens.split(32, dim=1)])[63:-1]
+    return np.float64((rows.logsumexp(-1) - rows.gather(1, tokens[0, 64:, None])[:, 0]).mean().item())
+
+
 def never_runs(model, tokens, cache):
     return 0.0
 
@@ -751,6 +1047,40 @@ WRONG = [
     Wrong("05.5", "no-residual", "cuts the residual off with [:-residual_length]", FromTheEnd),
     Wrong("05.5", "dtype", "keeps float32 whatever comes", AlwaysFloat32),
     Wrong("05.5", "missing-method", "has no read", NoRead),
+    Wrong("05.5", "joined-along", "joins along the heads", joining(1)),
+    Wrong("05.5", "joined-along", "joins along the rows of the batch", joining(0)),
+    Wrong("05.5", "joined-along", "joins along head_dim", joining(-1)),
+    Wrong("05.5", "tokens-lost", "keeps the residual and drops what waits behind it", KeepsTheResidualOnly),
+    Wrong("05.5", "tokens-twice", "cuts groups off K alone", CutsKeysOnly),
+    Wrong("05.5", "sizes-swapped", "swaps the two sizes", SizesSwapped),
+    Wrong("05.5", "read-changes", "empties itself when read", EmptiedByRead),
+    Wrong("05.5", "one-group-read", "reads one group", OneGroupRead),
+    Wrong("05.5", "room-unused", "makes room for 2,048 tokens", RoomForMany),
+    Wrong("05.5", "keeps-originals", "hides originals in an inner object, as lists", HidesOriginals),
+    Wrong("05.5", "keeps-originals", "keeps what it restored", KeepsRestored),
+    Wrong("05.5", "values", "keeps K and V in half precision", ThroughHalf),
+    Wrong("05.5", "keys-changed", "gives groups in half precision", GroupsThroughHalf),
+    Wrong("05.5", "layout", "views K", Viewed),
+    Wrong("05.5", "shared-between-caches", "keeps what waits on the class", WaitingOnTheClass),
+    Wrong("05.5", "waits-too-long", "cuts groups when a prompt comes only", PromptOnly),
+    Wrong("05.6", "dequantized", "makes the keys one token at a time", token_by_token_dequantized),
+    Wrong("05.6", "dequantized", "makes the keys when there are several queries", dequantizes_for_many),
+    Wrong("05.6", "left-pytorch", "converts codes in NumPy",
+           lambda q, c, s, z: through_numpy(q.double(), c, s.double(), z.double()).to(q.dtype)),
+    Wrong("05.6", "values", "goes through float16", through_half),
+    Wrong("05.6", "codes-not-converted", "makes float32 of the codes", float_codes),
+    Wrong("05.6", "zero-forgotten", "the same, without the zero point", lambda q, c, s, z: (q * s) @ c.float().mT),
+    Wrong("05.6", "codes-alone", "leaves out both", scores_from(lambda q, c, s, z: q @ c.mT)),
+    Wrong("05.6", "scale-twice", "scales both sides",
+           scores_from(lambda q, c, s, z: (q * s) @ (c * s).mT + zeros(q, z))),
+    Wrong("05.6", "zero-averaged", "averages the zero point's term",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + (q * z).mean(-1, keepdim=True))),
+    Wrong("05.6", "zero-times-codes", "multiplies the zero point by the codes",
+           scores_from(lambda q, c, s, z: (q * s) @ c.mT + (q * z) @ c.mT)),
+    Wrong("05.6", "zero-added-to-q", "adds the zero point to q", scores_from(lambda q, c, s, z: (q * s + z) @ c.mT)),
+    Wrong("05.6", "not-transposed", "reshapes where it should transpose", reshaped_codes),
+    Wrong("05.6", "factor", "halves the scores", lambda q, c, s, z: packed_scores(q, c, s, z) / 2),
+    Wrong("05.6", "raised", "counts on four dimensions", in_four_dimensions),
     Wrong("05.6", "dequantized", "makes the keys", dequantizes),
     Wrong("05.6", "dequantized", "makes the keys in place", dequantizes_in_place),
     Wrong("05.6", "dequantized", "scales the codes", scales_codes),
@@ -799,7 +1129,15 @@ WRONG = [
     Wrong("05.7", "one-group-only", "an `if` for a `while`", one_if),
     Wrong("05.7", "whole-group-waits", "`>` for `>=`", while_more),
     Wrong("05.7", "remainder-in-front", "counts groups from the end", from_the_end),
-    Wrong("05.7", "older-tokens-wait", "cuts groups from the new tokens first", new_alone),
+    Wrong("05.7", "new-tokens-only", "cuts groups from the new tokens first", new_alone),
+    Wrong("05.7", "group-size", "groups of 4, whatever group_size is", grouped_by(lambda size: 4)),
+    Wrong("05.7", "group-size", "groups one too small", grouped_by(lambda size: max(1, size - 1))),
+    Wrong("05.7", "short-group", "rounds up",
+           lambda waiting, new, size: (list(torch.cat((waiting, new), 2).split(size, 2)), new[:, :, :0])),
+    Wrong("05.7", "whole-group-waits", "holds one group back", holds_a_group_back),
+    Wrong("05.7", "swapped", "returns what waits first", swapped_results),
+    Wrong("05.7", "keys-changed", "sends keys through float16", through_half_keys),
+    Wrong("05.7", "layout", "views keys", viewed_keys),
     Wrong("05.7", "order", "puts new tokens first", new_in_front),
     Wrong("05.7", "order", "returns the newest group first", newest_group_first),
     Wrong("05.7", "waiting-dropped", "looks at new tokens only", ignores_waiting),
@@ -834,7 +1172,25 @@ WRONG = [
            by_parts(within, lambda found: torch.cat(found[2:]).mean().item())),
     Wrong("05.8", "predicts-itself", "compares logits with the token they were given",
            measured(targets=0, average=lambda surprises: surprises[64:].mean().item())),
-    Wrong("05.8", "values", "takes targets two tokens on", measured(targets=2)),
+    Wrong("05.8", "two-apart", "takes targets two tokens on", measured(targets=2)),
+    Wrong("05.8", "no-softmax", "takes logits for log-probabilities",
+           from_probabilities(lambda logp, rows: -rows.mean())),
+    Wrong("05.8", "probability", "averages probabilities",
+           from_probabilities(lambda logp, rows: -logp.exp().mean().log())),
+    Wrong("05.8", "median", "takes the median", measured(average=lambda surprises: surprises[63:].median().item())),
+    Wrong("05.8", "divided-by-others", "divides by all tokens",
+           measured(average=lambda surprises: surprises[63:].sum().item() / (len(surprises) + 1))),
+    Wrong("05.8", "rounded", "rounds to four digits",
+           measured(average=lambda surprises: round(surprises[63:].mean().item(), 4))),
+    Wrong("05.8", "last-part-only", "scores the last part",
+           by_parts(lambda rows, part, targets, start: surprises_of(rows, targets), last_part_of_all)),
+    Wrong("05.8", "mean-of-means", "averages the parts' means without their boundaries",
+           by_parts(plain_mean_of_others, plain_mean)),
+    Wrong("05.8", "starts-beside-64", "begins with the second part",
+           measured(average=lambda surprises: surprises[32:].mean().item())),
+    Wrong("05.8", "other-tokens", "keeps ids in bytes", in_bytes),
+    Wrong("05.8", "values", "counts hits",
+           from_probabilities(lambda logp, rows: (logp > -1.0).double().mean())),
     Wrong("05.8", "scored-from-the-start", "scores everything",
            measured(average=lambda surprises: surprises.mean().item())),
     Wrong("05.8", "starts-beside-64", "begins at position 65",
@@ -858,13 +1214,20 @@ RIGHT: list[tuple[str, Callable]] = [
     ("05.5", ByCounting),
     ("05.5", TokenByToken),
     ("05.5", InABuffer),
+    ("05.5", InSlots),
+    ("05.5", Stacked),
+    ("05.5", Wrapped),
+    ("05.6", scores_in_float64),
+    ("05.6", scores_by_channel),
     ("05.6", scores_by_einsum),
     ("05.6", scores_by_two_products),
     ("05.6", scores_by_token),
     ("05.6", scores_in_place),
+    ("05.7", right_by_narrow),
     ("05.7", right_by_while),
     ("05.7", right_by_unflatten),
     ("05.7", right_by_pieces),
+    ("05.8", surprise_in_numpy),
     ("05.8", surprise_by_total),
     ("05.8", surprise_without_last),
     ("05.8", surprise_carried),

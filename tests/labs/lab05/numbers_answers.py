@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from labkit.labs.lab05.references import bits_per_element, pack, quantize, quantize_cache
@@ -175,7 +176,106 @@ def quantize_by_reciprocal(x, nbits):
     return ((wide - low) * steps).round().to(torch.uint8), ((high - low) / (2**nbits - 1)).to(x.dtype), low.to(x.dtype)
 
 
+def stepped(levels):
+    return by(levels, clamp=True)
+
+
+def signed_range(x, nbits):
+    codes, scale, low = quantize(x, nbits)
+    return (codes.int() - 2 ** (nbits - 1)).to(torch.uint8), scale, low
+
+
+def clipped_at(most):
+    return then(lambda c, s, z, x, n: (c.clamp(max=most(n)), s, z))
+
+
+def multiplied(x, nbits):
+    _, scale, low = quantize(x, nbits)
+    return ((x - low) * scale).round().to(torch.uint8), scale, low
+
+
+def one_guard_for_all(x, nbits):
+    """Where one group has no range, every scale becomes 1."""
+    low, high = ends(x)
+    scale = (high - low) / (2**nbits - 1)
+    if (scale == 0).any():
+        scale = torch.ones_like(scale)
+    return ((x - low) / scale).round().to(torch.uint8), scale, low
+
+
+def by_a_view(x, nbits):
+    return tuple(part.view(*x.shape[:-1], -1) for part in quantize(x.view(-1, x.shape[-1]), nbits))
+
+
+def remembered(function):
+    """The first result again for arguments of the same shapes."""
+    known = {}
+
+    def wrong(*args):
+        key = tuple(arg.shape if isinstance(arg, torch.Tensor) else arg for arg in args)
+        return known.setdefault(key, function(*args))
+
+    return wrong
+
+
+def in_one_buffer(codes, nbits, buffers={}):  # noqa: B006
+    """One output for every call."""
+    got = pack(codes, nbits)
+    buffer = buffers.setdefault((got.shape, nbits), torch.empty_like(got))
+    return buffer.copy_(got)
+
+
+def quantize_in_float64(x, nbits):
+    """Right: float64 inside, cast back."""
+    codes, scale, zero = quantize(x.double(), nbits)
+    return [codes, scale.to(x.dtype), zero.to(x.dtype)]
+
+
+def quantize_in_numpy(x, nbits):
+    """Right, on a CPU: NumPy's arithmetic."""
+    numbers = x.double().numpy()
+    low, high = numbers.min(-1, keepdims=True), numbers.max(-1, keepdims=True)
+    scale = (high - low) / (2**nbits - 1)
+    codes = np.rint((numbers - low) / np.where(scale == 0, 1, scale)).astype(np.uint8)
+    return torch.from_numpy(codes), torch.from_numpy(scale).to(x.dtype), torch.from_numpy(low).to(x.dtype)
+
+
+def quantize_row_by_row(x, nbits):
+    """Right: a loop over groups, and a case for those without a range."""
+    rows = x.reshape(-1, x.shape[-1])
+    codes, scale, zero = (
+        torch.zeros(rows.shape, dtype=torch.uint8),
+        x.new_zeros(len(rows), 1),
+        x.new_zeros(len(rows), 1),
+    )
+    for place, row in enumerate(rows):
+        zero[place] = row.min()
+        if row.max() > row.min():
+            scale[place] = (row.max() - row.min()) / ((1 << nbits) - 1)
+            codes[place] = ((row - zero[place]) / scale[place]).round().to(torch.uint8)
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1), zero.view(*x.shape[:-1], 1)
+
+
 # 05.2
+
+
+def plus_binds_tighter(codes, nbits):
+    per_byte = 8 // nbits
+    out = codes[..., ::per_byte].clone()
+    for place in range(1, per_byte):
+        out = out + codes[..., place::per_byte] << place * nbits
+    return out
+
+
+def joined_by_and(codes, nbits):
+    return codes[..., ::2] & (codes[..., 1::2] << 4) if nbits == 4 else pack(codes, nbits)
+
+
+def pack_by_python(codes, nbits):
+    """Right: Python's whole numbers, byte by byte."""
+    rows = codes.reshape(-1, 8 // nbits).tolist()
+    sums = [sum(code << place * nbits for place, code in enumerate(row)) for row in rows]
+    return torch.tensor(sums, dtype=torch.uint8).reshape(*codes.shape[:-1], -1)
 
 
 def packed(parts, shift, start=lambda codes, per: torch.zeros_like(codes[..., : codes.shape[-1] // per])):
@@ -416,7 +516,92 @@ def cache_along_a_dimension(k, v, nbits, group_size):
     return along(k, 2), along(v, 3)
 
 
+def restored_by(formula):
+    """Right groups, put back by a formula of (codes, scale, zero)."""
+
+    def wrong(k, v, nbits, group_size):
+        keys, values = (formula(*quantize(x.unflatten(-1, (-1, group_size)), nbits)).flatten(-2) for x in (k.mT, v))
+        return keys.mT, values
+
+    return wrong
+
+
+def in_groups_of_its_own(formula):
+    """Right groups; formula(groups, nbits) gives them back."""
+
+    def wrong(k, v, nbits, group_size):
+        keys, values = (formula(x.unflatten(-1, (-1, group_size)), nbits).flatten(-2) for x in (k.mT, v))
+        return keys.mT, values
+
+    return wrong
+
+
+def without_guard(groups, nbits):
+    low, high = ends(groups)
+    scale = (high - low) / (2**nbits - 1)
+    return ((groups - low) / scale).round() * scale + low
+
+
+def of_2_to_the_nbits(groups, nbits):
+    low, high = ends(groups)
+    scale = (high - low) / 2**nbits
+    return ((groups - low) / guarded(scale)).round() * scale + low
+
+
+def floored(groups, nbits):
+    scale, zero = quantize(groups, nbits)[1:]
+    return ((groups - zero) / guarded(scale)).floor() * scale + zero
+
+
+def symmetric(groups, nbits):
+    scale = largest(groups) / (2 ** (nbits - 1) - 1)
+    return (groups / guarded(scale)).round() * scale
+
+
+def counted_groups(x, size):
+    """(group_size, -1) where (-1, group_size) belongs."""
+    return x.unflatten(-1, (size, -1))
+
+
+def values_by_a_view(k, v, nbits, group_size):
+    return quantize_cache(k, v, nbits, group_size)[0], there_and_back(v.view(-1, group_size), nbits).view(v.shape)
+
+
+def keys_through_half(k, v, nbits, group_size):
+    return quantize_cache(k.half(), v, nbits, group_size)[0].to(k.dtype), quantize_cache(k, v, nbits, group_size)[1]
+
+
+def cache_in_float64(k, v, nbits, group_size):
+    """Right: float64 inside, cast back, in a list."""
+    return [x.to(k.dtype) for x in quantize_cache(k.double(), v.double(), nbits, group_size)]
+
+
+def cache_by_split(k, v, nbits, group_size):
+    """Right: split and cat."""
+    keys = torch.cat([there_and_back(part.mT, nbits).mT for part in k.split(group_size, dim=2)], dim=2)
+    return keys, torch.cat([there_and_back(part, nbits) for part in v.split(group_size, dim=3)], dim=3)
+
+
 # 05.4
+
+
+def from_sums(total):
+    """total(packed, rest, nbits, group_size, residual_length, full_bits), over all tokens."""
+
+    def wrong(tokens, nbits, group_size, residual_length, full_bits=16):
+        count = max(0, tokens - residual_length) // group_size * group_size
+        return total(count, tokens - count, nbits, group_size, residual_length, full_bits) / tokens
+
+    return wrong
+
+
+def other_default(tokens, nbits, group_size, residual_length, full_bits=32):
+    return bits_per_element(tokens, nbits, group_size, residual_length, full_bits)
+
+
+def bits_in_numpy(tokens, nbits, group_size, residual_length, full_bits=16):
+    """Right: a float of NumPy's."""
+    return np.float64(bits_per_element(tokens, nbits, group_size, residual_length, full_bits))
 
 
 def counted(*, packed=None, per=None, full=None, total=lambda bits, tokens, packed: bits / tokens):
@@ -513,14 +698,43 @@ WRONG = [
            then(lambda c, s, z, x, n: (c, 1 / guarded(s), z))),
     Wrong("05.1", "reversed", "counts from the greatest number down", negative_codes_from_the_greatest),
     Wrong("05.1", "reversed", "counts down with a negative scale", counted_from_the_greatest),
-    Wrong("05.1", "error", "rounds up", by(last, finish=torch.ceil)),
+    Wrong("05.1", "rounded-up", "rounds up", by(last, finish=torch.ceil)),
     Wrong("05.1", "swapped", "returns scale first", then(lambda c, s, z, x, n: (s, z, c))),
     Wrong("05.1", "swapped", "returns zero before scale", then(lambda c, s, z, x, n: (c, z, s))),
     Wrong("05.1", "not-three", "returns the codes alone", then(lambda c, s, z, x, n: c)),
     Wrong("05.1", "arguments-changed", "subtracts in place", in_place),
     Wrong("05.1", "dtype", "returns scales in float32",
            then(lambda c, s, z, x, n: (c, s.float(), z.float()))),
-    Wrong("05.1", "code-too-large", "adds one to every code", then(lambda c, s, z, x, n: (c + 1, s, z))),
+    Wrong("05.1", "one-off", "adds one to every code", then(lambda c, s, z, x, n: (c + 1, s, z))),
+    Wrong("05.1", "levels-miscounted", "nbits steps", stepped(lambda nbits: nbits)),
+    Wrong("05.1", "levels-miscounted", "2 * nbits for 2**nbits", stepped(lambda nbits: 2 * nbits - 1)),
+    Wrong("05.1", "xor", "2 ^ nbits - 1", stepped(lambda nbits: 2 ^ nbits - 1)),
+    Wrong("05.1", "range-not-divided", "returns the range", then(lambda c, s, z, x, n: (c, s * (2**n - 1), z))),
+    Wrong("05.1", "abs-max", "from the least to the largest absolute value",
+           by(last, span=lambda x: largest(x) - x.amin(-1, keepdim=True))),
+    Wrong("05.1", "zero-is-the-middle", "zero from the mean",
+           then(lambda c, s, z, x, n: (c, s, x.mean(-1, keepdim=True)))),
+    Wrong("05.1", "signed", "subtracts half of the codes", signed_range),
+    Wrong("05.1", "clipped", "clamps at the last signed code", clipped_at(lambda nbits: 2 ** (nbits - 1) - 1)),
+    Wrong("05.1", "clipped", "clamps at 15", clipped_at(lambda nbits: 15)),
+    Wrong("05.1", "multiplied", "multiplies by the scale", multiplied),
+    Wrong("05.1", "constant-group", "guards every group when one has no range", one_guard_for_all),
+    Wrong("05.1", "small-group", "adds 1e-8 to the scale it returns",
+           then(lambda c, s, z, x, n: (c, s + 1e-8, z))),
+    Wrong("05.1", "small-group", "takes 1e-3 for the least scale",
+           lambda x, n: (((x - ends(x)[0]) / quantize(x, n)[1].clamp(min=1e-3)).round().to(torch.uint8),
+                         *quantize(x, n)[1:])),
+    Wrong("05.1", "layout", "views x as rows", by_a_view),
+    Wrong("05.1", "error", "gives the first result of the same shapes again", remembered(quantize)),
+    Wrong("05.1", "error", "goes through float16",
+           lambda x, n: (quantize(x.half(), n)[0], *quantize(x, n)[1:])),
+    Wrong("05.2", "precedence", "adds before it shifts", plus_binds_tighter),
+    Wrong("05.2", "joined-by-and", "& for |", joined_by_and),
+    Wrong("05.2", "wrong-shift", "shifts one place too far",
+           packed(neighbour, lambda place, nbits: (place + 1) * nbits)),
+    Wrong("05.2", "codes-lost", "shifts down", lambda codes, nbits: pack(codes, nbits) & 2**nbits - 1),
+    Wrong("05.2", "result-overwritten", "one output for every call", in_one_buffer),
+    Wrong("05.2", "values", "gives the first result of the same shapes again", remembered(pack)),
     Wrong("05.2", "not-packed", "keeps a byte for each code", lambda codes, nbits: codes.clone(),
            "sgl-project/sglang#22777"),
     Wrong("05.2", "not-packed", "packs into the front of a tensor as long as before", buffer_and_all),
@@ -544,8 +758,8 @@ WRONG = [
     Wrong("05.2", "wrong-dimension", "forgets the dots in codes[..., place::per_byte]", along_the_first_dimension),
     Wrong("05.2", "groups-left", "leaves a byte's codes side by side",
            lambda codes, nbits: codes.unflatten(-1, (-1, 8 // nbits)).clone()),
-    Wrong("05.2", "values", "ORs over 255", lambda codes, nbits: pack(codes, nbits) ^ 255),
-    Wrong("05.2", "raised", "reads pairs as int16, which needs codes in order", by_another_view),
+    Wrong("05.2", "bits-flipped", "turns every bit round", lambda codes, nbits: pack(codes, nbits) ^ 255),
+    Wrong("05.2", "layout", "reads pairs as int16, which needs codes in order", by_another_view),
     Wrong("05.3", "keys-per-token", "keys as values", cache_by(token, token), "llama.cpp, --cache-type-k q4_0"),
     Wrong("05.3", "keys-per-token", "one scale for each token's keys", cache_by(whole_token, token)),
     Wrong("05.3", "keys-per-token", "reshapes keys where they should be transposed", reshaped_keys),
@@ -577,6 +791,46 @@ WRONG = [
     Wrong("05.3", "dtype", "computes in float32",
            lambda k, v, nbits, size: quantize_cache(k.float(), v.float(), nbits, size)),
     Wrong("05.3", "values", "clips what comes back", changed(lambda keys, *_: keys.clamp(max=1.0))),
+    Wrong("05.3", "groups-counted", "(group_size, -1) for (-1, group_size)",
+           cache_by(lambda x, size: counted_groups(x.mT, size), counted_groups)),
+    Wrong("05.3", "groups-counted", "the same, for values", cache_by(channel, counted_groups)),
+    Wrong("05.3", "zero-misplaced", "(codes + zero) * scale", restored_by(lambda c, s, z: (c + z) * s)),
+    Wrong("05.3", "zero-misplaced", "codes * zero + scale", restored_by(lambda c, s, z: c * z + s)),
+    Wrong("05.3", "truncated", "cuts fractions off", in_groups_of_its_own(floored)),
+    Wrong("05.3", "one-level-too-many", "divides by 2**nbits", in_groups_of_its_own(of_2_to_the_nbits)),
+    Wrong("05.3", "symmetric", "has no zero point", in_groups_of_its_own(symmetric)),
+    Wrong("05.3", "constant-group", "divides 0 by 0", in_groups_of_its_own(without_guard)),
+    Wrong("05.3", "layout", "views values as rows", values_by_a_view),
+    Wrong("05.3", "values", "keys go through float16", keys_through_half),
+    Wrong("05.3", "values", "gives the first result of the same shapes again", remembered(quantize_cache)),
+    Wrong("05.3", "group-size-ignored", "groups of 32 where they fit",
+           cache_by(lambda x, size: channel(x, 32 if x.shape[2] % 32 == 0 else size), whole_token)),
+    Wrong("05.4", "metadata-once", "one scale for all", from_sums(lambda p, rest, n, g, r, f: p * n + 32 + rest * f)),
+    Wrong("05.4", "metadata-for-all", "scales for what waits",
+           from_sums(lambda p, rest, n, g, r, f: p * n + rest * f + (p + rest) * 32 / g)),
+    Wrong("05.4", "metadata-multiplied", "metadata times group_size", counted(per=lambda n, g, f: n + 32 * g)),
+    Wrong("05.4", "metadata-in-nbits", "scales in nbits", counted(per=lambda n, g, f: n + 2 * n / g)),
+    Wrong("05.4", "packed-only", "forgets what waits", from_sums(lambda p, rest, n, g, r, f: p * (n + 32 / g))),
+    Wrong("05.4", "rest-forgotten", "counts the residual, not the incomplete group",
+           from_sums(lambda p, rest, n, g, r, f: p * (n + 32 / g) + r * f)),
+    Wrong("05.4", "rest-forgotten", "the same, never more than there are",
+           from_sums(lambda p, rest, n, g, r, f: p * (n + 32 / g) + min(r, p + rest) * f)),
+    Wrong("05.4", "rest-twice", "counts the residual twice",
+           from_sums(lambda p, rest, n, g, r, f: p * (n + 32 / g) + (rest + r) * f)),
+    Wrong("05.4", "groups-for-tokens", "takes groups for tokens", counted(packed=lambda t, g, r: max(0, t - r) // g)),
+    Wrong("05.4", "rest-of-all", "takes the residual off whole groups",
+           counted(packed=lambda t, g, r: max(0, t // g * g - r))),
+    Wrong("05.4", "one-short", "`>` for `>=`", counted(packed=lambda t, g, r: max(0, t - r - 1) // g * g)),
+    Wrong("05.4", "to-the-nearest", "rounds the number of groups",
+           counted(packed=lambda t, g, r: round(max(0, t - r) / g) * g)),
+    Wrong("05.4", "unweighted", "takes the mean of both sizes",
+           lambda t, n, g, r, f=16: (n + 32 / g + f) / 2),
+    Wrong("05.4", "packed-for-all", "counts packed sizes for every token",
+           from_sums(lambda p, rest, n, g, r, f: (p + rest) * (n + 32 / g) + rest * f)),
+    Wrong("05.4", "factor", "counts K and V", lambda *case, **full: 2 * bits_per_element(*case, **full)),
+    Wrong("05.4", "default", "another default", other_default),
+    Wrong("05.4", "not-a-fraction", "rounds to two digits",
+           lambda *case, **full: round(bits_per_element(*case, **full), 2)),
     Wrong("05.4", "no-metadata", "counts codes only", counted(per=lambda n, g, f: n)),
     Wrong("05.4", "scale-only", "counts the scale only", counted(per=lambda n, g, f: n + 16 / g)),
     Wrong("05.4", "metadata-in-bytes", "adds 4 bytes to bits", counted(per=lambda n, g, f: n + 4 / g)),
@@ -614,12 +868,19 @@ RIGHT: list[tuple[str, Callable]] = [
     ("05.1", quantize_with_a_least_scale),
     ("05.1", quantize_by_the_nearest_mark),
     ("05.1", quantize_by_reciprocal),
+    ("05.1", quantize_in_float64),
+    ("05.1", quantize_in_numpy),
+    ("05.1", quantize_row_by_row),
+    ("05.2", pack_by_python),
     ("05.2", pack_by_weights),
     ("05.2", pack_from_the_last),
     ("05.2", pack_in_int64),
+    ("05.3", cache_in_float64),
+    ("05.3", cache_by_split),
     ("05.3", cache_by_loops),
     ("05.3", cache_by_reshape),
     ("05.3", cache_along_a_dimension),
+    ("05.4", bits_in_numpy),
     ("05.4", bits_by_sizing),
     ("05.4", bits_token_by_token),
     ("05.4", bits_by_shares),
