@@ -59,27 +59,30 @@ class QuantizeCache(Exercise):
     def examine(self, answer: Callable) -> None:
         """Two group sizes and several widths, one group, groups of one, groups of equal numbers, the same shape again,
         tensors in another order in memory, other dtypes."""
-        self.judge(answer, *large_here_and_there(SIZES), 4, 8)
+        self.judge(answer, large_here_and_there(SIZES), 4, 8)
         self.judge_equal_numbers(answer)
         for sizes, nbits, group_size in (
             (SIZES, 2, 4), (SIZES, 4, 8), ((1, 2, 96, 32), 8, 8), ((1, 2, 16, 16), 4, 16), ((1, 3, 256, 64), 4, 32),
             ((1, 1, 3, 5), 2, 1),
         ):  # fmt: skip
-            self.judge(answer, *large_here_and_there(sizes), nbits, group_size)
+            self.judge(answer, large_here_and_there(sizes), nbits, group_size)
         for change, words in LAYOUTS:
-            self.judge_layout(answer, *(change(x) for x in torch.randn(2, *SIZES, dtype=torch.float64)), words)
+            k, v = torch.randn(2, *SIZES, dtype=torch.float64)
+            self.judge_layout(answer, change(k), change(v), words)
         for dtype in (torch.float32, torch.bfloat16):
-            self.judge_dtype(answer, *torch.randn(2, 1, 2, 24, 16).to(dtype))
+            k, v = torch.randn(2, 1, 2, 24, 16).to(dtype)
+            self.judge_dtype(answer, k, v)
 
-    def judge(self, answer: Callable, k: Tensor, v: Tensor, nbits: int, group_size: int) -> None:
+    def judge(self, answer: Callable, given: Pair, nbits: int, group_size: int) -> None:
         """One call beside the reference."""
+        k, v = given
         got, want = self.pair(answer, k, v, nbits, group_size), quantize_cache(k, v, nbits, group_size)
         ties = [
             halfway(x, nbits, group_size, turn) for x, turn in ((k, True), (v, False))
         ]  # may become either neighbour
         wrong = [not alike(a.where(~tie, b), b) for a, b, tie in zip(got, want, ties, strict=True)]
         if any(wrong):
-            self.explain_difference(got, want, (k, v), nbits, group_size)
+            self.explain_difference(got, want, given, nbits, group_size)
             self.explain_groups(answer, wrong, group_size)
 
     def judge_equal_numbers(self, answer: Callable) -> None:
@@ -263,12 +266,12 @@ class QuantizeCache(Exercise):
         return changed
 
 
-def large_here_and_there(sizes: tuple[int, ...]) -> Tensor:
+def large_here_and_there(sizes: tuple[int, ...]) -> Pair:
     """Random K and V, with a channel that is large in every token of K, a token that is large in every channel of V."""
-    k, v = both = torch.randn(2, *sizes, dtype=torch.float64)
+    k, v = torch.randn(2, *sizes, dtype=torch.float64)
     k[..., -3] *= 30.0
     v[:, :, 2] *= 30.0
-    return both
+    return k, v
 
 
 def halfway(x: Tensor, nbits: int, group_size: int, turn: bool) -> Tensor:

@@ -78,13 +78,13 @@ class GroupsToQuantize(Exercise):
     def examine(self, answer: Callable) -> None:
         """Steps that complete no group, pieces that complete one or more, prompts, no token at all; other shapes; keys
         in another order in memory."""
-        for held, new, group_size, shape in (
+        for held, count, group_size, shape in (
             (0, 1, 4, SHAPE), (2, 1, 4, SHAPE), (3, 6, 4, SHAPE), (3, 1, 4, SHAPE), (0, 4, 4, SHAPE), (0, 11, 4, SHAPE),
             (2, 13, 3, (1, 2, 7)), (5, 0, 4, SHAPE), (3, 4, 1, SHAPE), (31, 1, 32, (3, 1, 4)), (31, 2, 32, (3, 1, 4)),
             (30, 1, 32, (3, 1, 4)), (7, 3000, 64, (1, 1, 2)), (0, 0, 4, SHAPE),
         ):  # fmt: skip
             self.case(
-                answer, numbered(range(held), shape=shape), numbered(range(held, held + new), shape=shape), group_size
+                answer, numbered(range(held), shape=shape), numbered(range(held, held + count), shape=shape), group_size
             )
         waiting, new = numbered(range(3)), numbered(range(3, 9))
         for change, words in LAYOUTS:

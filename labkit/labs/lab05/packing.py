@@ -134,7 +134,8 @@ class Pack(Exercise):
             Suspect("precedence", size > 1 and torch.equal(got, added),
                     "+ binds tighter than <<: a + b << 4 is (a + b) << 4", "parentheses round each shift, or | for +"),
             Suspect("codes-lost", any(torch.equal(got, joined) for joined in (
-                    *(pieced(places, lambda code, place, kept=kept: (place in kept) * code << place * nbits)
+                    *(pieced([code if place in kept else code * 0 for place, code in enumerate(places)],
+                    lambda code, place: code << place * nbits)
                     for count in range(1, size) for kept in combinations(range(size), count)), *places)),
                     "of each byte's codes some are left: the others were never added, or shifted out of the byte",
                     "the loop over places, what it adds to, and <<, which shifts up"),

@@ -52,7 +52,7 @@ class Quantize(Exercise):
         "steps = (x - low) / torch.where(scale == 0, 1.0, scale)\n# round, then uint8; zero is low",
     )
     hints_for: ClassVar = {
-        "levels-miscounted": "With 4 bits there are 2 * 2 * 2 * 2 codes. How many steps lie between the first and the last?",
+        "levels-miscounted": "4 bits make 2 * 2 * 2 * 2 codes. How many steps lie between the first and the last?",
         "xor": "Try 2 ^ 4 in a cell of its own.",
         "signed": "uint8 counts from 0. What does it make of -1?",
         "clipped": "What is the last code of 8 bits? And of 4?",
