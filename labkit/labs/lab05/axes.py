@@ -174,9 +174,14 @@ class QuantizeCache(Exercise):
             worst = int((back - right).abs().argmax())
             shown = [f"{part.flatten()[worst].item():.3f}" for part in (raw, back, right)]
             others = [quantize_cache(*given, bits, group_size)["KV".index(name)] for bits in (8, 4, 2) if bits != nbits]
+            untouched = (back - raw).abs() < TOLERANCE
             accuse(type(self), [
                 Suspect("not-quantized", alike(back, raw), "it went through unchanged",
                         f"the line that quantizes {name}"),
+                Suspect("partly-quantized", bool(untouched[(right - raw).abs() > TOLERANCE].any()) and
+                        bool((untouched | ((back - right).abs() < TOLERANCE)).all()),
+                        f"{int(untouched.sum()):,} of {raw.numel():,} numbers went through unchanged; the others are right",
+                        "the slices or the loop: every group"),
                 Suspect("codes-returned", alike(back, made[2]), "the codes were returned", "codes * scale + zero"),
                 Suspect("zero-not-added", alike(back, made[0]) or alike(back, made[1]),
                         "the zero point was not added", "codes * scale + zero"),

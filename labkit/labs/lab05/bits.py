@@ -129,6 +129,8 @@ SUSPECTS = (
             (rule(lambda t, g, r: max(0, t - r - t % g)), rule(lambda t, g, r: max(0, t // g * g - r)),
              rule(lambda t, g, r: max(0, t // g * g - r) // g * g)),
             "whole groups were taken of all tokens, and the residual taken off afterwards", PACKED),
+    Suspect("residual-in-groups", rule(lambda t, g, r: max(0, t - r // g * g) // g * g),
+            "the residual was cut to whole groups as well", "max(0, tokens - residual_length), then whole groups"),
     Suspect("one-short", (rule(lambda t, g, r: max(0, t - r - 1) // g * g), rule(lambda t, g, r: max(0, t - r - g) //
             g * g)), "the last whole group was not counted as packed", PACKED),
     Suspect("to-the-nearest", rule(lambda t, g, r: round(max(0, t - r) / g) * g),

@@ -147,6 +147,14 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
                 "logits were taken for logarithms of probabilities", "log_softmax, or cross_entropy"),
         Suspect("probability", [logp.exp().mean().item(), -logp.exp().mean().log().item()],
                 "probabilities were averaged", "the mean of -log p, not the logarithm of a mean"),
+        Suspect("softmax-twice", [surprise(rows.softmax(-1)[FIRST - 1 : -1], targets[FIRST:]).mean().item()],
+                "cross_entropy got probabilities, and applied softmax once more", "what cross_entropy takes: logits"),
+        Suspect("axis",
+                [-rows[start:-1].log_softmax(0)[FIRST - 1 - start :].gather(1, targets[FIRST:, None]).mean().item()
+                 for start in (0, FIRST - 1)],
+                "softmax ran along the tokens", "log_softmax(-1): over the vocabulary"),
+        Suspect("last-skipped", [scored[:-1].mean().item()] if len(scored) > 1 else [],
+                "the last token was not scored", "the slices: logits [63:-1] and tokens [64:]"),
         Suspect("median", [scored.median().item()], "the median was taken", "mean()"),
         Suspect("divided-by-others",
                 [scored.sum().item() / count for count in range(len(targets) - 66, len(targets) + 1)

@@ -71,7 +71,7 @@ class Quantize(Exercise):
     def examine(self, answer: Callable) -> None:
         """Groups to follow by hand; random ones of many sizes, in every number of bits; equal numbers alone and among
         others; small and large numbers; other layouts and dtypes."""
-        by_hand = torch.tensor([[-2.0, -0.65, -0.48, 1.0], [4.0, 10.0, 5.1, 7.25]])
+        by_hand = torch.tensor([[-0.65, -2.0, -0.48, 1.0], [10.0, 5.1, 7.25, 4.0]])
         self.judge(answer, by_hand, 4)
         self.judge(answer, by_hand.flip(0, 1) + 0.3, 4)
         for nbits in (4, 8, 2):

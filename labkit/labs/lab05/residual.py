@@ -13,7 +13,7 @@ from labkit.course.checks.caches import check_methods, read_pair
 from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.bookkeeping import check_given, check_read
-from labkit.labs.lab05.layers import SHAPE, Recorder, Shape, numbered_pair
+from labkit.labs.lab05.layers import SHAPE, Recorder, Shape, fits, numbered_pair
 from labkit.labs.lab05.references import QuantizedLayer
 from labkit.ledger import memory_of
 
@@ -93,7 +93,7 @@ class QuantizedLayerExercise(Exercise):
                 pair = caches[which].read()
                 if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                     return
-                more |= held[which] < 4 and pair[0].shape[2] > held[which]
+                more |= held[which] < 4 and fits(pair[0]) and pair[0].shape[2] > held[which]
         except (NotYet, NotImplementedError):
             raise
         except Exception:

@@ -178,7 +178,9 @@ def suspects(q: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> list[Susp
         Suspect("zero-subtracted", (products - zeros, products - (q * scale * zero).sum(-1, keepdim=True)),
                 "the zero point was subtracted; other formats do that, (codes - zero) * scale among them",
                 "the docstring: codes * scale + zero"),
-        Suspect("zero-unweighted", (products + zero.sum(-1, keepdim=True), products + zero.mean(-1, keepdim=True)),
+        Suspect("zero-unweighted",
+                tuple(products + added for added in
+                (zero.sum(-1, keepdim=True), zero.sum(), zero.mean(-1, keepdim=True))),
                 "the zero points were added to the scores without q",
                 "the second term: q[d] * zero[d], summed over channels"),
         Suspect("zero-averaged", products + (q * zero).mean(-1, keepdim=True),

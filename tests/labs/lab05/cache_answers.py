@@ -385,6 +385,14 @@ class KeepsTheResidualOnly(QuantizedLayer):
         self.waiting = k.clone(), v.clone()
 
 
+class DropsTheTokensDimension(QuantizedLayer):
+    """Token by token, without their dimension."""
+
+    def append(self, k, v):
+        for token in range(k.shape[2]):
+            super().append(k[:, :, token], v[:, :, token])
+
+
 class CutsKeysOnly(QuantizedLayer):
     def append(self, k, v):
         k, v = joined(self.waiting, k, v)
@@ -1052,6 +1060,7 @@ WRONG = [
     Wrong("05.5", "joined-along", "joins along head_dim", joining(-1)),
     Wrong("05.5", "tokens-lost", "keeps the residual and drops what waits behind it", KeepsTheResidualOnly),
     Wrong("05.5", "tokens-twice", "cuts groups off K alone", CutsKeysOnly),
+    Wrong("05.5", "group-shape", "loses the tokens' dimension", DropsTheTokensDimension),
     Wrong("05.5", "sizes-swapped", "swaps the two sizes", SizesSwapped),
     Wrong("05.5", "read-changes", "empties itself when read", EmptiedByRead),
     Wrong("05.5", "one-group-read", "reads one group", OneGroupRead),
@@ -1177,6 +1186,11 @@ WRONG = [
            from_probabilities(lambda logp, rows: -rows.mean())),
     Wrong("05.8", "probability", "averages probabilities",
            from_probabilities(lambda logp, rows: -logp.exp().mean().log())),
+    Wrong("05.8", "softmax-twice", "gives cross_entropy probabilities",
+           lambda model, tokens, cache: measured(
+               call=lambda model, part, cache: model(part, cache).softmax(-1))(model, tokens, cache)),
+    Wrong("05.8", "last-skipped", "leaves the last token out",
+           measured(average=lambda surprises: surprises[63:-1].mean().item() if len(surprises) > 64 else 0.0)),
     Wrong("05.8", "median", "takes the median", measured(average=lambda surprises: surprises[63:].median().item())),
     Wrong("05.8", "divided-by-others", "divides by all tokens",
            measured(average=lambda surprises: surprises[63:].sum().item() / (len(surprises) + 1))),
