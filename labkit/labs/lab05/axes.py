@@ -180,7 +180,7 @@ class QuantizeCache(Exercise):
                         f"the line that quantizes {name}"),
                 Suspect("partly-quantized", bool(untouched[(right - raw).abs() > TOLERANCE].any()) and
                         bool((untouched | ((back - right).abs() < TOLERANCE)).all()),
-                        f"{int(untouched.sum()):,} of {raw.numel():,} numbers went through unchanged; the others are right",
+                        f"{int(untouched.sum()):,} of {raw.numel():,} numbers went through unchanged, the others not",
                         "the slices or the loop: every group"),
                 Suspect("codes-returned", alike(back, made[2]), "the codes were returned", "codes * scale + zero"),
                 Suspect("zero-not-added", alike(back, made[0]) or alike(back, made[1]),

@@ -60,7 +60,7 @@ class Pack(Exercise):
             self.explain_shape(list(got.shape), list(want.shape), list(codes.shape), nbits, where)
         if isinstance(got, Tensor) and got.shape == want.shape and got.dtype != torch.uint8:
             self.fail("dtype", seen=f"{where} became {got.dtype}: {got.element_size()} bytes for each byte",
-                      cause="the result stayed in another type: sums, and arithmetic with wider numbers, give wider ones",
+                      cause="the result stayed in another type: sums, and arithmetic with wide numbers, give wide ones",
                       look="the dtype of the result: sum(..., dtype=torch.uint8), or .to(torch.uint8)")  # fmt: skip
         self.like(got, want, what=f"{where}, packed: the result")
         if not torch.equal(got, want):
