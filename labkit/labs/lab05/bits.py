@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from labkit.course.checks.numbers import check_number, equal, judge
+from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
-from labkit.course.exercise import Exercise, NotYet
+from labkit.course.exercise import Exercise
 from labkit.labs.lab05.references import bits_per_element
 
 CASES = (  # tokens, nbits, group_size, residual_length, full_bits; neighbours differ in one of them
@@ -175,15 +175,5 @@ class BitsPerElement(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Each argument changed alone; groups that divide and that do not, one token more and less; no residual, too
-        few tokens to pack; at last the default."""
+        few tokens to pack."""
         judge(type(self), answer, bits_per_element, CASES, SUSPECTS, what="the average in bits", otherwise="count")
-        try:
-            got = check_number(type(self), self.call(answer, 1000, 4, 64, 128), "a number of bits")
-        except NotYet as not_yet:
-            got, seen = float("nan"), not_yet.finding.seen
-        else:
-            seen = f"{float(got):g} came back"
-        if not equal(got, want := bits_per_element(1000, 4, 64, 128)):
-            self.fail("default", seen=f"with 1,000 tokens, nbits 4, group_size 64, residual_length 128, full_bits left "
-                      f"out: {seen}; it should be {want:g}", cause="full_bits has another default than 16, or none",
-                      look="the first line of the blank: full_bits: int = 16")  # fmt: skip

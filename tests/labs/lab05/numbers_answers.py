@@ -625,12 +625,13 @@ def swapped_parts(tokens, nbits, group_size, residual_length, full_bits=16):
     return (packed * full_bits + (tokens - packed) * (nbits + 32 / group_size)) / tokens
 
 
-def ratio(*case):
-    return case[-1] / bits_per_element(*case)
+def then_bits(change):
+    """The right average, changed: change(bits, full_bits)."""
 
+    def wrong(tokens, nbits, group_size, residual_length, full_bits=16):
+        return change(bits_per_element(tokens, nbits, group_size, residual_length, full_bits), full_bits)
 
-def as_a_tensor(*case):
-    return torch.tensor(bits_per_element(*case))
+    return wrong
 
 
 def bits_by_sizing(tokens, nbits, group_size, residual_length, full_bits=16):
@@ -828,13 +829,13 @@ WRONG = [
     Wrong("05.4", "to-the-nearest", "rounds the number of groups",
            counted(packed=lambda t, g, r: round(max(0, t - r) / g) * g)),
     Wrong("05.4", "unweighted", "takes the mean of both sizes",
-           lambda t, n, g, r, f=16: (n + 32 / g + f) / 2),
+           lambda tokens, nbits, group_size, residual_length, full_bits=16: (nbits + 32 / group_size + full_bits) / 2),
     Wrong("05.4", "packed-for-all", "counts packed sizes for every token",
            from_sums(lambda p, rest, n, g, r, f: (p + rest) * (n + 32 / g) + rest * f)),
-    Wrong("05.4", "factor", "counts K and V", lambda *case, **full: 2 * bits_per_element(*case, **full)),
-    Wrong("05.4", "default", "another default", other_default),
+    Wrong("05.4", "factor", "counts K and V", then_bits(lambda bits, full: 2 * bits)),
+    Wrong("05.4", "signature", "another default", other_default),
     Wrong("05.4", "not-a-fraction", "rounds to two digits",
-           lambda *case, **full: round(bits_per_element(*case, **full), 2)),
+           then_bits(lambda bits, full: round(bits, 2))),
     Wrong("05.4", "no-metadata", "counts codes only", counted(per=lambda n, g, f: n)),
     Wrong("05.4", "scale-only", "counts the scale only", counted(per=lambda n, g, f: n + 16 / g)),
     Wrong("05.4", "metadata-in-bytes", "adds 4 bytes to bits", counted(per=lambda n, g, f: n + 4 / g)),
@@ -853,16 +854,16 @@ WRONG = [
     Wrong("05.4", "parts-swapped", "swaps the two sizes", swapped_parts),
     Wrong("05.4", "total", "forgets to divide", counted(total=lambda bits, tokens, packed: bits)),
     Wrong("05.4", "bytes", "returns bytes", counted(total=lambda bits, tokens, packed: bits / tokens / 8)),
-    Wrong("05.4", "ratio", "returns how many times smaller", ratio),
+    Wrong("05.4", "ratio", "returns how many times smaller", then_bits(lambda bits, full: full / bits)),
     Wrong("05.4", "not-a-fraction", "divides the sum with //",
            counted(total=lambda bits, tokens, packed: bits // tokens)),
     Wrong("05.4", "no-residual", "counts the packed tokens only",
-           lambda tokens, nbits, group_size, *_: nbits + 32 / group_size),
+           lambda tokens, nbits, group_size, residual_length, full_bits=16: nbits + 32 / group_size),
     Wrong("05.4", "packed-alone", "divides by the packed tokens where there are any",
            counted(total=lambda bits, tokens, packed: bits / (packed or tokens))),
     Wrong("05.4", "raised", "divides by the packed tokens",
            counted(total=lambda bits, tokens, packed: bits / packed)),
-    Wrong("05.4", "not-a-number", "returns a tensor", as_a_tensor),
+    Wrong("05.4", "not-a-number", "returns a tensor", then_bits(lambda bits, full: torch.tensor(bits))),
     Wrong("05.4", "count", "counts three numbers for each group", counted(per=lambda n, g, f: n + 48 / g)),
 ]  # fmt: skip
 
