@@ -71,11 +71,12 @@ class Passes:
 def some_tokens(count: int) -> Tensor:
     """Tokens that the model would say itself, int [1, count], with ids among them that fewer bits would change."""
     random, model = torch.Generator().manual_seed(count), Passes()
-    noise = -(-torch.rand(count, Passes.VOCABULARY, generator=random, dtype=torch.float64).log()).log()
+    words = torch.randperm(Passes.VOCABULARY, generator=random)[:200]
+    noise = -(-torch.rand(count, len(words), generator=random, dtype=torch.float64).log()).log()
     tokens, total = [1], model.table[1].clone()
     for place in range(1, count):
-        logits = (model.table[tokens[-1]] + 4 * total / place) @ model.head.mT
-        tokens.append(int((logits + noise[place]).argmax()))
+        logits = model.head[words] @ (model.table[tokens[-1]] + 4 * total / place)
+        tokens.append(int(words[(logits + noise[place]).argmax()]))
         total += model.table[tokens[-1]]
     for place, token in ((3, 0), (64, 257), (65, 4097)):
         tokens[place] = token
