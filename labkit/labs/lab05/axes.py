@@ -36,6 +36,10 @@ class QuantizeCache(Exercise):
     id, title, minutes, difficulty = "05.3", "Keys per channel, values per token", 8, 3
     needs = ("05.1",)
     reference = staticmethod(quantize_cache)
+    why = (
+        "quantize groups whatever comes last. For values that is head_dim already; for keys .mT puts the tokens "
+        "last, and the same .mT afterwards undoes it."
+    )
     hints = (
         "`quantize` makes a group of the last dimension. Which dimension must come last for keys, which for values?",
         "Values: head_dim is last already; unflatten(-1, (-1, group_size)) cuts it into groups. Keys: swap tokens and "

@@ -151,6 +151,10 @@ class BitsPerElement(Exercise):
 
     id, title, minutes, difficulty = "05.4", "Bits per element, everything counted", 4, 2
     reference = staticmethod(bits_per_element)
+    why = (
+        "Only whole groups of tokens older than the residual are packed; each of their numbers carries its share "
+        "of 32 bits, every other number full_bits. The average weighs both by how many there are."
+    )
     hints = (
         "Split the tokens in two: those that are packed and those that are not. What does one number of each take?",
         "Packed tokens come in whole groups from what is older than the residual. A packed number takes nbits, and its "

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from labkit import quality
+from labkit.course import waiting
 from labkit.course.plug import SmallCache
 from labkit.llama import Llama
 from labkit.quality.compare import MakeCache
 
 Pair = tuple[Tensor, Tensor]
-Item = TypeVar("Item")
 
 
 class WithSinks:
@@ -75,27 +73,12 @@ def between(value: float, low: float, high: float) -> str:
     return f"{low:g} to {high:g}" if low <= value <= high else f"{value:.3g}"
 
 
-def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
-    """`items`, with a bar on stderr while they are gone through; it leaves nothing behind."""
-    return tqdm(items, desc=what, leave=False, file=sys.stderr, disable=not watched())
-
-
-def watched() -> bool:
-    """Whether somebody looks on. A kernel that may not ask for input is run by a program, which would store the bar."""
-    from IPython import get_ipython
-
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(getattr(kernel, "_allow_stdin", False))
-
-
 class Counting:
     """A model that moves a bar on at each pass. `passes`: how many there will be, None where nobody knows."""
 
     def __init__(self, model: Llama, passes: int | None = None) -> None:
         self.model, self.device, self.cache = model, model.device, model.cache
-        self.bar = tqdm(
-            total=passes, desc="passes through the model", leave=False, file=sys.stderr, disable=not watched()
-        )
+        self.bar = waiting.bar(None, "passes through the model", total=passes)
 
     def __call__(self, tokens: Tensor, cache: Any) -> Tensor:
         """One pass of the model."""

@@ -23,6 +23,10 @@ class MeanSurprise(Exercise):
 
     id, title, minutes, difficulty = "05.8", "Debug: a quantized cache as good as none", 5, 3
     reference = staticmethod(mean_surprise)
+    why = (
+        "With parts of 32 all but the newest tokens are read back from the cache, as in decoding. The last logits"
+        " of a part belong to the next one's first token, and one mean over all tokens weighs each alike."
+    )
     hints = (
         "During the first pass the cache is empty. Which keys does attention see then: restored ones, or those just "
         "computed?",

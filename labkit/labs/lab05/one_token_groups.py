@@ -56,6 +56,10 @@ class GroupsToQuantize(Exercise):
     id, title, minutes, difficulty = "05.7", "Debug: lossless at 2 bits", 5, 2
     needs = ("05.3",)
     reference = staticmethod(groups_to_quantize)
+    why = (
+        "Old and new tokens are joined before anything is cut, so that the pieces they came in do not matter; "
+        "what no whole group takes waits."
+    )
     hints = (
         "What are the least and the greatest number of a group of one? And how many bits do its scale and zero take?",
         "Join waiting and new. Of n tokens, n // group_size * group_size form whole groups; the others, the newest, "

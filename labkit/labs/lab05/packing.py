@@ -20,6 +20,10 @@ class Pack(Exercise):
 
     id, title, minutes, difficulty = "05.2", "Codes packed into bytes", 5, 2
     reference = staticmethod(pack)
+    why = (
+        "Codes of nbits bits overlap nowhere once each is shifted by its place, so | joins them without loss, and"
+        " unpacking only has to shift back and mask."
+    )
     hints = (
         "Which codes end up in byte 0, and by how many bits must each of them move to the left?",
         "codes[..., place::per_byte] is the code at that place of every byte. Shift it by place * nbits and put it "

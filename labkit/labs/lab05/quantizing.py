@@ -43,6 +43,10 @@ class Quantize(Exercise):
 
     id, title, minutes, difficulty = "05.1", "Numbers as codes", 6, 2
     reference = staticmethod(quantize)
+    why = (
+        "2**nbits codes have 2**nbits - 1 steps between them, so the scale is the range over that, and the "
+        "nearest code is at most half a step off. Where the range is 0 any divisor will do, since 0 steps are 0."
+    )
     hints = (
         "Codes are evenly spaced marks from the least number of a group to the greatest. With 16 marks, how many steps "
         "lie between the first and the last?",

@@ -36,6 +36,10 @@ class QuantizedLayerExercise(Exercise):
     id, title, minutes, difficulty = "05.5", "Groups and a residual window", 12, 4
     needs = ("05.3",)
     reference = QuantizedLayer
+    why = (
+        "How many groups there are depends on the tokens alone: as long as a group and the residual fit into what"
+        " waits, the oldest group goes. clone() lets go of the memory that a slice would keep."
+    )
     hints = (
         "At every moment the tokens fall in two: whole groups, oldest first, and those that wait. After n tokens, "
         "how many groups are there, and how many tokens wait? In what pieces they came does not matter.",

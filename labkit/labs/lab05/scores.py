@@ -22,6 +22,10 @@ class PackedScores(Exercise):
     id, title, minutes, difficulty = "05.6", "Scores without dequantizing", 6, 3
     needs = ("05.1",)
     reference = staticmethod(packed_scores)
+    why = (
+        "Scale and zero point belong to a channel, so they can be multiplied into q, which is small; the product "
+        "then takes the codes as they are, and the zero points come to one number for each query."
+    )
     hints = (
         "Write one score as a sum over channels d: q[d] * (code[d] * scale[d] + zero[d]). Which factors are the same "
         "for every token?",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from labkit import models, quality
 from labkit.cache import Cache
-from labkit.labs.lab05 import material
-from labkit.labs.lab05.material import Counting, FirstPassExact, WithSinks, between, compare, progress
+from labkit.course import waiting
+from labkit.labs.lab05.material import Counting, FirstPassExact, WithSinks, between, compare
 from labkit.specs import ModelSpec
 
 
@@ -65,9 +65,9 @@ def test_a_number_is_told_as_its_range_or_as_itself(value: float, said: str) -> 
 @pytest.fixture
 def bars(monkeypatch) -> list:
     """Every bar that is made, as if somebody looked on."""
-    made, real = [], material.tqdm
-    monkeypatch.setattr(material, "watched", lambda: True)
-    monkeypatch.setattr(material, "tqdm", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
+    made, real = [], waiting.tqdm
+    monkeypatch.setattr(waiting, "watched", lambda: True)
+    monkeypatch.setattr(waiting, "tqdm", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
     return made
 
 
@@ -86,8 +86,3 @@ def test_a_bar_is_closed_when_the_model_fails(bars) -> None:
     with pytest.raises(RuntimeError), Counting(models.random(ModelSpec("tiny", 2, 4, 2, 32, 48, 96, 100, 512))):
         raise RuntimeError
     assert bars[0].disable
-
-
-def test_nobody_looks_on_outside_a_notebook(capsys) -> None:
-    assert list(progress([3, 1, 2], "numbers")) == [3, 1, 2]
-    assert capsys.readouterr().err == ""
