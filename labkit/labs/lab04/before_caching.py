@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.attention import online_attention as attention
-from labkit.cache.dense import GrowingCache
+from labkit.cache import GrowingCache, LayerCache, PreallocatedCache
+from labkit.course.checks import attention
+from labkit.course.checks.attention import attend
 from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import agree, bytes_made, heads
+from labkit.course.checks.tensors import LOOSE, agree, heads
 from labkit.course.exercise import Exercise
+from labkit.labs.lab04.copies import check_copies, check_left, steps
+from labkit.labs.lab04.grouped import far_down
 from labkit.labs.lab04.references import cached_attention
-from labkit.ledger import ledger
+
+
+@dataclass
+class Layer:
+    """One layer's cache, and the tokens that are to go through it."""
+
+    cache: LayerCache
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tokens: int = 0
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)  # what came back, and the new tokens
 
 
 class CachedAttention(Exercise):
     """Right answers, three times the memory."""
 
-    id, title, minutes, difficulty = "04.6", "Debug: a cache as large as without GQA", 4, 2
+    id, title, minutes, difficulty = "04.6", "Debug: out of memory at a third of the context", 4, 2
     needs = ("04.1",)
     reference = staticmethod(cached_attention)
     hints = (
@@ -30,32 +46,43 @@ class CachedAttention(Exercise):
         "cache.append(k, v)\nkeys, values = cache.read()\nreturn grouped_attention(q, keys, values)",
     )
     hints_for: ClassVar = {
-        "repeats-at-every-step": "Memory is mended; now the whole cache is copied at each step: section 2.",
+        "expanded": "Memory is mended; now the whole cache is copied at each step: section 2.",
         "heads-dropped": "Each KV head holds something else. Which query heads read the second one?",
+        "cache-unread": "Which of the names holds the tokens of earlier steps?",
     }
 
     def examine(self, answer: Callable) -> None:
-        """A prompt and two steps: what the cache was given, then the outputs, then the work of a step."""
-        for num_heads, num_kv_heads in ((6, 2), (6, 3), (4, 1)):
-            cache, tokens = GrowingCache(), 0
-            q, k, v = heads(num_heads, num_kv_heads, 7, 0)
-            for new in (4, 1, 2):
-                part = slice(tokens, tokens + new)
-                tokens += new
-                got = self.call_with(answer, q[:, :, part], k[:, :, part], v[:, :, part], cache)
-                self.check_kept(cache, k[:, :, :tokens], v[:, :, :tokens], num_heads)
-                self.check_output(got, q[:, :, part], k[:, :, :tokens], v[:, :, :tokens], new)
+        """Prompts and steps in several layers at once: what each cache was given, the outputs, the work of a step."""
+        for script in ((4, 1, 2), (1, 3, 1, 1), (5, 5)):
+            self.check_script(answer, script)
         self.check_work(answer)
+        for dtype in (torch.bfloat16, torch.float64):
+            self.check_dtype(answer, dtype)
 
-    def call_with(self, answer: Callable, q: Tensor, k: Tensor, v: Tensor, cache: GrowingCache) -> Tensor:
-        """One call; the cache is meant to change, the tensors are not."""
-        kept = [x.clone() for x in (q, k, v)]
-        got = self.run(lambda: answer(q, k, v, cache))
-        self.check_unchanged(kept, [q, k, v])
-        self.check_returned(got)
-        return got
+    def check_script(self, answer: Callable, script: tuple[int, ...]) -> None:
+        """The same new tokens in several layers, one after the other, as a model runs them."""
+        layers = layers_of(sum(script))
+        for new in script:
+            for layer in layers:
+                part = slice(layer.tokens, layer.tokens + new)
+                layer.tokens += new
+                step = [x[:, :, part] for x in (layer.q, layer.k, layer.v)]
+                got = self.call(partial(with_cache, answer, layer.cache), *step)
+                self.check_kept(layer.cache, layer.k[:, :, : layer.tokens], layer.v[:, :, : layer.tokens],
+                                layer.q.shape[1])  # fmt: skip
+                self.check_output(got, layer, new)
 
-    def check_kept(self, cache: GrowingCache, k: Tensor, v: Tensor, num_heads: int) -> None:
+    def check_dtype(self, answer: Callable, dtype: torch.dtype) -> None:
+        """Other dtypes: what is kept and what comes back has the dtype of what went in."""
+        q, k, v = (x.to(dtype) for x in heads(6, 2, 7, 0))
+        cache = GrowingCache()
+        got = self.call(partial(with_cache, answer, cache), q, k, v)
+        self.check_kept(cache, k, v, 6)
+        wide = attend(q.double(), k.double(), v.double()).to(dtype)
+        tolerance = LOOSE if dtype == torch.float64 else 0.05
+        self.same(got, wide, what=f"the output of {str(dtype).removeprefix('torch.')} tensors", tolerance=tolerance)
+
+    def check_kept(self, cache: LayerCache, k: Tensor, v: Tensor, num_heads: int) -> None:
         """The cache holds K and V of every token, with as many heads as there are."""
         held = cache.held()
         if held is None or held[0].shape[2] != k.shape[2]:
@@ -70,77 +97,120 @@ class CachedAttention(Exercise):
         if held[0].shape[1] == num_heads and num_heads != k.shape[1]:
             self.fail(
                 "repeated-before-caching",
-                seen=f"the cache holds {num_heads} heads of K and V; the model has {k.shape[1]}: "
+                seen=f"the cache holds {held[0].shape[1]} heads of K and V; {k.shape[1]} came in: "
                 f"{num_heads // k.shape[1]} times the memory",
-                cause="K and V are repeated to all query heads before they are appended",
-                look="the order of the lines, and whether the repetition is needed at all",
+                cause="K and V no longer have the shape in which they came when they are appended",
+                look="k.shape in the first line of your function, and in the line that appends",
             )
         if held[0].shape[1] != k.shape[1]:
             self.fail(
                 "heads-dropped",
-                seen=f"the cache holds {held[0].shape[1]} heads of K and V; the model has {k.shape[1]}",
+                seen=f"the cache holds {held[0].shape[1]} of the {k.shape[1]} heads of K and V",
                 cause="heads were cut off or averaged: small, and another model",
                 look="what is appended: k and v as they came",
             )
         if torch.equal(held[0], v) and torch.equal(held[1], k):
             self.fail("k-and-v-swapped", seen="the cache's K is V", cause="k and v changed places",
                       look="cache.append(k, v)")  # fmt: skip
+        if held[0].dtype != k.dtype:
+            self.fail(
+                "kept-in-another-dtype",
+                seen=f"the cache holds {str(held[0].dtype).removeprefix('torch.')}; {str(k.dtype).removeprefix('torch.')} "
+                "came in",
+                cause="K and V were cast before the append: other numbers, and another size",
+                look="what is appended: k and v as they came",
+            )
         if not (torch.equal(held[0], k) and torch.equal(held[1], v)):
             self.fail(
                 "kept-otherwise",
                 seen="the cache has the right shape and holds other numbers than K and V",
-                cause="heads were reordered, scaled or averaged before the append",
+                cause="something was done to k or v before the append, or after it",
                 look="what is appended: k and v as they came",
             )
 
-    def check_output(self, got: Tensor, q: Tensor, k: Tensor, v: Tensor, new: int) -> None:
-        """The output, told apart by which keys it saw."""
-        want = attention(q, k, v)
-        self.like(got, want, what="the output")
-        if agree(got, want):
+    def check_output(self, got: Tensor, layer: Layer, new: int) -> None:
+        """The output, told apart by which keys it saw: by what explains it and every output before it."""
+        q, k, v, tokens = layer.q, layer.k, layer.v, layer.tokens
+        want = attend(q[:, :, tokens - new : tokens], k[:, :, :tokens], v[:, :, :tokens])
+        if isinstance(got, Tensor):
+            layer.outputs.append((got.clone(), tokens - new))
+        if agree(got, want, LOOSE):
+            self.like(got, want, what="the output")
             return
-        times = q.shape[1] // k.shape[1]
-        accuse(type(self), [
-            Suspect("cache-unread", [(k[:, :, -new:], v[:, :, -new:])],
-                    "attention got the new k and v, not what the cache holds", "keys, values = cache.read()",
-                    "the output depends on the new tokens alone"),
-            Suspect("head-mapping", [(k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1))],
-                    "repeat lays whole sets of heads side by side, repeat_interleave keeps neighbours together",
-                    "the rule h // num_queries_per_kv; grouped_attention follows it without any repetition",
-                    "what is cached is right; query head 1 reads another KV head than before"),
-        ], fits=lambda pair: agree(got, attention(q, *pair)))  # fmt: skip
-        self.fail(
-            "values",
-            seen=f"what is cached is right, the output for {new} new tokens is not",
-            cause="attention over other keys, in another order, or with another mask",
-            look="grouped_attention(q, keys, values), with what cache.read() gives",
-        )
+        calls = [(q[:, :, first : first + len_of(out)], k[:, :, : first + len_of(out)], v[:, :, : first + len_of(out)])
+                 for out, first in layer.outputs]  # fmt: skip
+        listed = [suspects(*call) for call in calls]
+        for place, suspect in enumerate(listed[-1] if listed else ()):
+            for variant in range(len(suspect.gives)):
+                given = [each[place].gives for each in listed]
+                if all(variant < len(gives) and agree(out, gives[variant](), LOOSE, nan=True)
+                       for gives, (out, _) in zip(given, layer.outputs, strict=True)):  # fmt: skip
+                    accuse(type(self), [suspect], suspect.seen, fits=lambda _: True)
+        self.same(got, want, what=f"{new} new token{'s' * (new > 1)} after {tokens - new}: what is cached is right; the "
+                  "output", tolerance=LOOSE)  # fmt: skip
 
     def check_work(self, answer: Callable) -> None:
-        """A decode step over 150 tokens makes nothing as large as what is held, but for the append."""
-        q, k, v = heads(6, 2, 150, 0, head_dim=64)
-        cache = WrittenInPlace(k, v)
-        step = q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cache
-        with ledger():
-            self.run(lambda: answer(*step))
-        made = bytes_made(lambda: answer(*step))
-        if made >= k.nbytes:
-            self.fail(
-                "repeats-at-every-step",
-                seen=f"the cache is small now, but a step makes tensors of {made / k.nbytes:.1f} times the bytes of K",
-                cause="the repetition moved behind the cache: at every step all that is held is copied",
-                look="grouped_attention: it takes num_kv_heads heads as they are",
-            )
+        """A step over many tokens makes nothing as large as what one head holds, but for the append."""
+        for when, q, k, v in steps():
+            new = q.shape[2]
+            run = partial(answer, q, k[:, :, -new:], v[:, :, -new:], WrittenInPlace(k, v, new))
+            check_copies(type(self), run, k, v, when)
+            check_left(type(self), run)
+
+
+def with_cache(answer: Callable, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One call, whose cache is meant to change."""
+    return answer(q, k, v, cache)
+
+
+def len_of(output: Tensor) -> int:
+    """The new tokens of an output."""
+    return output.shape[2] if output.dim() == 4 else 0
+
+
+def layers_of(tokens: int) -> list[Layer]:
+    """Layers whose sizes differ, two of one size, caches of both kinds, and one with scores near -1e5."""
+    kinds: tuple[Callable[[], LayerCache], ...] = (
+        GrowingCache, GrowingCache, partial(PreallocatedCache, capacity=tokens + 3), GrowingCache, GrowingCache,
+    )  # fmt: skip
+    sizes = ((6, 2, 3, 8), (6, 2, 3, 8), (9, 3, 1, 20), (4, 1, 2, 12), (5, 5, 4, 16))
+    layers = []
+    for make, (num_heads, num_kv_heads, batch, head_dim) in zip(kinds, sizes, strict=True):
+        q, k, v = (x.float() for x in heads(num_heads, num_kv_heads, tokens, 0, batch=batch, head_dim=head_dim))
+        # As a projection gives them: heads behind tokens in memory.
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        layers.append(Layer(make(), q, k, v))
+    return [*layers, Layer(GrowingCache(), *far_down(tokens, 0))]
+
+
+def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
+    """What goes wrong around a cache, then in any attention."""
+    new = q.shape[2]
+    held = k.shape[2] - new
+
+    def over(keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
+        return lambda: attend(q, keys, values)
+
+    before = [lambda: attend(q, k[:, :, :held], v[:, :, :held], causal=False)] if held else [over(k, v)]
+    return [
+        Suspect("cache-unread", [over(k[:, :, held:], v[:, :, held:])],
+                "attention got the new k and v, not what the cache holds", "keys, values = cache.read()",
+                "the output depends on the new tokens alone"),
+        Suspect("read-before-append", before, "the cache was read before the new tokens were appended",
+                "the order of the lines: append, read, attend", "new tokens do not see themselves"),
+        *attention.suspects(q, k, v),
+    ]  # fmt: skip
 
 
 class WrittenInPlace:
     """A cache that holds all tokens already, and whose append copies nothing."""
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v, self.seq_len = k, v, k.shape[2] - 1
+    def __init__(self, k: Tensor, v: Tensor, new: int) -> None:
+        self.k, self.v, self.seq_len = k, v, k.shape[2] - new
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """The new token stands in its place already."""
+        """The new tokens stand in their places already."""
+        self.seq_len = self.k.shape[2]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, the newest included."""

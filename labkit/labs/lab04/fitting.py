@@ -15,20 +15,34 @@ SPEC = ModelSpec(
     name="odd", num_layers=11, num_heads=60, num_kv_heads=4, head_dim=22, hidden_size=221, intermediate_size=13,
     vocab_size=17, max_seq_len=19,
 )  # fmt: skip
-LOAD = 31, 37  # tokens, batch
-ROOMS = (7.5, 12.0, 11.99, 1000.0, 1.0, 0.5, 4.5, 29.9, 0.03, 12.0)  # in heads of 2-byte numbers
+WIDE = ModelSpec(
+    name="wide", num_layers=7, num_heads=96, num_kv_heads=12, head_dim=26, hidden_size=505, intermediate_size=23,
+    vocab_size=29, max_seq_len=43,
+)  # fmt: skip
+LOAD = 31, 37  # tokens, requests
+ROOMS = (7.5, 12.0, 11.99, 13.0, 59.99, 60.0, 1000.0, 1.0, 0.99, 4.5, 29.9, 1.5, 3.2, 2.0, 0.03)  # in heads of 2 bytes
 COST = "the cost of one KV head: 2 x layers x head_dim x bytes per element x tokens x requests"
+Times = Callable[[ModelSpec, int, int, int], float]
 
 
-def dearer(times: Callable[[ModelSpec, int, int, int], float]) -> Callable[[ModelSpec, int, int, int, int], int]:
-    """The right choice where one head costs so many times as much."""
+def choice(
+    times: Times = lambda *_: 1,
+    allow: Callable[[ModelSpec, int], bool] = lambda spec, n: spec.num_heads % n == 0,
+    pick: Callable[[list[int]], int] = lambda fits: max(fits, default=0),
+) -> Callable[[ModelSpec, int, int, int, int], int]:
+    """The right choice where one head costs `times` as much, other counts are allowed, or another one is picked."""
 
     def formula(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> int:
         cost = one_head(spec, tokens, batch, size) * times(spec, tokens, batch, size)
-        fit = (n for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0 and n * cost <= room * (1 + 1e-12))
-        return max(fit, default=0)
+        return pick([n for n in range(1, spec.num_heads + 1) if allow(spec, n) and n * cost <= room * (1 + 1e-12)])
 
     return formula
+
+
+def next_larger(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> int:
+    """The first divisor that does not fit, or all heads."""
+    fits = most_kv_heads(spec, tokens, batch, room, size)
+    return min((n for n in range(fits + 1, spec.num_heads) if spec.num_heads % n == 0), default=spec.num_heads)
 
 
 class MostKvHeads(Exercise):
@@ -47,6 +61,7 @@ class MostKvHeads(Exercise):
         "not-a-divisor": "60 query heads over 7 KV heads: how many query heads would each KV head serve?",
         "group-size": "num_queries_per_kv = num_heads // num_kv_heads. Which of the two was asked for?",
         "own-kv-heads": "The spec describes a model as it is; the question is how many heads it could have.",
+        "capped": "How many KV heads the model has today is not asked. How many query heads has it?",
         "never-zero": "There may be too little room even for one head. What does the docstring say then?",
     }
     suspects: ClassVar = (
@@ -70,31 +85,61 @@ class MostKvHeads(Exercise):
         Suspect("full-is-refused", lambda spec, tokens, batch, room, size: most_kv_heads(
                     spec, tokens, batch, room - 1, size),
                 "a cache that fills the room exactly was refused", "the comparison: `<` or `<=`"),
-        Suspect("k-only", dearer(lambda *_: 1 / 2), "K was counted and V was not", COST),
-        Suspect("one-row", dearer(lambda spec, tokens, batch, size: 1 / batch), "the batch was left out", COST),
-        Suspect("one-token", dearer(lambda spec, tokens, batch, size: 1 / tokens), "the tokens were left out", COST),
-        Suspect("one-layer", dearer(lambda spec, *_: 1 / spec.num_layers), "one layer was counted", COST),
-        Suspect("own-kv-heads", dearer(lambda spec, *_: spec.num_kv_heads),
+        Suspect("capped", choice(allow=lambda spec, n: spec.num_heads % n == 0 and n <= spec.num_kv_heads),
+                "no more KV heads were tried than the spec has", "the counts that you try: up to spec.num_heads"),
+        Suspect("own-divisors", [choice(allow=lambda spec, n: spec.num_kv_heads % n == 0), choice(
+                    allow=lambda spec, n: n % spec.num_kv_heads == 0)],
+                "the counts tried were made to fit the KV heads that the spec has", "what must divide: num_heads % count"),
+        Suspect("powers-of-two", [choice(allow=lambda spec, n: n & (n - 1) == 0), choice(
+                    allow=lambda spec, n: n & (n - 1) == 0 and spec.num_heads % n == 0)],
+                "only powers of two were tried", "the counts that you try: every divisor of num_heads"),
+        Suspect("mha-left-out", choice(allow=lambda spec, n: spec.num_heads % n == 0 and n < spec.num_heads),
+                "as many KV heads as query heads were not tried", "the end of the loop: range stops one before"),
+        Suspect("too-large", next_larger, "the first count that does not fit was returned",
+                "the comparison: the cache must fit into room"),
+        Suspect("k-only", choice(lambda *_: 1 / 2), "K was counted and V was not", COST),
+        Suspect("one-row", choice(lambda spec, tokens, batch, size: 1 / batch), "the batch was left out", COST),
+        Suspect("one-token", choice(lambda spec, tokens, batch, size: 1 / tokens), "the tokens were left out", COST),
+        Suspect("one-layer", choice(lambda spec, *_: 1 / spec.num_layers), "one layer was counted", COST),
+        Suspect("own-kv-heads", choice(lambda spec, *_: spec.num_kv_heads),
                 "the spec's own KV heads went into the cost", COST),
-        Suspect("fixed-dtype", dearer(lambda spec, tokens, batch, size: 2 / size),
+        Suspect("all-heads", choice(lambda spec, *_: spec.num_heads), "all query heads went into the cost", COST),
+        Suspect("head-dim", [choice(lambda spec, *_: spec.hidden_size / spec.num_heads / spec.head_dim),
+                             choice(lambda spec, *_: spec.hidden_size // spec.num_heads / spec.head_dim)],
+                "hidden_size / num_heads was taken for head_dim; models need not be built so", "spec.head_dim"),
+        Suspect("head-dim", choice(lambda spec, *_: spec.hidden_size / spec.head_dim),
+                "hidden_size was taken for head_dim", "spec.head_dim"),
+        Suspect("twice", choice(lambda *_: 2), "one KV head costs twice as much as it does", COST),
+        Suspect("fixed-dtype", choice(lambda spec, tokens, batch, size: 2 / size),
                 "2 bytes per number were written down", "the last parameter"),
-        Suspect("elements", dearer(lambda spec, tokens, batch, size: 1 / size), "numbers were counted, not bytes",
+        Suspect("elements", choice(lambda spec, tokens, batch, size: 1 / size), "numbers were counted, not bytes",
                 "the last parameter"),
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """Rooms between divisors, on one, beyond all of them and below one; two dtypes; a model with fewer heads."""
-        rooms = [int(heads * one_head(SPEC, *LOAD, 2)) for heads in ROOMS]
-        cases = [(SPEC, *LOAD, room, 2) for room in rooms] + [(SPEC, *LOAD, rooms[-1], 4), (SPEC, *LOAD, rooms[-1], 1)]
+        """Rooms between divisors, on one, a byte less, beyond all of them and below one; every argument alone."""
+        tokens, batch = LOAD
+        unit = one_head(SPEC, *LOAD, 2)
+        cases = [(SPEC, *LOAD, int(heads * unit), 2) for heads in ROOMS]
+        for heads in (1.5, 3.2, 12.0):
+            room = int(heads * unit)
+            cases += [(SPEC, *LOAD, room, 4), (SPEC, *LOAD, room, 1), (SPEC, tokens // 3, batch, room, 2)]
+            cases += [(SPEC, tokens, batch // 3, room, 2), (WIDE, *LOAD, room, 2)]
+        cases += [(SPEC, *LOAD, 12 * unit - 1, 2), (SPEC, *LOAD, 12 * unit + 1, 2), (SPEC, 1, 1, 10**9, 2)]
+        cases += [(WIDE, 131_072, 500, heads * one_head(WIDE, 131_072, 500, 2), 2) for heads in (96, 95, 48, 200)]
         judge(
             type(self), answer, most_kv_heads, cases, self.suspects, what="the number of KV heads", whole=True,
-            otherwise="count", show=room_in_heads,
+            otherwise="count", show=in_words,
         )  # fmt: skip
 
 
-def room_in_heads(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> str:
-    """A case in words."""
-    return f"{spec.num_heads} query heads, room for {room / one_head(spec, tokens, batch, size):.4g} KV heads"
+def in_words(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> str:
+    """A case in words, with all that one needs to do it by hand."""
+    return (
+        f"with {spec.num_layers} layers, {spec.num_heads} query heads of {spec.head_dim}, {tokens:,} tokens of "
+        f"{batch} requests, {size} bytes per element and room {room:,}, which is "
+        f"{room / one_head(spec, tokens, batch, size):.4g} KV heads"
+    )
 
 
 def one_head(spec: ModelSpec, tokens: int, batch: int, size: int) -> int:

@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from labkit.course.checks.numbers import check_whole
-from labkit.course.checks.suspects import Suspect, accuse
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab04.references import layer_elements
 from labkit.specs import Layer
 
-CASES = (
-    (Layer("full", 3, 7, 7), 5),
-    (Layer("full", 3, 7, 11), 5),
-    (Layer("window", 2, 13, 17, window=19), 23),
-    (Layer("window", 2, 13, 17, window=19), 5),
-    (Layer("latent", latent_dim=29), 31),
-    (Layer("latent", 4, 7, 7, latent_dim=29), 31),
-    (Layer("shared"), 31),
-    (Layer("shared", 2, 13, 13), 31),
-    (Layer("state", state_bytes=37), 31),
-    (Layer("full", 3, 7, 11), 0),
-)
+DENSE = ((3, 7, 11, 5), (3, 7, 7, 5), (1, 64, 128, 4096), (8, 13, 5, 100_003), (2, 9, 17, 1))  # the last: seq_len
+WINDOWS = (23, 5, 18, 19, 20, 1, 70_000)  # tokens, with a window of 19
+LATENTS = ((29, 4, 7, 5, 31), (576, 128, 192, 128, 4097), (13, 1, 2, 3, 1), (17, 0, 0, 0, 7))
+
+
+def dense(num_kv_heads: int, k_dim: int, v_dim: int, seq_len: int) -> int:
+    """K and V of every token."""
+    return seq_len * num_kv_heads * (k_dim + v_dim)
+
+
+def windowed(window: int, num_kv_heads: int, k_dim: int, v_dim: int, seq_len: int) -> int:
+    """K and V of the last `window` tokens."""
+    return dense(num_kv_heads, k_dim, v_dim, min(seq_len, window))
+
+
+def latent(latent_dim: int, num_kv_heads: int, k_dim: int, v_dim: int, seq_len: int) -> int:
+    """One vector per token, whatever the heads."""
+    return seq_len * latent_dim
+
+
+def nothing(num_kv_heads: int, k_dim: int, v_dim: int, seq_len: int) -> int:
+    """What shared layers and states keep of a token."""
+    return 0
 
 
 class LayerElements(Exercise):
@@ -36,7 +47,7 @@ class LayerElements(Exercise):
         "none.",
         'if layer.kind == "latent": return seq_len * layer.latent_dim\n'
         'if layer.kind in ("shared", "state"): return 0\n'
-        "held = seq_len if layer.window is None else min(seq_len, layer.window)\n"
+        'held = min(seq_len, layer.window) if layer.kind == "window" else seq_len\n'
         "return held * layer.num_kv_heads * (layer.k_dim + layer.v_dim)",
     )
     hints_for: ClassVar = {
@@ -45,43 +56,88 @@ class LayerElements(Exercise):
         "window-overfull": "After 5 tokens, can a window of 19 hold 19?",
         "shared-counted": "Whose K and V does this layer read? Where are those counted already?",
         "k-width-for-both": "K and V of one layer need not be equally wide.",
+        "factor": "Numbers are asked for, not bytes: no dtype comes in, so no 2 for float16 either.",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Each kind, with sizes that share no factor."""
-        for layer, seq_len in CASES:
-            what = f'a "{layer.kind}" layer after {seq_len} tokens'
-            got = check_whole(type(self), self.call(answer, layer, seq_len), what)
-            want = layer_elements(layer, seq_len)
-            if got != want:
-                self.explain(layer, seq_len, got, f"{what}: {got:,} numbers; it holds {want:,}")
+        """Kind by kind, sizes that share no factor, before, at and after the edge of a window; then no token at all."""
+        self.examine_kind("full", answer, dense, lambda *s: Layer("full", *s), DENSE, widths(dense))
+        window = [(19, *sizes, seq_len) for sizes in ((2, 13, 17), (5, 8, 8)) for seq_len in WINDOWS]
+        self.examine_kind(
+            "window", answer, windowed, lambda window, *s: Layer("window", *s, window=window), window,
+            [
+                Suspect("window-ignored", lambda window, *sizes: dense(*sizes),
+                        "every token was counted; those that left the window are dropped", "min(seq_len, layer.window)"),
+                Suspect("window-overfull", lambda window, *sizes: dense(*sizes[:-1], window),
+                        "a full window was counted before it is full", "min(seq_len, layer.window)"),
+                Suspect("window-overfull", lambda window, *sizes: dense(*sizes[:-1], max(window, sizes[-1])),
+                        "the larger of tokens and window was taken", "min(seq_len, layer.window)"),
+                *widths(windowed),
+            ],
+        )  # fmt: skip
+        self.examine_kind(
+            "latent", answer, latent, lambda latent_dim, *s: Layer("latent", *s, latent_dim=latent_dim), LATENTS,
+            [
+                Suspect("latent-twice", lambda dim, heads, k, v, n: 2 * n * dim,
+                        "the latent was counted for K and for V", "the one vector both are made from"),
+                Suspect("latent-per-head", [lambda dim, heads, k, v, n: n * dim * heads,
+                                            lambda dim, heads, k, v, n: n * dim * max(1, heads),
+                                            lambda dim, heads, k, v, n: 2 * n * dim * heads],
+                        "the latent was counted once per head", "all heads share one vector per token"),
+                Suspect("latent-as-heads", lambda dim, *sizes: dense(*sizes),
+                        "the heads' K and V were counted; they are made when needed, not kept", "layer.latent_dim"),
+                Suspect("latent-and-heads", lambda dim, *sizes: dense(*sizes) + sizes[-1] * dim,
+                        "the heads' K and V were counted besides; they are made when needed, not kept",
+                        "layer.latent_dim alone"),
+                Suspect("one-token", lambda dim, *sizes: dim, "the tokens were left out", "seq_len"),
+            ],
+        )  # fmt: skip
+        for kind in ("shared", "state"):
+            self.keeps_nothing(answer, kind)
+        empty = [("full", dense), ("window", windowed), ("latent", latent)]
+        layers = [Layer("full", 3, 7, 11), Layer("window", 2, 13, 17, window=19), Layer("latent", latent_dim=29)]
+        for (kind, want), layer in zip(empty, layers, strict=True):
+            judge(type(self), lambda seq_len, layer=layer: answer(layer, seq_len), lambda seq_len: 0, [(0,)], (),
+                  what=f'the count of a "{kind}" layer', whole=True, otherwise="no-tokens")  # fmt: skip
 
-    def explain(self, layer: Layer, seq_len: int, got: int, seen: str) -> None:
-        """Name the mistake from the number that came back."""
-        width, kv = layer.k_dim + layer.v_dim, layer.num_kv_heads
-        held = layer.tokens_held(seq_len)
-        one_side = (held * kv * layer.k_dim, held * kv * layer.v_dim)
-        latent, window, dense = layer.kind == "latent", layer.kind == "window", layer.kind in ("full", "window")
-        accuse(type(self), [
-            Suspect("k-only", layer.k_dim == layer.v_dim and got == one_side[0] > 0, "V was not counted",
-                    "both widths"),
-            Suspect("k-width-for-both", dense and got in (2 * one_side[0], 2 * one_side[1]),
-                    "one width was taken for K and for V", "layer.k_dim + layer.v_dim"),
-            Suspect("window-ignored", window and got == seq_len * kv * width,
-                    "every token was counted; those that left the window are dropped", "min"),
-            Suspect("window-overfull", window and got == (layer.window or 0) * kv * width,
-                    "a full window was counted before it is full", "min(seq_len, layer.window)"),
-            Suspect("latent-twice", latent and got == 2 * seq_len * layer.latent_dim,
-                    "the latent was counted for K and for V", "the one vector both are made from"),
-            Suspect("latent-per-head", latent and kv > 0 and got > 0 and got % (seq_len * layer.latent_dim * kv) == 0,
-                    "the latent was counted once per head", "all heads share one vector per token"),
-            Suspect("latent-as-heads", latent and got == seq_len * kv * width,
-                    "the heads' K and V were counted; they are made when needed, not kept", "layer.latent_dim"),
-            Suspect("shared-counted", layer.kind == "shared" and got > 0,
-                    "K and V were counted that another layer keeps", 'what the docstring says of "shared"'),
-            Suspect("state-counted", layer.kind == "state" and got != 0, "a state does not grow with tokens",
-                    'what the docstring says of "state"'),
-            Suspect("one-token", seq_len > 1 and got > 0 and got * held in (sum(one_side), held * layer.latent_dim),
-                    "the tokens were left out", "seq_len"),
-        ], seen)  # fmt: skip
-        self.fail("count", seen=seen, cause="a factor is missing or one too many", look="this layer, by hand")
+    def examine_kind(self, kind: str, answer: Callable, want: Callable, layer: Callable[..., Layer], cases: object,
+                     suspects: list[Suspect]) -> None:  # fmt: skip
+        """One kind of layer, beside a formula of its sizes."""
+        judge(
+            type(self), lambda *sizes: answer(layer(*sizes[:-1]), sizes[-1]), want, cases, suspects,
+            what=f'the count of a "{kind}" layer', whole=True, otherwise="count",
+        )  # fmt: skip
+
+    def keeps_nothing(self, answer: Callable, kind: str) -> None:
+        """A layer without K and V of its own, however the heads it reads are described."""
+        said = {"shared": "another layer keeps what it reads", "state": "a state does not grow with tokens"}[kind]
+        judge(
+            type(self), lambda *sizes: answer(Layer(kind, *sizes[:-1], state_bytes=37 * (kind == "state")), sizes[-1]),
+            nothing, ((3, 7, 11, 31), (1, 64, 64, 4097), (0, 0, 0, 7)),
+            [
+                Suspect(f"{kind}-counted", [dense, lambda heads, k, v, n: 2 * n * heads * k], "K and V were counted; "
+                        + said, f'what the docstring says of "{kind}"'),
+                Suspect(f"{kind}-counted", [lambda heads, k, v, n: 37, lambda heads, k, v, n: 37 * n],
+                        "state_bytes was counted: it is in bytes, and does not grow with tokens",
+                        f'what the docstring says of "{kind}"'),
+            ],
+            what=f'the count of a "{kind}" layer', whole=True, otherwise=f"{kind}-counted",
+        )  # fmt: skip
+
+
+def widths(want: Callable[..., int]) -> list[Suspect]:
+    """Mistakes in the widths of K and V; `want` has (..., num_kv_heads, k_dim, v_dim, seq_len)."""
+
+    def changed(change: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
+        return lambda *sizes: want(*sizes[:-3], *change(*sizes[-3:-1]), sizes[-1])
+
+    both = "layer.k_dim + layer.v_dim"
+    return [
+        Suspect("k-only", [changed(lambda k, v: (k, 0)), changed(lambda k, v: (0, v))], "K or V was not counted", both),
+        Suspect("k-width-for-both", [changed(lambda k, v: (k, k)), changed(lambda k, v: (v, v))],
+                "one width was taken for K and for V", both),
+        Suspect("widths-multiplied", changed(lambda k, v: (k * v, 0)), "the two widths were multiplied", both),
+        Suspect("one-head", lambda *sizes: want(*sizes[:-4], 1, *sizes[-3:]), "one KV head was counted",
+                "layer.num_kv_heads"),
+        Suspect("one-token", lambda *sizes: want(*sizes[:-1], 1), "the tokens were left out", "seq_len"),
+    ]  # fmt: skip

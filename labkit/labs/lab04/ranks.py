@@ -11,17 +11,14 @@ from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab04.references import split_kv_heads
 
 DIVIDE = (
-    (64, 8, 1),
-    (64, 8, 2),
-    (64, 8, 8),
-    (60, 12, 4),
-    (64, 8, 16),
-    (64, 8, 32),
-    (28, 4, 14 * 2),
-    (32, 1, 4),
-    (6, 6, 6),
-)
-REFUSED = ((28, 4, 8, "query heads"), (60, 5, 7, "query heads"), (48, 6, 4, "KV heads"), (48, 8, 12, "KV heads"))
+    (60, 12, 4), (60, 12, 1), (48, 6, 2), (48, 6, 6), (48, 6, 12), (48, 6, 48), (28, 4, 28), (40, 10, 20), (30, 1, 5),
+    (72, 12, 3), (7, 7, 7), (7, 7, 1), (1, 1, 1), (10, 5, 1), (512, 256, 128), (1024, 4, 512),
+)  # fmt: skip
+REFUSED = (
+    (28, 4, 8, "query heads"), (36, 4, 8, "query heads"), (6, 2, 12, "query heads"), (60, 5, 7, "query heads"),
+    (48, 6, 4, "KV heads"), (48, 8, 12, "KV heads"), (24, 4, 6, "KV heads"), (60, 12, 10, "KV heads"),
+)  # fmt: skip
+Split = Callable[[int, int, int], object]
 
 
 class SplitKvHeads(Exercise):
@@ -40,59 +37,104 @@ class SplitKvHeads(Exercise):
         "no-head": "What would a GPU with 0 KV heads attend to?",
         "never-copied": "16 GPUs, one KV head each, 8 different KV heads: how often does each occur?",
         "refuses-copies": "More GPUs than KV heads is allowed. It costs memory, and that is the point.",
+        "and-or": "8 KV heads on 2 GPUs: 2 divides 8, 8 does not divide 2. Is that to be refused?",
         "accepts-halves": "6 KV heads on 4 GPUs: which GPU would keep which?",
     }
 
     def examine(self, answer: Callable) -> None:
         """Divisions that fit, divisions that copy, and divisions that must be refused."""
-        for num_heads, num_kv_heads, ranks in DIVIDE:
-            self.divide(answer, num_heads, num_kv_heads, ranks)
+        got = {case: self.divide(answer, *case) for case in DIVIDE}
+        if refused := {case for case, pair in got.items() if isinstance(pair, Exception)}:
+            self.explain_refusals(refused, got[min(refused, key=DIVIDE.index)])
+        self.explain(got)
         for num_heads, num_kv_heads, ranks, what in REFUSED:
             self.refuse(answer, num_heads, num_kv_heads, ranks, what)
 
-    def divide(self, answer: Callable, num_heads: int, num_kv_heads: int, ranks: int) -> None:
-        """One division that works."""
-        where = f"{num_heads} query heads, {num_kv_heads} KV heads, {ranks} GPUs"
-        want = split_kv_heads(num_heads, num_kv_heads, ranks)
-        try:
-            got = answer(num_heads, num_kv_heads, ranks)
-        except ValueError as error:
-            if "GPU" in str(error) or ranks > num_kv_heads:
-                self.fail(
-                    "refuses-copies" if ranks > num_kv_heads else "refuses-too-much",
-                    seen=f"{where}: refused with {str(error)[:60]!r}",
-                    cause="a division that works was taken for one that does not",
-                    look="the docstring: which two cases are refused?",
-                )
-            raise
-        except ZeroDivisionError:
-            self.fail("no-head", seen=f"{where}: a division by zero", cause="num_kv_heads // ranks is 0 here",
-                      look="what a GPU keeps when there are more GPUs than KV heads")  # fmt: skip
-        got = self.call(lambda: got)
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
-            self.fail("not-a-pair", seen=f"{where}: a {type(got).__name__} came back", cause="one number is missing",
-                      look="the return: heads per GPU, copies")  # fmt: skip
-        pair = tuple(check_whole(type(self), number, "a count of heads or of GPUs") for number in got)
-        if pair != want:
-            self.explain(pair, want, where, num_heads // num_kv_heads, num_kv_heads)
+    def divide(self, answer: Callable, num_heads: int, num_kv_heads: int, ranks: int) -> tuple[int, ...] | Exception:
+        """One division that works: the two numbers, or the error with which it was refused."""
 
-    def explain(self, got: tuple, want: tuple[int, int], where: str, group: int, num_kv_heads: int) -> None:
-        """Name the mistake in a pair of numbers."""
-        seen = f"{where}: you say {got[0]} per GPU, {got[1]} copies; it is {want[0]} and {want[1]}"
+        def attempt() -> object:
+            try:
+                return answer(num_heads, num_kv_heads, ranks)
+            except (ValueError, ZeroDivisionError, AssertionError) as error:
+                return error
+
+        where, got = in_words(num_heads, num_kv_heads, ranks), self.call(attempt)
+        if isinstance(got, Exception):
+            return got
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            self.fail("not-a-pair", seen=f"{where}: {got!r} came back", cause="one number is missing, "
+                      "or one too many", look="the return: heads per GPU, copies")  # fmt: skip
+        return tuple(check_whole(type(self), number, "a count of heads or of GPUs") for number in got)
+
+    def explain_refusals(self, refused: set[tuple[int, int, int]], error: Exception | tuple) -> None:
+        """Which of the divisions that work were refused, and what that has in common."""
+        first = min(refused, key=DIVIDE.index)
+        said = str(error)[:60] or "no message"
+        seen = f"{in_words(*first)}: {type(error).__name__}, {said!r}; this division works"
+        more = {case for case in DIVIDE if case[2] > case[1]}
+        unequal = {case for case in DIVIDE if case[1] % case[2] or case[2] % case[1]}
+        if isinstance(error, ZeroDivisionError):
+            self.fail("no-head", seen=f"{in_words(*first)}: a division by zero",
+                      cause="one of the two whole divisions, num_kv_heads // ranks or ranks // num_kv_heads, is 0 here",
+                      look="what a GPU keeps when there are more GPUs than KV heads")  # fmt: skip
         accuse(type(self), [
-            Suspect("swapped", got == want[::-1], "the two numbers changed places", "the return: heads per GPU first"),
-            Suspect("no-head", got[0] == 0, "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
-                    "the smallest thing a GPU can keep: one head"),
-            Suspect("no-copies-yet", got[1] == 0, "ranks // num_kv_heads is 0 when there are fewer GPUs than KV heads",
-                    "a head that is kept on one GPU has 1 copy"),
-            Suspect("never-copied", got == (want[0], 1), "heads were divided and never copied",
-                    "GPUs times heads per GPU, over the heads there are"),
-            Suspect("group-size", got == (want[0], group), "num_queries_per_kv was taken for the copies",
-                    "query heads that share a KV head may all be on one GPU: GPUs over KV heads"),
-            Suspect("all-everywhere", got[0] == num_kv_heads, "every GPU was given every KV head",
-                    "a GPU needs only the KV heads that its own query heads read"),
+            Suspect("refuses-copies", refused == more, "more GPUs than KV heads were taken for a division that fails",
+                    "the docstring: either of num_kv_heads and ranks may divide the other"),
+            Suspect("refuses-fewer", refused == {case for case in DIVIDE if case[2] < case[1]},
+                    "fewer GPUs than KV heads were taken for a division that fails",
+                    "the docstring: either of num_kv_heads and ranks may divide the other"),
+            Suspect("and-or", refused == unequal, "`or` stands where `and` belongs: it is refused as soon as one of "
+                    "the two does not divide the other", "the docstring: when *neither* divides the other"),
         ], seen)  # fmt: skip
-        self.fail("count", seen=seen, cause="one of the two numbers is off",
+        self.fail("refuses-too-much", seen=seen, cause="a division that works was taken for one that does not",
+                  look="the docstring: which two cases are refused?")  # fmt: skip
+
+    def explain(self, got: dict) -> None:
+        """Name the mistake in pairs of numbers: a rule that gives what came back in every division."""
+        want = {case: split_kv_heads(*case) for case in DIVIDE}
+        wrong = [case for case in DIVIDE if tuple(got[case]) != want[case]]
+        if not wrong:
+            return
+        first = wrong[0]
+        a, b = got[first]
+        seen = f"{in_words(*first)}: you say {a} per GPU, {b} copies; it is {want[first][0]} and {want[first][1]}"
+
+        def each(rule: Split) -> bool:
+            return all(got[case][0] == rule(*case) for case in DIVIDE)
+
+        def copies(rule: Split) -> bool:
+            return all(got[case] == (want[case][0], rule(*case)) for case in DIVIDE)
+
+        accuse(type(self), [
+            Suspect("swapped", all(got[case] == want[case][::-1] for case in DIVIDE), "the two numbers changed places",
+                    "the return: heads per GPU first"),
+            Suspect("no-head", each(lambda heads, kv, ranks: kv // ranks),
+                    "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
+                    "the smallest thing a GPU can keep: one head"),
+            Suspect("all-everywhere", each(lambda heads, kv, ranks: kv), "every GPU was given every KV head",
+                    "a GPU needs only the KV heads that its own query heads read"),
+            Suspect("query-heads", each(lambda heads, kv, ranks: heads // ranks),
+                    "the query heads of each GPU were counted", "the first number: KV heads"),
+            Suspect("no-copies-yet", copies(lambda heads, kv, ranks: ranks // kv),
+                    "ranks // num_kv_heads is 0 when there are fewer GPUs than KV heads",
+                    "a head that is kept on one GPU has 1 copy"),
+            Suspect("never-copied", copies(lambda heads, kv, ranks: 1), "heads were divided and never copied",
+                    "GPUs times heads per GPU, over the heads there are"),
+            Suspect("group-size", [copies(lambda heads, kv, ranks: heads // kv),
+                                   copies(lambda heads, kv, ranks: heads // ranks)],
+                    "query heads were taken for the copies",
+                    "query heads that share a KV head may all be on one GPU: GPUs over KV heads"),
+            Suspect("on-every-gpu", copies(lambda heads, kv, ranks: ranks), "each head was said to be on every GPU",
+                    "GPUs times heads per GPU, over the heads there are"),
+            Suspect("all-kept", copies(lambda heads, kv, ranks: max(1, kv // ranks) * ranks),
+                    "what all GPUs keep together was not divided by the heads there are",
+                    "copies of one head: GPUs x heads per GPU / KV heads"),
+            Suspect("extra-copies", copies(lambda heads, kv, ranks: max(1, ranks // kv) - 1),
+                    "the copies besides the first were counted", "on how many GPUs a head is kept: 1 at least"),
+        ], seen)  # fmt: skip
+        self.fail("count", seen=seen, cause="one of the two rules is another one: "
+                  f"{len(DIVIDE) - len(wrong)} of {len(DIVIDE)} divisions came out right",
                   look="GPUs x heads per GPU = KV heads x copies")  # fmt: skip
 
     def refuse(self, answer: Callable, num_heads: int, num_kv_heads: int, ranks: int, what: str) -> None:
@@ -106,13 +148,19 @@ class SplitKvHeads(Exercise):
         except Exception as error:
             self.fail(
                 "other-error",
-                seen=f"{num_heads} query heads, {num_kv_heads} KV heads, {ranks} GPUs: {type(error).__name__}",
+                seen=f"{in_words(num_heads, num_kv_heads, ranks)}: {type(error).__name__}",
                 cause="the two cases are refused with another error (an assert, for one), or by accident",
                 look="raise ValueError(...)",
             )
         self.fail(
             "accepts-halves" if what == "KV heads" else "query-heads-unchecked",
-            seen=f"{num_heads} query heads, {num_kv_heads} KV heads, {ranks} GPUs: {got} came back",
+            seen=f"{in_words(num_heads, num_kv_heads, ranks)}: {got} came back",
             cause=f"the {what} do not divide, and a head cannot be cut",
             look="ValueError, before anything is returned",
         )
+
+
+def in_words(num_heads: int, num_kv_heads: int, ranks: int) -> str:
+    """A case in words."""
+    sizes = ((num_heads, "query head"), (num_kv_heads, "KV head"), (ranks, "GPU"))
+    return ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in sizes)

@@ -1,0 +1,162 @@
+"""What a step of attention copies of K and V, and how often it reads them: for 04.1 and 04.6."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from labkit.course.checks.effort import check_stays, effort_of
+from labkit.course.checks.tensors import heads
+from labkit.course.exercise import Exercise
+from labkit.ledger import memory_of, tensors_in
+
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mul", "multiply", "tensordot", "inner", "scaled_dot_product_attention"}
+
+
+GROUP = 3  # query heads of a KV head in `steps`
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the largest tensor that kernels make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        before = {memory_of(tensor) for tensor in tensors_in((args, dict(kwargs or {})))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if memory_of(tensor) not in before and (self.tensor is None or tensor.nbytes > self.tensor.nbytes):
+                self.tensor = tensor
+        return result
+
+
+class Making(TorchFunctionMode):
+    """The largest tensor that a piece of code makes, and the function that made it, as the code calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor: Tensor | None = None
+        self.by = ""
+        self.enable_gqa = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        self.enable_gqa = self.enable_gqa or bool((kwargs or {}).get("enable_gqa"))
+        with Largest() as largest:
+            result = func(*args, **(kwargs or {}))
+        made = largest.tensor
+        if made is not None and (self.tensor is None or made.nbytes > self.tensor.nbytes):
+            self.tensor, self.by = made, name
+        return result
+
+
+def steps() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Calls to measure: one new token and three, two dtypes, K and V in one piece and cut from a buffer.
+
+    6 query heads on 2 KV heads. Heads are wide beside the tokens, so that scores are small: no right way makes a tensor of one head's K.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        for new in (1, 3):
+            q, k, v = (x.to(dtype) for x in heads(2 * GROUP, 2, new, 61 - new, head_dim=512))
+            yield f"{new} new token{'s' * (new > 1)}, {str(dtype).removeprefix('torch.')}", q, k, v
+            k, v = (torch.cat((x, x[:, :, :29]), dim=2)[:, :, :61] for x in (k, v))
+            yield f"{new} new token{'s' * (new > 1)}, K and V cut from a larger buffer", q, k, v
+
+
+def check_copies(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str) -> None:
+    """Fail when `run()` makes a tensor as large as K of one KV head of one request, or larger; a cast is let pass."""
+    with Making() as making:
+        exercise.run(run)
+    made = making.tensor
+    if made is None or made.nbytes < k[0, 0].nbytes or cast_of(made, k, v):
+        return
+    times = made.nbytes / k.nbytes
+    size = f"{times:.2g} times the bytes of K" if times != 1 else "as many bytes as K"
+    seen = f"{when}: the values are right, and `{making.by}` makes a tensor of {size}"
+    if making.by in PRODUCTS:
+        exercise.fail(
+            "broadcast-copies",
+            seen=f"{seen}, though no line says copy",
+            cause="k and v met q with another number of batch dimensions: a product repeats them until both sides have "
+            "the same, and writes that out",
+            look="both sides of the product: 4 dimensions each, with [batch, num_kv_heads] in front",
+        )
+    if holds(made, k, v, GROUP):
+        exercise.fail(
+            "expanded",
+            seen=seen,
+            cause="K or V was repeated to all query heads: by repeat_interleave, an index, stack, or an expand that a "
+            "reshape then has to write out",
+            look="what is done to k and v: nothing need be. Reshape q",
+        )
+    if holds(made, k, v, 1):
+        exercise.fail(
+            "copied-whole",
+            seen=seen,
+            cause="K or V was copied as it is: by contiguous, clone, or a reshape that cannot be a view",
+            look="what is done to k and v: nothing need be; @ takes them as they lie",
+        )
+    exercise.fail(
+        "makes-large",
+        seen=seen,
+        cause="a part of K or V was copied, or something as large was made beside them",
+        look=f"the line that calls `{making.by}`: the scores of a few new tokens need far less room than their keys",
+    )
+
+
+def cast_of(made: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a tensor is K or V in another dtype."""
+    return made.dtype != k.dtype and holds(made, k, v, 1)
+
+
+def holds(made: Tensor, k: Tensor, v: Tensor, times: int) -> bool:
+    """Whether a tensor holds the numbers of K, or of V, so many times over, in whatever order."""
+    total = made.double().abs().sum().item()
+    return any(made.numel() == times * x.numel() and abs(total / times / x.double().abs().sum().item() - 1) < 1e-3
+               for x in (k, v))  # fmt: skip
+
+
+def check_reads(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str) -> None:
+    """Fail when numbers leave PyTorch on the way, or when K and V are read twice or more."""
+    with Making() as making:
+        effort = effort_of(lambda: exercise.run(run))
+    check_stays(exercise, effort)
+    made = making.tensor
+    wider = made.element_size() / k.element_size() if made is not None and cast_of(made, k, v) else 0
+    # A cast reads, writes and is read. Scores, in float64 even, add less than 0.8.
+    once = 1 + 2 * wider
+    times = effort.touched / (k.nbytes + v.nbytes)
+    if times >= once + 0.9 * max(wider, 1):
+        exercise.fail(
+            "reads-again",
+            seen=f"{when}: nothing is repeated, but the step moves {times:.1f} times the bytes of K and V; {once:.0f} "
+            "would do",
+            cause="several products read the same keys: one for each query head, or one for each new token",
+            look="one product for each KV head, with all query heads of its group and all new tokens as rows",
+        )
+
+
+def check_left(exercise: type[Exercise], run: Callable[[], Any]) -> None:
+    """Fail when numbers leave PyTorch on the way."""
+    check_stays(exercise, effort_of(lambda: exercise.run(run)))
+
+
+def check_enable_gqa(exercise: type[Exercise], run: Callable[[], Any]) -> None:
+    """Fail when PyTorch's own grouped attention does the grouping."""
+    with Making() as making:
+        exercise.run(run)
+    if making.enable_gqa:
+        exercise.fail(
+            "enable-gqa",
+            seen="scaled_dot_product_attention(..., enable_gqa=True) does the grouping. The values are right",
+            cause="that is the line to use in a product. What it does is this exercise: its fused kernels read each KV "
+            "head once, its fallback (SDPBackend.MATH) expands K and V",
+            look="stack the queries of a group as rows; then the heads are equal and no option is needed",
+        )
