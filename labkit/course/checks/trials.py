@@ -114,6 +114,7 @@ class Judge:
                 self.fail_precision(case, name, a, c, tolerance)
             self.call_the_others()
             self.accuse(case)
+            self.recall(case, got, own)
             self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
 
     def call_the_others(self) -> None:
@@ -131,6 +132,17 @@ class Judge:
             if any(self.always(place, variant) for variant in range(len(variants(suspect)))):
                 self.exercise.fail(
                     suspect.diagnosis, seen=suspect.seen or self.told(case), cause=suspect.cause, look=suspect.look
+                )
+
+    def recall(self, case: Case, got: Any, own: Any) -> None:
+        """Name a result that is an earlier call's, where the right one is another."""
+        for other, then, right in self.seen:
+            if other is not case and fits(got, then) and not fits(own, right):
+                self.exercise.fail(
+                    "remembered",
+                    seen=f"{self.told(case)}: what came back is what came back {self.told(other)}",
+                    cause="a result is kept from call to call, or the numbers that came in are not used",
+                    look="what outlives a call: a global, a default argument, an attribute, a cache decorator",
                 )
 
     def always(self, place: int, variant: int) -> bool:

@@ -54,6 +54,14 @@ def one_buffer(q, k, v):
     return out
 
 
+FIRST: dict = {}
+
+
+def the_first_again(q, k, v):
+    """The numbers change between two calls of the same shapes, the result does not."""
+    return FIRST.setdefault((q.shape, q.dtype), right(q, k, v)).clone()
+
+
 def by_memory(q, k, v):
     return right(torch.as_strided(q, q.shape, q.new_empty(q.shape).stride()), k, v)
 
@@ -72,6 +80,8 @@ def coarse(q, k, v):
         (attend, "pass"),
         (right, "pass"),
         (one_buffer, "result-overwritten"),
+        (the_first_again, "remembered"),
+        (lambda q, k, v: torch.ones_like(q), "values"),
         (by_memory, "layout"),
         (lambda q, k, v: right(q, k, v).view(-1, *q.shape[1:]) if q.is_contiguous() else q.view(-1), "layout"),
         (in_float32, "dtype"),
