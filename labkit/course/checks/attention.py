@@ -136,7 +136,7 @@ TURNS: tuple[tuple[str, Turn, str, str, str], ...] = (
      "a bool mask with masked_fill, or -inf where a key is hidden", "nothing is hidden, some keys only weigh more"),
     ("mask-after", Turn(hide="after"), "the mask came after softmax, so that what is left does not sum to 1", ORDER,
      "rows that should hide keys sum to less than 1"),
-    ("mask-weak", Turn(hide="weak"), "hidden scores were set to -100, which large scores come near",
+    ("mask-weak", Turn(hide="weak"), "hidden scores were set to a number such as -100, which scores may come near",
      "what softmax must get for a hidden key: -inf", "hidden keys get weight where scores are large"),
     ("axis", Turn(axis=-2), "softmax ran along the queries", SOFTMAX, "each column sums to 1; each row should"),
     ("axis-heads", Turn(axis=-3), "softmax ran along the heads", SOFTMAX,
