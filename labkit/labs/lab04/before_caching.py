@@ -16,7 +16,7 @@ from labkit.course.checks.attention import attend
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import LOOSE, agree, heads
 from labkit.course.exercise import Exercise
-from labkit.labs.lab04.copies import check_copies, check_left, steps
+from labkit.labs.lab04.copies import check_copies, check_left, counted, steps
 from labkit.labs.lab04.grouped import far_down
 from labkit.labs.lab04.references import cached_attention
 
@@ -115,8 +115,7 @@ class CachedAttention(Exercise):
         if held[0].dtype != k.dtype:
             self.fail(
                 "kept-in-another-dtype",
-                seen=f"the cache holds {str(held[0].dtype).removeprefix('torch.')}; {str(k.dtype).removeprefix('torch.')} "
-                "came in",
+                seen=f"k and v came in as {k.dtype}; the cache holds {held[0].dtype}",
                 cause="K and V were cast before the append: other numbers, and another size",
                 look="what is appended: k and v as they came",
             )
@@ -146,8 +145,8 @@ class CachedAttention(Exercise):
                 if all(variant < len(gives) and agree(out, gives[variant](), LOOSE, nan=True)
                        for gives, (out, _) in zip(given, layer.outputs, strict=True)):  # fmt: skip
                     accuse(type(self), [suspect], suspect.seen, fits=lambda _: True)
-        self.same(got, want, what=f"{new} new token{'s' * (new > 1)} after {tokens - new}: what is cached is right; the "
-                  "output", tolerance=LOOSE)  # fmt: skip
+        what = f"{counted(new)} after {tokens - new}: what is cached is right; the output"
+        self.same(got, want, what=what, tolerance=LOOSE)
 
     def check_work(self, answer: Callable) -> None:
         """A step over many tokens makes nothing as large as what one head holds, but for the append."""

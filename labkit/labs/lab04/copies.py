@@ -8,32 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.course.checks.effort import check_stays, effort_of
+from labkit.course.checks.effort import Effort, Kernels, check_stays, effort_of
 from labkit.course.checks.tensors import heads
 from labkit.course.exercise import Exercise
-from labkit.ledger import memory_of, tensors_in
+from labkit.ledger import tensors_in
 
-PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mul", "multiply", "tensordot", "inner", "scaled_dot_product_attention"}
+PRODUCTS = {
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    "mul",
+    "multiply",
+    "tensordot",
+    "inner",
+    "scaled_dot_product_attention",
+}
 
 
 GROUP = 3  # query heads of a KV head in `steps`
 
 
-class Largest(TorchDispatchMode):
+class Largest(Kernels):
     """Keeps the largest tensor that kernels make."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Effort())
         self.tensor: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
-        before = {memory_of(tensor) for tensor in tensors_in((args, dict(kwargs or {})))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            if memory_of(tensor) not in before and (self.tensor is None or tensor.nbytes > self.tensor.nbytes):
-                self.tensor = tensor
+        before = self.effort.largest
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.effort.largest > before:
+            self.tensor = max(tensors_in(result), key=lambda tensor: tensor.nbytes)
         return result
 
 
@@ -60,14 +68,15 @@ class Making(TorchFunctionMode):
 def steps() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Calls to measure: one new token and three, two dtypes, K and V in one piece and cut from a buffer.
 
-    6 query heads on 2 KV heads. Heads are wide beside the tokens, so that scores are small: no right way makes a tensor of one head's K.
+    6 query heads on 2 KV heads. Heads are wide beside the tokens, so that scores are small: no right way makes a tensor
+    as large as one head's K.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for new in (1, 3):
             q, k, v = (x.to(dtype) for x in heads(2 * GROUP, 2, new, 61 - new, head_dim=512))
-            yield f"{new} new token{'s' * (new > 1)}, {str(dtype).removeprefix('torch.')}", q, k, v
+            yield f"{counted(new)}, {str(dtype).removeprefix('torch.')}", q, k, v
             k, v = (torch.cat((x, x[:, :, :29]), dim=2)[:, :, :61] for x in (k, v))
-            yield f"{new} new token{'s' * (new > 1)}, K and V cut from a larger buffer", q, k, v
+            yield f"{counted(new)}, K and V cut from a larger buffer", q, k, v
 
 
 def check_copies(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str) -> None:
@@ -160,3 +169,8 @@ def check_enable_gqa(exercise: type[Exercise], run: Callable[[], Any]) -> None:
             "head once, its fallback (SDPBackend.MATH) expands K and V",
             look="stack the queries of a group as rows; then the heads are equal and no option is needed",
         )
+
+
+def counted(new: int) -> str:
+    """So many new tokens, in words."""
+    return f"{new} new token{'s' * (new != 1)}"

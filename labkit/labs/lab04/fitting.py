@@ -89,7 +89,8 @@ class MostKvHeads(Exercise):
                 "no more KV heads were tried than the spec has", "the counts that you try: up to spec.num_heads"),
         Suspect("own-divisors", [choice(allow=lambda spec, n: spec.num_kv_heads % n == 0), choice(
                     allow=lambda spec, n: n % spec.num_kv_heads == 0)],
-                "the counts tried were made to fit the KV heads that the spec has", "what must divide: num_heads % count"),
+                "the counts tried were made to fit the KV heads that the spec has",
+                "what must divide: num_heads % count"),
         Suspect("powers-of-two", [choice(allow=lambda spec, n: n & (n - 1) == 0), choice(
                     allow=lambda spec, n: n & (n - 1) == 0 and spec.num_heads % n == 0)],
                 "only powers of two were tried", "the counts that you try: every divisor of num_heads"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
@@ -64,19 +64,20 @@ class LayerElements(Exercise):
         self.examine_kind("full", answer, dense, lambda *s: Layer("full", *s), DENSE, widths(dense))
         window = [(19, *sizes, seq_len) for sizes in ((2, 13, 17), (5, 8, 8)) for seq_len in WINDOWS]
         self.examine_kind(
-            "window", answer, windowed, lambda window, *s: Layer("window", *s, window=window), window,
+            "window", answer, windowed, lambda window, kv, k, v: Layer("window", kv, k, v, window), window,
             [
                 Suspect("window-ignored", lambda window, *sizes: dense(*sizes),
-                        "every token was counted; those that left the window are dropped", "min(seq_len, layer.window)"),
-                Suspect("window-overfull", lambda window, *sizes: dense(*sizes[:-1], window),
+                        "every token was counted; those that left the window are dropped",
+                        "min(seq_len, layer.window)"),
+                Suspect("window-overfull", lambda window, kv, k, v, n: dense(kv, k, v, window),
                         "a full window was counted before it is full", "min(seq_len, layer.window)"),
-                Suspect("window-overfull", lambda window, *sizes: dense(*sizes[:-1], max(window, sizes[-1])),
+                Suspect("window-overfull", lambda window, kv, k, v, n: dense(kv, k, v, max(window, n)),
                         "the larger of tokens and window was taken", "min(seq_len, layer.window)"),
                 *widths(windowed),
             ],
         )  # fmt: skip
         self.examine_kind(
-            "latent", answer, latent, lambda latent_dim, *s: Layer("latent", *s, latent_dim=latent_dim), LATENTS,
+            "latent", answer, latent, lambda dim, kv, k, v: Layer("latent", kv, k, v, latent_dim=dim), LATENTS,
             [
                 Suspect("latent-twice", lambda dim, heads, k, v, n: 2 * n * dim,
                         "the latent was counted for K and for V", "the one vector both are made from"),
@@ -92,27 +93,25 @@ class LayerElements(Exercise):
                 Suspect("one-token", lambda dim, *sizes: dim, "the tokens were left out", "seq_len"),
             ],
         )  # fmt: skip
-        for kind in ("shared", "state"):
-            self.keeps_nothing(answer, kind)
-        empty = [("full", dense), ("window", windowed), ("latent", latent)]
-        layers = [Layer("full", 3, 7, 11), Layer("window", 2, 13, 17, window=19), Layer("latent", latent_dim=29)]
-        for (kind, want), layer in zip(empty, layers, strict=True):
+        self.keeps_nothing(answer, "shared")
+        self.keeps_nothing(answer, "state")
+        for layer in (Layer("full", 3, 7, 11), Layer("window", 2, 13, 17, 19), Layer("latent", latent_dim=29)):
             judge(type(self), lambda seq_len, layer=layer: answer(layer, seq_len), lambda seq_len: 0, [(0,)], (),
-                  what=f'the count of a "{kind}" layer', whole=True, otherwise="no-tokens")  # fmt: skip
+                  what=f'the count of a "{layer.kind}" layer', whole=True, otherwise="no-tokens")  # fmt: skip
 
-    def examine_kind(self, kind: str, answer: Callable, want: Callable, layer: Callable[..., Layer], cases: object,
-                     suspects: list[Suspect]) -> None:  # fmt: skip
+    def examine_kind(self, kind: str, answer: Callable, want: Callable, layer: Callable[..., Layer],
+                     cases: Sequence[tuple[int, ...]], suspects: list[Suspect]) -> None:  # fmt: skip
         """One kind of layer, beside a formula of its sizes."""
         judge(
             type(self), lambda *sizes: answer(layer(*sizes[:-1]), sizes[-1]), want, cases, suspects,
             what=f'the count of a "{kind}" layer', whole=True, otherwise="count",
         )  # fmt: skip
 
-    def keeps_nothing(self, answer: Callable, kind: str) -> None:
+    def keeps_nothing(self, answer: Callable, kind: Literal["shared", "state"]) -> None:
         """A layer without K and V of its own, however the heads it reads are described."""
         said = {"shared": "another layer keeps what it reads", "state": "a state does not grow with tokens"}[kind]
         judge(
-            type(self), lambda *sizes: answer(Layer(kind, *sizes[:-1], state_bytes=37 * (kind == "state")), sizes[-1]),
+            type(self), lambda kv, k, v, n: answer(Layer(kind, kv, k, v, state_bytes=37 * (kind == "state")), n),
             nothing, ((3, 7, 11, 31), (1, 64, 64, 4097), (0, 0, 0, 7)),
             [
                 Suspect(f"{kind}-counted", [dense, lambda heads, k, v, n: 2 * n * heads * k], "K and V were counted; "

@@ -15,7 +15,7 @@ from labkit.course.checks.trials import compare
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab04.references import merge_kv_heads
 
-HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
 class MergeKvHeads(Exercise):
@@ -43,8 +43,6 @@ class MergeKvHeads(Exercise):
         """Weights of heads in pairs, threes and all in one, groups of one, a bias; other dtypes and layouts."""
         self.examine_weights(answer)
         self.examine_biases(answer)
-        got = self.call(answer, draw(24, 6, seed=9), 6, 2)
-        self.same(got, merge_kv_heads(draw(24, 6, seed=9), 6, 2), what="the merged float64 weight", tolerance=LOOSE)
 
     def examine_weights(self, answer: Callable) -> None:
         """Weights of two dimensions; whether what raises here works for the lab model's sizes."""
@@ -52,7 +50,7 @@ class MergeKvHeads(Exercise):
         cases = [(draw(heads * head_dim, hidden, seed=i, dtype=torch.float32) * 3, heads, group)
                  for i, (heads, group, head_dim, hidden) in enumerate(sizes)]  # fmt: skip
         try:
-            compare(type(self), answer, merge_kv_heads, cases, suspects=suspects, what="the result", dtypes=HALF)
+            compare(type(self), answer, merge_kv_heads, cases, suspects=suspects, what="the result", dtypes=DTYPES)
         except NotYet as not_yet:
             if not_yet.finding.diagnosis in ("raised", "shape") and self.fits_the_model(answer):
                 self.fail(
@@ -77,7 +75,7 @@ class MergeKvHeads(Exercise):
         cases = [(draw(heads * head_dim, seed=heads, dtype=torch.float32), heads, group)
                  for heads, group, head_dim in ((6, 2, 5), (12, 3, 7), (5, 5, 4))]  # fmt: skip
         try:
-            compare(type(self), answer, merge_kv_heads, cases, suspects=suspects, what="the result", dtypes=HALF)
+            compare(type(self), answer, merge_kv_heads, cases, suspects=suspects, what="the result", dtypes=DTYPES)
         except NotYet as not_yet:
             if not_yet.finding.diagnosis != "raised":
                 raise

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from labkit import sizing
-from labkit.attention import attention, causal_mask
-from labkit.labs.lab04.references import grouped_attention, layer_elements, split_kv_heads
+from labkit.attention import attention, causal_mask, online_attention
+from labkit.labs.lab04.references import grouped_attention, layer_elements, merge_kv_heads, split_kv_heads
 from tests.labs.answer import Wrong
 
 # 04.1
@@ -137,8 +139,144 @@ def by_einsum(q, k, v):
 
 
 def by_fused(q, k, v):
-    """Right: PyTorch's own on a CPU."""
+    """PyTorch's own: wrong where the grouping is what one is to write, right elsewhere."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q.shape[2], k.shape[2]), enable_gqa=True)
+
+
+def grouped(q, k, v, *, soft=lambda s: s.softmax(-1), hide=None, rows=None, back=None, keys=lambda x: x):
+    """The right way, with parts replaced; what follows softmax has the dtype of q."""
+    k, v = keys(k), keys(v)
+    rows = (rows or (lambda x: x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])))(q)
+    scores = (rows @ k.mT) * q.shape[3] ** -0.5
+    scores = scores.reshape(*q.shape[:3], -1)
+    hide = hide or (lambda s: s.masked_fill(~causal_mask(*s.shape[2:]), float("-inf")))
+    weights = soft(hide(scores)).to(v.dtype)
+    out = weights.reshape(*rows.shape[:3], -1) @ v
+    return (back or (lambda x: x.reshape(q.shape)))(out).to(q.dtype)
+
+
+def seen_of(scores):
+    return causal_mask(*scores.shape[2:])
+
+
+def with_softmax(soft):
+    return lambda q, k, v: grouped(q, k, v, soft=soft)
+
+
+def hidden(hide):
+    return lambda q, k, v: grouped(q, k, v, hide=hide)
+
+
+def after_softmax(q, k, v):
+    return grouped(q, k, v, hide=lambda s: s, soft=lambda s: s.softmax(-1) * seen_of(s))
+
+
+def exp_by_hand(scores):
+    """Without subtracting the largest score."""
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
+def largest_subtracted(scores):
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def rows_of_the_mask_in_turn(q, k, v):
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    mask = causal_mask(q.shape[2], k.shape[2])
+    scores = (rows @ k.mT) * q.shape[3] ** -0.5
+    hidden_rows = ~mask.repeat_interleave(times_of(q, k), 0)
+    return (scores.masked_fill(hidden_rows, float("-inf")).softmax(-1) @ v).view(q.shape)
+
+
+def mask_rows_repeated(q, k, v):
+    """Right: the mask is stacked like the rows."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    mask = causal_mask(q.shape[2], k.shape[2]).repeat(times_of(q, k), 1)
+    return (((rows @ k.mT) * q.shape[3] ** -0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v).reshape(q.shape)
+
+
+def fused_rows(q, k, v):
+    """Right: stacked by hand, multiplied by PyTorch's own."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    mask = causal_mask(q.shape[2], k.shape[2]).repeat(times_of(q, k), 1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def scaled_before(q, k, v):
+    """Right: the queries are scaled, a bias hides."""
+    new, kv_len = q.shape[2], k.shape[2]
+    bias = torch.full((new, kv_len), float("-inf"), dtype=q.dtype).triu(kv_len - new + 1)
+    rows = (q / q.shape[3] ** 0.5).reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    weights = ((rows @ k.mT).view(*q.shape[:3], kv_len) + bias).softmax(-1)
+    return (weights.view(*rows.shape[:3], -1) @ v).view(q.shape)
+
+
+def flat_heads(q, k, v):
+    """Right: bmm over batch and KV heads at once."""
+    (batch, count, kv_len, head_dim), new = k.shape, q.shape[2]
+    rows, keys = q.reshape(batch * count, -1, head_dim), k.reshape(batch * count, kv_len, head_dim)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).view(batch, -1, new, kv_len) / head_dim**0.5
+    weights = scores.masked_fill(~causal_mask(new, kv_len), float("-inf")).softmax(-1)
+    return torch.bmm(weights.view(batch * count, -1, kv_len), v.reshape(keys.shape)).view(q.shape)
+
+
+def request_by_request(q, k, v):
+    """Right: a loop over the batch."""
+    return torch.cat([grouped_attention(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)])
+
+
+def in_float64(q, k, v):
+    """Right: float64 inside, cast back."""
+    return grouped_attention(q.double(), k.double(), v.double()).to(q.dtype)
+
+
+def token_by_token(q, k, v):
+    new, kv_len = q.shape[2], k.shape[2]
+    parts = [(q[:, :, i : i + 1], kv_len - new + i + 1) for i in range(new)]
+    return torch.cat([grouped_attention(row, k[:, :, :end], v[:, :, :end]) for row, end in parts], dim=2)
+
+
+def repeats_prompts_only(q, k, v):
+    return by_repeat_interleave(q, k, v) if q.shape[2] > 1 else grouped_attention(q, k, v)
+
+
+def repeats_bfloat16_only(q, k, v):
+    return by_repeat_interleave(q, k, v) if q.dtype == torch.bfloat16 else grouped_attention(q, k, v)
+
+
+def through_numpy(q, k, v):
+    return grouped_attention(q, torch.from_numpy(k.numpy().copy()), torch.from_numpy(v.numpy().copy()))
+
+
+def heads_dealt(q, k, v):
+    """Split as [group, num_kv_heads], and put back as they came."""
+    rows = q.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
+    return grouped_attention(rows, k, v)
+
+
+def rows_by_token(q, k, v):
+    return grouped(q, k, v, rows=lambda x: x.unflatten(1, (k.shape[1], -1)).transpose(2, 3).flatten(2, 3))
+
+
+def memory_of_shapes(answer):
+    kept = {}
+
+    def wrong(*args):
+        key = tuple(arg.shape if hasattr(arg, "shape") else arg for arg in args)
+        return kept.setdefault(key, answer(*args)).clone()
+
+    return wrong
+
+
+def one_output(answer):
+    kept = {}
+
+    def wrong(*args):
+        result = answer(*args)
+        return kept.setdefault((result.shape, result.dtype), result.clone()).copy_(result)
+
+    return wrong
 
 
 def by_kv_head(q, k, v):
@@ -195,8 +333,6 @@ def as_a_spec(spec, tokens, batch, room, bytes_per_element):
 
 def by_sizing(spec, tokens, batch, room, bytes_per_element):
     """Right: asks the arithmetic of the package."""
-    from dataclasses import replace
-
     dtype = {1: "int8", 2: "float16", 4: "float32"}[bytes_per_element]
     for count in sorted((n for n in range(1, spec.num_heads + 1) if divides(spec, n)), reverse=True):
         one = replace(spec, num_kv_heads=count)
@@ -210,6 +346,40 @@ def by_halving(spec, tokens, batch, room, bytes_per_element):
     while count and 2 * spec.num_layers * count * spec.head_dim * bytes_per_element * tokens * batch > room:
         count //= 2
     return count
+
+
+def next_divisor(spec, tokens, batch, room, bytes_per_element):
+    one = 2 * spec.num_layers * spec.head_dim * bytes_per_element * tokens * batch
+    return next((n for n in range(1, spec.num_heads) if divides(spec, n) and n * one > room), spec.num_heads)
+
+
+def own_heads(spec, tokens, batch, room, bytes_per_element):
+    one = 2 * spec.num_layers * spec.head_dim * bytes_per_element * tokens * batch
+    return max((n for n in range(1, spec.num_kv_heads + 1) if spec.num_heads % n == 0 and n * one <= room), default=0)
+
+
+def hidden_per_head(spec, *rest):
+    return fitting(heads=spec.hidden_size // spec.num_heads / spec.head_dim)(spec, *rest)
+
+
+def by_numpy(spec, tokens, batch, room, bytes_per_element):
+    """Right: a NumPy whole number."""
+    counts = np.arange(1, spec.num_heads + 1)
+    one = 2 * spec.num_layers * spec.head_dim * bytes_per_element * tokens * batch
+    fits = counts[(spec.num_heads % counts == 0) & (counts * one <= room)]
+    return fits[-1] if fits.size else 0
+
+
+def up_to_the_first_too_many(spec, tokens, batch, room, bytes_per_element):
+    """Right: upwards, while it fits."""
+    best = 0
+    for count in range(1, spec.num_heads + 1):
+        if spec.num_heads % count:
+            continue
+        if 2 * count * spec.head_dim * spec.num_layers * tokens * batch * bytes_per_element > room:
+            break
+        best = count
+    return best
 
 
 # 04.3
@@ -250,6 +420,28 @@ def by_match(layer, seq_len):
             return min(seq_len, layer.window or seq_len) * layer.num_kv_heads * (layer.k_dim + layer.v_dim)
         case _:
             return 0
+
+
+def in_bytes(layer, seq_len):
+    return 2 * layer_elements(layer, seq_len)
+
+
+def a_state_is_full(layer, seq_len):
+    return all_tokens(layer, seq_len) if layer.kind == "state" else layer_elements(layer, seq_len)
+
+
+def larger_of_both(layer, seq_len):
+    return all_tokens(layer, max(layer.window, seq_len))
+
+
+def by_table(layer, seq_len):
+    """Right: a table of rules."""
+    kv = layer.num_kv_heads * (layer.k_dim + layer.v_dim)
+    return {
+        "full": lambda: seq_len * kv,
+        "window": lambda: (layer.window if seq_len > layer.window else seq_len) * kv,
+        "latent": lambda: layer.latent_dim * seq_len,
+    }.get(layer.kind, lambda: 0)()
 
 
 # 04.4
@@ -305,6 +497,39 @@ def merged_by_a_matrix(weight, num_kv_heads, group):
     """Right: a matrix that averages."""
     average = torch.kron(torch.eye(num_kv_heads // group), torch.ones(1, group)).to(weight.dtype) / group
     return torch.einsum("gh,hd...->gd...", average, weight.unflatten(0, (num_kv_heads, -1))).flatten(0, 1)
+
+
+def with_the_models_head_dim(weight, num_kv_heads, group):
+    head_dim = 64
+    return weight.view(num_kv_heads // group, group, head_dim, -1).mean(1).view(num_kv_heads // group * head_dim, -1)
+
+
+def weights_only(weight, num_kv_heads, group):
+    rows, columns = weight.shape
+    return weight.reshape(-1, group, rows // num_kv_heads, columns).mean(1).reshape(-1, columns)
+
+
+def groups_swapped(weight, num_kv_heads, group):
+    return weight.unflatten(0, (group, num_kv_heads // group, -1)).mean(1).flatten(0, 1)
+
+
+def first_heads(weight, num_kv_heads, group):
+    return weight[: len(weight) // group]
+
+
+def merged_in_float64(weight, num_kv_heads, group):
+    """Right: float64 inside, cast back."""
+    return groups(weight.double(), num_kv_heads, group).mean(1).flatten(0, 1).to(weight.dtype)
+
+
+def merged_by_slices(weight, num_kv_heads, group):
+    """Right: each group's rows, cut out."""
+    d = len(weight) // num_kv_heads
+    out = torch.zeros_like(weight[: len(weight) // group])
+    for place in range(num_kv_heads // group):
+        rows = weight[place * group * d : (place + 1) * group * d]
+        out[place * d : (place + 1) * d] = torch.stack(rows.split(d)).mean(0)
+    return out
 
 
 # 04.5
@@ -381,6 +606,31 @@ def split_by_listing(num_heads, num_kv_heads, ranks):
     return len(needs[0]), sum(0 in need for need in needs)
 
 
+def refuses_either(num_heads, num_kv_heads, ranks):
+    if num_heads % ranks or num_kv_heads % ranks or ranks % num_kv_heads:
+        raise ValueError
+    return split_kv_heads(num_heads, num_kv_heads, ranks)
+
+
+def refuses_one_gpu(num_heads, num_kv_heads, ranks):
+    if ranks == 1:
+        raise ValueError("one GPU is no division")
+    return split_kv_heads(num_heads, num_kv_heads, ranks)
+
+
+def split_by_branches(num_heads, num_kv_heads, ranks):
+    """Right: a list, branch by branch."""
+    if num_heads % ranks != 0:
+        raise ValueError
+    if ranks <= num_kv_heads:
+        if num_kv_heads % ranks:
+            raise ValueError
+        return [num_kv_heads // ranks, 1]
+    if ranks % num_kv_heads:
+        raise ValueError
+    return [1, ranks // num_kv_heads]
+
+
 # 04.6
 
 
@@ -455,6 +705,48 @@ def forgets_to_return(q, k, v, cache):
     grouped_attention(q, *cache.read())
 
 
+def keeps_half(q, k, v, cache):
+    cache.append(k.half(), v.half())
+    keys, values = cache.read()
+    return grouped_attention(q, keys.to(q.dtype), values.to(q.dtype))
+
+
+def copies_what_it_reads(q, k, v, cache):
+    cache.append(k, v)
+    keys, values = cache.read()
+    return grouped_attention(q, keys.contiguous(), values.contiguous())
+
+
+def clones_what_it_reads(q, k, v, cache):
+    cache.append(k, v)
+    return grouped_attention(q, *(x.clone() for x in cache.read()))
+
+
+def appends_twice(q, k, v, cache):
+    cache.append(k, v)
+    cache.append(k, v)
+    return grouped_attention(q, *cache.read())
+
+
+def unmasked(q, k, v, cache):
+    cache.append(k, v)
+    return F.scaled_dot_product_attention(q, *cache.read(), enable_gqa=True)
+
+
+def causal_from_the_top(q, k, v, cache):
+    cache.append(k, v)
+    return F.scaled_dot_product_attention(q, *cache.read(), is_causal=True, enable_gqa=True)
+
+
+def mended_token_by_token(q, k, v, cache):
+    """Right: one new token after the other."""
+    outputs = []
+    for place in range(q.shape[2]):
+        cache.append(k[:, :, place : place + 1], v[:, :, place : place + 1])
+        outputs.append(grouped_attention(q[:, :, place : place + 1], *cache.read()))
+    return torch.cat(outputs, dim=2)
+
+
 def mended_by_fused(q, k, v, cache):
     """Right: PyTorch's own attention on what is read."""
     cache.append(k, v)
@@ -478,7 +770,7 @@ WRONG = [
     Wrong("04.1", "reads-again", "loops over query heads", by_query_head),
     Wrong("04.1", "head-mapping", "sends head h to h % num_kv_heads, by repeat", by_modulo),
     Wrong("04.1", "head-mapping", "splits heads as [group, num_kv_heads]", groups_first),
-    Wrong("04.1", "sees-the-future", "no mask", with_mask(lambda new, kv: None)),
+    Wrong("04.1", "no-mask", "no mask", with_mask(lambda new, kv: None)),
     Wrong("04.1", "mask-offset", "a triangle that starts top left",
            with_mask(lambda new, kv: torch.ones(new, kv, dtype=torch.bool).tril()), "rasbt/LLMs-from-scratch#697"),
     Wrong("04.1", "mask-offset-too-large", "an offset that is one too large",
@@ -486,11 +778,51 @@ WRONG = [
     Wrong("04.1", "mask-over-stacked-rows", "masks while the rows are stacked", masked_while_stacked),
     Wrong("04.1", "mask-over-stacked-rows", "masks the stacked rows as if all were new tokens",
            masked_while_stacked_from_the_end),
-    Wrong("04.1", "unscaled", "forgets the scale", with_scale(0)),
-    Wrong("04.1", "scaled-twice", "divides by head_dim", with_scale(-1)),
+    Wrong("04.1", "no-scale", "forgets the scale", with_scale(0)),
+    Wrong("04.1", "scale-twice", "divides by head_dim", with_scale(-1)),
     Wrong("04.1", "shape", "does not bring the heads back together", not_brought_back),
     Wrong("04.1", "tokens-and-heads-mixed", "reshapes over tokens and heads in the wrong order", tokens_before_heads),
-    Wrong("04.1", "raised", "views q, which a projection does not give in one piece", by_view),
+    Wrong("04.1", "layout", "views q, which a projection does not give in one piece", by_view),
+    Wrong("04.1", "enable-gqa", "lets PyTorch do the grouping", by_fused),
+    Wrong("04.1", "mask-inverted", "hides what may be seen",
+           hidden(lambda s: s.masked_fill(seen_of(s), float("-inf")))),
+    Wrong("04.1", "mask-multiplied", "sets hidden scores to 0", hidden(lambda s: s * seen_of(s))),
+    Wrong("04.1", "mask-after", "masks after softmax", after_softmax),
+    Wrong("04.1", "mask-weak", "hides with -100", hidden(lambda s: s.masked_fill(~seen_of(s), -100.0))),
+    Wrong("04.1", "mask-weak", "hides with -1e4", hidden(lambda s: s.masked_fill(~seen_of(s), -1e4))),
+    Wrong("04.1", "mask-over-stacked-rows", "repeats each row of the mask in its place", rows_of_the_mask_in_turn),
+    Wrong("04.1", "axis", "softmax along the queries", with_softmax(lambda s: s.softmax(-2))),
+    Wrong("04.1", "not-finite", "exponentiates large scores", with_softmax(exp_by_hand)),
+    Wrong("04.1", "fixed-scale", "divides by 8", lambda q, k, v: grouped_attention(q * q.shape[3] ** 0.5 / 8, k, v)),
+    Wrong("04.1", "copied-whole", "asks for K in one piece",
+           lambda q, k, v: grouped(q, k, v, keys=lambda x: x.contiguous())),
+    Wrong("04.1", "copied-whole", "clones K and V", lambda q, k, v: grouped(q, k, v, keys=lambda x: x.clone())),
+    Wrong("04.1", "expanded", "repeats where several tokens come", repeats_prompts_only),
+    Wrong("04.1", "expanded", "repeats in one dtype", repeats_bfloat16_only),
+    Wrong("04.1", "reads-again", "goes token by token", token_by_token),
+    Wrong("04.1", "left-pytorch", "goes through NumPy", through_numpy),
+    Wrong("04.1", "heads-reordered", "deals heads out and leaves them so", heads_dealt),
+    Wrong("04.1", "tokens-and-heads-mixed", "stacks token after token, reads head after head", rows_by_token),
+    Wrong("04.1", "first-kv-head", "gives all query heads one KV head",
+           lambda q, k, v: grouped_attention(q, k[:, :1], v[:, :1])),
+    Wrong("04.1", "dtype", "computes in float32 and leaves it so",
+           lambda q, k, v: grouped_attention(q.float(), k.float(), v.float())),
+    Wrong("04.1", "remembered", "keeps results by shape", memory_of_shapes(grouped_attention)),
+    Wrong("04.1", "result-overwritten", "has one output for all calls", one_output(grouped_attention)),
+    Wrong("04.2", "capped", "tries the spec's own KV heads", own_heads),
+    Wrong("04.2", "own-divisors", "divides the spec's own KV heads",
+           fitting(allow=lambda spec, n: spec.num_kv_heads % n == 0)),
+    Wrong("04.2", "powers-of-two", "tries powers of two", fitting(allow=lambda spec, n: n & (n - 1) == 0)),
+    Wrong("04.2", "powers-of-two", "tries powers of two that divide",
+           fitting(allow=lambda spec, n: n & (n - 1) == 0 and spec.num_heads % n == 0)),
+    Wrong("04.2", "mha-left-out", "stops one before all heads",
+           fitting(allow=lambda spec, n: spec.num_heads % n == 0 and n < spec.num_heads)),
+    Wrong("04.2", "too-large", "returns the first that does not fit", next_divisor),
+    Wrong("04.2", "head-dim", "takes hidden_size / num_heads for head_dim", hidden_per_head),
+    Wrong("04.2", "head-dim", "takes hidden_size for head_dim",
+           fitting(kinds=2, heads=lambda spec: spec.hidden_size / spec.head_dim)),
+    Wrong("04.2", "all-heads", "counts every query head", fitting(heads=lambda spec: spec.num_heads)),
+    Wrong("04.2", "twice", "counts K and V twice", fitting(kinds=4)),
     Wrong("04.2", "halved", "halves num_heads until it fits", by_halving),
     Wrong("04.2", "not-a-divisor", "takes any number that fits", fitting(allow=lambda spec, n: True)),
     Wrong("04.2", "more-than-heads", "divides, and asks no more", by_division),
@@ -524,8 +856,24 @@ WRONG = [
            elements(state=lambda layer, seq_len: layer.state_bytes)),
     Wrong("04.3", "one-token", "forgets the tokens", elements(full=lambda layer, seq_len: all_tokens(layer, 1))),
     Wrong("04.3", "not-whole", "divides with /", elements(full=lambda layer, seq_len: all_tokens(layer, seq_len) / 1)),
-    Wrong("04.3", "count", "counts K and V twice", elements(full=lambda layer, n: 2 * all_tokens(layer, n))),
+    Wrong("04.3", "factor", "counts K and V twice", elements(full=lambda layer, n: 2 * all_tokens(layer, n))),
     Wrong("04.3", "returned-none", "has no answer for a state", elements(state=lambda layer, seq_len: None)),
+    Wrong("04.3", "factor", "counts bytes", in_bytes),
+    Wrong("04.3", "state-counted", "lets a state fall into the rule for full layers", a_state_is_full),
+    Wrong("04.3", "window-overfull", "takes the larger of tokens and window", elements(window=larger_of_both)),
+    Wrong("04.3", "one-head", "forgets the KV heads",
+           elements(full=lambda layer, seq_len: seq_len * (layer.k_dim + layer.v_dim))),
+    Wrong("04.3", "widths-multiplied", "multiplies the widths",
+           elements(full=lambda layer, seq_len: seq_len * layer.num_kv_heads * layer.k_dim * layer.v_dim)),
+    Wrong("04.3", "latent-and-heads", "counts the latent and what is made of it",
+           elements(latent=lambda layer, seq_len: all_tokens(layer, seq_len) + seq_len * layer.latent_dim)),
+    Wrong("04.4", "fixed-head-dim", "writes the model's head_dim down", with_the_models_head_dim),
+    Wrong("04.4", "bias", "asks for two dimensions", weights_only),
+    Wrong("04.4", "group-and-groups-swapped", "swaps groups and group", groups_swapped),
+    Wrong("04.4", "first-only", "keeps the first heads", first_heads),
+    Wrong("04.4", "not-the-mean", "takes the median", lambda w, n, g: groups(w, n, g).median(1).values.flatten(0, 1)),
+    Wrong("04.4", "remembered", "keeps results by shape", memory_of_shapes(merge_kv_heads)),
+    Wrong("04.4", "result-overwritten", "has one output for all calls", one_output(merge_kv_heads)),
     Wrong("04.4", "strangers-merged", "merges heads that are not neighbours", strangers),
     Wrong("04.4", "rows-interleaved", "averages neighbouring rows", neighbouring_rows),
     Wrong("04.4", "rows-interleaved", "takes head_dim for the outer dimension", heads_last),
@@ -549,6 +897,16 @@ WRONG = [
            split_as(lambda kv, ranks: kv, lambda kv, ranks: ranks)),
     Wrong("04.5", "group-size", "copies each head for every query head that shares it",
            lambda heads, kv, ranks: (split_kv_heads(heads, kv, ranks)[0], heads // kv)),
+    Wrong("04.5", "all-kept", "does not divide by the heads there are",
+           split_as(one_at_least, lambda kv, ranks: one_at_least(kv, ranks) * ranks)),
+    Wrong("04.5", "on-every-gpu", "says that each head is on every GPU",
+           split_as(one_at_least, lambda kv, ranks: ranks)),
+    Wrong("04.5", "query-heads", "counts query heads per GPU",
+           lambda heads, kv, ranks: (heads // ranks, split_kv_heads(heads, kv, ranks)[1])),
+    Wrong("04.5", "extra-copies", "counts the copies besides the first",
+           split_as(one_at_least, lambda kv, ranks: copies_of(kv, ranks) - 1)),
+    Wrong("04.5", "and-or", "refuses when either does not divide", refuses_either),
+    Wrong("04.5", "refuses-too-much", "refuses one GPU", refuses_one_gpu),
     Wrong("04.5", "swapped", "returns copies first", lambda *sizes: split_kv_heads(*sizes)[::-1]),
     Wrong("04.5", "not-whole", "divides with /", split_as(lambda kv, ranks: kv / ranks, copies_of)),
     Wrong("04.5", "accepts-halves", "checks the query heads alone", query_heads_only),
@@ -559,30 +917,53 @@ WRONG = [
     Wrong("04.5", "not-a-pair", "returns one number", heads_alone),
     Wrong("04.6", "repeated-before-caching", "as it stands in the blank", as_it_stands, "FasterDecoding/SnapKV#16"),
     Wrong("04.6", "repeated-before-caching", "repeats in another order", repeats_with_repeat),
-    Wrong("04.6", "repeats-at-every-step", "repeats what it reads", repeats_after_reading),
-    Wrong("04.6", "repeats-at-every-step", "broadcasts what it reads", expands_after_reading),
+    Wrong("04.6", "expanded", "repeats what it reads", repeats_after_reading),
+    Wrong("04.6", "broadcast-copies", "broadcasts what it reads", expands_after_reading),
     Wrong("04.6", "head-mapping", "repeats what it reads, in the wrong order", repeats_in_the_wrong_order),
     Wrong("04.6", "heads-dropped", "caches the first head only", first_head_only),
     Wrong("04.6", "kept-otherwise", "caches averages", averages_heads),
     Wrong("04.6", "cache-unread", "attends to the new tokens only", attends_to_the_new),
     Wrong("04.6", "not-appended", "does not append", never_appends),
     Wrong("04.6", "k-and-v-swapped", "swaps K and V in the cache", swaps),
-    Wrong("04.6", "values", "reads before it appends", reads_before_appending),
+    Wrong("04.6", "read-before-append", "reads before it appends", reads_before_appending),
+    Wrong("04.6", "kept-in-another-dtype", "caches float16", keeps_half),
+    Wrong("04.6", "copied-whole", "copies a slice to have it in one piece", copies_what_it_reads),
+    Wrong("04.6", "copied-whole", "clones what it reads", clones_what_it_reads),
+    Wrong("04.6", "not-appended", "appends twice", appends_twice),
+    Wrong("04.6", "no-mask", "leaves the mask out", unmasked),
+    Wrong("04.6", "mask-offset", "lets is_causal mask a chunk", causal_from_the_top),
     Wrong("04.6", "returned-none", "forgets to return", forgets_to_return),
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
     ("04.1", by_einsum),
-    ("04.1", by_fused),
+    ("04.1", fused_rows),
+    ("04.1", mask_rows_repeated),
+    ("04.1", scaled_before),
+    ("04.1", flat_heads),
+    ("04.1", request_by_request),
+    ("04.1", in_float64),
+    ("04.1", with_softmax(lambda s: s.softmax(-1, dtype=torch.float32))),
+    ("04.1", with_softmax(largest_subtracted)),
+    ("04.1", hidden(lambda s: torch.where(seen_of(s), s, torch.finfo(s.dtype).min))),
+    ("04.1", lambda q, k, v: online_attention(q, k, v)),
     ("04.1", by_kv_head),
     ("04.2", by_sizing),
     ("04.2", fitting()),
     ("04.3", through_the_package),
+    ("04.2", by_numpy),
+    ("04.2", up_to_the_first_too_many),
     ("04.3", by_match),
+    ("04.3", by_table),
     ("04.4", merged_by_a_loop),
     ("04.4", merged_by_a_matrix),
+    ("04.4", merged_in_float64),
+    ("04.4", merged_by_slices),
+    ("04.5", split_by_branches),
     ("04.5", split_by_sizing),
     ("04.5", split_by_listing),
     ("04.6", mended_by_fused),
     ("04.6", mended_by_einsum),
+    ("04.6", mended_token_by_token),
+    ("04.6", lambda q, k, v, cache: cache.append(k, v) or attention(q, *cache.read())),
 ]
