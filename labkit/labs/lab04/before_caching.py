@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor
 from labkit.cache import GrowingCache, LayerCache, PreallocatedCache
 from labkit.course.checks import attention
 from labkit.course.checks.attention import attend
+from labkit.course.checks.held import bytes_behind
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import LOOSE, agree, heads
 from labkit.course.exercise import Exercise
@@ -29,8 +30,14 @@ class Layer:
     q: Tensor
     k: Tensor
     v: Tensor
+    options: dict = field(default_factory=dict)  # with which the cache was made
     tokens: int = 0
-    outputs: list[tuple[Tensor, int]] = field(default_factory=list)  # what came back, and the new tokens
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)  # what came back, and how many tokens were held
+
+    def call(self, held: int, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries of one output, and K and V of all tokens up to them."""
+        end = held + output.shape[2]
+        return self.q[:, :, held:end], self.k[:, :, :end], self.v[:, :, :end]
 
 
 class CachedAttention(Exercise):
@@ -61,7 +68,7 @@ class CachedAttention(Exercise):
 
     def check_script(self, answer: Callable, script: tuple[int, ...]) -> None:
         """The same new tokens in several layers, one after the other, as a model runs them."""
-        layers = layers_of(sum(script))
+        layers, before = layers_of(sum(script)), bytes_behind(answer)
         for new in script:
             for layer in layers:
                 part = slice(layer.tokens, layer.tokens + new)
@@ -70,7 +77,16 @@ class CachedAttention(Exercise):
                 got = self.call(partial(with_cache, answer, layer.cache), *step)
                 self.check_kept(layer.cache, layer.k[:, :, : layer.tokens], layer.v[:, :, : layer.tokens],
                                 layer.q.shape[1])  # fmt: skip
-                self.check_output(got, layer, new)
+                self.check_output(got, layer, new, layers)
+                self.check_held(layer)
+        more = bytes_behind(answer) - before
+        if more > sum(layer.k.nbytes for layer in layers) // 2:  # a mask may be kept, K may not
+            self.fail(
+                "kept-besides",
+                seen=f"the function itself holds {more:,} bytes more than before",
+                cause="tensors are kept outside the cache, in a list, an attribute or a default argument",
+                look="what outlives a call: the cache alone should",
+            )
 
     def check_dtype(self, answer: Callable, dtype: torch.dtype) -> None:
         """Other dtypes: what is kept and what comes back has the dtype of what went in."""
@@ -127,24 +143,35 @@ class CachedAttention(Exercise):
                 look="what is appended: k and v as they came",
             )
 
-    def check_output(self, got: Tensor, layer: Layer, new: int) -> None:
-        """The output, told apart by which keys it saw: by what explains it and every output before it."""
+    def check_held(self, layer: Layer) -> None:
+        """The cache keeps alive what it would keep if nobody but append wrote to it."""
+        twin = type(layer.cache)(**layer.options)
+        twin.append(layer.k[:, :, : layer.tokens], layer.v[:, :, : layer.tokens])
+        held, enough = bytes_behind(layer.cache), bytes_behind(twin)
+        if held > enough:
+            self.fail(
+                "kept-besides",
+                seen=f"the cache keeps {held:,} bytes alive after {layer.tokens} tokens; K and V take {enough:,}",
+                cause="something else was hung onto the cache",
+                look="append is all that writes to it",
+            )
+
+    def check_output(self, got: Tensor, layer: Layer, new: int, layers: Sequence[Layer]) -> None:
+        """The output, told apart by which keys it saw: by what explains it and every output of every layer before."""
         q, k, v, tokens = layer.q, layer.k, layer.v, layer.tokens
         want = attend(q[:, :, tokens - new : tokens], k[:, :, :tokens], v[:, :, :tokens])
-        if isinstance(got, Tensor):
-            layer.outputs.append((got.clone(), tokens - new))
         if agree(got, want, LOOSE):
             self.like(got, want, what="the output")
+            layer.outputs.append((want, tokens - new))
             return
-        calls = [(q[:, :, first : first + len_of(out)], k[:, :, : first + len_of(out)], v[:, :, : first + len_of(out)])
-                 for out, first in layer.outputs]  # fmt: skip
-        listed = [suspects(*call) for call in calls]
-        for place, suspect in enumerate(listed[-1] if listed else ()):
-            for variant in range(len(suspect.gives)):
-                given = [each[place].gives for each in listed]
-                if all(variant < len(gives) and agree(out, gives[variant](), LOOSE, nan=True)
-                       for gives, (out, _) in zip(given, layer.outputs, strict=True)):  # fmt: skip
-                    accuse(type(self), [suspect], suspect.seen, fits=lambda _: True)
+        earlier = [(out, suspects(*each.call(first, out))) for each in layers for out, first in each.outputs]
+        for place, suspect in enumerate(suspects(*layer.call(tokens - new, want))):
+            for variant, gives in enumerate(suspect.gives):
+                if agree(got, gives(), LOOSE, nan=True) and all(
+                    agree(out, listed[place].gives[variant](), LOOSE, nan=True)
+                    for out, listed in earlier if variant < len(listed[place].gives)
+                ):  # fmt: skip
+                    accuse(type(self), [suspect], fits=lambda _: True)
         what = f"{counted(new)} after {tokens - new}: what is cached is right; the output"
         self.same(got, want, what=what, tolerance=LOOSE)
 
@@ -162,23 +189,17 @@ def with_cache(answer: Callable, cache: LayerCache, q: Tensor, k: Tensor, v: Ten
     return answer(q, k, v, cache)
 
 
-def len_of(output: Tensor) -> int:
-    """The new tokens of an output."""
-    return output.shape[2] if output.dim() == 4 else 0
-
-
 def layers_of(tokens: int) -> list[Layer]:
     """Layers whose sizes differ, two of one size, caches of both kinds, and one with scores near -1e5."""
-    kinds: tuple[Callable[[], LayerCache], ...] = (
-        GrowingCache, GrowingCache, partial(PreallocatedCache, capacity=tokens + 3), GrowingCache, GrowingCache,
-    )  # fmt: skip
+    kinds = (GrowingCache, GrowingCache, PreallocatedCache, GrowingCache, GrowingCache)
     sizes = ((6, 2, 3, 8), (6, 2, 3, 8), (9, 3, 1, 20), (4, 1, 2, 12), (5, 5, 4, 16))
     layers = []
     for make, (num_heads, num_kv_heads, batch, head_dim) in zip(kinds, sizes, strict=True):
         q, k, v = (x.float() for x in heads(num_heads, num_kv_heads, tokens, 0, batch=batch, head_dim=head_dim))
         # As a projection gives them: heads behind tokens in memory.
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-        layers.append(Layer(make(), q, k, v))
+        options = {"capacity": tokens + 3} if make is PreallocatedCache else {}
+        layers.append(Layer(make(**options), q, k, v, options))
     return [*layers, Layer(GrowingCache(), *far_down(tokens, 0))]
 
 

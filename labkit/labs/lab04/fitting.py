@@ -65,8 +65,15 @@ class MostKvHeads(Exercise):
         "never-zero": "There may be too little room even for one head. What does the docstring say then?",
     }
     suspects: ClassVar = (
-        Suspect("not-a-divisor", lambda spec, tokens, batch, room, size: min(
+        Suspect("always-all", lambda spec, *_: spec.num_heads, "room is far too large beside the cost, or the test is "
+                "always true: is one of the two in another unit?", COST),
+        Suspect("always-none", lambda *_: 0, "room is far too small beside the cost, or the test is never true: is one "
+                "of the two in another unit?", COST),
+        Suspect("divides-backwards", choice(allow=lambda spec, n: n % spec.num_heads == 0),
+                "the count was divided by num_heads, not num_heads by the count", "the order at %: num_heads % count"),
+        Suspect("not-a-divisor", [lambda spec, tokens, batch, room, size: min(
                     room // one_head(spec, tokens, batch, size), spec.num_heads),
+                    lambda spec, tokens, batch, room, size: round(room / one_head(spec, tokens, batch, size))],
                 "how many fit was returned, whether or not it divides num_heads",
                 "each KV head must serve the same number of query heads: num_heads % count == 0"),
         Suspect("more-than-heads", lambda spec, tokens, batch, room, size: room // one_head(spec, tokens, batch, size),
@@ -110,6 +117,7 @@ class MostKvHeads(Exercise):
                 "hidden_size / num_heads was taken for head_dim; models need not be built so", "spec.head_dim"),
         Suspect("head-dim", choice(lambda spec, *_: spec.hidden_size / spec.head_dim),
                 "hidden_size was taken for head_dim", "spec.head_dim"),
+        Suspect("bits", choice(lambda *_: 8), "bits were counted", "the size of one number: bytes, eight bits each"),
         Suspect("twice", choice(lambda *_: 2), "one KV head costs twice as much as it does", COST),
         Suspect("fixed-dtype", choice(lambda spec, tokens, batch, size: 2 / size),
                 "2 bytes per number were written down", "the last parameter"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab04.references import layer_elements
 from labkit.specs import Layer
 
@@ -73,6 +74,10 @@ class LayerElements(Exercise):
                         "a full window was counted before it is full", "min(seq_len, layer.window)"),
                 Suspect("window-overfull", lambda window, kv, k, v, n: dense(kv, k, v, max(window, n)),
                         "the larger of tokens and window was taken", "min(seq_len, layer.window)"),
+                Suspect("window-off-by-one", [lambda window, *sizes: windowed(window + 1, *sizes),
+                                              lambda window, *sizes: windowed(window - 1, *sizes)],
+                        "one token too many or too few was counted: a window of 19 holds 19",
+                        "min(seq_len, layer.window)"),
                 *widths(windowed),
             ],
         )  # fmt: skip
@@ -96,14 +101,24 @@ class LayerElements(Exercise):
         self.keeps_nothing(answer, "shared")
         self.keeps_nothing(answer, "state")
         for layer in (Layer("full", 3, 7, 11), Layer("window", 2, 13, 17, 19), Layer("latent", latent_dim=29)):
-            judge(type(self), lambda seq_len, layer=layer: answer(layer, seq_len), lambda seq_len: 0, [(0,)], (),
-                  what=f'the count of a "{layer.kind}" layer', whole=True, otherwise="no-tokens")  # fmt: skip
+            judge(
+                type(self), lambda seq_len, layer=layer: self.ask(answer, layer, seq_len), lambda seq_len: 0, [(0,)],
+                (), what=f'the count of a "{layer.kind}" layer', whole=True, otherwise="no-tokens",
+            )  # fmt: skip
+
+    def ask(self, answer: Callable, layer: Layer, seq_len: int) -> object:
+        """One call; what it raises is told with the kind of layer."""
+        try:
+            return self.call(answer, layer, seq_len)
+        except NotYet as not_yet:
+            found = not_yet.finding
+            raise NotYet(replace(found, seen=f'a "{layer.kind}" layer: {found.seen}')) from None
 
     def examine_kind(self, kind: str, answer: Callable, want: Callable, layer: Callable[..., Layer],
                      cases: Sequence[tuple[int, ...]], suspects: list[Suspect]) -> None:  # fmt: skip
         """One kind of layer, beside a formula of its sizes."""
         judge(
-            type(self), lambda *sizes: answer(layer(*sizes[:-1]), sizes[-1]), want, cases, suspects,
+            type(self), lambda *sizes: self.ask(answer, layer(*sizes[:-1]), sizes[-1]), want, cases, suspects,
             what=f'the count of a "{kind}" layer', whole=True, otherwise="count",
         )  # fmt: skip
 
@@ -111,12 +126,15 @@ class LayerElements(Exercise):
         """A layer without K and V of its own, however the heads it reads are described."""
         said = {"shared": "another layer keeps what it reads", "state": "a state does not grow with tokens"}[kind]
         judge(
-            type(self), lambda kv, k, v, n: answer(Layer(kind, kv, k, v, state_bytes=37 * (kind == "state")), n),
-            nothing, ((3, 7, 11, 31), (1, 64, 64, 4097), (0, 0, 0, 7)),
+            type(self),
+            lambda kv, k, v, n: self.ask(answer, Layer(kind, kv, k, v, state_bytes=37 * (kind == "state")), n),
+            nothing,
+            ((3, 7, 11, 31), (1, 64, 64, 4097), (0, 0, 0, 7)),
             [
                 Suspect(f"{kind}-counted", [dense, lambda heads, k, v, n: 2 * n * heads * k], "K and V were counted; "
                         + said, f'what the docstring says of "{kind}"'),
-                Suspect(f"{kind}-counted", [lambda heads, k, v, n: 37, lambda heads, k, v, n: 37 * n],
+                Suspect(f"{kind}-counted", [lambda *_: 37, lambda *_: 37 / 2, lambda *_: 37 // 2,
+                                            lambda *sizes: 37 * sizes[-1]],
                         "state_bytes was counted: it is in bytes, and does not grow with tokens",
                         f'what the docstring says of "{kind}"'),
             ],
@@ -136,6 +154,11 @@ def widths(want: Callable[..., int]) -> list[Suspect]:
         Suspect("k-width-for-both", [changed(lambda k, v: (k, k)), changed(lambda k, v: (v, v))],
                 "one width was taken for K and for V", both),
         Suspect("widths-multiplied", changed(lambda k, v: (k * v, 0)), "the two widths were multiplied", both),
+        Suspect("bracket", [lambda *s: want(*s[:-2], 0, s[-1]) + s[-2],
+                            lambda *s: want(*s[:-2], 0, s[-1]) + want(*s[:-4], 1, 0, *s[-2:]),
+                            lambda *s: want(*s[:-2], 0, s[-1]) + s[-4] * s[-2]],
+                "v_dim was added after the product: a bracket is missing",
+                "num_kv_heads x (k_dim + v_dim), then the tokens"),
         Suspect("one-head", lambda *sizes: want(*sizes[:-4], 1, *sizes[-3:]), "one KV head was counted",
                 "layer.num_kv_heads"),
         Suspect("one-token", lambda *sizes: want(*sizes[:-1], 1), "the tokens were left out", "seq_len"),

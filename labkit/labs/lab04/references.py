@@ -13,7 +13,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the newest tokens; K and V are neither repeated nor copied, and each is read once.
 
     q: [batch, num_heads, new_tokens, head_dim]. k, v: [batch, num_kv_heads, kv_len, head_dim], the new tokens included.
-    Query head h reads KV head h // num_queries_per_kv. Returns [batch, num_heads, new_tokens, head_dim].
+    Query head h reads KV head h // num_queries_per_kv. Returns [batch, num_heads, new_tokens, head_dim]. Not allowed
+    here: enable_gqa, PyTorch's own grouping. A cast of k or v does not count as a copy.
     """
     batch, num_heads, new_tokens, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -40,11 +41,12 @@ def most_kv_heads(spec: ModelSpec, tokens: int, batch: int, room: int, bytes_per
 
 
 def layer_elements(layer: Layer, seq_len: int) -> int:
-    """Numbers that one layer's cache holds for one request after `seq_len` tokens.
+    """Numbers of K and V that one layer's cache holds for one request after `seq_len` tokens.
 
     layer.kind: "full" keeps K (layer.num_kv_heads x layer.k_dim) and V (layer.num_kv_heads x layer.v_dim) of every
     token; "window" the same of the last layer.window tokens; "latent" one vector of layer.latent_dim numbers per token,
-    from which K and V are both made; "shared" nothing, since it reads an earlier layer's; "state" nothing per token.
+    from which K and V are both made; "shared" nothing, since it reads an earlier layer's; "state" no K and V,
+    but something of fixed size that is not counted here.
     """
     if layer.kind == "latent":
         return seq_len * layer.latent_dim

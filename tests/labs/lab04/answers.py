@@ -722,6 +722,18 @@ def clones_what_it_reads(q, k, v, cache):
     return grouped_attention(q, *(x.clone() for x in cache.read()))
 
 
+def keeps_besides(q, k, v, cache, kept=[]):  # noqa: B006
+    kept.append(k)
+    cache.append(k, v)
+    return grouped_attention(q, *cache.read())
+
+
+def hangs_onto(q, k, v, cache):
+    cache.append(k, v)
+    cache.newest = k
+    return grouped_attention(q, *cache.read())
+
+
 def appends_twice(q, k, v, cache):
     cache.append(k, v)
     cache.append(k, v)
@@ -822,6 +834,14 @@ WRONG = [
     Wrong("04.2", "head-dim", "takes hidden_size for head_dim",
            fitting(kinds=2, heads=lambda spec: spec.hidden_size / spec.head_dim)),
     Wrong("04.2", "all-heads", "counts every query head", fitting(heads=lambda spec: spec.num_heads)),
+    Wrong("04.2", "bits", "counts bits", fitting(kinds=16)),
+    Wrong("04.2", "always-all", "takes room for GiB",
+           lambda spec, tokens, batch, room, size: fitting()(spec, tokens, batch, room * 2**30, size)),
+    Wrong("04.2", "divides-backwards", "divides the count by the heads",
+           fitting(allow=lambda spec, n: n % spec.num_heads == 0)),
+    Wrong("04.2", "not-a-divisor", "rounds what fits",
+           lambda spec, tokens, batch, room, size:
+           round(room / (2 * spec.num_layers * spec.head_dim * size * tokens * batch))),
     Wrong("04.2", "twice", "counts K and V twice", fitting(kinds=4)),
     Wrong("04.2", "halved", "halves num_heads until it fits", by_halving),
     Wrong("04.2", "not-a-divisor", "takes any number that fits", fitting(allow=lambda spec, n: True)),
@@ -861,6 +881,12 @@ WRONG = [
     Wrong("04.3", "factor", "counts bytes", in_bytes),
     Wrong("04.3", "state-counted", "lets a state fall into the rule for full layers", a_state_is_full),
     Wrong("04.3", "window-overfull", "takes the larger of tokens and window", elements(window=larger_of_both)),
+    Wrong("04.3", "window-off-by-one", "lets a window hold one token more",
+           elements(window=lambda layer, seq_len: all_tokens(layer, min(seq_len, layer.window + 1)))),
+    Wrong("04.3", "bracket", "adds v_dim after the product",
+           elements(full=lambda layer, seq_len: seq_len * layer.num_kv_heads * layer.k_dim + layer.v_dim)),
+    Wrong("04.3", "raised", "looks for a window everywhere",
+           lambda layer, seq_len: all_tokens(layer, min(seq_len, layer.window))),
     Wrong("04.3", "one-head", "forgets the KV heads",
            elements(full=lambda layer, seq_len: seq_len * (layer.k_dim + layer.v_dim))),
     Wrong("04.3", "widths-multiplied", "multiplies the widths",
@@ -928,6 +954,11 @@ WRONG = [
     Wrong("04.6", "read-before-append", "reads before it appends", reads_before_appending),
     Wrong("04.6", "kept-in-another-dtype", "caches float16", keeps_half),
     Wrong("04.6", "copied-whole", "copies a slice to have it in one piece", copies_what_it_reads),
+    Wrong("04.6", "mask-weak", "hides with -1e4",
+           lambda q, k, v, cache: cache.append(k, v) or hidden(
+               lambda s: s.masked_fill(~seen_of(s), -1e4))(q, *cache.read())),
+    Wrong("04.6", "kept-besides", "keeps what it appends besides", keeps_besides),
+    Wrong("04.6", "kept-besides", "hangs what it appends onto the cache", hangs_onto),
     Wrong("04.6", "copied-whole", "clones what it reads", clones_what_it_reads),
     Wrong("04.6", "not-appended", "appends twice", appends_twice),
     Wrong("04.6", "no-mask", "leaves the mask out", unmasked),
