@@ -66,25 +66,43 @@ class Making(TorchFunctionMode):
 
 
 def steps() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Calls to measure: one new token and three, two dtypes, K and V in one piece and cut from a buffer.
+    """Calls to measure: one new token and two, two dtypes, K and V in one piece and cut from a buffer.
 
     6 query heads on 2 KV heads. Heads are wide beside the tokens, so that scores are small: no right way makes a tensor
     as large as one head's K.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        for new in (1, 3):
-            q, k, v = (x.to(dtype) for x in heads(2 * GROUP, 2, new, 61 - new, head_dim=512))
+        for new in (1, 2):
+            q, k, v = (x.to(dtype) for x in heads(2 * GROUP, 2, new, 97 - new, head_dim=512))
             yield f"{counted(new)}, {str(dtype).removeprefix('torch.')}", q, k, v
-            k, v = (torch.cat((x, x[:, :, :29]), dim=2)[:, :, :61] for x in (k, v))
+            k, v = (torch.cat((x, x[:, :, :8]), dim=2)[:, :, :97] for x in (k, v))
             yield f"{counted(new)}, K and V cut from a larger buffer", q, k, v
 
 
-def check_copies(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str) -> None:
-    """Fail when `run()` makes a tensor as large as K of one KV head of one request, or larger; a cast is let pass."""
+def check_step(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str, *, once: bool,
+               enable_gqa: bool) -> None:  # fmt: skip
+    """Fail when `run()` copies K or V, or takes numbers out of PyTorch. once: or reads them again. enable_gqa: whether
+    PyTorch may do the grouping."""
     with Making() as making:
-        exercise.run(run)
+        effort = effort_of(lambda: exercise.run(run))
+    if making.enable_gqa and not enable_gqa:
+        exercise.fail(
+            "enable-gqa",
+            seen="scaled_dot_product_attention(..., enable_gqa=True) does the grouping. The values are right",
+            cause="that is the line to use in a product. What it does is this exercise: its fused kernels read each KV "
+            "head once, its fallback (SDPBackend.MATH) expands K and V",
+            look="stack the queries of a group as rows; then the heads are equal and no option is needed",
+        )
+    check_stays(exercise, effort)
+    check_copies(exercise, making, k, v, when)
+    if once:
+        check_reads(exercise, making, effort, k, v, when)
+
+
+def check_copies(exercise: type[Exercise], making: Making, k: Tensor, v: Tensor, when: str) -> None:
+    """Fail when a tensor was made as large as K of one KV head of one request, or larger; a cast is let pass."""
     made = making.tensor
-    if made is None or made.nbytes < k[0, 0].nbytes or cast_of(made, k, v):
+    if made is None or made.nbytes < k[0, 0].nbytes or cast_of(made, k):
         return
     times = made.nbytes / k.nbytes
     size = f"{times:.2g} times the bytes of K" if times != 1 else "as many bytes as K"
@@ -120,9 +138,9 @@ def check_copies(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v:
     )
 
 
-def cast_of(made: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a tensor is K or V in another dtype."""
-    return made.dtype != k.dtype and holds(made, k, v, 1)
+def cast_of(made: Tensor, k: Tensor) -> bool:
+    """Whether a tensor can be K or V, or a part of them, in another dtype: as large as one head's, no larger than K."""
+    return made.dtype != k.dtype and k[0, 0].numel() <= made.numel() <= k.numel()
 
 
 def holds(made: Tensor, k: Tensor, v: Tensor, times: int) -> bool:
@@ -132,13 +150,10 @@ def holds(made: Tensor, k: Tensor, v: Tensor, times: int) -> bool:
                for x in (k, v))  # fmt: skip
 
 
-def check_reads(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str) -> None:
-    """Fail when numbers leave PyTorch on the way, or when K and V are read twice or more."""
-    with Making() as making:
-        effort = effort_of(lambda: exercise.run(run))
-    check_stays(exercise, effort)
+def check_reads(exercise: type[Exercise], making: Making, effort: Effort, k: Tensor, v: Tensor, when: str) -> None:
+    """Fail when K and V were read twice or more."""
     made = making.tensor
-    wider = made.element_size() / k.element_size() if made is not None and cast_of(made, k, v) else 0
+    wider = made.element_size() / k.element_size() if made is not None and cast_of(made, k) else 0
     # A cast reads, writes and is read. Scores, in float64 even, add less than 0.8.
     once = 1 + 2 * wider
     times = effort.touched / (k.nbytes + v.nbytes)
@@ -149,25 +164,6 @@ def check_reads(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: 
             "would do",
             cause="several products read the same keys: one for each query head, or one for each new token",
             look="one product for each KV head, with all query heads of its group and all new tokens as rows",
-        )
-
-
-def check_left(exercise: type[Exercise], run: Callable[[], Any]) -> None:
-    """Fail when numbers leave PyTorch on the way."""
-    check_stays(exercise, effort_of(lambda: exercise.run(run)))
-
-
-def check_enable_gqa(exercise: type[Exercise], run: Callable[[], Any]) -> None:
-    """Fail when PyTorch's own grouped attention does the grouping."""
-    with Making() as making:
-        exercise.run(run)
-    if making.enable_gqa:
-        exercise.fail(
-            "enable-gqa",
-            seen="scaled_dot_product_attention(..., enable_gqa=True) does the grouping. The values are right",
-            cause="that is the line to use in a product. What it does is this exercise: its fused kernels read each KV "
-            "head once, its fallback (SDPBackend.MATH) expands K and V",
-            look="stack the queries of a group as rows; then the heads are equal and no option is needed",
         )
 
 

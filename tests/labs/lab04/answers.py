@@ -231,6 +231,12 @@ def in_float64(q, k, v):
     return grouped_attention(q.double(), k.double(), v.double()).to(q.dtype)
 
 
+def head_by_head_in_float64(q, k, v):
+    """Right: float64 inside, one KV head after the other."""
+    parts = zip(q.split(times_of(q, k), dim=1), k.split(1, dim=1), v.split(1, dim=1), strict=True)
+    return torch.cat([in_float64(*part) for part in parts], dim=1)
+
+
 def token_by_token(q, k, v):
     new, kv_len = q.shape[2], k.shape[2]
     parts = [(q[:, :, i : i + 1], kv_len - new + i + 1) for i in range(new)]
@@ -974,6 +980,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.1", flat_heads),
     ("04.1", request_by_request),
     ("04.1", in_float64),
+    ("04.1", head_by_head_in_float64),
     ("04.1", with_softmax(lambda s: s.softmax(-1, dtype=torch.float32))),
     ("04.1", with_softmax(largest_subtracted)),
     ("04.1", hidden(lambda s: torch.where(seen_of(s), s, torch.finfo(s.dtype).min))),
