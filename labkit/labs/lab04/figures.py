@@ -30,8 +30,7 @@ def head_groups(num_heads: int, kv_heads: Sequence[int]) -> Figure:
         group = num_heads // count
         places = [(group - 1) / 2 + index * group for index in range(count)]
         for head in range(num_heads):
-            color = LINES[head // group % len(LINES)] if count > 1 else COLORS["theory"]
-            axes.plot([head, places[head // group]], [1, 0], color=color, linewidth=1.5, zorder=1)
+            axes.plot([head, places[head // group]], [1, 0], color=COLORS["theory"], linewidth=1.5, zorder=1)
         heads = axes.scatter(range(num_heads), [1] * num_heads, s=190, color=COLORS["query"], zorder=2)
         held = axes.scatter(places, [0] * count, s=190, marker="s", color=COLORS["key"], zorder=2)
         for points, marks, x in ((1, "black", range(num_heads)), (0, "white", places)):
@@ -58,7 +57,8 @@ def expansion_times(
         timed_line(axes, contexts, values, WAYS[name], name)
         expected = [value * 1e3 for value in theory[name]]
         axes.plot(contexts, expected, ":", color=WAYS[name], label=f"{name}: floor")
-    axes.set(xscale="log", yscale="log", xlabel="tokens held", ylabel="ms per decode step, one layer")
+    axes.set(xscale="log", yscale="log", xlabel="tokens held (both axes: log scale)",
+             ylabel="ms per decode step, one layer\n(medians; whiskers: spread)")  # fmt: skip
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
     plain_ticks(axes.yaxis)
@@ -67,22 +67,27 @@ def expansion_times(
 
 
 def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
-    """What models keep per token and what MHA would keep, in bytes on a logarithmic axis, smallest at the top.
+    """What models keep per token and what MHA would keep, in KiB on a logarithmic axis, smallest at the top.
 
     rows: (model, kind, bytes kept, bytes with MHA); the kind is one of `KINDS`.
     """
     rows = sorted(rows, key=lambda row: row[2])
     fig, axes = figure(8.4, 0.3 * len(rows) + 1.2)
-    for place, (_, kind, kept, full) in enumerate(rows):
+    for place, (_, kind, *both) in enumerate(rows):
+        kept, full = (value / 1024 for value in both)
         axes.plot([kept, full], [place, place], color=COLORS["pale"], linewidth=4, zorder=1)
-        axes.plot(full, place, "|", markersize=11, markeredgewidth=2, color=COLORS["theory"], zorder=2)
+        axes.plot(full, place, "|", markersize=15, markeredgewidth=2, color=COLORS["theory"], zorder=2)
         axes.plot(kept, place, "o", markersize=8, color=KINDS[kind], zorder=3)
         if full > 1.01 * kept:
-            axes.text(full * 1.15, place, f"{full / kept:.3g} times", va="center", fontsize=8)
+            axes.text(full * 1.15, place, f"{full / kept:.0f} times", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.set(xscale="log", xlabel="bytes per token, all layers (float16)", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(
+        xscale="log",
+        xlabel="KiB per token, all layers (float16); figures: times smaller than with MHA",
+        ylim=(len(rows) - 0.4, -0.6),
+    )
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     used = [kind for kind in KINDS if any(row[1] == kind for row in rows)]
     marks = [plt.Line2D([], [], marker="o", linestyle="", color=KINDS[kind], markersize=8) for kind in used]
     would = plt.Line2D([], [], marker="|", linestyle="", color=COLORS["theory"], markersize=11, markeredgewidth=2)
@@ -92,24 +97,25 @@ def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
 
 
 def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float) -> Figure:
-    """Perplexity of changed models, bars on a logarithmic axis.
+    """Perplexity of changed models, points on a logarithmic axis.
 
     rows: name -> (perplexity, low end, high end); "original" first.
-    guessing: the perplexity of a model that knows nothing, the number of words in its vocabulary.
+    guessing: the perplexity of a model that gives every token of its vocabulary the same probability: their number.
     """
     fig, axes = figure(7.6, 0.32 * len(rows) + 1.1)
     for place, (name, (value, low, high)) in enumerate(rows.items()):
         color = COLORS["with cache"] if name == "original" else COLORS["without cache"]
-        axes.barh(place, value, left=0, color=color, height=0.62)
-        axes.errorbar(value, place, xerr=whiskers(value, low, high), color="black", capsize=2, linewidth=1)
-        written = f"{value / 1e6:.2g} million" if value > 1e6 else f"{value:,.0f}"
-        axes.text(high * 1.15, place, written, va="center", fontsize=8, backgroundcolor="white")
+        axes.plot(value, place, "o", markersize=8, color=color, zorder=3)
+        axes.errorbar(value, place, xerr=whiskers(value, low, high), color="black", capsize=3, linewidth=1, zorder=2)
+        left = high < guessing < 20 * high  # the dashed line would cross the number
+        axes.text(low / 1.3 if left else high * 1.3, place, f"{value:,.0f}", va="center",
+                  ha="right" if left else "left", fontsize=8)  # fmt: skip
     axes.axvline(guessing, color=COLORS["theory"], linestyle="--", linewidth=1, label=f"guessing: {guessing:,.0f}")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xscale="log", xlabel="perplexity (log scale; whiskers: one standard error of the difference)")
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(10, max(max(high for *_, high in rows.values()), guessing) * 6))
     axes.grid(False, axis="y")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 

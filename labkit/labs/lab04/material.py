@@ -1,4 +1,14 @@
-"""The text that lab 04 scores models on, written for it."""
+"""The text that lab 04 scores models on, written for it, and the lab model with other K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from labkit.llama import Llama
 
 FERRY = """\
 The ferry left the harbour at seven, as it did every morning, with the post, two crates of bread and whoever \
@@ -16,3 +26,22 @@ rather wait until he did. So they waited. The water was quite still. After a qua
 moved, first behind them and then to the right, and they understood that it was not the bell that moved but \
 the boat, which the tide was carrying round in a wide circle.
 """
+
+
+def rebuilt(model: Llama, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Llama:
+    """The model with `change(layer, k, v)` for what makes K and V in every layer; as many KV heads as come back.
+
+    k, v: the weight, `[num_kv_heads * head_dim, hidden_size]`. All other weights are the model's own, not copies.
+    """
+    spec, weights = model.spec, dict(model.state_dict())
+    sizes = [heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+    k = None
+    for name in [name for name in weights if ".qkv." in name]:
+        q, k, v = weights[name].split(sizes)
+        k, v = change(int(name.split(".")[1]), k, v)
+        weights[name] = torch.cat((q, k, v))
+    assert k is not None
+    with torch.device("meta"):
+        other = Llama(replace(spec, num_kv_heads=len(k) // spec.head_dim))
+    other.load_state_dict(weights, assign=True)
+    return other.requires_grad_(False)

@@ -6,10 +6,10 @@ from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("04.p1", "Bytes a decode step moves with K and V repeated, over grouped attention's", "times", 1.2),
-    Prediction("04.p2", "Time of a decode step with K and V repeated, over that of true MHA", "times", 1.5),
+    Prediction("04.p2", "Time of a decode step with K and V repeated, over that of MHA", "times", 1.5),
     Prediction("04.p3", "What Llama 3 70B keeps per token, over what DeepSeek-V3 keeps", "times", 1.2),
     Prediction("04.p4", "Perplexity of the lab model with its KV heads merged, over the original's", "times", 3.0),
-    Prediction("04.p5", "Cache of Llama 3 70B on 16 GPUs together, over that on one", "times", 1.05),
+    Prediction("04.p5", "Cache of Qwen3 30B-A3B on 16 GPUs together, over that on one", "times", 1.05),
 )  # fmt: skip
 
 QUIZZES = (
@@ -52,8 +52,9 @@ QUIZZES = (
         "DeepSeek-V3 runs on 8 GPUs, its heads divided among them. How much of one request's cache does each GPU "
         "keep?",
         {"a": "An eighth", "b": "All of it", "c": "A half", "d": "None of it"},
-        {"a": "That needs something to divide. One vector per token serves all 128 heads.",
-         "b": "Every head computes its K and V from the whole vector, so every GPU needs it: 8 copies.",
+        {"a": "Heads are what is divided here, and one vector per token serves all 128 of them.",
+         "b": "Every head needs the whole vector, so every GPU keeps it: 8 copies, unless it is divided by requests or "
+              "tokens instead.",
          "c": "There are no two parts, one for K and one for V: both come from one vector.",
          "d": "Its heads attend to all tokens; they must read them somewhere."},
         "b",
@@ -83,13 +84,13 @@ QUIZZES = (
     ),
     Quiz(
         "04.q7",
-        "A chat of 300 tokens with Qwen2.5-7B, one user. By how much would MHA slow its decode step, going by the "
-        "bytes read?",
-        {"a": "By under 1%", "b": "By about 7%", "c": "Sevenfold", "d": "By a half"},
-        {"a": "15 GB of weights are read either way; 0.12 GB of K and V in place of 0.02 GB hardly shows.",
-         "b": "Seven is the ratio of the caches. Put both beside 15 GB of weights.",
+        "A chat of 300 tokens with Qwen2.5-7B, one user. With MHA, how many more bytes would its decode step read?",
+        {"a": "Under 1% more", "b": "About 9% more", "c": "Seven times as many", "d": "Half as many again"},
+        {"a": "The cache alone: 0.12 GB in place of 0.02 GB, beside 15 GB of weights. But MHA's projections of K and V "
+              "are larger as well.",
+         "b": "1.23 GB of larger projections and 0.10 GB of cache, beside 15 GB: the cache is the lesser part.",
          "c": "Only if the step read nothing but K and V. It reads 15 GB of weights.",
          "d": "That would take some 20,000 tokens, or as many over several users."},
-        "a",
+        "b",
     ),
 )  # fmt: skip

@@ -37,7 +37,11 @@ def test_expansion_times_never_draw_a_spread_below_the_fastest_sample() -> None:
 
 
 def test_kept_per_token_puts_the_smallest_on_top_and_says_how_much_less() -> None:
-    rows = [("large", "MHA", 800.0, 800.0), ("small", "latent", 10.0, 710.0), ("middle", "GQA", 100.0, 400.0)]
+    rows = [
+        ("large", "MHA", 819_200, 819_200),
+        ("small", "latent", 10_240, 727_040),
+        ("middle", "GQA", 102_400, 409_600),
+    ]
     (axes,) = figures.kept_per_token(rows).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["small", "middle", "large"]
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
@@ -51,11 +55,12 @@ def test_kept_per_token_refuses_a_kind_without_a_colour() -> None:
         figures.kept_per_token([("a model", "another kind", 1.0, 2.0)])
 
 
-def test_perplexities_draw_a_bar_for_each_model_and_a_line_for_guessing() -> None:
+def test_perplexities_draw_a_point_for_each_model_and_a_line_for_guessing() -> None:
     rows = {"original": (30.0, 30.0, 30.0), "merged": (13_000.0, 12_000.0, 14_000.0), "copied": (16e6, 15e6, 17e6)}
     (axes,) = figures.perplexities(rows, guessing=49_152).axes
-    assert [bar.get_width() for bar in axes.patches] == [30.0, 13_000.0, 16e6]
-    assert [text.get_text() for text in axes.texts] == ["30", "13,000", "16 million"]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points == [30.0, 13_000.0, 16e6]
+    assert [text.get_text() for text in axes.texts] == ["30", "13,000", "16,000,000"]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
     assert any(list(line.get_xdata()) == [49_152, 49_152] for line in axes.lines)
 
