@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.suspects import Suspect, recognise
-from labkit.course.checks.tensors import TIGHT, draw
+from labkit.course.checks.attention import attend
+from labkit.course.checks.attention import suspects as shared
+from labkit.course.checks.effort import check_stays, effort_of
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import draw
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab01.references import attend_last
 from labkit.ledger import ledger
@@ -30,62 +33,90 @@ class LastRow(Exercise):
     )
     hints_for: ClassVar = {
         "whole-matrix": "Where in your code does the -1 stand: before the product or after it?",
+        "dimension-lost": "How many dimensions has q[:, :, -1], and how many has q[:, :, -1:]?",
         "sees-first-only": "The newest token stands after all others. Which keys would a causal mask hide from it?",
     }
     reference = staticmethod(attend_last)
 
     def examine(self, answer: Callable) -> None:
-        """Value slips first, then the work."""
-        q, k, v = (draw(2, 3, 7, 8, seed=seed) for seed in range(3))
-        want = attend_last(q, k, v)
+        """Values first, then the work."""
+        shapes = ((2, 3, 7, 20), (4, 5, 9, 12), (1, 2, 1, 8), (3, 1, 2, 24), (1, 2, 1100, 16))
+        cases = [Case(tuple(draw(*shape, seed=seed) for seed in range(3))) for shape in shapes]
+        q, k, v = cases[0].args
+        large = Case((300 * q, 300 * k, 1e4 * v), "scores of thousands")
         try:
-            with ledger() as work:
-                got = self.call(answer, q, k, v)
+            compare(type(self), answer, attend_last, [*cases, large], suspects=suspects, what="the newest token's output")
         except NotYet as not_yet:
-            # 2 batches against 3 heads: what PyTorch says when the query's dimension of length 1 is gone.
+            # 2 batches against 3 heads: what PyTorch says when a dimension of length 1 is gone.
             if "tensor a (2) must match the size of tensor b (3)" in not_yet.finding.seen:
                 self.fail(
                     "dimension-lost",
-                    seen="PyTorch could not match q and k: batches were lined up with heads",
-                    cause="an index such as -1 drops a dimension, so that q has three; a slice such as -1: keeps it",
-                    look="the line in attend_last that cuts q: q[:, :, -1:]",
+                    seen="PyTorch lined batches up with heads: three dimensions met four",
+                    cause="an index such as -1 drops its dimension; a slice such as -1: keeps it",
+                    look="every -1 in attend_last; q[:, :, -1:] leaves the newest query, and all four dimensions",
                 )
             raise
-        recognise(type(self), got, suspects(q, k, v))
-        self.same(got, want, what="the newest token's output", tolerance=TIGHT)
-        if work.scores > 2 * 3 * 7:
+        for dtype, cut in ((torch.float32, False), (torch.bfloat16, True)):
+            self.work_of(answer, *(draw(2, 3, MANY + 9, 8, seed=seed, dtype=dtype) for seed in range(3)), cut=cut)
+
+    def work_of(self, answer: Callable, *heads: Tensor, cut: bool) -> None:
+        """One row's scores, and nothing of the size of the matrix. cut: from larger tensors."""
+        q, k, v = (x[:, :, :MANY] if cut else x[:, :, :MANY].contiguous() for x in heads)
+        with ledger() as work:
+            effort = effort_of(lambda: self.call(answer, q, k, v))
+        check_stays(type(self), effort)
+        needed, matrix = 2 * 3 * MANY, 2 * 3 * MANY**2
+        told = f"{work.scores:,} scores were computed" if work.scores > needed else (
+            f"{effort.made:,} bytes of new tensors were made: the whole matrix has {matrix * q.element_size():,}"
+        )  # fmt: skip
+        # Scores, weights, and the odd copy of K or V are a hundredth of the matrix each.
+        if work.scores > needed or effort.made > matrix * q.element_size() // 4:
             self.fail(
                 "whole-matrix",
-                seen=f"{work.scores} score entries were computed; {2 * 3 * 7} are needed",
+                seen=f"{told}; with {MANY} tokens, 2 sequences and 3 heads, {needed:,} scores are needed",
                 cause="every row of the matrix is computed and all but the last are thrown away",
                 look="take the last query before the product, not the last row after it",
             )
-        q, k, v = (draw(1, 2, 1, 8, seed=seed, dtype=torch.float32) for seed in range(3))
-        self.same(self.call(answer, q, k, v), attend_last(q, k, v), what="a single token", tolerance=1e-5)
+
+
+MANY = 800  # tokens: far more than head_dim, so that the matrix is far larger than K and V
 
 
 def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
-    """What other rows, other scales and masks that hide too much come to."""
-    last, keys = q[:, :, -1:], k.transpose(-2, -1)
-    root = math.sqrt(q.shape[-1])
+    """Other rows and masks that hide too much, besides what is wrong in any attention."""
+    last = q[:, :, -1:]
+    look = "no mask is needed: the newest token may see all"
     return [
-        Suspect("first-query", attend_last(q[:, :, :1], k, v), "the wrong end of q was taken",
-                "the newest token stands last: index -1", "this is what the first token's query finds"),
-        Suspect("dimension-lost", attend_last(q, k, v)[:, :, 0],
+        Suspect("dimension-lost", [lambda: attend_last(q, k, v)[:, :, 0]],
                 "an index such as -1 drops a dimension, a slice such as -1: keeps it", "q[:, :, -1:]",
                 "three dimensions came back; the one of length 1 is missing"),
-        Suspect("sees-first-only", v[:, :, :1],
-                "a causal mask for one query and no offset hides every key but the first",
-                "no mask is needed: the newest token may see all",
+        Suspect("all-rows", [lambda: attend(q, k, v), lambda: attend(q, k, v, causal=False)],
+                "the output of every token came back", "cut q before the product: q[:, :, -1:]",
+                "a row for every token; one is asked for"),
+        Suspect("first-query", [lambda: attend_last(q[:, :, :1], k, v)], "the wrong end of q was taken",
+                "the newest token stands last: index -1", "this is what the first token's query finds"),
+        Suspect("first-query", [lambda: attend_last(q[:, :, -2:-1] if q.shape[2] > 1 else q, k, v)],
+                "the token before the newest was taken", "the newest token stands last: q[:, :, -1:]",
+                "this is what the last query but one finds"),
+        Suspect("sees-first-only", [lambda: v[:, :, :1]],
+                "a causal mask for one query and no offset hides every key but the first", look,
                 "the output is the first token's value: nothing else was seen"),
-        Suspect("sees-itself-only", v[:, :, -1:], "the last of k and v was taken, as well as the last of q",
+        Suspect("sees-itself-only", [lambda: v[:, :, -1:]], "the last of k and v was taken, as well as the last of q",
                 "one query asks, but all keys and values answer: only q is cut",
                 "the output is the newest token's own value: nothing else was seen"),
-        Suspect("no-scale", torch.softmax(last @ keys, dim=-1) @ v, "the division by sqrt(head_dim) is missing", "01.1",
-                "the weights are too sharp"),
-        Suspect("not-itself", attend_last(q, k[:, :, :-1], v[:, :, :-1]), "its own key and value were cut off",
-                "k and v are used whole; only q is cut", "the newest token does not see itself"),
-        Suspect("axis", torch.softmax(last @ keys / root, dim=-2) @ v,
-                "softmax ran along the queries, of which there is one", "dim=-1: the keys",
-                "the output is the plain sum of all values: every weight is 1"),
+        Suspect("not-itself", [lambda: attend_last(q, k[:, :, :-1], v[:, :, :-1])],
+                "its own key and value were cut off", "k and v are used whole; only q is cut",
+                "the newest token does not see itself"),
+        Suspect("mean-query", [lambda: attend_last(q.mean(2, keepdim=True), k, v)], "the queries were averaged",
+                "the newest token's query alone: q[:, :, -1:]", "no single token's query finds this"),
+        Suspect("overflow", [lambda: naive(last, k, v)], "exp() of a large score is infinity, and infinity divided by "
+                "infinity is NaN", "torch.softmax, or subtract the largest score before exp()",
+                "NaN where scores are in the thousands"),
+        *shared(last, k, v, causal=False),
     ]  # fmt: skip
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax without subtracting the largest score."""
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v

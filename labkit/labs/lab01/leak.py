@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.checks.suspects import Suspect, recognise
-from labkit.course.checks.tensors import TIGHT, agree, draw
+from labkit.course.checks.attention import suspects as shared
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import draw
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab01.references import attend, causal_mask, leaky_attend
 
@@ -32,60 +34,86 @@ class Leak(Exercise):
     )
     hints_for: ClassVar = {
         "renormalised": "What is left to divide by when the hidden score was 200 larger than every visible one?",
-        "zeroed-scores": "exp(0) is 1. Which score gives exp(score) = 0?",
+        "mask-multiplied": "exp(0) is 1. Which score gives exp(score) = 0?",
+        "mask-weak": "Which number is below every score that there can be?",
+        "no-mask": "masked_fill changes nothing in place. Where does its result go?",
     }
     reference = staticmethod(attend)
 
     def examine(self, answer: Callable) -> None:
-        """Known values, then a later token that dominates, then the promise itself."""
-        q, k, v = (draw(2, 5, 8, seed=seed) for seed in range(3))
-        got = self.call(answer, q, k, v)
-        recognise(type(self), got, suspects(q, k, v))
-        self.same(got, attend(q, k, v), what="the output", tolerance=TIGHT)
-        # Only the key of the last token is large: hidden from the others, its score dominates theirs by hundreds.
-        q = q.abs().float()
-        k = torch.cat((k[:, :-1].float(), torch.full((2, 1, 8), 300.0)), dim=1)
-        got, want = self.call(answer, q, k, v.float()), attend(q, k, v.float())
-        if not agree(got, want, 1e-3):
-            self.fail(
-                "renormalised",
-                seen="right for ordinary numbers; wrong where a hidden score is hundreds larger than the visible ones",
-                cause="softmax ran over all keys, and what the mask left was scaled up afterwards: by then it is 0",
-                look="mask the scores, before softmax",
-            )
-        # All visible scores are some hundreds below 0: a hidden score must be far below any score there can be.
-        k = torch.full_like(k, -300.0)
-        if not agree(self.call(answer, q, k, v.float()), attend(q, k, v.float()), 1e-3):
-            self.fail(
-                "weak-mask",
-                seen="right for ordinary numbers; where visible scores are near -500, hidden tokens get the weight",
-                cause="hidden scores were set to a number that a visible score can be below",
-                look="the score that no other can be below: -inf",
-            )
+        """Ordinary numbers of every size, then scores that put the hiding to the test."""
+        shapes = ((2, 5, 20), (3, 2, 7, 12), (6, 24), (1, 1, 8), (1, 300, 10))
+        cases = [Case(tuple(draw(*shape, seed=seed) for seed in range(3))) for shape in shapes]
+        # Whole numbers and a head_dim of 16: these scores are exact in float32, and in any order of the sum.
+        q, v = 1 + torch.arange(6 * 16).view(1, 6, 16).remainder(3).double(), draw(1, 6, 16)
+        last = torch.cat((draw(1, 5, 16), torch.full((1, 1, 16), 300.0, dtype=q.dtype)), dim=1)
+        far = torch.full_like(q, -(2.0**14))
+        cases += [
+            Case((q, last, v), "a last key whose score exceeds all others by a thousand"),
+            Case((q, far, v), "visible scores near -130,000"),
+        ]
+        compare(type(self), answer, attend, cases, suspects=suspects, what="the output")
 
 
 def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
-    """The bug as it stands, and repairs that do not mend it."""
-    mask = causal_mask(q.shape[-2], 0)
+    """The bug as it stands, and repairs that do not mend it; then what is wrong in any attention."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    hidden = ~causal_mask(q.shape[-2], 0)
+    weights, left = torch.softmax(scores, -1), torch.softmax(scores, -1).masked_fill(hidden, 0)
+    total = left.sum(-1, keepdim=True)
+    infinite = float("-inf")
 
-    def blend(masked: Tensor, dim: int = -1) -> Tensor:
-        return torch.softmax(masked, dim=dim) @ v
+    def filled(value: float) -> Tensor:
+        return torch.softmax(scores.masked_fill(hidden, value), -1) @ v
 
+    hide = "the score that no other can be below, and that exp() turns into 0: -inf"
     return [
-        Suspect("mask-after-softmax", leaky_attend(q, k, v),
-                "softmax divides by a sum that includes the later tokens; the mask comes when that is done",
-                "the order of the two: hide scores first, then softmax",
-                f"the first token's weights sum to {torch.softmax(scores, -1)[0, 0, 0]:.2f}, not to 1"),
-        Suspect("no-mask", blend(scores), "the mask is gone", "hide the scores that the mask forbids before softmax",
+        Suspect("mask-after", [lambda: leaky_attend(q, k, v)],
+                "a visible weight is a share of more than the visible ones",
+                "what each row's weights are shares of: which keys are in that sum?",
+                f"the first token's weights sum to {left.flatten(0, -3)[0, 0].sum() if q.dim() > 2 else left[0].sum():.2f},"
+                " not to 1"),
+        Suspect("infinite-weights", [lambda: weights.masked_fill(hidden, infinite) @ v,
+                                     lambda: (weights * ~hidden).masked_fill(hidden, infinite) @ v],
+                "-inf was put into the weights, after softmax", "hide the scores: -inf belongs before softmax",
+                "weights of -inf met the values"),
+        Suspect("zero-times-infinity", [lambda: torch.softmax(scores + hidden * infinite, -1) @ v,
+                                        lambda: torch.softmax(scores * ~hidden + hidden * infinite, -1) @ v],
+                "0 times -inf is NaN: a mask of numbers was multiplied by -inf",
+                "scores.masked_fill(~mask, -inf), or torch.where: they choose and do not multiply",
+                "every score is NaN"),
+        Suspect("renormalised", [lambda: left / total @ v, lambda: (left / total).nan_to_num(0.0) @ v],
+                "softmax ran over all keys, and what the mask left was scaled up afterwards: by then it is 0",
+                "mask the scores, before softmax",
+                "right for ordinary numbers; wrong where a hidden score is hundreds larger than the visible ones"),
+        Suspect("softmax-twice", [lambda: torch.softmax(left.masked_fill(hidden, infinite), -1) @ v,
+                                  lambda: torch.softmax(left, -1) @ v],
+                "softmax ran again over weights", "one softmax, over masked scores",
+                "rows sum to 1, but are nearly even"),
+        Suspect("mask-weak", [lambda value=value: filled(value) for value in (
+            -1.0, -10.0, -50.0, -100.0, -500.0, -1e3, -1e4, -65504.0, -1e5)],
+                "hidden scores were set to a number that a visible score can be below", hide,
+                "hidden tokens get weight where visible scores are low"),
+        Suspect("mask-weak", [lambda value=value: torch.softmax(scores + hidden * value, -1) @ v for value in (
+            -1.0, -10.0, -50.0, -100.0, -500.0, -1e3, -1e4, -65504.0, -1e5)],
+                "a number was added to hidden scores; a score that is larger by that much is seen again", hide,
+                "hidden tokens get weight where their scores are large"),
+        Suspect("no-mask", [lambda: weights @ v],
+                "no score is hidden. masked_fill returns a new tensor and changes nothing in place", "hide the scores "
+                "that the mask forbids before softmax, and use the tensor that comes back",
                 "rows sum to 1, but every token sees every other"),
-        Suspect("zeroed-scores", blend(scores * mask), "a score of 0 is not hidden: exp(0) is 1",
-                "the score that exp() turns into 0 is -inf", "later tokens still get weight"),
-        Suspect("weak-mask", blend(scores.masked_fill(~mask, -1.0)), "a small negative score is not hidden",
-                "the score that exp() turns into 0 is -inf", "later tokens still get weight"),
-        Suspect("inverted", blend(scores.masked_fill(mask, float("-inf"))), "the mask is turned round: True = may see",
-                "masked_fill hides where its mask is True: give it ~mask",
-                "each token sees only later ones, and the last sees none: NaN"),
-        Suspect("axis", blend(scores.masked_fill(~mask, float("-inf")), dim=-2), "softmax runs along the queries",
-                "dim=-1: a query spends 1 on its keys", "columns sum to 1, rows do not"),
+        Suspect("axis-from-the-front", [lambda d=d: torch.softmax(scores.masked_fill(hidden, infinite), d) @ v
+                                        for d in range(q.dim())],
+                "softmax's dim was counted from the front, which fits one number of dimensions only",
+                "dim=-1: a query spends 1 on its keys", "rows sum to 1 for one number of dimensions and not for others"),
+        Suspect("naive", [lambda: naive_softmax(scores.masked_fill(hidden, infinite)) @ v],
+                "exp() of a large score is infinity, and a row of very low ones is 0 throughout", "torch.softmax",
+                "right for ordinary numbers; NaN where scores are large"),
+        *shared(q, k, v),
     ]  # fmt: skip
+
+
+def naive_softmax(scores: Tensor) -> Tensor:
+    """Softmax without subtracting the largest score."""
+    exp = scores.exp()
+    return exp / exp.sum(-1, keepdim=True)

@@ -8,9 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.trials import compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab01.references import causal_mask
+
+# Few, one, none held, as many new as held and one more or less, more than a byte counts or than half precision does.
+CALLS = ((3, 2), (5, 3), (2, 6), (1, 0), (1, 7), (6, 0), (4, 4), (4, 5), (5, 4), (2, 300), (270, 3), (2, 3_000))
 
 
 class Mask(Exercise):
@@ -25,73 +29,110 @@ class Mask(Exercise):
         "rows: torch.arange(new_tokens)[:, None] + past; columns: torch.arange(past + new_tokens). Compare them.",
     )
     hints_for: ClassVar = {
-        "no-offset": "For new_tokens=1, past=4 the one new token may see all five. What does yours say?",
-        "inverted": "Read the docstring's last words of the first line again.",
+        "mask-offset": "For new_tokens=1, past=4 the one new token may see all five. What does yours say?",
+        "mask-inverted": "Read the docstring's last words of the first line again.",
+        "blind-to-itself": "At which position does the first new token stand, and may it see its own key?",
+        "not-bool": "What does a comparison of two tensors give?",
     }
     reference = staticmethod(causal_mask)
 
     def examine(self, answer: Callable) -> None:
-        """One telling case, then the corners."""
-        got = self.call(answer, 3, 2)
-        self.shape_of(got)
-        if got.dtype != torch.bool:
-            self.fail(
-                "not-bool",
-                seen=f"a tensor of {got.dtype}",
-                cause="numbers (0 and 1, or 0 and -inf) instead of permissions",
-                look="return the comparison itself: it is bool",
-            )
-        recognise(type(self), got, suspects(), tolerance=0)
-        for new_tokens, past in ((3, 2), (1, 0), (1, 7), (5, 0), (4, 9)):
-            got, want = self.call(answer, new_tokens, past), causal_mask(new_tokens, past)
-            if not isinstance(got, Tensor) or got.shape != want.shape or not torch.equal(got, want):
-                self.fail(
-                    "one-case-only",
-                    seen=f"another mask than needed for {new_tokens} new tokens after {past} held",
-                    cause="the rule fits some sizes only",
-                    look="say the rule for row i in words first: it sees the positions 0 to past + i",
-                )
+        """What kind of thing it is, then all calls."""
+        self.kind_of([self.call(answer, *call) for call in CALLS[:3]])
+        compare(type(self), answer, causal_mask, CALLS, suspects=suspects, what="the mask", exact=True)
 
-    def shape_of(self, got: Tensor) -> None:
-        """Rows are new tokens, columns are all tokens."""
-        if isinstance(got, Tensor) and got.shape == (3, 3):
+    def kind_of(self, masks: list[Tensor]) -> None:
+        """Rows are new tokens, columns are all tokens, entries are permissions."""
+        shapes = [list(mask.shape) for mask in masks if isinstance(mask, Tensor)]
+        if shapes == [[new, new] for new, _ in CALLS[:3]]:
             self.fail(
                 "no-past-columns",
                 seen="a 3 x 3 mask for 3 new tokens after 2 held",
                 cause="the tokens held have no column, so no new token could see them",
                 look="the number of columns: past + new_tokens",
             )
-        if isinstance(got, Tensor) and got.shape == (5, 5):
+        if shapes == [[past + new] * 2 for new, past in CALLS[:3]]:
             self.fail(
                 "old-rows",
                 seen="5 rows for 3 new tokens",
                 cause="the tokens held got a row each; their queries are not computed again",
                 look="the number of rows: new_tokens",
             )
-        self.like(got, got if isinstance(got, Tensor) and got.shape == (3, 5) else causal_mask(3, 2), what="the mask")
+        if shapes == [[past + new, new] for new, past in CALLS[:3]]:
+            self.fail(
+                "swapped",
+                seen="5 rows and 3 columns for 3 new tokens after 2 held",
+                cause="rows and columns changed places",
+                look="the docstring: a row for each new token, a column for every token",
+            )
+        if shapes == [[new, past + new] for new, past in CALLS[:3]] and masks[0].dtype != torch.bool:
+            self.fail(
+                "not-bool",
+                seen=f"a tensor of {masks[0].dtype}",
+                cause="numbers (0 and 1, or 0 and -inf) instead of permissions",
+                look="a comparison gives bool; .bool() makes it of 0 and 1",
+            )
+
+    @classmethod
+    def explain_values(cls, got: Tensor, want: Tensor, *, what: str, tolerance: float = 0.0) -> None:
+        """Say of the first row that differs which keys it sees and which it should see."""
+        row = int((got != want).any(-1).nonzero()[0])
+        sees, should = (places(mask[row]) for mask in (got, want))
+        cls.fail(
+            "values",
+            seen=f"{what}: new token {row} may see {sees}; it should be {should}",
+            cause="the rule for a row is another one, or one that fits some sizes only",
+            look="the rule in words first: new token i stands at position past + i, and sees the positions 0 to there",
+        )
 
 
-def suspects() -> list[Suspect]:
-    """Wrong masks for 3 new tokens after 2 held."""
-    want, row, column = causal_mask(3, 2), torch.arange(3)[:, None], torch.arange(5)[None, :]
+def places(row: Tensor) -> str:
+    """The positions that a row of a mask allows, in few words."""
+    seen = row.nonzero().flatten().tolist()
+    if len(seen) > 8:
+        return f"{len(seen):,} keys, from {seen[0]:,} to {seen[-1]:,}"
+    return f"keys {seen}" if seen else "no key"
+
+
+def suspects(new: int, past: int) -> list[Suspect]:
+    """Wrong masks of the right shape."""
+    row, column = torch.arange(new)[:, None], torch.arange(past + new)[None, :]
+    at = row + past
+    ones = torch.ones(new, past, dtype=torch.bool)
+    look = "new token i stands at position past + i and sees the positions 0 to there"
     return [
-        Suspect("inverted", ~want, "True was taken for 'hidden'", "the docstring: True = may see",
+        Suspect("mask-inverted", [column > at], "True was taken for 'hidden'", "the docstring: True = may see",
                 "every permission is turned round: the first new token sees only what comes after it"),
-        Suspect("no-offset", column <= row, "row i was taken for position i, as if nothing were held",
-                "add past to the row's position",
-                "the first new token sees 1 key; it should see 3: the two held and itself"),
-        Suspect("not-itself", column < row + 2, "a strict comparison", "<= instead of <",
-                "the first new token sees 2 keys; it should see 3: itself, too"),
-        Suspect("sees-next", column <= row + 3, "the diagonal is one too far to the right",
+        Suspect("sees-later", [column >= at], "the comparison is turned round: >= for <=, or triu for tril", look,
+                "each new token sees itself and what comes after it"),
+        Suspect("mask-offset", [column <= row], "row i was taken for position i, as if nothing were held",
+                "add past to the row's position", "the first new token sees 1 key, however many are held"),
+        Suspect("blind-to-itself", [column < at], "the diagonal is one too far to the left: a strict comparison?",
+                "a token sees its own key, too", "no new token sees itself"),
+        Suspect("mask-offset-too-large", [column <= at + 1], "the diagonal is one too far to the right",
                 "the first new token stands at position past, and sees position past at most",
-                "the first new token sees 4 keys; it should see 3: its successor is visible"),
-        Suspect("past-hidden", want & (column >= 2), "the columns of the past are False",
+                "every new token sees its successor"),
+        Suspect("offset-is-new-tokens", [column <= row + new], "the diagonal was shifted by new_tokens, not by past",
+                "which of the two says where the first new token stands", "the offset grows with the new tokens"),
+        Suspect("offset-negative", [column <= row - past], "the diagonal was shifted to the wrong side",
+                "past stands on the side of the rows: column <= row + past", "the more is held, the less is seen"),
+        Suspect("cache-hidden", [(column <= at) & (column >= past)], "the columns of the past are False",
                 "what was there before may be seen by every new token", "no new token sees a token that is held"),
-        Suspect("past-at-the-end", torch.cat((torch.ones(3, 3).tril().bool(), torch.ones(3, 2).bool()), dim=1),
+        Suspect("past-at-the-end", [torch.cat((torch.ones(new, new).tril().bool(), ones), dim=1)],
                 "the columns of the past were put to the right of the new tokens'",
                 "the order of columns is the order of positions: the past comes first",
                 "the last columns are visible to all, the first ones are not"),
-        Suspect("all-visible", torch.ones(3, 5).bool(), "nothing compares the key's position with the query's",
+        Suspect("no-mask", [(column >= 0).expand(new, -1)], "nothing compares the key's position with the query's",
                 "column j is visible to row i when j <= past + i",
                 "every new token sees every key, later ones included"),
+        Suspect("past-only", [(column < past).expand(new, -1)], "only what is held is visible", look,
+                "no new token sees itself or another new one"),
+        Suspect("first-row-everywhere", [(column <= past).expand(new, -1)], "the rows do not differ",
+                "the position of row i grows with i", "every new token sees what the first one sees"),
+        Suspect("past-and-itself", [(column < past) | (column == at)],
+                "a new token sees what is held and itself, but no new token before it", look,
+                "new tokens do not see each other"),
+        Suspect("itself-only", [column == at], "only the diagonal is True", look, "each new token sees its own key alone"),
+        Suspect("rows-reversed", [(column <= at).flip(0)], "the rows are in reverse order",
+                "row 0 is the first new token", "the first new token sees most, the last one least"),
     ]  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import agree, draw
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab01.references import apply_rope
 
@@ -27,6 +29,7 @@ class Rope(Exercise):
         "torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1), with cos and sin brought to x.dtype",
     )
     hints_for: ClassVar = {
+        "sign-missing": "Turn (1, 0) by a quarter: where does it point? Then (0, 1). Which of the two has a minus?",
         "interleaved-pairs": "Two conventions exist. Here the partner of dimension 0 is head_dim / 2, not 1.",
         "own-positions": "A decode step brings one token. At which position is it, and how would arange know?",
         "low-precision": "bfloat16 keeps 8 significant bits: near 8,000 its numbers are 32 apart. In radians?",
@@ -35,10 +38,9 @@ class Rope(Exercise):
     reference = staticmethod(apply_rope)
 
     def examine(self, answer: Callable) -> None:
-        """State first, then pairing and sign, then positions and precision."""
-        frequencies = 10_000.0 ** -(torch.arange(0, 8, dtype=torch.float32) / 8)
-        x, start = draw(2, 3, 5, 16, dtype=torch.float32), torch.arange(5)
-        got, again = (self.call(answer, x, start, frequencies) for _ in range(2))
+        """State first, then turns of every kind, then the dtypes that a model computes in."""
+        first = CALLS[0].args
+        got, again = (self.call(answer, *first) for _ in range(2))
         if isinstance(got, Tensor) and isinstance(again, Tensor) and not agree(got, again, 0.0, nan=True):
             self.fail(
                 "position-not-reset",
@@ -46,87 +48,156 @@ class Rope(Exercise):
                 cause="a position counter outlives the call, so a second prompt starts where the first one ended",
                 look="take every position from the argument; keep nothing between calls",
             )
-        # Angles of up to 60 radians in float32 are off by at most 60 * 2**-24, times |x| < 5: well below the tolerance.
-        recognise(type(self), got, suspects(x, start, frequencies), tolerance=1e-4)
-        self.same(got, apply_rope(x, start, frequencies), what="5 tokens at positions 0 to 4", tolerance=1e-4)
-        self.later_positions(answer, frequencies)
-        self.half_precision(answer, frequencies)
+        # frequencies are float32 whatever x is, so dtypes are tried by hand, below
+        compare(type(self), answer, apply_rope, CALLS, suspects=suspects, what="the turned vectors", dtypes=())
+        for x, positions, frequencies in (case.args for case in (FAR, *CALLS[:2])):
+            self.dtypes_of_models(answer, x, positions, frequencies)
 
-    def later_positions(self, answer: Callable, frequencies: Tensor) -> None:
-        """Positions that do not start at 0, and that have gaps."""
-        for places in ([17], [40, 41, 42], [3, 9, 60]):
-            x, positions = draw(1, 2, len(places), 16, dtype=torch.float32), torch.tensor(places)
-            got = self.call(answer, x, positions, frequencies)
-            from_0 = apply_rope(x, torch.arange(len(places)), frequencies)
-            recognise(type(self), got, [
-                Suspect("own-positions", from_0, "the positions were counted from 0 inside the function",
-                        "the argument positions: a decode step brings one token, at whatever position it has",
-                        f"a token at position {places[0]} was turned as if it stood at position 0"),
-            ], tolerance=1e-4)  # fmt: skip
-            self.same(got, apply_rope(x, positions, frequencies), what=f"tokens at positions {places}", tolerance=1e-4)
+    def dtypes_of_models(self, answer: Callable, x: Tensor, positions: Tensor, frequencies: Tensor) -> None:
+        """What comes in float64 or bfloat16 goes out in it, with angles of float32."""
+        for dtype, rounding in ((torch.bfloat16, 2**-9), (torch.float64, 0.0)):
+            vectors = x.to(dtype)
+            got = self.call(answer, vectors, positions, frequencies)
+            want, exact = (apply_rope(vectors.double(), positions, f) for f in (frequencies, frequencies.double()))
+            told = f"{str(dtype).removeprefix('torch.')}, positions {positions.tolist()}"
+            if isinstance(got, Tensor) and dtype == torch.bfloat16 and got.dtype == torch.float32:
+                self.fail(
+                    "dtype-promoted",
+                    seen="bfloat16 went in, float32 came out",
+                    cause="a product with float32 cos and sin is float32: a cache of such keys is twice as large",
+                    look="bring cos and sin, or the result, to x.dtype",
+                )
+            self.like(got, want.to(dtype), what=f"{told}: the turned vectors")
+            # Angles in float32 are off by half an eps of the largest, an answer's own product by as much again; then
+            # cos, sin, two products and a sum are rounded, each by `rounding` of what stays below the largest number.
+            angle = 4 * (want - exact).abs().max() + 2**-22 * x.abs().max()
+            tolerance = float(angle + 8 * rounding * x.abs().max())
+            if not agree(got, exact, tolerance):
+                if agree(got, coarse(vectors, positions, frequencies, dtype), 2 * tolerance + 8 * rounding):
+                    self.fail(
+                        "low-precision",
+                        seen=f"{told}: values are off by up to {(got.double() - exact).abs().max():.2g}",
+                        cause="the angles themselves were computed in bfloat16, which cannot tell position 8,191 from "
+                        "8,192",
+                        look="positions * frequencies in float32; only cos and sin go to x.dtype",
+                    )
+                self.explain_values(got, exact, what=f"{told}: the turned vectors", tolerance=tolerance)
 
-    def half_precision(self, answer: Callable, frequencies: Tensor) -> None:
-        """bfloat16 in, bfloat16 out, with float32 angles."""
-        x, positions = draw(1, 2, 3, 16, dtype=torch.bfloat16), torch.tensor([4_001, 6_005, 8_191])
-        got = self.call(answer, x, positions, frequencies)
-        if isinstance(got, Tensor) and got.dtype == torch.float32:
-            self.fail(
-                "dtype-promoted",
-                seen="bfloat16 went in, float32 came out",
-                cause="a product with float32 cos and sin is float32: a cache of such keys is twice as large",
-                look="bring cos and sin, or the result, to x.dtype",
-            )
-        want = apply_rope(x.float(), positions, frequencies)
-        self.like(got, want.to(torch.bfloat16), what="bfloat16 tokens")
-        # bfloat16 rounds cos, sin, two products and a sum, each by 2**-9 of a value below 5: under 0.05 in all.
-        if not agree(got, want, 0.05):
-            self.fail(
-                "low-precision",
-                seen=f"bfloat16, near position 8,000: values are off by up to {(got.float() - want).abs().max():.2g}",
-                cause="the angles themselves were computed in bfloat16, which cannot tell position 8,191 from 8,192",
-                look="positions * frequencies in float32; only cos and sin go to x.dtype",
-            )
+
+def powers(base: float, head_dim: int) -> Tensor:
+    """Frequencies base ** (-2 i / head_dim), float32 [head_dim / 2]."""
+    return (base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)).float()
+
+
+def call(*shape: int, at: Sequence[int], base: float, name: str = "", dtype: torch.dtype = torch.float32) -> Case:
+    """One call: random vectors, the positions of their tokens, frequencies of a base."""
+    return Case((draw(*shape, dtype=dtype), torch.tensor(at), powers(base, shape[-1])), name)
+
+
+# From 0 and not, with gaps, in any order, twice the same, far on; 2 to 4 dimensions; bases that nobody writes down.
+CALLS = (
+    call(2, 3, 5, 16, at=range(5), base=700.0),
+    call(3, 4, 12, at=(3, 9, 60, 17), base=90.0),
+    call(2, 3, 5, 16, at=range(5), base=40.0),
+    call(1, 2, 1, 16, at=(17,), base=700.0),
+    call(2, 1, 3, 10, at=(40, 41, 42), base=900.0),
+    call(4, 6, at=(7, 7, 2, 0), base=30.0),
+    call(1, 3, 2, at=(300, 1, 0), base=5.0),
+    call(2, 2, 64, at=(70_001, 65_536), base=10_000.0, name="far on"),
+)
+FAR = call(1, 2, 3, 16, at=(4_001, 6_005, 8_191), base=10_000.0)
+
+
+def coarse(x: Tensor, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turned by angles that were computed in `dtype`."""
+    angles = positions[:, None].to(dtype) * frequencies.to(dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
 
 
 def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]:
-    """Wrong turns at positions 0 to 4."""
+    """Wrong turns."""
     angles = positions[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     (a, b), (even, odd) = x.chunk(2, dim=-1), (x[..., 0::2], x[..., 1::2])
-    paired = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    halves = torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     first, second = a * cos - b * sin, a * sin + b * cos
+    one, two = even * cos - odd * sin, even * sin + odd * cos
+    start, count = torch.arange(len(positions)), positions - positions[0]
+    size = x.shape[-1]
+    paired = torch.stack((-odd, even), dim=-1).flatten(-2)  # neighbours exchanged
+    swapped = torch.cat((-b, a), dim=-1)
+    doubled, repeated = torch.cat((angles, angles), dim=-1), angles.repeat_interleave(2, -1)
+
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first, second), dim=-1)
+
+    def turned(positions: Tensor, frequencies: Tensor = frequencies) -> Tensor:
+        return apply_rope(x, positions, frequencies)
+
+    def by(angles: Tensor) -> Tensor:
+        return joined(a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos())
+
+    signs = "the docstring: (a cos - b sin, a sin + b cos)"
     return [
-        Suspect("unchanged", x, "the turned halves are not in what is returned",
+        Suspect("unchanged", [x], "the turned halves are not in what is returned",
                 "the last line: join the two new halves and return them", "x came back as it was"),
-        Suspect("interleaved-pairs", [paired, halves],
+        Suspect("interleaved-pairs", [torch.stack((one, two), dim=-1).flatten(-2), joined(one, two)],
                 "the pairing of the original paper; Llama's weights pair dimension i with i + head_dim / 2",
                 "x.chunk(2, dim=-1) gives the two halves", "dimension 0 was turned together with dimension 1"),
-        Suspect("wrong-sign", torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1),
-                "the signs of the two sine terms are exchanged", "the docstring: (a cos - b sin, a sin + b cos)",
-                "every pair turns the other way"),
-        Suspect("a-overwritten", torch.cat((first, first * sin + b * cos), dim=-1),
+        Suspect("two-pairings", [x * repeated.cos() + swapped * repeated.sin(),
+                                 x * doubled.cos() + paired * doubled.sin()],
+                "angles are laid out for one pairing, and the numbers are taken in the other",
+                "both halves take the same angles: torch.cat((angles, angles), dim=-1)",
+                "dimensions i and i + head_dim / 2 were not turned by the same angle"),
+        Suspect("wrong-sign", [joined(a * cos + b * sin, b * cos - a * sin)],
+                "the signs of the two sine terms are exchanged", signs, "every pair turns the other way"),
+        Suspect("sign-missing", [joined(a * cos + b * sin, second), joined(first, b * cos - a * sin),
+                                 joined(first, -second), joined(-first, second)],
+                "one sign is wrong: in rotate_half, (-b, a) has one minus", signs,
+                "the vectors change their length, or one half has the wrong sign"),
+        Suspect("a-overwritten", [joined(first, first * sin + b * cos)],
                 "a was overwritten with its new value before the second half was made from it",
                 "compute both halves from the old a and b, under new names",
                 "the first half is right, the second is not"),
-        Suspect("interleaved-output", torch.stack((first, second), dim=-1).flatten(-2),
+        Suspect("interleaved-output", [torch.stack((first, second), dim=-1).flatten(-2)],
                 "the halves were stacked pair by pair; pair i belongs at places i and i + head_dim / 2",
                 "torch.cat along the last dimension lays the halves one after the other",
                 "the numbers are right, but the two halves alternate"),
-        Suspect("cos-sin-swapped", torch.cat((a * sin - b * cos, a * cos + b * sin), dim=-1),
-                "cos and sin are exchanged: cos(0) is 1, sin(0) is 0",
-                "which of the two is called cos, and the docstring's (a cos - b sin, a sin + b cos)",
+        Suspect("halves-exchanged", [joined(second, first)], "the second half was put before the first",
+                "the order in torch.cat", "the right numbers stand in the other half"),
+        Suspect("cos-sin-swapped", [joined(a * sin - b * cos, a * cos + b * sin)],
+                "cos and sin are exchanged: cos(0) is 1, sin(0) is 0", f"which of the two is called cos, and {signs}",
                 "at position 0, where nothing should turn, every pair has made a quarter turn"),
-        Suspect("starts-at-1", apply_rope(x, positions + 1, frequencies), "positions were counted from 1",
+        Suspect("not-a-rotation", [joined(a * cos - b * cos, a * sin + b * sin), joined(first, a * cos + b * sin),
+                                   joined(a * cos, b * sin), joined(a * cos, b * cos), joined(a * cos - b * cos, second),
+                                   x * doubled.cos() + x * doubled.sin()],
+                "cos and sin stand in the wrong places", f"each output mixes a and b; {signs}",
+                "the vectors change their length; turning keeps it"),
+        Suspect("half-turned", [joined(first, b), joined(a, second)], "only one of each pair was computed",
+                "both numbers of a pair change", "one half of the dimensions is unchanged"),
+        Suspect("starts-at-1", [turned(positions + 1), turned(start + 1)], "positions were counted from 1",
                 "use positions as they come: the first token stands at 0",
                 "the token at position 0 was turned by one step; it should stay as it is"),
-        Suspect("half-turned", torch.cat((a * cos - b * sin, b), dim=-1), "only one of each pair was computed",
-                "both numbers of a pair change: the second becomes a sin + b cos",
-                "the second half of the dimensions is unchanged"),
-        Suspect("not-a-rotation", torch.cat((a * cos - b * cos, a * sin + b * sin), dim=-1),
-                "cos and sin stand in the wrong places", "each output mixes a and b with one cosine and one sine",
-                "the vectors change their length; turning keeps it"),
-        Suspect("not-a-rotation", torch.cat((a * cos - b * sin, a * cos + b * sin), dim=-1),
-                "cos and sin stand in the wrong places in the second half", "the second half is a sin + b cos",
-                "the vectors change their length; turning keeps it"),
+        Suspect("own-positions", [turned(start), turned(count), turned(positions.flip(0))],
+                "the positions were counted from the first token of the call",
+                "the argument positions: a decode step brings one token, at whatever position it has",
+                "a token further on was turned as if the text started there"),
+        Suspect("one-position", [turned(positions[:1].expand_as(positions)), turned(positions[-1:].expand_as(positions))],
+                "all tokens were turned by one token's position", "positions[:, None]: a row of angles per token",
+                "every token was turned by the same angles"),
+        Suspect("own-frequencies", [turned(positions, powers(base, size)) for base in (1e4, 1e5, 5e5, 1e6)]
+                + [turned(positions, torch.ones_like(frequencies)), turned(positions, frequencies[:1].expand(size // 2))],
+                "the argument frequencies is not used", "the angles: positions[:, None] * frequencies",
+                "the angles are the same whatever the frequencies"),
+        Suspect("frequencies-turned-round", [turned(positions, frequencies.flip(0)), turned(positions, 1 / frequencies)],
+                "the frequencies are in reverse order, or stand below the fraction bar",
+                "the angles: positions[:, None] * frequencies", "pair 0 should turn fastest"),
+        Suspect("not-radians", [by(torch.deg2rad(angles)), by(torch.rad2deg(angles)), by(angles * 2 * math.pi)],
+                "the angles were changed to another unit", "cos and sin take radians, and the angles are in radians",
+                "the angles are off by a constant factor"),
+        Suspect("angles-not-multiplied", [by(positions[:, None] + frequencies), by(frequencies ** positions[:, None])],
+                "position and frequency were not multiplied", "the angles: positions[:, None] * frequencies",
+                "the angles are not position times frequency"),
+        Suspect("turned-twice", [apply_rope(turned(positions), positions, frequencies)], "the turn was applied twice",
+                signs, "every angle is twice as large"),
     ]  # fmt: skip

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.course.checks.suspects import Suspect, recognise
-from labkit.course.checks.tensors import agree, draw
+from labkit.course.checks import attention
+from labkit.course.checks.attention import ORDER, SCALE, SOFTMAX
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import draw
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab01.references import attention_weights
 
-SINGLE = 1e-6  # bounded: a softmax in float32, as many libraries take it, is off by a few eps (1.2e-7)
+WRITTEN = (2, 4, 8, 16, 32, 64, 128, 256, 576)  # head_dims and roots of head_dims that a number in the code may mean
 
 
 class Weights(Exercise):
@@ -31,82 +35,73 @@ class Weights(Exercise):
     )
     hints_for: ClassVar = {
         "axis": "Shape [..., queries, keys]: which of the two dimensions should sum to 1 when you add along it?",
+        "axis-from-the-front": "With a batch and heads the shape has four dimensions. Which one is dim=1 then?",
         "no-scale": "The formula has three steps: multiply, divide, softmax. Count yours.",
+        "fixed-scale": "Which argument knows head_dim, and at which place of its shape?",
         "overflow": "exp(1000) is infinity here. Softmax may subtract the row's largest score first. Why?",
     }
     reference = staticmethod(attention_weights)
 
     def examine(self, answer: Callable) -> None:
-        """Formula slips first, then other shapes and large scores."""
-        q, k = draw(2, 4, 16), draw(2, 6, 16, seed=1)
-        want = attention_weights(q, k)
-        got = self.call(answer, q, k)
-        recognise(type(self), got, suspects(q, k))
-        self.like(got, want, what="the weights of 4 queries over 6 keys")
-        if not agree(got.sum(-1), torch.ones_like(got.sum(-1)), SINGLE):
-            self.fail(
-                "rows",
-                seen=f"the first row sums to {got[0, 0].sum():.3g}",
-                cause="something is done to the weights after softmax, or softmax is not the last step",
-                look="the order of the steps: multiply, divide, softmax",
-            )
-        self.same(got, want, what="the weights", tolerance=SINGLE)
-        self.large_scores(answer)
-        for dtype in (torch.float32, torch.bfloat16):
-            q, k = draw(3, 1, 16, dtype=dtype), draw(3, 7, 16, seed=1, dtype=dtype)
-            # A weight is at most 1, and a few roundings of the dtype separate two right answers.
-            tolerance = 8 * torch.finfo(dtype).eps
-            self.same(self.call(answer, q, k), attention_weights(q, k), what=f"{dtype} weights", tolerance=tolerance)
-
-    def large_scores(self, answer: Callable) -> None:
-        """Scores of thousands must give weights, not NaN."""
-        q, k = 300 * draw(1, 4, 16), 300 * draw(1, 6, 16, seed=1)
-        got = self.call(answer, q, k)
-        if not torch.isfinite(got).all():
-            self.fail(
-                "overflow",
-                seen="NaN weights where scores are in the thousands",
-                cause="exp() of a large score is infinity, and infinity divided by infinity is NaN",
-                look="torch.softmax, or subtract each row's largest score before exp()",
-            )
-        self.same(got, attention_weights(q, k), what="weights of large scores", tolerance=1e-6)
+        """Three ranks, four head_dims, and scores of thousands."""
+        queries = ((2, 4, 20), (5, 2, 3, 12), (9, 24), (3, 1, 6), (1, 270, 10), (1, 40, 10))
+        keys = ((2, 6, 20), (5, 2, 7, 12), (8, 24), (3, 1, 6), (1, 100, 10), (1, 270, 10))
+        cases = [Case((draw(*q), draw(*k, seed=1))) for q, k in zip(queries, keys, strict=True)]
+        large = Case((300 * draw(1, 4, 14), 300 * draw(1, 6, 14, seed=1)), "scores of thousands")
+        compare(type(self), answer, attention_weights, [*cases, large], suspects=suspects, what="the weights")
 
 
 def suspects(q: Tensor, k: Tensor) -> list[Suspect]:
-    """Wrong values and what each betrays."""
-    raw, root = q @ k.transpose(-2, -1), math.sqrt(q.shape[-1])
-    soft = torch.softmax
+    """What is written in place of the formula, besides what is in every attention."""
+    raw = q @ k.transpose(-2, -1)
+    scores = raw / math.sqrt(q.shape[-1])
+    exp, soft, norm = scores.exp(), torch.softmax, F.normalize
+    sizes = [*q.shape[:-1], *k.shape[:-1], q.numel()]
     return [
-        Suspect("batch-axis", [soft(raw / root, 0), soft(raw, 0)], "softmax ran along dim=0, which is the batch here",
-                "dim= of softmax, counted from the end: the keys are the last dimension, dim=-1",
-                "neither rows nor columns sum to 1, but equal places of the two batches do"),
-        Suspect("axis", [soft(raw / root, -2), soft(raw, -2)],
-                "softmax ran along the queries: every key hands out 1, instead of every query spending 1",
-                "dim= of softmax: the keys are the last dimension", "each column sums to 1; each row should"),
-        Suspect("no-softmax", [raw / root, raw], "the last step is missing",
-                "softmax along the keys turns a row of scores into a row of weights",
-                "scores came back, some of them negative"),
-        Suspect("no-scale", soft(raw, -1), "the scores were not divided by sqrt(head_dim)",
-                "the step between the product and softmax", "rows sum to 1, but they are sharper than they should be"),
-        Suspect("scale-twice", soft(raw / root**2, -1), "the scores were divided by head_dim, not by its square root",
-                "the deviation of a sum of head_dim products grows with sqrt(head_dim)",
-                "rows sum to 1, but they are flatter than they should be"),
-        Suspect("fixed-scale", soft(raw / 8, -1), "a number was written down that fits a head_dim of 64 alone",
-                "take head_dim from the tensors: q.shape[-1]",
-                f"the scores were divided by 8; head_dim is {q.shape[-1]} here, so its root is {root:g}"),
-        Suspect("scale-up", soft(raw * root, -1), "the scores were multiplied by sqrt(head_dim) instead of divided",
-                "the sign of the exponent: head_dim ** -0.5 divides",
-                "rows sum to 1, but nearly all weight sits on one key"),
-        Suspect("scale-by-keys", soft(raw / math.sqrt(k.shape[-2]), -1),
-                "the root was taken of the number of keys, not of head_dim",
-                "which dimension the dot product sums over: the last one of q",
-                "rows sum to 1, but the scale depends on how many keys there are"),
-        Suspect("scale-after", soft(raw, -1) / root, "the division came after softmax",
-                "divide the scores, then take softmax: the order matters because softmax is not linear",
-                f"rows sum to {1 / root:.2f}, which is 1 / sqrt(head_dim)"),
-        Suspect("proportional", raw / raw.sum(-1, keepdim=True),
+        *attention.suspects(q, k, causal=False),
+        Suspect("axis-from-the-front", [lambda d=d: soft(scores, d) for d in range(scores.dim())],
+                "softmax's dim was counted from the front, which fits one number of dimensions only", SOFTMAX,
+                "rows sum to 1 for one number of dimensions and not for others"),
+        Suspect("fixed-scale", [lambda c=c: soft(raw / c, -1) for c in WRITTEN],
+                "a number was written down, or head_dim is that of an earlier cell",
+                "take head_dim from the tensors: q.shape[-1]", "the scores are divided by the same number whatever "
+                "head_dim is"),
+        Suspect("scale-by-another-size", [lambda n=n: soft(raw / math.sqrt(n), -1) for n in sizes],
+                "the root was taken of another size than head_dim, such as the batch or the number of queries",
+                "the dimension that a dot product sums over: q.shape[-1]", "the scale changes with the number of tokens "
+                "or sequences"),
+        Suspect("overflow", [lambda: exp / exp.sum(-1, keepdim=True)],
+                "exp() of a large score is infinity, and infinity divided by infinity is NaN",
+                "torch.softmax, or subtract each row's largest score before exp()",
+                "NaN weights where scores are in the thousands"),
+        Suspect("overflow", [lambda: (e := (scores - scores.max()).exp()) / e.sum(-1, keepdim=True)],
+                "the largest score of all rows was subtracted; in a row far below it every exp() is 0, and 0/0 is NaN",
+                "torch.softmax, or subtract each row's own largest score before exp()",
+                "NaN weights where scores are in the thousands"),
+        Suspect("no-sum", [lambda: exp, lambda: raw.exp(), lambda: (scores - scores.amax(-1, keepdim=True)).exp()],
+                "exp() is there, the division by the row's sum is not", "softmax: exp(score) / sum of exp(score)",
+                "rows do not sum to 1"),
+        Suspect("proportional", [lambda: raw / raw.sum(-1, keepdim=True),
+                                 lambda: raw.abs() / raw.abs().sum(-1, keepdim=True)],
                 "scores were divided by their sum; a score may be negative, so that is no share",
-                "softmax divides exp(score) by the sum of exp(score)", "rows sum to 1, but some weights are negative"),
-        Suspect("swapped", soft(raw / root, -1).transpose(-2, -1), "the two dimensions of the result are swapped",
-                "queries are rows, keys are columns", "one row per key instead of one per query"),
+                "softmax divides exp(score) by the sum of exp(score)", "the weights are the scores' shares of their sum"),
+        Suspect("no-softmax", [lambda: raw], "softmax and the division are missing", ORDER, "the plain product came back"),
+        Suspect("sigmoid", [lambda: scores.sigmoid(), lambda: raw.sigmoid()], "a sigmoid looks at one score alone",
+                "softmax along the keys: every weight depends on its whole row", "rows do not sum to 1"),
+        Suspect("log-softmax", [lambda: scores.log_softmax(-1)], "log_softmax gives the logarithms of the weights",
+                "torch.softmax", "every number is the logarithm of a weight"),
+        Suspect("softmax-twice", [lambda: soft(soft(scores, -1), -1)], "softmax ran twice", ORDER,
+                "rows sum to 1, but are nearly even"),
+        Suspect("sign", [lambda: soft(-scores, -1)], "the scores were negated", SCALE,
+                "the keys that fit best get least"),
+        Suspect("cosines", [lambda: soft(norm(q, dim=-1) @ norm(k, dim=-1).transpose(-2, -1), -1)],
+                "queries and keys were brought to length 1: these are cosines, not dot products",
+                "the docstring: q k^T, divided by sqrt(head_dim)", "a long key scores no more than a short one"),
+        Suspect("causal", [lambda: attention.attend(q, k, None), lambda: soft(
+            scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf")), -1)],
+                "a causal mask is there that nobody asked for yet", "01.1 has no mask: every query sees every key",
+                "some keys get no weight"),
+        Suspect("swapped", [lambda: soft(scores, -1).transpose(-2, -1), lambda: soft(scores.transpose(-2, -1), -1)],
+                "the two dimensions of the result are swapped", "queries are rows, keys are columns",
+                "one row per key instead of one per query"),
     ]  # fmt: skip

@@ -79,8 +79,8 @@ WEIGHTS = [
         lambda q, k: torch.softmax(q @ k.mT, -1) / math.sqrt(q.shape[-1]),
     ),
     Wrong("01.1", "axis", "softmax along the queries", lambda q, k: torch.softmax(scores(q, k), -2)),
-    Wrong("01.1", "axis", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
-    Wrong("01.1", "batch-axis", "softmax(dim=0)", lambda q, k: torch.softmax(scores(q, k), 0)),
+    Wrong("01.1", "axis-from-the-front", "softmax(dim=1) on a batch", lambda q, k: torch.softmax(scores(q, k), 1)),
+    Wrong("01.1", "axis-from-the-front", "softmax(dim=0)", lambda q, k: torch.softmax(scores(q, k), 0)),
     Wrong("01.1", "fixed-scale", "divided by 8, whatever head_dim is", lambda q, k: torch.softmax(q @ k.mT / 8, -1)),
     Wrong("01.1", "no-softmax", "the scores themselves", scores),
     Wrong("01.1", "no-softmax", "the plain product", lambda q, k: q @ k.mT),
@@ -91,7 +91,7 @@ WEIGHTS = [
         "shares of the sum, as popular texts draw them",
         lambda q, k: (q @ k.mT) / (q @ k.mT).sum(-1, keepdim=True),
     ),
-    Wrong("01.1", "rows", "a sigmoid per score", lambda q, k: torch.sigmoid(scores(q, k))),
+    Wrong("01.1", "sigmoid", "a sigmoid per score", lambda q, k: torch.sigmoid(scores(q, k))),
     Wrong("01.1", "overflow", "exp without subtracting the largest score", naive_softmax),
     Wrong("01.1", "dtype", "softmax in float32, never brought back", always_float32),
     Wrong("01.1", "arguments-changed", "q is scaled in place", scales_in_place),
@@ -108,7 +108,7 @@ def pasted_size(new_tokens: int, past: int) -> Tensor:
 MASK = [
     Wrong(
         "01.2",
-        "no-offset",
+        "mask-offset",
         "row i taken for position i",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril().bool(),
         source="rasbt/LLMs-from-scratch#697",
@@ -127,20 +127,20 @@ MASK = [
     ),
     Wrong(
         "01.2",
-        "not-itself",
+        "blind-to-itself",
         "a strict comparison",
         lambda new_tokens, past: torch.arange(past + new_tokens) < torch.arange(new_tokens)[:, None] + past,
     ),
     Wrong(
         "01.2",
-        "sees-next",
+        "mask-offset-too-large",
         "the diagonal one too far",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(past + 1).bool(),
     ),
-    Wrong("01.2", "inverted", "True for hidden", lambda new_tokens, past: ~causal_mask(new_tokens, past)),
+    Wrong("01.2", "mask-inverted", "True for hidden", lambda new_tokens, past: ~causal_mask(new_tokens, past)),
     Wrong(
         "01.2",
-        "inverted",
+        "mask-inverted",
         "triu, as in PyTorch's older attention modules",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).triu(past + 1).bool(),
     ),
@@ -163,7 +163,7 @@ MASK = [
     ),
     Wrong(
         "01.2",
-        "past-hidden",
+        "cache-hidden",
         "the past's columns False",
         lambda new_tokens, past: torch.cat(
             (torch.zeros(new_tokens, past, dtype=torch.bool), causal_mask(new_tokens, 0)), dim=1
@@ -171,11 +171,11 @@ MASK = [
     ),
     Wrong(
         "01.2",
-        "all-visible",
+        "no-mask",
         "ones everywhere",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens, dtype=torch.bool),
     ),
-    Wrong("01.2", "one-case-only", "sizes copied from an example", pasted_size),
+    Wrong("01.2", "shape", "sizes copied from an example", pasted_size),
 ]
 
 
@@ -445,7 +445,7 @@ def masked(q: Tensor, k: Tensor, value: float) -> Tensor:
 LEAK = [
     Wrong(
         "01.6",
-        "mask-after-softmax",
+        "mask-after",
         "untouched",
         leaky_attend,
         source="huggingface/pytorch-image-models#2236",
@@ -454,15 +454,15 @@ LEAK = [
     Wrong("01.6", "no-mask", "the mask removed", lambda q, k, v: blend(scores(q, k), v)),
     Wrong(
         "01.6",
-        "zeroed-scores",
+        "mask-multiplied",
         "scores times the mask, before softmax",
         lambda q, k, v: blend(scores(q, k) * causal_mask(q.shape[-2], 0), v),
     ),
-    Wrong("01.6", "weak-mask", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
-    Wrong("01.6", "weak-mask", "hidden scores set to -100", lambda q, k, v: blend(masked(q, k, -100.0), v)),
+    Wrong("01.6", "mask-weak", "hidden scores set to -1", lambda q, k, v: blend(masked(q, k, -1.0), v)),
+    Wrong("01.6", "mask-weak", "hidden scores set to -100", lambda q, k, v: blend(masked(q, k, -100.0), v)),
     Wrong(
         "01.6",
-        "inverted",
+        "mask-inverted",
         "masked_fill with what may be seen",
         lambda q, k, v: blend(scores(q, k).masked_fill(causal_mask(q.shape[-2], 0), float("-inf")), v),
     ),
