@@ -122,7 +122,11 @@ def relation(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str
     large = b.abs() > 1e3 * max(tolerance, 1e-12)
     if int(large.sum()) >= 3 and b[large].unique().numel() >= 3:
         factor = (a[large] / b[large]).median().item()
-        if factor and torch.allclose(a, factor * b, rtol=1e-6, atol=tolerance * max(1.0, abs(factor))):
+        if (
+            factor
+            and abs(factor - 1) > 1e-5
+            and torch.allclose(a, factor * b, rtol=1e-6, atol=tolerance * max(1.0, abs(factor)))
+        ):
             return "factor", f"every number is {factor:.6g} times what it should be", (
                 "a factor is missing, one too many, or turned upside down"
             )  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import TIGHT, agree, budget, short_value
+from labkit.course.checks.tensors import TIGHT, agree, budget, first_place, short_value
 from labkit.course.exercise import Exercise, NotYet
 from labkit.ledger import tensors_in
 
@@ -54,7 +54,8 @@ def compare(
     """Pass when `answer` gives what `reference` gives, in every case and every variation of it.
 
     reference: returns a tensor, a number, or a tuple of them. suspects: what people write instead, for the arguments of
-    a case; the list has the same order in every case, and `gives` may be functions without arguments. exact: results
+    a case; the list has the same order in every case, and `gives` may be functions without arguments; a variant that is
+    None does not apply to that case. exact: results
     must be equal, as for masks, codes and copies; otherwise they may lose what another order of the same operations
     loses in their dtype (`budget`). dtypes: what float arguments are tried in besides their own. layouts: whether
     memory in other orders is tried.
@@ -64,7 +65,7 @@ def compare(
     for case in plain:
         judged.call(case)
     for case in plain[:2]:
-        judged.call(other_numbers(case))
+        judged.call(other_numbers(case), "numbers")
         for change, words in LAYOUTS if layouts else ():
             judged.call(varied(case, change, words), "layout")
         for dtype in dtypes:
@@ -81,8 +82,9 @@ class Judge:
         self.seen: list[tuple[Case, Any, Any]] = []  # plain calls so far, what came back, and what is right
 
     def call(self, case: Case, kind: str = "") -> None:
-        """Fail unless the answer gives in this case what the reference gives. kind: "layout" or "precision" where the
-        plain call was right before."""
+        """Fail unless the answer gives in this case what the reference gives. kind: "numbers", "layout" or "precision"
+        where the same call was right before with other numbers, another layout, another dtype."""
+        plain = kind in ("", "numbers")
         try:
             got = self.exercise.call(self.answer, *case.args, **case.by_name)
         except NotYet as not_yet:
@@ -90,12 +92,12 @@ class Judge:
                 self.fail_layout(case, not_yet.finding.seen)
             raise
         own = self.reference(*case.args, **case.by_name)
-        if not kind:
+        if plain:
             self.seen.append((case, got, own))
         try:
             same_kind(self.exercise, got, own, self.what, self.told(case))
         except NotYet:
-            if not kind:
+            if plain:
                 self.call_the_others()
                 self.accuse(case)
             raise
@@ -115,6 +117,7 @@ class Judge:
             self.call_the_others()
             self.accuse(case)
             self.recall(case, got, own)
+            self.accuse_rounding(case, got, own)
             self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
 
     def call_the_others(self) -> None:
@@ -154,10 +157,27 @@ class Judge:
             if variant >= len(given):
                 continue
             value = given[variant]() if callable(given[variant]) else given[variant]
+            if value is None:
+                continue
             if not fits(got, value):
                 return False
             told_apart = told_apart or not fits(own, value)
         return told_apart
+
+    def accuse_rounding(self, case: Case, got: Any, own: Any) -> None:
+        """Name the dtype whose rounding, of what went in or of what came out, gives what came back."""
+        for dtype in (torch.bfloat16, torch.float16, torch.float32) if isinstance(got, Tensor) else ():
+            through = partial(rounded, dtype)
+            for value in (mapped(own, through), self.reference(*mapped(case.args, through), **case.by_name)):
+                same = agree(got, value, 0.0, nan=True) if self.exact else fits(got, value)
+                if same and not (agree(own, value, 0.0, nan=True) if self.exact else fits(own, value)):
+                    name = str(dtype).removeprefix("torch.")
+                    self.exercise.fail(
+                        "precision",
+                        seen=f"{self.told(case)}: {self.what} went through {name}; {first_place(got, own)}",
+                        cause=f"on the way, numbers were turned into {name} and back",
+                        look="every dtype that is written down: take it from the tensors that come in",
+                    )
 
     def fail_layout(self, case: Case, seen: str) -> None:
         """Right for tensors that lie in memory in the order of their dimensions, not for others."""
@@ -262,6 +282,11 @@ def other_numbers(case: Case) -> Case:
     return varied(
         case, lambda x: x.flip(tuple(range(x.dim()))) if x.is_floating_point() and x.dim() else x, "other numbers"
     )
+
+
+def rounded(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Floats with the precision of another dtype."""
+    return x.to(dtype).to(x.dtype) if x.is_floating_point() else x
 
 
 def converted(dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from labkit.course.checks import attention
+from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import heads
 from labkit.course.checks.trials import Case, compare
 from labkit.course.examine import examine
@@ -70,6 +71,17 @@ def in_float32(q, k, v):
     return right(q.float(), k.float(), v.float())
 
 
+FIRST = {}
+
+
+def by_shape(q, k, v):
+    return FIRST.setdefault((q.shape, k.shape, q.dtype), right(q, k, v))
+
+
+def through_half(q, k, v):
+    return right(q.half().to(q.dtype), k.half().to(q.dtype), v.half().to(q.dtype))
+
+
 def coarse(q, k, v):
     return right(*(x.half().to(x.dtype) if x.dtype == torch.float32 else x for x in (q, k, v)))
 
@@ -86,6 +98,9 @@ def coarse(q, k, v):
         (lambda q, k, v: right(q, k, v).view(-1, *q.shape[1:]) if q.is_contiguous() else q.view(-1), "layout"),
         (in_float32, "dtype"),
         (coarse, "precision"),
+        (by_shape, "remembered"),
+        (through_half, "precision"),
+        (lambda q, k, v: right(q, k, v).bfloat16().to(q.dtype), "precision"),
         (lambda q, k, v: 1.5 * right(q, k, v), "factor"),
         (lambda q, k, v: right(q, k, v).flip(0), "order"),
         (lambda q, k, v: right(q, k, v) + 0.25, "offset"),
@@ -135,6 +150,20 @@ def test_a_suspect_that_fits_the_first_call_alone_is_not_named() -> None:
     finding = examine(Twice(), fixed).finding
     assert finding is not None
     assert finding.diagnosis == "values"
+
+
+def test_a_variant_that_does_not_apply_to_a_case_is_passed_over() -> None:
+    class Wide(Attend):
+        def examine(self, answer) -> None:
+            def suspects(q, k, v):
+                return [Suspect("wide", [None, right(q, k, v) + 1 if q.shape[-1] > 8 else None], "cause", "look")]
+
+            compare(type(self), answer, attend, map(tuple, (heads(6, 2, 3, 4), heads(4, 2, 3, 4, head_dim=32))),
+                    suspects=suspects)  # fmt: skip
+
+    finding = examine(Wide(), lambda q, k, v: right(q, k, v) + (q.shape[-1] > 8)).finding
+    assert finding is not None
+    assert finding.diagnosis == "wide"
 
 
 def test_a_call_by_name_is_made_by_name() -> None:
