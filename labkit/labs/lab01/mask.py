@@ -65,6 +65,13 @@ class Mask(Exercise):
                 cause="rows and columns changed places",
                 look="the docstring: a row for each new token, a column for every token",
             )
+        if shapes == [[past, past + new] for new, past in CALLS[:3]]:
+            self.fail(
+                "arguments-exchanged",
+                seen="2 rows for 3 new tokens after 2 held",
+                cause="new_tokens and past changed places",
+                look="the number of rows: new_tokens",
+            )
         if shapes == [[new, past + new] for new, past in CALLS[:3]] and masks[0].dtype != torch.bool:
             self.fail(
                 "not-bool",
@@ -125,6 +132,8 @@ def suspects(new: int, past: int) -> list[Suspect]:
         Suspect("no-mask", [(column >= 0).expand(new, -1)], "nothing compares the key's position with the query's",
                 "column j is visible to row i when j <= past + i",
                 "every new token sees every key, later ones included"),
+        Suspect("mask-offset", [column > row], "row i was taken for position i, and True for 'hidden'",
+                "add past to the row's position; True = may see", "the first new token sees all but the first key"),
         Suspect("past-only", [(column < past).expand(new, -1)], "only what is held is visible", look,
                 "no new token sees itself or another new one"),
         Suspect("first-row-everywhere", [(column <= past).expand(new, -1)], "the rows do not differ",
@@ -132,7 +141,11 @@ def suspects(new: int, past: int) -> list[Suspect]:
         Suspect("past-and-itself", [(column < past) | (column == at)],
                 "a new token sees what is held and itself, but no new token before it", look,
                 "new tokens do not see each other"),
-        Suspect("itself-only", [column == at], "only the diagonal is True", look, "each new token sees its own key alone"),
+        Suspect("itself-only", [column == at], "only the diagonal is True", look,
+                "each new token sees its own key alone"),
+        Suspect("window", [(column <= at) & (column >= row), (column <= at) & (column > row)],
+                "a first key was given to each row as well as a last one", look,
+                "the later a new token, the fewer of the first keys it sees"),
         Suspect("rows-reversed", [(column <= at).flip(0)], "the rows are in reverse order",
                 "row 0 is the first new token", "the first new token sees most, the last one least"),
     ]  # fmt: skip
