@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
@@ -120,6 +121,12 @@ class Exercise:
             )
 
     @classmethod
+    def is_size(cls, name: str) -> bool:
+        """Whether the blank's docstring has `name` in a shape, such as [batch, tokens, head_dim]."""
+        shapes = re.findall(r"\[[^\]]*\]", inspect.getdoc(getattr(cls, "reference", None)) or "")
+        return any(name in re.findall(r"\w+", shape) for shape in shapes)
+
+    @classmethod
     def run(cls, step: Callable[[], Any], *, told: str = "") -> Any:
         """`step()`, where whatever it raises becomes a finding. For methods of a class the learner wrote.
 
@@ -130,6 +137,14 @@ class Exercise:
         except (NotYet, NotImplementedError):
             raise
         except (Exception, SystemExit) as error:
+            if type(error) is NameError and error.name and cls.is_size(error.name):
+                cls.fail(
+                    "unknown-name",
+                    seen=f"`{error.name}` is not defined",
+                    cause="in the docstring it names a size; your code has not taken that size from an argument yet",
+                    look=f"the shape that it stands in, such as `batch, tokens, _ = x.shape`: which entry is "
+                    f"`{error.name}`?",
+                )
             if type(error) is NameError and error.name:
                 cls.fail(
                     "unknown-name",

@@ -127,3 +127,20 @@ def test_an_error_inside_a_method_is_a_finding() -> None:
             return 1 / 0
 
     assert "division by zero" in examine(Count(), Broken).finding.seen
+
+
+def test_a_name_that_is_a_size_in_the_docstring_is_told_apart_from_one_of_an_earlier_cell() -> None:
+    def flat(x):
+        """x: [batch, tokens]. Returns [batch * tokens]. Nothing of an earlier cell."""
+        return x.flatten()
+
+    class Flat(Double):
+        reference = staticmethod(flat)
+
+    size = examine(Flat(), lambda x: x.view(batch * tokens)).finding  # noqa: F821
+    other = examine(Flat(), lambda x: earlier(x)).finding  # noqa: F821
+    assert size is not None
+    assert other is not None
+    assert "names a size" in size.cause
+    assert "`batch`" in size.look
+    assert other.look == "run the cell that makes `earlier` first, then this one"
