@@ -24,7 +24,9 @@ _, EXERCISES = gather()
 FUNCTIONS = {id: exercise for id, exercise in EXERCISES.items() if not inspect.isclass(exercise.reference)}
 
 # What an exercise asks for has only one: (exercise, parameter): what it lacks, and why.
-ONE_ONLY: dict[tuple[str, str], dict[str, str]] = {}
+ONE_ONLY: dict[tuple[str, str], dict[str, str]] = {
+    ("01.4", "frequencies"): {"dtypes": "they are float32 whatever dtype the vectors have, as the docstring says"},
+}
 
 
 @dataclass(frozen=True)
