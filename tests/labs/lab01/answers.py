@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.labs.lab01.references import apply_rope, attention_weights, causal_mask, leaky_attend
+from labkit.labs.lab01.references import apply_rope, attention_weights, causal_mask, leaky_attend, split_heads
 from tests.labs.answer import Wrong
 
 
@@ -469,12 +470,271 @@ LEAK = [
     Wrong("01.6", "axis", "softmax along the queries", lambda q, k, v: blend(masked(q, k, float("-inf")), v, dim=-2)),
 ]
 
-WRONG = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK]
+
+# What people who did not know the checks wrote
+
+
+def kept_by_shape(kept: dict):
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        return kept.setdefault((q.shape, k.shape, q.dtype), attention_weights(q, k))
+
+    return weights
+
+
+def one_buffer(kept: dict):
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        found = attention_weights(q, k)
+        return kept.setdefault((found.shape, found.dtype), torch.empty_like(found)).copy_(found)
+
+    return weights
+
+
+def below_all_rows(q: Tensor, k: Tensor) -> Tensor:
+    weights = (scores(q, k) - scores(q, k).max()).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def turned_by(angles: Tensor, x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def one_sign(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b, cos, sin = halves(x, positions, frequencies)
+    return torch.cat((a * cos + b * sin, a * sin + b * cos), dim=-1)
+
+
+def two_pairings(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    angles = (positions[:, None] * frequencies).repeat_interleave(2, -1)
+    return (x * angles.cos() + torch.cat((-b, a), dim=-1) * angles.sin()).to(x.dtype)
+
+
+def coarse_positions(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    return apply_rope(x, positions.to(x.dtype).float(), frequencies)
+
+
+def by_numpy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q64, k64, v64 = (x.double().numpy() for x in (q, k, v))
+    s = q64[:, :, -1:] @ k64.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    w = torch.from_numpy(s).softmax(-1).numpy()
+    return torch.from_numpy(w @ v64).to(q.dtype)
+
+
+MORE = [
+    Wrong("01.1", "fixed-scale", "head_dim of an earlier cell", lambda q, k: torch.softmax(q @ k.mT / 256**0.5, -1)),
+    Wrong(
+        "01.1", "scale-by-another-size", "root of the batch", lambda q, k: torch.softmax(q @ k.mT / len(q) ** 0.5, -1)
+    ),
+    Wrong(
+        "01.1",
+        "scale-by-another-size",
+        "q.shape[2]: right for three dimensions",
+        lambda q, k: torch.softmax(q @ k.mT / q.shape[min(2, q.dim() - 1)] ** 0.5, -1),
+    ),
+    Wrong("01.1", "scale", "twice the scores", lambda q, k: torch.softmax(2 * scores(q, k), -1)),
+    Wrong("01.1", "scale", "a whole root", lambda q, k: torch.softmax(q @ k.mT / math.isqrt(q.shape[-1]), -1)),
+    Wrong("01.1", "axis-from-the-front", "no dim", lambda q, k: torch.softmax(scores(q, k), int(q.dim() % 2 == 0))),
+    Wrong("01.1", "one-sum", "one sum for all rows", lambda q, k: scores(q, k).exp() / scores(q, k).exp().sum()),
+    Wrong("01.1", "no-sum", "exp alone", lambda q, k: scores(q, k).exp()),
+    Wrong(
+        "01.1",
+        "causal",
+        "a causal mask",
+        lambda q, k: torch.softmax(
+            scores(q, k).masked_fill(~torch.ones_like(scores(q, k)).tril().bool(), float("-inf")), -1
+        ),
+    ),
+    Wrong("01.1", "overflow", "the largest score of all subtracted", below_all_rows),
+    Wrong("01.1", "result-overwritten", "one output for every call", one_buffer({})),
+    Wrong("01.1", "remembered", "results kept by shape", kept_by_shape({})),
+    Wrong(
+        "01.1", "raised", "transpose(1, 2)", lambda q, k: torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1)
+    ),
+    Wrong("01.1", "precision", "through half", lambda q, k: attention_weights(*(x.half().to(x.dtype) for x in (q, k)))),
+    Wrong("01.1", "values", "scores within 50", lambda q, k: torch.softmax(scores(q, k).clamp(-50, 50), -1)),
+    Wrong(
+        "01.2",
+        "sees-later",
+        ">= for <=",
+        lambda new_tokens, past: torch.arange(past + new_tokens) >= torch.arange(new_tokens)[:, None] + past,
+    ),
+    Wrong(
+        "01.2",
+        "offset-negative",
+        "the offset on the wrong side",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(-past).bool(),
+    ),
+    Wrong(
+        "01.2",
+        "offset-is-new-tokens",
+        "shifted by new_tokens",
+        lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(new_tokens).bool(),
+    ),
+    Wrong("01.2", "arguments-exchanged", "past for new", lambda new_tokens, past: causal_mask(past, new_tokens)),
+    Wrong("01.2", "swapped", "columns for rows", lambda new_tokens, past: causal_mask(new_tokens, past).T),
+    Wrong(
+        "01.2",
+        "past-and-itself",
+        "what is held and itself",
+        lambda new_tokens, past: torch.cat((torch.ones(new_tokens, past), torch.eye(new_tokens)), 1).bool(),
+    ),
+    Wrong(
+        "01.2",
+        "values",
+        "positions in a byte",
+        lambda new_tokens, past: (
+            torch.arange(past + new_tokens).to(torch.uint8)
+            <= (torch.arange(new_tokens)[:, None] + past).to(torch.uint8)
+        ),
+    ),
+    Wrong("01.3", "precision", "through half", lambda x, num_heads: split_heads(x.half().to(x.dtype), num_heads)),
+    Wrong("01.3", "heads-first", "heads before the batch", lambda x, num_heads: torch.stack(x.chunk(num_heads, -1))),
+    Wrong("01.3", "along-tokens", "cat for stack", lambda x, num_heads: torch.cat(x.chunk(num_heads, -1), 1)),
+    Wrong(
+        "01.3",
+        "view-of-a-transpose",
+        "view after transpose",
+        lambda x, num_heads: x.mT.view(len(x), num_heads, x.shape[1], -1),
+    ),
+    Wrong(
+        "01.3", "layout", "contiguous input only", lambda x, num_heads: split_heads(x.view(-1).view(x.shape), num_heads)
+    ),
+    Wrong("01.3", "unknown-name", "a size of the docstring", lambda x, num_heads: x.view(batch, tokens, num_heads, -1)),  # type: ignore[name-defined]  # noqa: F821
+    Wrong("01.3b", "swapped-wrongly", "tokens and head_dim swapped", lambda x: x.mT.reshape(len(x), x.shape[2], -1)),
+    Wrong("01.3b", "not-swapped", "nothing swapped", lambda x: x.flatten(2)),
+    Wrong("01.3b", "heads-reversed", "the last head first", lambda x: torch.cat(x.unbind(1)[::-1], -1)),
+    Wrong("01.4", "sign-missing", "rotate_half without its minus", one_sign),
+    Wrong("01.4", "two-pairings", "angles for neighbours, numbers for halves", two_pairings),
+    Wrong(
+        "01.4",
+        "not-radians",
+        "degrees",
+        lambda x, positions, frequencies: turned_by(torch.deg2rad(positions[:, None] * frequencies), x),
+    ),
+    Wrong(
+        "01.4",
+        "own-frequencies",
+        "frequencies of its own",
+        lambda x, positions, frequencies: apply_rope(
+            x, positions, 1e4 ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+        ),
+    ),
+    Wrong(
+        "01.4",
+        "angles-not-outer",
+        "no [:, None]",
+        lambda x, positions, frequencies: turned_by(positions * frequencies, x),
+    ),
+    Wrong(
+        "01.4",
+        "one-position",
+        "the first position for all",
+        lambda x, positions, frequencies: apply_rope(x, positions[:1], frequencies),
+    ),
+    Wrong("01.4", "low-precision", "positions in the dtype of x", coarse_positions),
+    Wrong(
+        "01.4",
+        "raised",
+        "halves of 8, whatever head_dim is",
+        lambda x, positions, frequencies: apply_rope(torch.cat((x[..., :8], x[..., 8:16]), -1), positions, frequencies),
+    ),
+    Wrong(
+        "01.4",
+        "values",
+        "a table of 8,192 positions, used again from its start",
+        lambda x, positions, frequencies: apply_rope(x, positions % 8192, frequencies),
+    ),
+    Wrong(
+        "01.5",
+        "dimension-lost",
+        "weights cut by an index",
+        lambda q, k, v: torch.softmax(scores(q, k), -1)[:, :, -1] @ v,
+    ),
+    Wrong("01.5", "cut-elsewhere", "the last sequence", lambda q, k, v: attention_weights(q[-1:], k) @ v),
+    Wrong("01.5", "first-query", "the last but one", lambda q, k, v: attention_weights(q[:, :, -2:-1], k) @ v),
+    Wrong("01.5", "fixed-scale", "divided by 8", lambda q, k, v: torch.softmax(q[:, :, -1:] @ k.mT / 8, -1) @ v),
+    Wrong("01.5", "left-pytorch", "by NumPy", by_numpy),
+    Wrong(
+        "01.5",
+        "whole-matrix",
+        "row by row, and the last kept",
+        lambda q, k, v: torch.cat([attention_weights(q[:, :, i : i + 1], k) @ v for i in range(q.shape[2])], 2)[
+            :, :, -1:
+        ],
+    ),
+    Wrong(
+        "01.6",
+        "infinite-weights",
+        "-inf after softmax",
+        lambda q, k, v: torch.softmax(scores(q, k), -1).masked_fill(~causal_mask(q.shape[-2], 0), float("-inf")) @ v,
+    ),
+    Wrong(
+        "01.6",
+        "zero-times-infinity",
+        "0 times -inf",
+        lambda q, k, v: blend(scores(q, k) + (~causal_mask(q.shape[-2], 0)).float() * float("-inf"), v),
+    ),
+    Wrong("01.6", "mask-added", "scores + mask", lambda q, k, v: blend(scores(q, k) + causal_mask(q.shape[-2], 0), v)),
+    Wrong(
+        "01.6",
+        "mask-weak",
+        "-10,000 added",
+        lambda q, k, v: blend(scores(q, k) + ~causal_mask(q.shape[-2], 0) * -1e4, v),
+    ),
+    Wrong("01.6", "mask-weak", "hidden scores set to -10,000", lambda q, k, v: blend(masked(q, k, -1e4), v)),
+    Wrong(
+        "01.6", "no-scale", "no division", lambda q, k, v: blend(masked(q * q.shape[-1] ** 0.5, k, float("-inf")), v)
+    ),
+    Wrong(
+        "01.6",
+        "raised",
+        "the second dimension taken for tokens",
+        lambda q, k, v: blend(scores(q, k).masked_fill(~causal_mask(q.shape[1], 0), float("-inf")), v),
+    ),
+    Wrong(
+        "01.6",
+        "softmax-twice",
+        "softmax again over what the mask left",
+        lambda q, k, v: blend(torch.softmax(scores(q, k), -1) * causal_mask(q.shape[-2], 0), v),
+    ),
+]
+
+WRONG = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK, *MORE]
 
 
 def softmax_in_float32(q, k):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def in_float64(function):
+    return lambda *args: function(*(x.double() if x.is_floating_point() else x for x in args)).to(args[0].dtype)
+
+
+class Weighing:
+    """A callable object without a dictionary."""
+
+    __slots__ = ()
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+
+
+def rope_in_loops(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    for token, position in enumerate(positions.tolist()):
+        for pair, frequency in enumerate(frequencies.tolist()):
+            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+            a, b = x[..., token, pair], x[..., token, pair + half]
+            out[..., token, pair], out[..., token, pair + half] = a * cos - b * sin, a * sin + b * cos
+    return out
+
+
+def row_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ends = range(1, q.shape[-2] + 1)
+    return torch.cat([attention_weights(q[..., i - 1 : i, :], k[..., :i, :]) @ v[..., :i, :] for i in ends], -2)
 
 
 def last_by_hand(q, k, v):
@@ -493,6 +753,30 @@ def last_key_by_key(q, k, v):
 
 
 RIGHT = [
+    ("01.1", in_float64(attention_weights)),
+    ("01.1", Weighing()),
+    ("01.1", lambda q, k: (q @ k.mT * torch.tensor(q.shape[-1]).rsqrt()).log_softmax(-1).exp()),
+    ("01.1", lambda q, k: ((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / q.shape[-1] ** 0.5).softmax(-1)),
+    (
+        "01.2",
+        lambda new_tokens, past: torch.tensor(
+            [[j <= past + i for j in range(past + new_tokens)] for i in range(new_tokens)]
+        ),
+    ),
+    ("01.2", lambda new_tokens, past: torch.from_numpy(np.tri(new_tokens, past + new_tokens, past, dtype=bool))),
+    ("01.3", lambda x, num_heads: x.mT.unflatten(1, (num_heads, -1)).mT),
+    ("01.3", lambda x, num_heads: torch.einsum("bthd->bhtd", x.unflatten(2, (num_heads, -1)))),
+    ("01.3b", lambda x: x.permute(0, 2, 1, 3).contiguous().view(x.size(0), x.size(2), -1)),
+    ("01.4", in_float64(apply_rope)),
+    ("01.4", rope_in_loops),
+    ("01.4", lambda x, positions, frequencies: apply_rope(x.float(), positions, frequencies).to(x.dtype)),
+    ("01.5", in_float64(lambda q, k, v: attention_weights(q[:, :, -1:], k) @ v)),
+    ("01.5", lambda q, k, v: attention_weights(q[:, :, -1][:, :, None], k) @ v),
+    ("01.5", lambda q, k, v: softmax_in_float32(q[..., -1:, :], k) @ v),
+    ("01.6", row_by_row),
+    ("01.6", lambda q, k, v: blend(torch.where(causal_mask(q.shape[-2], 0), scores(q, k), -torch.inf), v)),
+    ("01.6", lambda q, k, v: blend(scores(q, k) + torch.full((q.shape[-2],) * 2, -torch.inf).triu(1), v)),
+    ("01.6", lambda q, k, v: blend(scores(q, k) + ~causal_mask(q.shape[-2], 0) * -1e9, v)),
     ("01.1", softmax_in_float32),
     ("01.5", last_by_hand),
     ("01.5", last_head_by_head),

@@ -28,4 +28,4 @@ def test_the_untouched_bug_is_told_what_it_is_and_the_reference_goes_on() -> Non
     exec(Leak.starting_point, names)
     verdict = examine(Leak(), names["attend"])
     assert verdict.status == "not yet"
-    assert verdict.finding.diagnosis == "mask-after-softmax"
+    assert verdict.finding.diagnosis == "mask-after"
