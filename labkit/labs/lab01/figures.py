@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -38,6 +39,7 @@ def lookup(query: Tensor, keys: Tensor, weights: Tensor, names: Sequence[str], f
         axes.invert_yaxis()
         low, high = min(0, *values), max(0, *values)
         axes.set_xlim(low - 0.05 * (high - low), high + 0.4 * (high - low or 1))
+        axes.grid(visible=False)  # it would cross the numbers
         axes.set_title(title, fontsize=10)
     return fig
 
@@ -47,8 +49,9 @@ def largest_weights(unscaled: Tensor, scaled: Tensor) -> Figure:
     fig, axes = figure(7.0, 2.8)
     bins = [i / 40 for i in range(41)]
     axes.hist(scaled.tolist(), bins=bins, color=COLORS["key"], label="scores / sqrt(head_dim)")
-    axes.hist(unscaled.tolist(), bins=bins, color=COLORS["highlight"], alpha=0.75, label="scores as they are")
-    axes.set(xlabel="largest weight of a query over 32 keys", ylabel="queries", xlim=(0, 1))
+    outline = {"histtype": "step", "linewidth": 2}
+    axes.hist(unscaled.tolist(), bins=bins, color=COLORS["highlight"], label="scores as they are", **outline)
+    axes.set(xlabel="largest weight of a query over 32 keys", ylabel="number of queries", xlim=(0, 1))
     axes.legend()
     return fig
 
@@ -67,6 +70,7 @@ def permissions(mask: Tensor, past: int) -> Figure:
         axes.text(past / 2, -0.15, "held", ha="center")
     axes.text(past + new_tokens / 2, -0.15, "new", ha="center")
     axes.set(xlim=(0, kv_len), ylim=(new_tokens, 0), xlabel="key at position (blue: may be seen)", aspect="equal")
+    axes.set_ylabel("query")
     axes.set_xticks([j + 0.5 for j in range(kv_len)], [str(j) for j in range(kv_len)])
     axes.set_yticks([i + 0.5 for i in range(new_tokens)], [f"new {i} (at {past + i})" for i in range(new_tokens)])
     return fig
@@ -77,7 +81,7 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
     fig, panels = row_of(2, 8.4, 2.3)
     for axes, heads, title in (
         (panels[0], wrong, "view to the final shape: heads mix tokens"),
-        (panels[1], right, "cut, then transpose"),
+        (panels[1], right, "each head has all tokens in order"),
     ):
         flat = heads.reshape(num_heads * tokens, head_dim).T
         bare(axes).imshow(flat.tolist(), cmap=HEAT, vmin=0, vmax=tokens - 1, aspect="auto")
@@ -93,9 +97,9 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
             [h * tokens + (tokens - 1) / 2 for h in range(num_heads)], [f"head {h}" for h in range(num_heads)]
         )
         axes.set_yticks([])
-        axes.set_xlabel(f"in each head, left to right: places 0 to {tokens - 1}")
+        axes.set_xlabel(f"in each head, left to right: rows 0 to {tokens - 1}")
         axes.set_title(title, fontsize=10)
-    panels[0].set_ylabel("head_dim")
+    panels[0].set_ylabel(f"head_dim: 0 to {head_dim - 1}")
     return fig
 
 
@@ -107,9 +111,9 @@ def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
         angle = [(p * float(frequencies[pair])) % (2 * math.pi) for p in positions]
         # A line from one whole turn to the start of the next would cross the picture: break it there.
         line = [b if b >= a else math.nan for a, b in zip([0.0, *angle], angle, strict=False)]
-        turn.plot(positions, line, "-", linewidth=1, color=COLORS[color])
-        turn.plot(positions[::10], angle[::10], ".", markersize=4, color=COLORS[color], label=f"pair {pair}")
-    turn.set(xlabel="position", ylabel="angle (radians, one turn = 6.28)")
+        label = f"pair {pair}" + f", to position {end - 1}" * (end < 65)
+        turn.plot(positions, line, ".-", linewidth=1, markersize=4, markevery=10, color=COLORS[color], label=label)
+    turn.set(xlabel="position", ylabel="angle (a turn is 6.28)")
     turn.legend(loc="upper left", ncols=3, fontsize=8, bbox_to_anchor=(0, 1.17))
     for row, (color, style) in zip(scores, (("highlight", "-"), ("key", "--")), strict=True):
         score.plot(distances, row, style, color=COLORS[color])
@@ -130,7 +134,7 @@ def key_change(change: Mapping[str, Sequence[float]]) -> Figure:
     return fig
 
 
-def last_row(weights: Tensor, words: Sequence[str]) -> Figure:
+def last_row(weights: Tensor, words: Sequence[str], title: str = "") -> Figure:
     """One attention matrix `[tokens, tokens]`: the row that the next token needs framed, the others faded."""
     tokens = len(words)
     fig, axes = figure(5.4, 3.9)
@@ -142,7 +146,8 @@ def last_row(weights: Tensor, words: Sequence[str]) -> Figure:
     axes.add_patch(
         plt.Rectangle((-0.5, tokens - 1.5), tokens, 1, fill=False, edgecolor=COLORS["highlight"], linewidth=2.5)
     )
-    axes.set(ylim=(tokens - 0.5, -0.5), xlim=(-0.5, tokens - 0.5), xlabel="key", ylabel="query")
+    axes.set(ylim=(tokens - 0.5, -0.5), xlim=(-0.5, tokens - 0.5), xlabel="key (white: hidden)", ylabel="query")
+    axes.set_title(title, fontsize=10)
     axes.set_xticks(range(tokens), words, rotation=60, ha="right")
     axes.set_yticks(range(tokens), words)
     return fig
@@ -153,11 +158,13 @@ def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figur
     side = max(3.3, 0.6 + 0.12 * len(words))  # inches: room for one label per token
     fig, panels = row_of(len(layers), side * len(layers), side + 0.4, widths=None)
     for axes, layer in zip(panels, layers, strict=True):
-        image = bare(axes).imshow(weights[layer].mean(0).tolist(), cmap=HEAT, vmin=0, vmax=1)
+        mean = weights[layer].mean(0)
+        hidden = torch.ones_like(mean, dtype=torch.bool).triu(1)
+        image = bare(axes).imshow(mean.masked_fill(hidden, math.nan).tolist(), cmap=HEAT, vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, mean of {weights.shape[1]} heads", fontsize=10)
         axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
         axes.set_yticks(range(len(words)), words if axes is panels[0] else [], fontsize=7)
-        axes.set_xlabel("key")
+        axes.set_xlabel("key (white: hidden)")
     panels[0].set_ylabel("query")
     fig.colorbar(image, ax=panels, label="weight", shrink=0.8)
     return fig
@@ -171,7 +178,8 @@ def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
     for (name, values), color in zip(shares.items(), colors, strict=True):
         axes.bar(range(len(bottom)), values, width=1.0, bottom=bottom, color=color, label=name)
         bottom = [below + value for below, value in zip(bottom, values, strict=True)]
-    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), xlim=(-0.5, len(bottom) - 0.5))
+    axes.set(xlabel="layer", ylabel="share of attention,\nfrom the third token on", ylim=(0, 1))
+    axes.set(xlim=(-0.5, len(bottom) - 0.5), xticks=sorted({*range(0, len(bottom), 5), len(bottom) - 1}))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, fontsize=8)
     return fig
 
@@ -185,12 +193,13 @@ def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str)
     axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
     top = min(1.0, max(0.05, 1.15 * float(weights.max())))
     axes.set(ylabel="weight", ylim=(0, top), xlim=(-0.6, len(words) - 0.4))
+    axes.set_xlabel("key (orange: the asking token itself; grey: hidden)")
     axes.set_title(title, fontsize=10)
     return fig
 
 
 def times_by_length(
-    lengths: Sequence[int], seconds: Mapping[str, Sequence[float]], ylabel: str = "milliseconds"
+    lengths: Sequence[int], seconds: Mapping[str, Sequence[float]], ylabel: str = "milliseconds", title: str = ""
 ) -> Figure:
     """Measured time against the number of tokens, both axes logarithmic."""
     fig, axes = figure(7.0, 3.3)
@@ -200,5 +209,6 @@ def times_by_length(
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set(xlabel="tokens in the prompt", ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
     axes.legend()
     return fig

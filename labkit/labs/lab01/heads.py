@@ -30,6 +30,10 @@ class Split(Exercise):
         "interleaved": "Which dimensions does the docstring give to head 0: the first ones, or every num_heads-th?",
         "mixed-tokens": "view() only relabels. In memory, which numbers lie together: a head's or a token's?",
     }
+    why = (
+        "view cuts each token's vector into heads where it lies, and transpose puts heads before tokens: no number "
+        "moves in memory."
+    )
     reference = staticmethod(split_heads)
 
     def examine(self, answer: Callable) -> None:
@@ -54,6 +58,7 @@ class Merge(Exercise):
     hints_for: ClassVar = {
         "view-of-a-transpose": "transpose moved no number, only labels. Which method copies where labels will not do?",
     }
+    why = "transpose puts each token's heads side by side again; reshape copies, since in memory they are apart."
     reference = staticmethod(merge_heads)
 
     def examine(self, answer: Callable) -> None:

@@ -36,6 +36,10 @@ class LastRow(Exercise):
         "dimension-lost": "How many dimensions has q[:, :, -1], and how many has q[:, :, -1:]?",
         "sees-first-only": "The newest token stands after all others. Which keys would a causal mask hide from it?",
     }
+    why = (
+        "q is cut before the product, so that one row of scores is made; the slice -1: keeps its dimension. Nothing "
+        "comes after the newest token, so nothing is hidden."
+    )
     reference = staticmethod(attend_last)
 
     def examine(self, answer: Callable) -> None:

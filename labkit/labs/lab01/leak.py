@@ -38,6 +38,10 @@ class Leak(Exercise):
         "mask-weak": "Which number is below every score that there can be?",
         "no-mask": "masked_fill changes nothing in place. Where does its result go?",
     }
+    why = (
+        "Hidden scores are -inf before softmax: exp(-inf) is 0 in the sum that it divides by as well, so that nothing "
+        "of a hidden key is left."
+    )
     reference = staticmethod(attend)
 
     def examine(self, answer: Callable) -> None:

@@ -34,6 +34,10 @@ class Mask(Exercise):
         "blind-to-itself": "At which position does the first new token stand, and may it see its own key?",
         "not-bool": "What does a comparison of two tensors give?",
     }
+    why = (
+        "Row i stands at position past + i of the whole text. A column of these positions, compared with a row of all "
+        "positions, broadcasts to the mask."
+    )
     reference = staticmethod(causal_mask)
 
     def examine(self, answer: Callable) -> None:

@@ -35,6 +35,10 @@ class Rope(Exercise):
         "low-precision": "bfloat16 keeps 8 significant bits: near 8,000 its numbers are 32 apart. In radians?",
         "position-not-reset": "Call your function twice with the same arguments. What should be different?",
     }
+    why = (
+        "A column of positions times a row of frequencies is a table of angles, in float32 because both are not in x's "
+        "dtype. The two halves of x hold a pair's two numbers, and are turned together."
+    )
     reference = staticmethod(apply_rope)
 
     def examine(self, answer: Callable) -> None:

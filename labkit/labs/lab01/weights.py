@@ -40,6 +40,10 @@ class Weights(Exercise):
         "fixed-scale": "Which argument knows head_dim, and at which place of its shape?",
         "overflow": "exp(1000) is infinity here. Softmax may subtract the row's largest score first. Why?",
     }
+    why = (
+        "Every dot product at once is one matrix product with k's last two dimensions swapped. Counted from the end, "
+        "dimensions are right with a batch and heads in front, or without."
+    )
     reference = staticmethod(attention_weights)
 
     def examine(self, answer: Callable) -> None:
