@@ -118,7 +118,10 @@ def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
     for row, (color, style) in zip(scores, (("highlight", "-"), ("key", "--")), strict=True):
         score.plot(distances, row, style, color=COLORS[color])
     score.set(xlabel="distance between query and key (tokens)", ylabel="score")
-    score.legend(["query at position 100", "query at position 5,000"], fontsize=8)
+    score.legend(
+        ["query at position 100", "query at position 5,000"],
+        loc="upper left", ncols=2, fontsize=8, bbox_to_anchor=(0, 1.17),
+    )  # fmt: skip
     return fig
 
 

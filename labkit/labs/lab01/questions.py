@@ -93,13 +93,13 @@ QUIZZES = (
         "01.q6",
         "A head gives 90% of its weight to the first token. What follows?",
         {
-            "a": "Perhaps nothing: the first token's value is short here, so that the head adds little.",
+            "a": "Perhaps nothing: the first token's value is short, so that little is added.",
             "b": "The first word is the most important one of the sentence.",
             "c": "The head is broken and can be removed.",
         },
         {
             "a": "Weights sum to 1 even if nothing fits; a first token with a short value is a place to put the rest.",
-            "b": "You saw the same share with another first word. It goes to the place, not to the meaning.",
+            "b": "You saw nearly the same share with other first words. It goes to the place, not to the meaning.",
             "c": "On another text the same head may look elsewhere. A share is no proof of use, nor of uselessness.",
         },
         "a",
