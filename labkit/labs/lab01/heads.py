@@ -21,6 +21,10 @@ class Split(Exercise):
     id = "01.3"
     title = "Split into heads"
     minutes = 2
+    why = (
+        "A view cuts the last dimension into heads without moving a number; the transpose puts heads before tokens, "
+        "so that one product serves every head. The other order of the two would mix tokens."
+    )
     hints = (
         "Cut first, move second: which dimension is cut into heads, and where must the heads stand afterwards?",
         "Cut the last dimension in two, [batch, tokens, num_heads, head_dim], then swap tokens and heads.",
@@ -50,6 +54,10 @@ class Merge(Exercise):
     title = "Merge the heads"
     minutes = 1
     needs = ("01.3",)
+    why = (
+        "The transpose undoes split_heads' and leaves the numbers out of order in memory; only reshape, which copies "
+        "when it must, can lay the heads of a token side by side."
+    )
     hints = (
         "Undo split_heads step by step, the last step first.",
         "Swap heads and tokens back, then join the last two dimensions into one.",

@@ -27,6 +27,10 @@ class Leak(Exercise):
     difficulty = 3
     needs = ("01.1", "01.2")
     starting_point = inspect.getsource(leaky_attend).replace("leaky_attend", "attend")
+    why = (
+        "The mask works before softmax: exp(-inf) is 0, so what is hidden takes no part in the sum, and each row "
+        "still sums to 1. Hidden after softmax, a future token has already changed every other weight."
+    )
     hints = (
         "No weight on a later token is left. So what else in the output depends on the later tokens?",
         "Softmax divides by a sum over all keys. Which keys are in that sum when the mask comes afterwards?",

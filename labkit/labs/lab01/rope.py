@@ -23,6 +23,10 @@ class Rope(Exercise):
     title = "Rotary positions"
     minutes = 5
     difficulty = 3
+    why = (
+        "Both halves are computed from the old pair, so each pair only turns and keeps its length. Angles stay in "
+        "float32, since at position 8,191 a bfloat16 angle is off by whole radians; only cos and sin take x's dtype."
+    )
     hints = (
         "How many angles are there for one token? What is the shape of all angles?",
         "Angles are positions[:, None] * frequencies, [tokens, head_dim / 2]. Cut x into its two halves: a and b.",

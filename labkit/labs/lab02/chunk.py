@@ -22,6 +22,10 @@ class AttendChunk(Exercise):
 
     id, title, minutes, difficulty = "02.7", "Debug: an answer that depends on the chunk size", 5, 3
     reference = staticmethod(attend_chunk)
+    why = (
+        "Row i stands at position kv_len - new_tokens + i, so the triangle's diagonal is shifted by what was held "
+        "before. A mask that starts at column 0 takes the first new token for the first of the text."
+    )
     hints = (
         "Draw the mask for 2 new tokens after 3 cached ones: 2 rows, 5 columns. Which cells should be True?",
         "Row i is the i-th new token. It stands at position kv_len - new_tokens + i, not at i.",

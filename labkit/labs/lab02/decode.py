@@ -44,6 +44,10 @@ class DecodeStep(Exercise):
     id, title, minutes, difficulty = "02.2", "A decode step through the cache", 6, 3
     needs = ("02.1",)
     reference = staticmethod(decode_step)
+    why = (
+        "The position is the number of tokens held before the append: read it first. Keys are rotated before they are "
+        "kept, once; the query is rotated and forgotten, since nobody asks it again."
+    )
     hints = (
         "Only the new token is projected. With n tokens in the cache, at which position does it stand?",
         "Its position is cache.seq_len before the append. Rotate q and k there, not v. Append, then read.",

@@ -37,6 +37,10 @@ class GenerateWithCache(Exercise):
     id, title, minutes, difficulty = "02.3", "Generate with a cache", 6, 3
     needs = ("02.2",)
     reference = staticmethod(generate_with_cache)
+    why = (
+        "Feeding the prompt once and then only what was just chosen is all that a cache changes. The newest token has "
+        "to be fed to get the next one, and its K and V are appended by the model on the way."
+    )
     hints = (
         "The model remembers through the cache. After the prompt, which tokens has it not seen yet?",
         "First call: the whole prompt, which already gives the first new token. Later calls: the newest token alone.",

@@ -20,6 +20,10 @@ class Growing(Exercise):
 
     id, title, minutes, difficulty = "02.1", "A cache that grows", 5, 1
     reference = GrowingCache
+    why = (
+        "Dimension 2 counts tokens, and the old ones come first, so that an index in the cache is a position in the "
+        "text. Joining in append, once per token, leaves read with nothing to do."
+    )
     hints = (
         "Which of the four dimensions counts tokens? Nothing else may grow.",
         "The first append has nothing to join: keep k and v. Every later one joins old and new, old first.",

@@ -22,6 +22,11 @@ class Preallocated(Exercise):
     id, title, minutes, difficulty = "02.4", "A cache that is allocated once", 7, 3
     needs = ("02.1",)
     reference = PreallocatedCache
+    why = (
+        "All is checked before anything is written, so a refusal leaves the cache as it was. The first append knows "
+        "dtype, device and sizes; every later one writes into a slice, and read hands out a view: no byte moves "
+        "twice."
+    )
     hints = (
         "What is known when the cache is made, and what only at the first append?",
         "Allocate [batch, num_kv_heads, capacity, head_dim] like k. Each append fills the next rows; read() slices.",

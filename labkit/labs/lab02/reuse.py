@@ -15,6 +15,10 @@ class ReusablePrefix(Exercise):
 
     id, title, minutes, difficulty = "02.5", "How much of the cache may stay", 4, 2
     reference = staticmethod(reusable_prefix)
+    why = (
+        "K and V of a token depend on every token before it, so only a common beginning can be kept. One token at "
+        "least is run again, because the next token's logits come out of it."
+    )
     hints = (
         "If token 3 is another one, are the K and V of token 4 still right in the layers above the first?",
         "Count equal tokens from the start and stop at the first difference. Then think of wanted == held.",

@@ -63,6 +63,10 @@ class CacheBytes(Exercise):
 
     id, title, minutes, difficulty = "02.6", "Bytes of a cache", 2, 1
     reference = staticmethod(cache_bytes)
+    why = (
+        "K and V, in every layer, for every KV head, head_dim numbers, per token and row: six factors and the bytes "
+        "of one number. Query heads and hidden_size do not occur: queries are not kept."
+    )
     hints = (
         "Write down the shape of one layer's K for one token. How many numbers is that, and how often does it occur?",
         "K and V, in each layer, per KV head, head_dim numbers, for each token of each row.",

@@ -46,6 +46,10 @@ class CachedAttention(Exercise):
     id, title, minutes, difficulty = "04.6", "Debug: out of memory at a third of the context", 4, 2
     needs = ("04.1",)
     reference = staticmethod(cached_attention)
+    why = (
+        "What is appended is what stays in memory, so it must be the few heads as they came; the group is resolved "
+        "where q meets them, and grouped_attention does that without a copy."
+    )
     hints = (
         "Write down the shape of what is appended. How many heads does the model have for K?",
         "Append k and v as they came. grouped_attention takes fewer KV heads than query heads: nothing need be "

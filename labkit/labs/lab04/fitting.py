@@ -50,6 +50,10 @@ class MostKvHeads(Exercise):
 
     id, title, minutes, difficulty = "04.2", "As many KV heads as fit", 4, 2
     reference = staticmethod(most_kv_heads)
+    why = (
+        "One KV head's cache is the unit; the most that fit are searched downwards among the divisors of num_heads, "
+        "since a group has to be whole. No divisor that fits means 0, not an error."
+    )
     hints = (
         "What does one KV head cost, in all layers, for all tokens of all requests? How often does that go into room?",
         "Not every count will do: num_heads must be a multiple of it. Try the divisors of num_heads, largest first.",

@@ -24,6 +24,11 @@ class GroupedAttention(Exercise):
 
     id, title, minutes, difficulty = "04.1", "Grouped attention without expanding", 7, 3
     reference = staticmethod(grouped_attention)
+    why = (
+        "Query heads that share K and V are only more rows of the same product: reshaping q, the small tensor, does "
+        "what repeating k, the large one, would. The mask needs the heads apart again, since stacked rows count "
+        "differently."
+    )
     hints = (
         "All query heads of a group meet the same keys. To a matrix product, is a second query head anything other "
         "than more query rows?",

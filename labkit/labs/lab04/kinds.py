@@ -42,6 +42,10 @@ class LayerElements(Exercise):
 
     id, title, minutes, difficulty = "04.3", "What each kind of layer keeps", 3, 2
     reference = staticmethod(layer_elements)
+    why = (
+        "Each kind has its own rule for what one token adds and for how many tokens stay. A latent layer keeps one "
+        "vector for K and V together; shared and state layers add nothing per token."
+    )
     hints = (
         "Take the kinds one by one. For each: how many tokens does it hold, and how many numbers for each of them?",
         "full and window differ in the tokens held; full and latent in the numbers per token; shared and state hold "

@@ -24,6 +24,10 @@ class MergeKvHeads(Exercise):
     id, title, minutes, difficulty = "04.4", "Merge KV heads", 4, 2
     needs = ("04.1",)
     reference = staticmethod(merge_kv_heads)
+    why = (
+        "Heads lie one behind the other in the rows of the weight, so a group of neighbours is one dimension after "
+        "unflatten, and its mean is one line, for a matrix and for a bias alike."
+    )
     hints = (
         "The rows of the weight are heads, each head_dim rows long. Which rows belong to KV heads 0 and 1?",
         "Give the rows three dimensions: groups, heads in a group, head_dim. Then average over the middle one.",

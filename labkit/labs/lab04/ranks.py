@@ -26,6 +26,10 @@ class SplitKvHeads(Exercise):
 
     id, title, minutes, difficulty = "04.5", "KV heads over many GPUs", 4, 2
     reference = staticmethod(split_kv_heads)
+    why = (
+        "Query heads divide over the GPUs or nothing works. Then either the KV heads divide as well, or there are "
+        "more GPUs than heads and each head is kept on several: max(1, ...) is the one rule for both."
+    )
     hints = (
         "8 KV heads on 2 GPUs: how many each? Now 8 on 16: a GPU cannot keep half a head. What does it keep?",
         "With fewer GPUs than KV heads, each keeps num_kv_heads // ranks. With more, each keeps one, and ranks // "
