@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.caches import check_isolation, check_kinds, check_methods, check_seq_len, read_pair
+from labkit.course.checks.caches import (
+    LAYOUTS,
+    Beside,
+    Pair,
+    Sizes,
+    check_device,
+    check_isolation,
+    check_read_is_free,
+    effort_of_append,
+    run_script,
+    same_numbers,
+)
+from labkit.course.checks.held import bytes_behind
+from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.material import new_tokens
 from labkit.labs.lab02.references import GrowingCache
-from labkit.ledger import ledger
+
+DIMENSIONS = {0: "batch", 1: "heads", 3: "head_dim"}
 
 
 class Growing(Exercise):
@@ -33,83 +47,94 @@ class Growing(Exercise):
         "wrong-dimension": "Shapes are [batch, num_kv_heads, tokens, head_dim]. Count to the tokens, from 0.",
         "shared-between-caches": "A name assigned in the class body is one for all instances. Assign in __init__.",
         "newest-only": "append must keep what was there: join it with what comes.",
+        "first-only": "torch.cat changes neither of its tensors: it returns a new one. Where does that go?",
+        "nothing-stored": "At the first append there is nothing to join with. Then k and v are all that is held.",
         "read-copies": "Join when a token arrives, and keep the result. Then read has nothing left to do.",
         "new-before-old": "The order of the tensors in torch.cat is the order of the tokens.",
+        "promoted": "The first append need not join anything: keep k and v as they come, in their own dtype.",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Appends of several lengths, read back exactly; then what reading moves, a second cache, another dtype."""
-        cache, fresh = self.run(answer), self.run(answer)
-        check_methods(type(self), cache)
-        check_isolation(type(self), cache, fresh)  # what an earlier check left on the class shows here
-        check_seq_len(type(self), cache, 0, "before the first append")
-        parts = [new_tokens(count) for count in (5, 5, 1, 2)]
-        for index, (k, v) in enumerate(parts):
-            self.append(cache, k, v)
-            if index == 0:
-                check_seq_len(type(self), cache, k.shape[2], "after the first append")
-            self.check_content(cache, parts[: index + 1])
-            tokens = sum(k.shape[2] for k, _ in parts[: index + 1])
-            check_seq_len(type(self), cache, tokens, f"after append {index + 1}")
-        check_isolation(type(self), cache, fresh)
-        self.check_reading(cache)
-        for dtype in (torch.bfloat16, torch.float64):
-            cache, (k, v) = self.run(answer), new_tokens(3, dtype=dtype)
-            self.append(cache, k, v)
-            self.append(cache, k, v)
-            got = read_pair(type(self), cache)
-            self.same(got[0], torch.cat((k, k), dim=2), what=f"K of a {dtype} cache")
-            self.same(got[1], torch.cat((v, v), dim=2), what=f"V of a {dtype} cache")
+        """Appends one by one, then several caches in turn, a long one, other dtypes; what is read costs and holds."""
+        make = lambda sizes: answer()  # noqa: E731
+        cache, fresh = Beside(type(self), make, Sizes(), explain), Beside(type(self), make, Sizes(), explain)
+        check_isolation(type(self), cache.cache, fresh.cache)  # what an earlier check left on the class shows here
+        for count in (5, 5, 1, 2, 1):
+            cache.add(count)
+        check_isolation(type(self), cache.cache, fresh.cache)
+        check_read_is_free(type(self), cache)
+        for dtype in (torch.float64, torch.bfloat16):
+            self.check_dtype(make, dtype)
+        shapes = [Sizes(), Sizes(3, 5, 6, torch.bfloat16), Sizes(1, 2, 8, torch.float64), Sizes(4, 1, 10)]
+        run_script(type(self), make, shapes, explain=explain)
+        for sizes in (Sizes(2, 1, 3), Sizes(1, 2, 2, torch.bfloat16)):
+            self.check_cost(make, sizes)
+        check_device(type(self), make, Sizes())
 
-    def append(self, cache: Any, k: Tensor, v: Tensor) -> None:
-        """One append, whose arguments must come back unchanged."""
-        kept = k.clone(), v.clone()
-        self.run(lambda: cache.append(k, v))
-        self.check_unchanged(kept, (k, v))
-
-    def check_reading(self, cache: Any) -> None:
-        """Fail when a second read, with nothing new appended, still moves what is held."""
-        with ledger() as work:
-            read_pair(type(self), cache)
-        if work.bytes_copied:
-            self.fail(
-                "read-copies",
-                seen=f"read() moved {work.bytes_copied:,} bytes though nothing had been appended since the last read",
-                cause="the tokens are joined, or copied, each time they are read; attention reads at every step",
-                look="read(): it only hands out what append has joined",
-            )
-
-    def check_content(self, cache: Any, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """Fail unless read() gives all parts in order."""
-        k, v = read_pair(type(self), cache)
-        want_k, want_v = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
-        self.check_shape(k, v, want_k, parts)
-        check_kinds(type(self), (k, v), (want_k, want_v), f"after append {len(parts)}")
-        if len(parts) > 1 and torch.equal(k, torch.cat([part[0] for part in reversed(parts)], dim=2)):
-            self.fail(
-                "new-before-old",
-                seen="the newest token comes first",
-                cause="torch.cat got the new tensor before the old one",
-                look="torch.cat((old, new)): position in the cache is position in the sequence",
-            )
-        self.same(k, want_k, what="K")
-        self.same(v, want_v, what="V")
-
-    def check_shape(self, k: Tensor, v: Tensor, want: Tensor, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """Say which dimension grew in place of the tokens'."""
-        for name, x in (("K", k), ("V", v)):
-            if len(parts) > 1 and x.shape == parts[-1][0].shape:
+    def check_dtype(self, make: Callable, dtype: torch.dtype) -> None:
+        """What is read has the dtype of what was appended."""
+        beside = Beside(type(self), make, Sizes(dtype=dtype), explain)
+        k, v = beside.sizes.tokens(3)
+        self.run(lambda: beside.cache.append(k, v))
+        both = beside.cache.read()
+        for name, x in zip("KV", both, strict=True):
+            if dtype == torch.bfloat16 and x.dtype == torch.float32:  # float64 came back as float64 before
                 self.fail(
-                    "newest-only",
-                    seen=f"after {len(parts)} appends {name} holds the last one only",
-                    cause="append replaces what was held",
-                    look="the second branch of append: join old and new",
+                    "promoted",
+                    seen=f"bfloat16 went in, float32 came out ({name}); float64 came out as float64",
+                    cause="what comes was joined with a float32 tensor, such as torch.empty(0): the result has the "
+                    "wider of the two dtypes",
+                    look="what is held before the first append: nothing, so that the first k and v stay as they are",
                 )
-            for dim, label in ((0, "batch"), (1, "heads"), (3, "head_dim")):
-                if x.dim() == 4 and x.shape[dim] > want.shape[dim]:
-                    self.fail(
-                        "wrong-dimension",
-                        seen=f"{name} is {list(x.shape)}: {label} grew from {want.shape[dim]} to {x.shape[dim]}",
-                        cause=f"the tensors were joined along dimension {dim}",
-                        look="the dim of torch.cat: tokens are dimension 2",
-                    )
+            self.like(x, k, what=f"{name} of a {str(dtype).removeprefix('torch.')} cache")
+
+    def check_cost(self, make: Callable, sizes: Sizes) -> None:
+        """Thousands of tokens, what holding them takes, and what reading them costs."""
+        beside = Beside(type(self), make, sizes, explain)
+        ratios = []
+        for count, layout in ((1500, LAYOUTS[0]), (1, LAYOUTS[1]), (700, LAYOUTS[0]), (1, LAYOUTS[0]), (300, LAYOUTS[0])):
+            effort_of_append(type(self), beside, count, layout)
+            beside.compare()
+            check_read_is_free(type(self), beside)
+            ratios.append(bytes_behind(beside.cache) / sum(x.nbytes for x in beside.want()))
+        if min(ratios[1:]) > 1.9:  # memory that grows in steps has room to spare, but not at every length
+            self.fail(
+                "held-twice",
+                seen=f"{beside.when}: the cache keeps {min(ratios[1:]):.1f} times the bytes of its K and V, at the least",
+                cause="pieces are kept beside what was joined from them, or more memory is held than there are tokens",
+                look="everything that append and read assign to self: K and V, once",
+            )
+
+
+def explain(beside: Beside, got: Pair, want: Pair) -> None:
+    """Name what gives the tokens that were read."""
+    for place, (name, x) in enumerate(zip("KV", got, strict=True)):
+        parts = [part[place] for part in beside.parts]
+        if same_numbers(x, want[place]) or len(parts) < 2:
+            continue
+        suspects = list(mistakes(name, x, parts, beside.when))
+        recognise(beside.exercise, x, suspects, tolerance=0.0)
+
+
+def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str) -> Iterator[Suspect]:
+    """What people hold in place of all parts in order."""
+    yield Suspect("newest-only", parts[-1], "append replaces what was held", "the second branch of append: join old "
+                  "and new", f"{when}, {name} holds the last of them only")  # fmt: skip
+    yield Suspect("first-only", parts[0], "what torch.cat returned was not stored, or a later append does nothing",
+                  "the second branch of append: self.k = torch.cat(...), and v alike",
+                  f"{when}, {name} holds the first of them only")  # fmt: skip
+    yield Suspect("first-lost", torch.cat(parts[1:], dim=2), "the first append stored nothing",
+                  "the first append: keep k and v as they come", f"{when}, {name} lacks the first of them")  # fmt: skip
+    yield Suspect("last-token", torch.cat(parts, dim=2)[:, :, -1:], "read() hands out the last token alone",
+                  "read(): everything that is held", f"{when}, read() gives {name} of the last token")  # fmt: skip
+    yield Suspect("new-before-old", torch.cat(parts[::-1], dim=2), "torch.cat got the new tensor before the old one",
+                  "torch.cat((old, new)): position in the cache is position in the sequence",
+                  f"{when}, the newest token of {name} comes first")  # fmt: skip
+    for dim, label in DIMENSIONS.items():
+        with suppress(RuntimeError):
+            joined = torch.cat(parts, dim=dim)
+            yield Suspect("wrong-dimension", joined, f"the tensors were joined along dimension {dim}",
+                          "the dim of torch.cat: tokens are dimension 2", f"{name} is {list(x.shape)}: {label} grew "
+                          f"from {parts[0].shape[dim]} to {x.shape[dim]}")  # fmt: skip
+
+
