@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit import generation
 from labkit.cache import Cache
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.material import BATCH, tiny_model
+from labkit.labs.lab02.material import tiny_model
 from labkit.labs.lab02.references import generate_with_cache
 from labkit.llama import Llama
 
+END_IDS = (2, 0, 1, 3, 4096, 257)  # what tokenizers use for "the text ends here" and "nothing", and two large ids
 
-class Watched:
-    """A model that notes every call: the tokens it ran, whether with the cache, and how many that held before."""
 
-    def __init__(self, model: Llama) -> None:
-        self.model = model
-        self.calls: list[tuple[Tensor, Any, int]] = []
+@dataclass(frozen=True)
+class Call:
+    """One call of the model: tokens run, the cache it was given, what that held before, logits, who called."""
 
-    def __call__(self, tokens: Tensor, cache: Any = None, **options: Any) -> Tensor:
+    tokens: Tensor
+    cache: Any
+    held: int
+    logits: Tensor
+    by_library: bool
+
+
+class Watched(Llama):
+    """A model that notes its calls, and whose token ids may go by other numbers. names: int [vocab_size], the id here
+    of each of the model's own."""
+
+    def __init__(self, model: Llama, names: Tensor | None = None) -> None:
+        object.__setattr__(self, "__dict__", dict(model.__dict__))
+        self.calls: list[Call] = []
+        self.names = torch.arange(model.spec.vocab_size) if names is None else names
+
+    def forward(self, tokens: Any, cache: Any = None, **options: Any) -> Any:
         """Note the call and pass it on."""
-        self.calls.append((tokens, cache, 0 if cache is None else cache.seq_len))
-        return self.model(tokens, cache, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        held, own = 0 if cache is None else cache.seq_len, self.names.argsort()
+        logits = super().forward(own[tokens], cache, **options)[..., own]
+        frame, by_library = sys._getframe(1), False
+        while frame is not None and frame.f_globals.get("__name__") != __name__:
+            by_library |= frame.f_globals.get("__name__") == generation.__name__
+            frame = frame.f_back
+        self.calls.append(Call(tokens, cache, held, logits, by_library))
+        return logits
 
 
 class GenerateWithCache(Exercise):
@@ -48,153 +69,289 @@ class GenerateWithCache(Exercise):
         "    fed = logits[:, -1:].argmax(dim=-1)   # [batch, 1]\n    keep fed",
     )
     hints_for: ClassVar = {
-        "no-cache": "The answer is right but every step ran the whole sequence. Pass the cache, and feed less.",
+        "no-cache": "model(fed, cache, last_only=True): the second argument is where K and V are kept between calls.",
+        "cache-in-some-calls": "Prefill fills the cache; decode reads it. Both calls need it as their second argument.",
         "re-fed": "What the cache holds must not be fed again: it would stand there twice, at later positions.",
         "last-token-fed-twice": "The prefill's logits already name the first new token. Start decoding from that one.",
         "cache-not-empty": "`tokens` is new, all of it, also when the cache holds an earlier turn. Feed it whole.",
         "prefill-unused": "After prefill you know one new token already. Keep it, then feed it.",
         "one-step-too-many": "The last new token is only returned. Nobody asks what follows it.",
+        "prefill-in-steps": "One call takes any number of tokens. A prompt fed whole reads the weights once.",
+        "stopped-early": "Whoever calls this asks for max_new_tokens tokens, and decides later where the answer ends.",
     }
-    prompt_tokens, count = 7, 6
 
     def examine(self, answer: Callable) -> None:
-        """Two prompts, then one token only, then a cache that holds something already."""
-        self.model = tiny_model()
-        for _ in range(2):
-            prompt = torch.randint(0, 97, (BATCH, self.prompt_tokens))
-            self.check_run(answer, prompt, self.count, Cache.growing(2), torch.empty(BATCH, 0, dtype=torch.long))
-        self.check_run(answer, prompt, 1, Cache.growing(2), torch.empty(BATCH, 0, dtype=torch.long))
-        cache, history = Cache.growing(2), torch.randint(0, 97, (BATCH, 5))
-        self.model(history, cache)
-        self.check_run(answer, prompt, 3, cache, history)
+        """Prompts, counts and batches of several sizes; a cache that holds something; ids that mean an end elsewhere."""
+        large, small = tiny_model(vocab_size=5003), tiny_model(4, 1, 6)
+        prompts = [torch.randint(0, 5003, (2, 7)) for _ in range(2)]
+        prompts[1][:, 2], prompts[1][:, 4] = 0, 4801
+        for prompt in prompts:
+            self.check_run(answer, large, prompt, 6)
+        self.check_run(answer, large, prompts[0], 1)
+        self.check_run(answer, large, prompts[0], 3, history=torch.randint(0, 5003, (2, 5)))
+        self.check_run(answer, large, torch.randint(0, 5003, (1, 1)), 2)
+        self.check_run(answer, large, torch.randint(0, 5003, (3, 12))[:, 1::2], 4)
+        self.check_run(answer, small, torch.randint(0, 97, (1, 300)), 3)
+        self.check_run(answer, small, torch.randint(0, 97, (3, 2)), 40)
+        self.check_run(answer, small, torch.randint(0, 97, (2, 4)), 5, cache=Cache.preallocated(2, 8))
+        for batch in (1, 2):
+            prompt = torch.randint(0, 5003, (batch, 6))
+            self.check_run(answer, large, prompt, 6, names=ending(large, prompt))
+        self.check_run(answer, tiny_model(vocab_size=5003).float(), prompts[0], 4)
 
-    def expected(self, sequence: Tensor, count: int) -> Tensor:
-        """Greedy tokens by running everything again at each step."""
-        start = sequence.shape[1]
-        for _ in range(count):
-            sequence = torch.cat((sequence, self.model(sequence)[:, -1:].argmax(dim=-1)), dim=1)
-        return sequence[:, start:]
-
-    def check_run(self, answer: Callable, prompt: Tensor, count: int, cache: Cache, history: Tensor) -> None:
-        """One generation: what it returns, then the calls it made, then the tokens."""
-        watched = Watched(self.model)
-        given = prompt.clone()
-        got = self.run(lambda: answer(watched, given, count, cache))
-        self.check_unchanged(prompt, given)
-        longer = self.expected(torch.cat((history, prompt), dim=1), count + 1)
-        want = longer[:, :count]
-        if isinstance(got, Tensor) and got.shape[-1] == prompt.shape[1] + count:
+    def check_run(
+        self,
+        answer: Callable,
+        model: Llama,
+        prompt: Tensor,
+        count: int,
+        *,
+        history: Tensor | None = None,
+        cache: Cache | None = None,
+        names: Tensor | None = None,
+    ) -> None:
+        """One generation: the calls it made, then what it returned, then the cache. names: see `Watched`."""
+        cache, held = cache or Cache.growing(2), 0
+        if history is not None:
+            model(history, cache)
+            held = history.shape[1]
+        watched = Watched(model, names)
+        got = self.call(lambda tokens: answer(watched, tokens, count, cache), prompt)
+        calls = watched.calls
+        want = likeliest(Watched(model, names), prompt if history is None else torch.cat((history, prompt), 1), count + 1)
+        self.check_caches(calls, cache, prompt, count, held)
+        self.check_fed(calls, prompt, held)
+        self.check_kept(got, want, prompt, count, calls)
+        self.like(got, want[:, :count], what=f"the result for {count} new tokens after {list(prompt.shape)}")
+        self.check_steps(calls, got, count)
+        self.check_values(got, want[:, :count], calls, prompt)
+        if cache.seq_len != held + prompt.shape[1] + count - 1:
             self.fail(
-                "prompt-returned",
-                seen=f"{got.shape[-1]} tokens came back; {count} are new",
-                cause="the prompt was returned with them",
-                look="the docstring's first line: the new tokens only",
-            )
-        if isinstance(got, Tensor) and got.shape[-1] == count - 1:
-            self.fail(
-                "one-short",
-                seen=f"{got.shape[-1]} tokens came back; {count} were asked for",
-                cause="the token that prefill gives was not kept, or the last one was not appended",
-                look="the first and the last turn of your loop",
-            )
-        if isinstance(got, Tensor) and torch.equal(got, longer[:, 1:]) and not torch.equal(got, want):
-            self.fail(
-                "prefill-unused",
-                seen=f"the tokens come one late: the first that came back is new token 2, {got[0, 0].item()}",
-                cause="prefill's logits name the first new token; it was fed, and not kept",
-                look="what you keep before the first decode step",
-            )
-        self.check_calls(watched.calls, prompt, count, cache, history.shape[1])
-        self.check_returned(got)
-        self.like(got, want, what="the result")
-        if not torch.equal(got, want):
-            self.fail(
-                "tokens",
-                seen=f"the new tokens are {got[0].tolist()}; without a cache they are {want[0].tolist()}",
-                cause="the logits of another row than the last were used, or not the likeliest token",
-                look="the line that picks a token: which row of the logits speaks of what comes next?",
+                "cache-changed",
+                seen=f"the tokens are right, and the cache holds {cache.seq_len} tokens afterwards; all but the last new "
+                f"one, {held + prompt.shape[1] + count - 1}, should be there for the next turn",
+                cause="the cache was reset, cut, or filled further after the last step",
+                look="what happens to the cache outside of model(...): nothing",
             )
 
-    def check_calls(self, calls: list, prompt: Tensor, count: int, cache: Cache, history: int) -> None:
-        """Which tokens were run, and through which cache."""
-        ran = [tokens.shape[1] for tokens, _, _ in calls]
-        decode = ran[1:]
-        if calls and all(used is None for _, used, _ in calls):
+    def check_caches(self, calls: Sequence[Call], cache: Cache, prompt: Tensor, count: int, held: int) -> None:
+        """Every call runs through the cache that was given, as the call before left it."""
+        if not calls or any(call.by_library for call in calls):
+            self.fail(
+                "from-labkit" if calls else "model-not-called",
+                seen="labkit's own generate ran the loop" if calls else "the model was never called",
+                cause="the blank asks for the loop itself",
+                look="the docstring: model(tokens, cache, last_only=True), once for the prompt and once for each new token "
+                "but the last",
+            )
+        ran = [call.tokens.shape[1] for call in calls]
+        without = [place + 1 for place, call in enumerate(calls) if call.cache is None]
+        if len(without) == len(calls):
+            enough = prompt.shape[1] + count - 1
+            again = sum(ran) > enough
             self.fail(
                 "no-cache",
-                seen=f"the model ran {sum(ran)} tokens; with the cache {prompt.shape[1] + count - 1} are enough",
-                cause="model(...) was called without the cache, so every step computes every K and V again",
+                seen=f"the model ran {sum(ran)} tokens; with the cache {enough} are enough"
+                if again
+                else "the cache holds nothing afterwards: no call of the model got it",
+                cause="model(...) was called without the cache, so every step computes old K and V again"
+                if again
+                else "model(...) was called without the cache, so each step sees no more than the tokens it is given",
                 look="the arguments of model(...): the docstring shows all three",
             )
-        if any(used is not None and used is not cache for _, used, _ in calls):
+        if without:
+            self.fail(
+                "cache-in-some-calls",
+                seen=f"call {without[0]} of {len(calls)} ran without the cache, call {1 if without[0] > 1 else 2} with it",
+                cause="one model(...) in the code gets the cache, another does not",
+                look="the arguments of every model(...): the docstring shows all three",
+            )
+        if any(call.cache is not cache for call in calls):
             self.fail(
                 "other-cache",
-                seen="the model ran through a cache that was made inside the function",
-                cause="the `cache` argument was not used",
+                seen="the model ran through another cache than the one given",
+                cause="the `cache` argument was not used: a new cache was made, or the name was given away",
                 look="the caller chooses the kind of cache, and keeps it for the next turn",
             )
-        if history and calls[0][2] != history:
-            self.fail(
-                "cache-emptied",
-                seen=f"the cache held {history} tokens before the call and {calls[0][2]} when the prompt ran",
-                cause="the cache was reset",
-                look="the docstring: the tokens follow whatever the cache holds",
-            )
-        if history and not torch.equal(calls[0][0], prompt) and torch.equal(calls[0][0], prompt[:, history:]):
+        for place, call in enumerate(calls):
+            if call.held != held + sum(ran[:place]):
+                self.fail(
+                    "cache-emptied",
+                    seen=f"the cache held {held + sum(ran[:place])} tokens before call {place + 1}, and {call.held} when "
+                    "it ran",
+                    cause="the cache was reset or cut",
+                    look="the docstring: the tokens follow whatever the cache holds",
+                )
+
+    def check_fed(self, calls: Sequence[Call], prompt: Tensor, held: int) -> None:
+        """The prompt whole in the first call, one token in every later one."""
+        fed = [call.tokens for call in calls]
+        first, total = fed[0], prompt.shape[1]
+        if held and not same(first, prompt) and same(first, prompt[:, held:]):
             self.fail(
                 "cache-not-empty",
-                seen=f"with {history} tokens in the cache already, the first call ran {ran[0]} of the prompt's "
-                f"{prompt.shape[1]} tokens; with an empty cache all was right",
+                seen=f"with {held} tokens in the cache already, the first call ran {first.shape[1]} of the prompt's "
+                f"{total} tokens; with an empty cache all was right",
                 cause="`tokens` was sliced by the cache's length, as if the cache held a part of it",
                 look="the docstring: `tokens` follow whatever the cache holds, so all of them are new",
             )
-        if decode and decode[0] >= prompt.shape[1] and (calls[1][0][:, : prompt.shape[1]] == prompt).all():
-            self.fail(
-                "re-fed",
-                seen=f"step 2 ran {decode[0]} tokens; one is new",
-                cause="the whole sequence is fed again, though the cache holds all but the last token",
-                look="what the second call gets: the newest token, [batch, 1]",
-            )
-        if (
-            decode
-            and 1 < decode[0] <= prompt.shape[1]
-            and torch.equal(calls[1][0][:, :-1], prompt[:, prompt.shape[1] - decode[0] + 1 :])
-        ):
-            self.fail(
-                "held-fed-again",
-                seen=f"step 2 ran {decode[0]} tokens; one is new",
-                cause="the newest token was fed together with a token that the cache holds already",
-                look="what the second call gets: the newest token alone, [batch, 1]",
-            )
-        if decode and max(decode) > 1:
-            self.fail(
-                "several-fed",
-                seen=f"a decode step ran {max(decode)} tokens; one is new",
-                cause="the likeliest token of every row was taken, not of the last row alone",
-                look="the shape of what is fed after prefill: [batch, 1]",
-            )
-        if ran[0] < prompt.shape[1] and len(calls) > count and prompt.shape[1] > 1:
+        parts = [place for place in range(2, len(fed) + 1) if same(torch.cat(fed[:place], dim=1), prompt)]
+        if parts and first.shape[1] < total:
             self.fail(
                 "prefill-in-steps",
-                seen=f"{len(calls)} calls of the model for {count} new tokens",
-                cause="the prompt was fed token by token: right, but each call reads every weight again",
+                seen=f"the prompt of {total} tokens was fed in {parts[0]} calls; one is enough",
+                cause="the prompt was fed token by token: right, but each call reads every weight again"
+                if parts[0] == total
+                else "the prompt was fed in parts: right, but each call reads every weight again",
                 look="the first call: the whole prompt at once",
             )
-        self.check_steps(calls, prompt, count)
-
-    def check_steps(self, calls: list, prompt: Tensor, count: int) -> None:
-        """The decode calls: how many, and whether one of them feeds a token that the cache holds."""
-        if len(calls) > 1 and count > 1 and torch.equal(calls[1][0], prompt[:, -1:]):
+        if len(fed) < 2 or fed[1].dim() != 2:
+            return
+        second, cause = fed[1], ""
+        if same(second, prompt) and total > 1:
+            diagnosis, cause = "re-fed", "the prompt is fed again, where the new token belongs"
+        elif second.shape[1] > total and same(second[:, :total], prompt):
+            diagnosis, cause = "re-fed", "the whole sequence is fed again, though the cache holds all but the last token"
+        elif second.shape[1] > 1 and same(second[:, :-1], prompt[:, total - second.shape[1] + 1 :]):
+            diagnosis, cause = "held-fed-again", "the newest token was fed together with what the cache holds already"
+        elif second.shape[1] > 1 and same(second, calls[0].logits.argmax(dim=-1)):
+            diagnosis, cause = "several-fed", "the likeliest token of every row was taken, not of the last row alone"
+        elif any(tokens.shape[1] > 1 for tokens in fed[1:]):
+            diagnosis, cause = "several-fed", "more than the newest token is fed"
+        if cause:
+            many = max(tokens.shape[1] for tokens in fed[1:])
+            self.fail(
+                diagnosis,
+                seen=f"step 2 ran {second.shape[1]} tokens; one is new"
+                if second.shape[1] > 1
+                else f"a decode step ran {many} tokens; one is new",
+                cause=cause,
+                look="what the calls after the first get: the newest token alone, [batch, 1]",
+            )
+        if total > 1 and same(first, prompt) and same(second, prompt[:, -1:]) and not same(
+            second, calls[0].logits[:, -1:].argmax(dim=-1)
+        ):  # fmt: skip
             self.fail(
                 "last-token-fed-twice",
                 seen="the second call ran the prompt's last token again",
                 cause="the first new token was taken from a second pass, though prefill's logits give it",
                 look="the logits of the first call: their last row names the first new token",
             )
+
+    def check_kept(self, got: Any, want: Tensor, prompt: Tensor, count: int, calls: Sequence[Call]) -> None:
+        """As many tokens as were asked for, from the first one on. want: one token more than asked for."""
+        if not isinstance(got, Tensor) or got.dim() != 2 or got.shape[0] != prompt.shape[0]:
+            return
+        many = got.shape[1]
+        if many == prompt.shape[1] + count and same(got[:, : prompt.shape[1]], prompt):
+            self.fail(
+                "prompt-returned",
+                seen=f"{many} tokens came back; {count} are new",
+                cause="the prompt was returned with them",
+                look="the docstring's first line: the new tokens only",
+            )
+        if many == count and same(got, want[:, 1:]) and not same(got, want[:, :count]):
+            self.fail(
+                "prefill-unused",
+                seen=f"the tokens come one late: the first that came back is new token 2, {got[0, 0].item()}",
+                cause="prefill's logits name the first new token; it was fed, and not kept",
+                look="what you keep before the first decode step",
+            )
+        if many < count and same(got, want[:, :many]) and len(calls) < count:
+            early = f"{many} of {count} tokens came back, and the model was called {len(calls)} times"
+            last = f"; the last of row 0 is {got[0, -1].item()}" if many else ""
+            self.fail(
+                "one-short" if many == count - 1 == len(calls) and not self.ends(got) else "stopped-early",
+                seen=early + last,
+                cause="the loop makes one turn too few"
+                if many == count - 1 and not self.ends(got)
+                else "the loop ended before max_new_tokens, at a token that it takes for the end",
+                look="what ends your loop: max_new_tokens, and nothing else",
+            )
+        if many == count - 1:
+            first = same(got, want[:, :many])
+            self.fail(
+                "one-short",
+                seen=f"{many} tokens came back; {count} were asked for",
+                cause="the last new token was not kept"
+                if first
+                else "the token that prefill gives was not kept"
+                if same(got, want[:, 1:count])
+                else "one new token was not kept",
+                look="the first and the last turn of your loop",
+            )
+
+    def ends(self, got: Tensor) -> bool:
+        """Whether the last token that came back is an id that ends texts elsewhere."""
+        return bool(got.shape[1]) and any(token in END_IDS for token in got[:, -1].tolist())
+
+    def check_steps(self, calls: Sequence[Call], got: Tensor, count: int) -> None:
+        """As many calls as new tokens: prefill gives the first."""
         if len(calls) > count:
+            last = same(calls[-1].tokens, got[:, -1:])
             self.fail(
                 "one-step-too-many",
                 seen=f"{len(calls)} calls of the model for {count} new tokens",
-                cause="the last new token was run too, and its logits thrown away",
+                cause="the last new token was run too, and its logits thrown away"
+                if last
+                else "a call of the model gave no token that was kept",
                 look="the end of the loop: prefill gives one token, so count - 1 decode steps follow",
             )
+
+    def check_values(self, got: Tensor, want: Tensor, calls: Sequence[Call], prompt: Tensor) -> None:
+        """The likeliest tokens of the last row of each call."""
+        if same(got, want):
+            return
+        shown = f"the new tokens are {short(got[0])}; without a cache they are {short(want[0])}"
+        if got.shape[0] > 1 and same(got, want[:1].expand_as(want)):
+            self.fail(
+                "one-row",
+                seen="every row of the batch got the tokens of row 0",
+                cause="one token was picked for all rows: .item(), an index 0, or argmax over everything",
+                look="the line that picks a token: one per row, [batch, 1]",
+            )
+        picks = {
+            "the logits of the first row were used, not of the last": [call.logits[:, 0].argmax(-1) for call in calls],
+            "the least likely token was picked": [call.logits[:, -1].argmin(-1) for call in calls],
+            "the logits of the row before the last were used": [
+                call.logits[:, max(call.logits.shape[1] - 2, 0)].argmax(-1) for call in calls
+            ],
+        }
+        cause = next((words for words, each in picks.items() if same(got, torch.stack(each, dim=1))), "")
+        right = torch.stack([call.logits[:, -1].argmax(-1) for call in calls], dim=1)
+        if not cause and same(got, right):
+            cause = "the likeliest tokens were kept, and other ones were fed"
+        self.fail(
+            "tokens",
+            seen=shown,
+            cause=cause or "another token than the likeliest one of the last row was picked",
+            look="the line that picks a token: which row of the logits speaks of what comes next?",
+        )
+
+
+def same(a: Any, b: Tensor) -> bool:
+    """Whether both are the same tokens, whatever their dtypes."""
+    return isinstance(a, Tensor) and a.shape == b.shape and bool((a == b).all())
+
+
+def short(tokens: Tensor) -> str:
+    """A few tokens, in words."""
+    shown = [str(token) for token in tokens.tolist()]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:8], "..."])
+
+
+def likeliest(model: Llama, sequence: Tensor, count: int) -> Tensor:
+    """Greedy tokens by running everything again at each step."""
+    start = sequence.shape[1]
+    for _ in range(count):
+        sequence = torch.cat((sequence, model(sequence, last_only=True)[:, -1:].argmax(dim=-1)), dim=1)
+    return sequence[:, start:]
+
+
+def ending(model: Llama, prompt: Tensor) -> Tensor:
+    """Names under which the tokens that follow this prompt are ids that end texts elsewhere."""
+    names = torch.arange(model.spec.vocab_size)
+    for token, name in zip(dict.fromkeys(likeliest(model, prompt, len(END_IDS))[0].tolist()), END_IDS, strict=False):
+        other = int((names == name).nonzero())
+        names[[token, other]] = names[[other, token]]
+    return names

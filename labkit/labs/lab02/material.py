@@ -17,11 +17,11 @@ def new_tokens(count: int, *, dtype: torch.dtype = torch.float32, device: str = 
     return torch.randn(shape).to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
 
 
-def tiny_model() -> Llama:
+def tiny_model(num_heads: int = 6, num_kv_heads: int = 2, head_dim: int = 8, *, vocab_size: int = 97) -> Llama:
     """A float64 model of two layers whose attention is sharp enough that a wrong position shows."""
     spec = ModelSpec(
-        name="tiny", num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, hidden_size=48, intermediate_size=64,
-        vocab_size=97, max_seq_len=128,
+        name="tiny", num_layers=2, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        hidden_size=num_heads * head_dim, intermediate_size=64, vocab_size=vocab_size, max_seq_len=128,
     )  # fmt: skip
     model = Llama(spec).double()
     for block in model.blocks:

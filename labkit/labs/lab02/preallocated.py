@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.course.checks.caches import check_isolation, check_kinds, check_methods, check_seq_len, read_pair
+from labkit.course.checks.caches import (
+    LAYOUTS,
+    Beside,
+    Pair,
+    Sizes,
+    check_device,
+    check_isolation,
+    check_read_is_free,
+    effort_of_append,
+    read_pair,
+    run_script,
+    same_numbers,
+    token_bytes,
+)
+from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.exercise import Exercise
-from labkit.labs.lab02.material import new_tokens
+from labkit.labs.lab02 import growing
 from labkit.labs.lab02.references import PreallocatedCache
-from labkit.ledger import ledger
+from labkit.ledger import memory_of
+
+SIZES = Sizes(capacity=8)
 
 
 class Preallocated(Exercise):
@@ -39,203 +55,189 @@ class Preallocated(Exercise):
         "capacity-off-by-one": "A cache of capacity 8 holds 8 tokens. Try it on paper with capacity 1.",
         "grew-again": "torch.cat makes a new tensor. self.k[:, :, a:b] = k writes into the one that is there.",
         "overflow": "How many tokens would there be after this append? Compare that number with the capacity.",
+        "room-for-some": "A cache with one free place is not full, and two tokens do not fit into it.",
         "one-written": "An append may bring a whole prompt. The slice that is written is as long as what comes.",
         "reads-slack": "Behind seq_len the memory holds whatever was there before. Slice it off.",
+        "never-written": "K and V have a memory each. An append writes into both.",
+        "half-done": "Whoever catches the ValueError goes on with this cache. Test for room before anything else.",
+        "other-capacity": "`capacity` is how many tokens the third dimension has, no more and no less.",
     }
-    capacity = 8
 
     def examine(self, answer: Callable) -> None:
-        """Content, then room, then memory: in place, no copy, dtype and device of what comes in."""
-        make = partial(self.run, partial(answer, self.capacity))
-        cache, fresh = make(), make()
-        check_methods(type(self), cache)
-        check_seq_len(type(self), cache, 0, "before the first append")
-        self.check_dtype(make())
-        self.check_content(cache)
-        check_isolation(type(self), cache, fresh)
-        self.check_full(make())
-        for held, extra in ((self.capacity, 1), (6, 6), (7, 2), (0, self.capacity + 1)):
-            self.check_refusal(make(), held, extra)
-        self.check_memory(make())
-        self.check_device(make())
+        """Content, then room, several caches in turn, then memory: in place, no copy, dtype and device of what comes."""
+        make = lambda sizes: answer(sizes.capacity)  # noqa: E731
+        cache, fresh = Beside(type(self), make, SIZES, explain), self.run(lambda: make(SIZES))
+        self.check_dtype(make)
+        for count in (3, 1, 2):
+            cache.add(count)
+        check_isolation(type(self), cache.cache, fresh)
+        for capacity in (8, 1, 7):
+            self.check_full(make, capacity)
+            for held, extra in ((capacity, 1), (capacity - 1, 2), (capacity - 2, capacity - 2), (0, capacity + 1)):
+                if held >= 0 and held + extra > capacity:
+                    self.check_refusal(make, capacity, held, extra)
+        shapes = [SIZES, Sizes(3, 5, 6, torch.bfloat16, 11), Sizes(1, 2, 8, torch.float64, 17), Sizes(4, 1, 10, capacity=5)]
+        run_script(type(self), make, shapes, explain=explain)
+        self.check_memory(make, Sizes(2, 3, 4, capacity=300))
+        self.check_memory(make, Sizes(3, 1, 6, torch.bfloat16, 333))
+        self.check_long(make)
+        check_device(type(self), make, SIZES)
 
-    def check_dtype(self, cache: Any) -> None:
-        """A bfloat16 model must get bfloat16 back."""
-        k, v = new_tokens(2, dtype=torch.bfloat16)
-        self.run(lambda: cache.append(k, v))
-        got = read_pair(type(self), cache)
-        for name, x in (("K", got[0]), ("V", got[1])):
-            if x.dtype != torch.bfloat16:
-                self.fail(
-                    "wrong-dtype",
-                    seen=f"bfloat16 went in, {str(x.dtype).removeprefix('torch.')} came out ({name})",
-                    cause="the memory was allocated in torch's default dtype",
-                    look="where the memory is allocated: dtype=k.dtype, device=k.device, or k.new_empty",
-                )
-
-    def check_content(self, cache: Any) -> None:
-        """What is read is what was appended, and no more."""
-        parts = [new_tokens(count) for count in (3, 1, 2)]
-        before: tuple[Tensor, Tensor] | None = None
-        for index, (k, v) in enumerate(parts):
-            self.run(partial(cache.append, k, v))
-            if index == 0:
-                check_seq_len(type(self), cache, k.shape[2], "after the first append")
-            got = read_pair(type(self), cache)
-            want_k, want_v = (torch.cat([part[i] for part in parts[: index + 1]], dim=2) for i in (0, 1))
-            want, when = (want_k, want_v), f"after append {index + 1}"
-            check_kinds(type(self), got, want, when)
-            for name, x, w in zip("KV", got, want, strict=True):
-                if x.dim() == 4 and x.shape[2] == self.capacity:
+    def check_dtype(self, make: Callable) -> None:
+        """A bfloat16 model must get bfloat16 back, a float64 model float64."""
+        for dtype in (torch.bfloat16, torch.float64):
+            cache, (k, v) = self.run(lambda: make(SIZES)), replace(SIZES, dtype=dtype).tokens(2)
+            self.run(lambda: cache.append(k, v))  # noqa: B023
+            for name, x in zip("KV", read_pair(type(self), cache), strict=True):
+                if x.dtype != dtype:
+                    went, came = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
                     self.fail(
-                        "reads-slack",
-                        seen=f"read() gives {name} of {self.capacity} tokens; {w.shape[2]} were appended",
-                        cause="all of the memory is returned, the unwritten part with it",
-                        look="read(): a slice up to seq_len",
+                        "wrong-dtype",
+                        seen=f"{went} went in, {came} came out ({name})",
+                        cause="the memory was allocated in torch's default dtype"
+                        if x.dtype == torch.float32
+                        else "the memory was allocated in another dtype",
+                        look="where the memory is allocated: dtype=k.dtype, device=k.device, or k.new_empty",
                     )
-                if x.shape == w.shape and not torch.equal(x, w):
-                    self.explain_content(name, x, w, k.shape[2], when, moved=before is not None and apart(got, before))
-                self.same(x, w, what=f"{name} {when}")
-            check_seq_len(type(self), cache, want_k.shape[2], when)
-            before = got
 
-    def explain_content(self, name: str, got: Tensor, want: Tensor, new: int, when: str, *, moved: bool) -> None:
-        """Say what became of the tokens of a cache that holds the right number of them. moved: in other memory now."""
-        held, right = want.shape[2] - new, (got == want).flatten(3).all(dim=3).all(dim=1).all(dim=0)
-        if held and moved and not right[:held].all():
-            self.fail(
-                "allocated-again",
-                seen=f"{when}, read() shows other memory than before, and the first token's {name} is gone",
-                cause="memory is allocated at every append, and what the old memory held is left behind",
-                look="the line that allocates: at the first append only",
-            )
-        if held and not right[:held].all():
-            self.fail(
-                "overwritten",
-                seen=f"{when}, the first token's {name} is gone",
-                cause="every append writes at the same place",
-                look="where the write starts: seq_len, as it was before this append",
-            )
-        if right[:held].all() and right[held] and not right[held + 1 :].any():
-            self.fail(
-                "one-written",
-                seen=f"{when}, only one of the {new} new tokens is there ({name}); behind it stands unwritten memory",
-                cause="the write covers one place, whatever the number of tokens that come",
-                look="the slice that is written: from seq_len to seq_len + k.shape[2]",
-            )
-        self.fail(
-            "misplaced",
-            seen=f"{when}, {name} holds the right number of tokens, and the right ones at positions "
-            f"{right.nonzero().flatten().tolist()} only",
-            cause="the slice that is written starts or ends at another place than the tokens belong to",
-            look="the two ends of the slice, by hand, for an append of 3 and then of 1",
-        )
-
-    def check_full(self, cache: Any) -> None:
-        """It fills to the last token."""
+    def check_full(self, make: Callable, capacity: int) -> None:
+        """It fills to the last token, at once."""
+        beside = Beside(type(self), make, replace(SIZES, capacity=capacity), explain)
+        k, v = beside.sizes.tokens(capacity)
         try:
-            cache.append(*new_tokens(self.capacity))
+            beside.cache.append(k, v)
         except NotImplementedError:
             raise
         except Exception as error:
             self.fail(
                 "capacity-off-by-one",
-                seen=f"{self.capacity} tokens do not go into a cache of capacity {self.capacity}: {error}",
+                seen=f"{capacity} tokens do not go into a cache of capacity {capacity}: {error}",
                 cause="the comparison refuses the last place, or too little memory was allocated",
                 look="the test before the write: end > capacity is too much, end == capacity is full",
             )
+        beside.parts.append((k, v))
+        beside.compare()
 
-    def check_refusal(self, cache: Any, held: int, extra: int) -> None:
-        """What does not fit is refused with ValueError, and nothing changes."""
-        k, v = new_tokens(max(held, 1))
+    def check_refusal(self, make: Callable, capacity: int, held: int, extra: int) -> None:
+        """What does not fit is refused, changes nothing, and what fits then is taken."""
+        beside = Beside(type(self), make, replace(SIZES, capacity=capacity), explain)
         if held:
-            self.run(lambda: cache.append(k, v))
-        case = f"capacity {self.capacity}, {held} held, {extra} more"
-        try:
-            cache.append(*new_tokens(extra))
-        except NotImplementedError:
-            raise
-        except ValueError:
-            pass
-        except Exception as error:
-            self.explain_error(error, case, full=held == self.capacity)
-        else:
-            self.fail(
-                "overflow",
-                seen=f"{case}: taken without a word",
-                cause="no test for room: tokens were dropped, or wrote over old ones, or more memory was taken",
-                look="the start of append: raise ValueError when the tokens do not fit",
-            )
-        got = read_pair(type(self), cache)[0] if held else k
-        if getattr(cache, "seq_len", None) != held or not torch.equal(got, k):
-            self.fail(
-                "half-done",
-                seen=f"{case}: refused, but the cache was changed",
-                cause="seq_len or the memory was changed before the test for room",
-                look="the order in append: test first, then write",
-            )
+            beside.add(held)
+        beside.add(extra)
+        if not held:
+            beside.sizes = Sizes(3, 5, 6, torch.float64, capacity)  # nothing was taken: another model may come
+        if beside.held < capacity:
+            beside.add(1)
 
-    def explain_error(self, error: Exception, case: str, *, full: bool) -> None:
-        """Tell a test with another error from a write that failed."""
-        if not isinstance(error, RuntimeError):
+    def check_memory(self, make: Callable, sizes: Sizes) -> None:
+        """One allocation each for K and V, of `capacity` tokens; later appends move what is new; reading is free."""
+        beside = Beside(type(self), make, sizes, explain)
+        beside.add(200)
+        room = 2 * sizes.capacity * token_bytes(beside)  # type: ignore[operator]
+        if bytes_behind(beside.cache) > room + 1024:
             self.fail(
-                "other-error",
-                seen=f"{case}: {type(error).__name__}, not ValueError",
-                cause="the tokens are refused, but with an error that the caller does not expect; `assert` is also "
-                "skipped under python -O",
-                look="the line that refuses: raise ValueError(...), as the docstring promises",
+                "other-capacity",
+                seen=f"{beside.when}: {bytes_behind(beside.cache):,} bytes are kept; K and V of {sizes.capacity} tokens "
+                f"take {room:,}",
+                cause="another number than capacity was allocated, or something is kept besides",
+                look="the third dimension of what is allocated: self.capacity; and everything else assigned to self",
             )
-        self.fail(
-            "overflow" if full else "room-for-some",
-            seen=f"{case}: the write itself failed ({type(error).__name__}), no ValueError came before it",
-            cause="no test for room" if full else "a test whether the cache is full, not whether all that comes fits",
-            look="the start of append: compare seq_len + new tokens with the capacity before anything changes",
+        for count, layout in ((1, LAYOUTS[0]), (5, LAYOUTS[0]), (1, LAYOUTS[1]), (7, LAYOUTS[2])):
+            effort, new = effort_of_append(type(self), beside, count, layout), 2 * count * token_bytes(beside)
+            if effort.made >= (beside.held - count) * token_bytes(beside):  # as much as K held before
+                self.fail(
+                    "grew-again",
+                    seen=f"with {beside.held - count} tokens held, an append of {count} made {effort.made:,} bytes of new "
+                    f"tensors; {new:,} bytes are new, and have their place already",
+                    cause="the memory is made again at every append: torch.cat, or an allocation outside the first append",
+                    look="append: allocate once, then write into a slice",
+                )
+            beside.compare()
+            check_read_is_free(type(self), beside)
+
+    def check_long(self, make: Callable) -> None:
+        """Positions that 16 bits do not count."""
+        beside = Beside(type(self), make, Sizes(1, 1, 1, capacity=65_600), explain)
+        for count in (65_530, 20, 1):
+            effort_of_append(type(self), beside, count)
+        beside.compare()
+
+
+def explain(beside: Beside, got: Pair, want: Pair) -> None:
+    """Name what gives the tokens that were read."""
+    exercise, when, new = beside.exercise, beside.when, beside.parts[-1][0].shape[2]
+    for name, x, w in zip("KV", got, want, strict=True):
+        if x.dim() == 4 and x.shape[2] == beside.sizes.capacity != w.shape[2]:
+            exercise.fail(
+                "reads-slack",
+                seen=f"read() gives {name} of {x.shape[2]} tokens; {w.shape[2]} were appended",
+                cause="all of the memory is returned, the unwritten part with it",
+                look="read(): a slice up to seq_len",
+            )
+        if x.shape != w.shape:
+            growing.explain(beside, got, want)
+        elif not same_numbers(x, w):
+            moved = beside.earlier is not None and apart(got, beside.earlier[0])
+            explain_content(beside, name, x, w, w.shape[2] - new, when, moved=moved)
+
+
+def explain_content(beside: Beside, name: str, got: Tensor, want: Tensor, held: int, when: str, *, moved: bool) -> None:
+    """Say what became of the tokens of a cache that holds the right number of them. moved: in other memory now."""
+    exercise, new = beside.exercise, want.shape[2] - held
+    if got.dtype != want.dtype:
+        return
+    right = rows_equal(got, want)
+    if held and moved and not right[:held].any():
+        exercise.fail(
+            "allocated-again",
+            seen=f"{when}, read() shows other memory than before, and the earlier tokens' {name} is gone",
+            cause="memory is allocated at every append, and what the old memory held is left behind",
+            look="the line that allocates: at the first append only",
+        )
+    if held >= new and rows_equal(got[:, :, :new], want[:, :, held:]).all():
+        exercise.fail(
+            "overwritten",
+            seen=f"{when}, the first tokens' {name} is gone: the newest tokens stand there",
+            cause="every append writes at the same place",
+            look="where the write starts: seq_len, as it was before this append",
+        )
+    if new > 1 and right[:held].all() and right[held] and not right[held + 1 :].any():
+        exercise.fail(
+            "one-written",
+            seen=f"{when}, only one of the {new} new tokens is there ({name}); behind it stands unwritten memory",
+            cause="the write covers one place, whatever the number of tokens that come",
+            look="the slice that is written: from seq_len to seq_len + k.shape[2]",
+        )
+    if (found := place_in_memory(beside, want[:, :, held:])) is not None and found != held:
+        exercise.fail(
+            "misplaced",
+            seen=f"{when}, the newest {name} stands from place {found} on; it belongs from place {held} on",
+            cause="the slice that is written starts at another place than the tokens belong to",
+            look="the two ends of the slice, by hand, for an append of 3 and then of 1: seq_len grows after the write",
+        )
+    if not right[held:].any() and right[:held].all():
+        exercise.fail(
+            "never-written",
+            seen=f"{when}, no new token of {name} is there; every other place is right",
+            cause=f"the line that writes {name} is missing, or writes into something that is not kept",
+            look=f"the line that puts the new tokens into self's memory of {name}",
         )
 
-    def check_memory(self, cache: Any) -> None:
-        """One allocation each for K and V; later appends move only what is new; read() copies nothing."""
-        k, v = new_tokens(1)
-        self.run(lambda: cache.append(k, v))
-        with ledger() as work:
-            self.run(lambda: cache.append(k, v))
-        new = k.nbytes + v.nbytes
-        if work.bytes_copied > new or work.bytes_allocated > new:  # a few indices may be made, K and V may not
-            self.fail(
-                "grew-again",
-                seen=f"the second append moved {work.bytes_copied} bytes and made {work.allocations} new tensors; "
-                f"{new} bytes are new and no tensor is needed",
-                cause="the memory is made again at every append: torch.cat, or an allocation outside the first append",
-                look="append: allocate once, then write into a slice",
-            )
-        with ledger() as work:
-            read_pair(type(self), cache)
-        if work.bytes_copied:
-            self.fail(
-                "read-copies",
-                seen=f"read() moved {work.bytes_copied} bytes",
-                cause="clone(), contiguous() or indexing with a tensor makes a copy",
-                look="read(): a slice is a view and costs nothing",
-            )
 
-    def check_device(self, cache: Any) -> None:
-        """Tensors on the meta device stand for a GPU."""
-        k, v = new_tokens(1, device="meta")
-        try:
-            cache.append(k, v)
-            device = cache.read()[0].device.type
-        except Exception:
-            device = "cpu"
-        if device != "meta":
-            self.fail(
-                "wrong-device",
-                seen="tensors on another device went in; the memory was allocated on the CPU",
-                cause="the memory was allocated without device=k.device",
-                look="where the memory is allocated: k.new_empty takes dtype and device from k",
-            )
+def rows_equal(a: Tensor, b: Tensor) -> Tensor:
+    """At which tokens two tensors agree, bool [tokens]."""
+    return (a == b).flatten(3).all(dim=3).all(dim=1).all(dim=0)
 
 
-def apart(now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> bool:
+def place_in_memory(beside: Beside, tokens: Tensor) -> int | None:
+    """Where in the cache's memory these tokens stand, if in one place only."""
+    capacity, count, found = beside.sizes.capacity or 0, tokens.shape[2], []
+    for memory in tensors_behind(beside.cache):
+        if memory.shape == (*tokens.shape[:2], capacity, tokens.shape[3]) and memory.dtype == tokens.dtype:
+            found += [p for p in range(capacity - count + 1) if torch.equal(memory[:, :, p : p + count], tokens)]
+    return found[0] if len(found) == 1 else None
+
+
+def apart(now: Pair, before: Pair) -> bool:
     """Whether two reads show different memory. `before` is still alive, so its address cannot have been used again."""
-    return any(
-        a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() for a, b in zip(now, before, strict=True)
-    )
+    return any(memory_of(a) != memory_of(b) for a, b in zip(now, before, strict=True))

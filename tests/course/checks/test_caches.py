@@ -186,7 +186,8 @@ def test_reading_may_not_copy_nor_leave_pytorch() -> None:
 def test_memory_on_the_cpu_is_told_from_a_class_that_looks_at_numbers() -> None:
     class OnTheCpu(PreallocatedCache):
         def append(self, k, v):
-            super().append(torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype))
+            self.spare = torch.zeros(k.shape)
+            super().append(k, v)
 
     class Looks(PreallocatedCache):
         def append(self, k, v):

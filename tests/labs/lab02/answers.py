@@ -812,7 +812,7 @@ class WritesByIndex(AllocatesWith):
 
 WRONG = [
     Wrong("02.1", "dtype", "values in float32 under a bfloat16 model", FloatValues),
-    Wrong("02.2", "recomputed", "projects old tokens again, by addmm", recompute_by_addmm),
+    Wrong("02.2", "projected-twice", "projects the new token again, by addmm", recompute_by_addmm),
     Wrong("02.2", "arguments-changed", "zeroes the hidden state it was given", changes_x),
     Wrong("02.3", "arguments-changed", "zeroes the prompt it was given", changes_tokens),
     Wrong("02.1", "wrong-dimension", "joins along the heads", growing_along(1)),
