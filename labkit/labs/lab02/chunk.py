@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.attention import causal_mask
-from labkit.attention import fused_attention as attention
-from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import LOOSE, agree
+from labkit.course.checks.attention import suspects as attention_suspects
+from labkit.course.checks.effort import check_stays, effort_of
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import heads
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab02.references import attend_chunk
+
+WORDS = {  # what the blank and the report use in place of a mask that is built by hand
+    "mask-offset": ("row i of the mask was taken for position i, as if nothing were cached: tril() without an offset, or "
+                    "is_causal=True", "where the triangle's diagonal starts. Where does the first new token stand?"),
+    "no-mask": ("there is no mask, or one that hides nothing: its diagonal starts too far to the right",
+                "the mask: new tokens must not see each other's future"),
+    "cache-hidden": ("the mask's columns for cached tokens are False, or k and v were cut to the new tokens",
+                     "the first kv_len - new_tokens keys: every row sees them"),
+    "offset-negative": ("the offset has the wrong sign: tril(-n) takes diagonals away",
+                        "the order of the subtraction: a cache can only let a row see more"),
+}  # fmt: skip
 
 
 class AttendChunk(Exercise):
@@ -34,74 +46,67 @@ class AttendChunk(Exercise):
     hints_for: ClassVar = {
         "mask-offset": "The triangle is right; it starts in the wrong column. The mask has kv_len - new_tokens columns "
         "that every row may see.",
-        "sees-the-future": "Check row 0: its last True must be the column of the first new token itself.",
+        "mask-offset-too-large": "Check row 0: its last True must be the column of the first new token itself.",
+        "mask-added": "A bool mask says which keys may be seen. A mask of numbers is added to the scores.",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Chunks after a cache: each wrong mask gives an output of its own."""
-        torch.manual_seed(7)
-        for new, held, batch in ((3, 6, 1), (1, 6, 1), (5, 0, 2), (2, 7, 2)):
-            q = torch.randn(batch, 6, new, 8)
-            k, v = torch.randn(batch, 2, new + held, 8), torch.randn(batch, 2, new + held, 8)
-            got = self.call(answer, q, k, v)
-            want = attention(q, k, v)
-            if isinstance(got, Tensor) and got.shape == want.shape and not got.isfinite().all():
-                self.explain(got.nan_to_num(0.0), q, k, v, new, held)
-            self.like(got, want, what="the output")
-            if not agree(got, want, LOOSE):
-                self.explain(got, q, k, v, new, held)
-
-    def explain(self, got: Tensor, q: Tensor, k: Tensor, v: Tensor, new: int, held: int) -> None:
-        """Find the mask that gives what was seen."""
-
-        def fits(mask: Tensor) -> bool:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            return agree(got, out.nan_to_num(0.0), LOOSE)
-
-        accuse(type(self), suspects(new, held, q.dtype), fits=fits)
-        self.fail(
-            "mask",
-            seen=f"{new} new tokens after {held} cached: the output fits no mask that this check knows",
-            cause="a mask that is right for another case",
-            look="the rule for row i, in words, before code",
-        )
+        """Chunks of several sizes behind caches of several lengths; scores so large that a weak mask shows."""
+        sizes = ((6, 2, 3, 6, 8), (4, 4, 5, 2, 12), (6, 3, 1, 7, 20), (5, 1, 4, 0, 8), (6, 2, 3, 11, 8), (4, 2, 2, 298, 6))
+        cases = [
+            Case(tuple(heads(num_heads, kv_heads, new, held, batch=1 + place % 3, head_dim=head_dim)),
+                 f"{new} new tokens after {held} cached")
+            for place, (num_heads, kv_heads, new, held, head_dim) in enumerate(sizes)
+        ]  # fmt: skip
+        q, k, v = heads(6, 2, 4, 3)
+        cases.append(Case((q, 1e5 * k, v), "large scores, 4 new tokens after 3 cached"))
+        compare(type(self), answer, attend_chunk, cases, suspects=suspects, what="the output")
+        check_stays(type(self), effort_of(lambda: self.call(answer, *cases[0].args)))
 
 
-def suspects(new: int, held: int, dtype: torch.dtype) -> list[Suspect]:
-    """Wrong masks for `new` tokens after `held`: bool, or numbers of `dtype` that are added to the scores."""
-    every, right = torch.ones(new, new + held, dtype=torch.bool), causal_mask(new, new + held)
-    new_alone = right.clone()
-    new_alone[:, :held] = False
-    empty = "the offset when nothing is cached, kv_len == new_tokens: it must be 0"
-    where = f"{new} new tokens after {held} cached"
-    return [
-        Suspect("mask-offset", [every.tril()] if held else [],
-                "row i of the mask was taken for position i, as if nothing were cached",
-                "tril(): its diagonal starts at column 0. Where does the first new token stand?",
-                f"{where}: the first new token sees 1 key; it should see {held + 1}"),
-        Suspect("offset-is-new-tokens", [every.tril(new)] if held not in (0, new) else [],
-                f"the triangle was shifted by the {new} new tokens",
-                "what the shift has to skip: the cached tokens. How many are they, from kv_len and new_tokens?",
-                f"{where}: the first new token sees {new + 1} keys; it should see {held + 1}"),
-        Suspect("offset-negative", [every.tril(-held)] if held else [],
-                "the offset has the wrong sign: tril(-n) takes diagonals away",
-                "the order of the subtraction: a cache can only let a row see more",
-                f"{where}: the first new token sees nothing"),
-        Suspect("mask-added", [mask.to(dtype) for mask in (right, every.tril(), ~right)],
-                f"the mask is {str(dtype).removeprefix('torch.')}: numbers are added to the scores, and 0.0 hides "
-                "nothing", "the dtype of the mask: torch.bool says which keys may be seen",
-                f"{where}: nothing is hidden, some keys only weigh more"),
-        Suspect("sees-everything", every, "no mask at all", "the mask: new tokens must not see each other's future",
-                f"{where}: the first new token sees the ones behind it"),
-        Suspect("sees-the-future", every.tril(held + 1), "the offset is one too large", empty,
-                f"{where}: every token sees one token too many"),
-        Suspect("blind-to-itself", every.tril(held - 1), "the offset is one too small, or `<` stands for `<=`", empty,
-                f"{where}: no token sees itself"),
-        Suspect("mask-inverted", [~right, every.triu(held)],
-                "the mask is upside down: True was taken for hidden, or triu for tril",
+def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
+    """What wrong masks give, in the words of this blank."""
+    new, held = q.shape[2], k.shape[2] - q.shape[2]
+    every, where = torch.ones(new, new + held, dtype=torch.bool), f"{new} new tokens after {held} cached"
+    right = every.tril(held)
+    listed = [
+        Suspect("mask-added",
+                [lambda mask=mask, dtype=dtype: by_mask(q, k, v, mask.to(dtype))
+                 for mask in (right, every.tril(), ~right) for dtype in (torch.float32, q.dtype)],
+                "the mask is made of floats: numbers are added to the scores, and 0.0 hides nothing",
+                "the dtype of the mask: torch.bool says which keys may be seen",
+                "nothing is hidden, some keys only weigh more"),
+        *attention_suspects(q, k, v),
+        Suspect("mask-inverted", lambda: by_mask(q, k, v, every.triu(held)), "the mask is upside down: triu for tril",
                 "what True means in PyTorch's attn_mask: this key may be seen",
-                f"{where}: tokens see the ones behind them and not those before"),
-        Suspect("cache-hidden", [new_alone] if held else [], "the mask's columns for cached tokens are False",
-                "the first kv_len - new_tokens columns: True in every row",
-                f"{where}: the new tokens see each other and nothing that is cached"),
+                "tokens see themselves, and what is behind them"),
+        Suspect("mask-flipped", lambda: by_mask(q, k, v, every.tril().flip(1)),
+                "the triangle was mirrored: the newest keys go to the first rows", "row i sees the keys up to its own",
+                "the first new token sees the last key"),
     ]  # fmt: skip
+    told = []
+    for suspect in listed:
+        cause, look = WORDS.get(suspect.diagnosis, (suspect.cause, suspect.look))
+        told.append(replace(suspect, gives=in_every_way(q, k, v, suspect.gives), cause=cause, look=look,
+                            seen=f"{where}: {suspect.seen}"))  # fmt: skip
+    return told
+
+
+def in_every_way(q: Tensor, k: Tensor, v: Tensor, gives: Any) -> list[Callable[[], Tensor]]:
+    """What a mistake gives: with NaN in rows that see nothing, or zeros as PyTorch has it; for one token alone too, or
+    for several only, where one token gets no mask."""
+    ways = []
+    for give in gives if isinstance(gives, list) else [gives]:
+        for change in (lambda x: x, lambda x: x.nan_to_num(0.0)):
+            for least in (1, 2):
+                ways.append(
+                    lambda give=give, change=change, least=least: change(give())
+                    if q.shape[2] >= least
+                    else attend_chunk(q, k, v)
+                )
+    return ways
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """PyTorch's attention with this mask."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

@@ -5,9 +5,86 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from labkit.course.checks.numbers import check_whole
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab02.references import reusable_prefix
+
+Count = Callable[[list[int], list[int]], int]
+
+
+def prefix(held: list[int], wanted: list[int]) -> int:
+    """Equal tokens at the beginning, however many."""
+    return next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
+
+
+def equal_places(held: list[int], wanted: list[int]) -> list[int]:
+    """Where both lists hold the same token."""
+    return [place for place, (a, b) in enumerate(zip(held, wanted, strict=False)) if a == b]
+
+
+def either_way(count: Count) -> list[Count]:
+    """A count, and the count with one token of `wanted` left to run."""
+    return [count, lambda held, wanted: min(count(held, wanted), len(wanted) - 1)]
+
+
+def unless_equal(otherwise: Count) -> Count:
+    """The first place that differs, and something else where none does."""
+    return lambda held, wanted: min(
+        (i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), default=otherwise(held, wanted)
+    )
+
+
+LOOP = "the loop: stop at the first token that differs"
+LAST = "the last token to run is a token of `wanted`, not always one of `held`"
+SUSPECTS = (
+    Suspect("nothing-left-to-run", prefix,
+            "where the whole prompt is held, every token is taken from the cache: no token is run, so there are no logits",
+            "the return: at most len(wanted) - 1"),
+    Suspect("no-difference",
+            [unless_equal(lambda held, wanted: len(held)), unless_equal(lambda held, wanted: len(wanted) - 1),
+             unless_equal(lambda held, wanted: len(wanted)), unless_equal(lambda held, wanted: 0)],
+            "where no token differs before one of the lists ends, the loop finds no place, and what is returned then is "
+            "not the number of equal tokens", "what stands behind the loop: which of the two lists has ended?"),
+    Suspect("all-or-nothing",
+            either_way(lambda held, wanted: len(held) if wanted[: len(held)] == held else 0),
+            "what is held counts as a whole or not at all; a part of it may stay",
+            "the first place that differs: what stands before it may stay"),
+    Suspect("all-or-nothing",
+            either_way(lambda held, wanted: len(wanted) if held[: len(wanted)] == wanted else 0),
+            "the prompt counts as a whole or not at all; a part of it may be held",
+            "the first place that differs: what stands before it may stay"),
+    Suspect("assumes-same-beginning", either_way(lambda held, wanted: len(held)),
+            "everything held is reused, whatever it is", "compare the tokens, one by one"),
+    Suspect("matches-anywhere",
+            [*either_way(lambda held, wanted: len(equal_places(held, wanted))),
+             *either_way(lambda held, wanted: len(set(held) & set(wanted))),
+             *either_way(lambda held, wanted: sum(token in held for token in wanted)),
+             *either_way(lambda held, wanted: sum(token in wanted for token in held))],
+            "equal tokens behind the first difference were counted", LOOP),
+    Suspect("last-match", either_way(lambda held, wanted: max(equal_places(held, wanted), default=-1) + 1),
+            "the count goes up to the last place where the tokens agree, whatever stands before it", LOOP),
+    Suspect("from-the-end", either_way(lambda held, wanted: prefix(held[::-1], wanted[::-1])),
+            "tokens were compared from the end", "where the comparison begins: token 0 of both"),
+    Suspect("one-too-few",
+            [lambda held, wanted: max(prefix(held, wanted) - 1, 0),
+             lambda held, wanted: prefix(held[:-1], wanted),
+             lambda held, wanted: prefix(held[:-1], wanted[:-1]),
+             lambda held, wanted: min(prefix(held, wanted), max(len(held) - 1, 0), len(wanted) - 1)],
+            "one token is held back even when another is left to run", LAST),
+    Suspect("one-too-few", lambda held, wanted: min(prefix(held, wanted), max(len(wanted) - 2, 0)),
+            "two tokens of `wanted` are always run", "the return: at most len(wanted) - 1"),
+    Suspect("one-too-many", either_way(lambda held, wanted: prefix(held, wanted) + 1),
+            "the first token that differs was counted too", LOOP),
+    Suspect("counts-what-runs",
+            [lambda held, wanted: len(wanted) - reusable_prefix(held, wanted),
+             lambda held, wanted: len(wanted) - prefix(held, wanted)],
+            "the tokens that must be run were counted, not those that the cache saves",
+            "the docstring's first line: how many tokens need not be run"),
+    Suspect("counts-what-goes", lambda held, wanted: len(held) - reusable_prefix(held, wanted),
+            "the tokens that the cache must drop were counted, not those that may stay",
+            "the docstring's first line: how many tokens need not be run"),
+)  # fmt: skip
 
 
 class ReusablePrefix(Exercise):
@@ -28,65 +105,55 @@ class ReusablePrefix(Exercise):
     hints_for: ClassVar = {
         "nothing-left-to-run": "A cache holds K and V, no logits. To get logits, at least one token must run.",
         "matches-anywhere": "K and V depend on every token before. After the first difference nothing counts.",
+        "all-or-nothing": "A cache can be cut: cache.truncate(n) keeps the first n tokens. How large may n be?",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Cases from the plainest to the one that everybody forgets."""
-        self.case(answer, [1, 2, 3], [1, 2, 3, 4, 5], 3)
-        self.case(answer, [1, 2, 3], [9, 2, 3, 4, 5], 0)
-        self.case(answer, [1, 2, 3, 4], [1, 2, 9, 4, 5], 2)
-        self.case(answer, [1, 2, 3, 4, 5, 6], [1, 2, 7], 2)
-        self.case(answer, [], [1, 2], 0)
-        self.case(answer, [1, 2, 3], [1, 2, 3], 2)
-        self.case(answer, [1, 2, 3, 4, 5, 6], [1, 2, 3], 2)
-        self.case(answer, [4], [4], 0)
-        self.case(answer, [1, 1, 1, 1], [1, 1, 1, 1, 1, 1], 4)
+        """Differences at every place, lengths that differ either way, tokens twice, token 0, ids above 256, long lists."""
+        judge(
+            type(self), answer, reusable_prefix, [tuple(map(fresh, pair)) for pair in pairs()], SUSPECTS,
+            what="the number of tokens that need not be run", whole=True, otherwise="count", show=shown,
+        )  # fmt: skip
 
-    def counts_the_rest(self, answer: Callable) -> bool:
-        """Whether the answer gives the tokens left to run, also where these differ most from the tokens reused."""
-        pairs = (([1, 2, 3], [9, 2, 3, 4, 5], 5), ([1, 2, 3, 4], [1, 2, 9, 4, 5], 3), ([1, 2], [1, 2, 3, 4, 5, 6], 4))
-        return all(self.call(answer, held, wanted) == rest for held, wanted, rest in pairs)
 
-    def case(self, answer: Callable, held: list[int], wanted: list[int], want: int) -> None:
-        """One pair of token lists."""
-        got = check_whole(type(self), self.call(answer, held, wanted), "how many tokens are reused")
-        if got == want:
-            return
-        seen = f"held {held}, wanted {wanted}: you reuse {got}; {want} is right"
-        if got == len(wanted) - want and self.counts_the_rest(answer):
-            self.fail(
-                "counts-what-runs",
-                seen=seen,
-                cause="the tokens that must be run were counted, not those that the cache saves",
-                look="the docstring's first line: how many tokens need not be run",
-            )
-        same = sum(old == new for old, new in zip(held, wanted, strict=False))
-        if got >= len(wanted):
-            self.fail(
-                "nothing-left-to-run",
-                seen=seen,
-                cause="every token of the prompt is taken from the cache, so no token is run and there are no logits",
-                look="the return: at most len(wanted) - 1",
-            )
-        if got == len(held):
-            self.fail(
-                "assumes-same-beginning",
-                seen=seen,
-                cause="everything held is reused, whatever it is",
-                look="compare the tokens, one by one",
-            )
-        if got in (same, len(set(held) & set(wanted))) and got > want:
-            self.fail(
-                "matches-anywhere",
-                seen=seen,
-                cause="equal tokens behind the first difference were counted",
-                look="the loop: stop at the first token that differs",
-            )
-        if got == want - 1:
-            self.fail(
-                "one-too-few",
-                seen=seen,
-                cause="one token is held back even when another is left to run",
-                look="the last token to run is a token of `wanted`, not always one of `held`",
-            )
-        self.fail("count", seen=seen, cause="the count is off for this pair", look="this pair, by hand")
+def pairs() -> list[tuple[list[int], list[int]]]:
+    """Pairs of `held` and `wanted`, from the plainest to the one that everybody forgets."""
+    long = [(7 * place) % 50_000 for place in range(400)]
+    return [
+        ([1, 2, 3], [1, 2, 3, 4, 5]),
+        ([1, 2, 3], [9, 2, 3, 4, 5]),
+        ([1, 2, 3, 4], [1, 2, 9, 4, 5]),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 7]),
+        ([], [1, 2]),
+        ([1, 2, 3], [1, 2, 3]),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3]),
+        ([1, 2, 3, 4], [1, 2, 3]),
+        ([1, 2, 3], [1, 2, 3, 4]),
+        ([4], [4]),
+        ([4], [5]),
+        ([], [6]),
+        ([1, 1, 1, 1], [1, 1, 1, 1, 1, 1]),
+        ([5, 6, 5, 7], [5, 6, 5, 6, 5, 7]),
+        ([8, 9, 3, 4], [1, 2, 3, 4]),
+        ([0, 0, 3, 0], [0, 0, 3, 5, 0]),
+        ([300, 4097, 259], [300, 4097, 515, 259]),
+        ([257, 70_000, 2049], [257, 70_001, 2049]),
+        ([2, 1, 3], [1, 2, 3, 4]),
+        (long, [*long, 3, 4]),
+        (long, [*long[:390], 1, *long[391:]]),
+    ]  # fmt: skip
+
+
+def fresh(tokens: list[int]) -> list[int]:
+    """The same tokens as other objects: equal, but not identical."""
+    return [int(str(token)) for token in tokens]
+
+
+def shown(held: list[int], wanted: list[int]) -> str:
+    """A pair in words."""
+    return f"held {some(held)}, wanted {some(wanted)}"
+
+
+def some(tokens: list[int]) -> str:
+    """A list, or its ends."""
+    return str(tokens) if len(tokens) < 12 else f"[{tokens[0]}, {tokens[1]}, ... {tokens[-1]}] ({len(tokens)} tokens)"

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab02.references import cache_bytes
 from labkit.specs import ModelSpec
 
 ODD = ModelSpec(  # sizes that share no factor, so that a wrong one shows
-    name="odd", num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
+    name="odd", num_layers=11, num_heads=35, num_kv_heads=7, head_dim=46, hidden_size=221, intermediate_size=13,
     vocab_size=17, max_seq_len=19,
 )  # fmt: skip
 WIDE = replace(ODD, name="wide", num_layers=5, num_heads=39, num_kv_heads=3, head_dim=34, hidden_size=323)
@@ -89,6 +89,13 @@ class CacheBytes(Exercise):
                 "num_heads // num_kv_heads was taken for the number of KV heads", FACTORS),
         Suspect("hidden-size", with_factor(lambda spec, *_: spec.hidden_size / (spec.num_kv_heads * spec.head_dim)),
                 "hidden_size was taken for num_kv_heads * head_dim, which holds only without GQA", FACTORS),
+        Suspect("head-dim", with_factor(lambda spec, *_: (spec.hidden_size // spec.num_heads) / spec.head_dim),
+                "hidden_size // num_heads was taken for head_dim, which a model may set otherwise", FACTORS),
+        Suspect("hidden-size", with_factor(lambda spec, *_: spec.hidden_size / (spec.num_heads * spec.head_dim)),
+                "hidden_size * num_kv_heads / num_heads was taken for num_kv_heads * head_dim; head_dim may be another",
+                FACTORS),
+        Suspect("k-only", with_factor(lambda spec, *_: group(spec) / 2),
+                "K was counted and V was not, and query heads were counted, not KV heads", FACTORS),
         Suspect("one-layer", with_factor(lambda spec, *_: 1 / spec.num_layers), "one layer was counted", FACTORS),
         Suspect("one-row", with_factor(lambda spec, tokens, batch, size: 1 / batch), "the batch was left out", FACTORS),
         Suspect("one-token", with_factor(lambda spec, tokens, batch, size: 1 / tokens),
@@ -98,8 +105,29 @@ class CacheBytes(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Two models, and each number changed alone."""
+        spec = ODD
+        alone = [replace(spec, name=name, **{name: size}) for name, size in
+                 (("num_layers", 13), ("num_heads", 21), ("num_kv_heads", 5), ("head_dim", 58), ("hidden_size", 323))]  # fmt: skip
         cases = [(ODD, 31, 37, 4), (ODD, 31, 37, 2), (ODD, 41, 37, 4), (ODD, 31, 29, 4), (WIDE, 31, 37, 4)]
+        cases += [(each, 31, 37, 4) for each in alone]
+        cases += [(ODD, 1, 37, 4), (ODD, 31, 1, 4), (ODD, 1_000_003, 257, 1)]
+        self.check_names(answer, cases[0])
         judge(
             type(self), answer, cache_bytes, cases, self.suspects, what="the cache in bytes", whole=True,
             otherwise="factors",
         )  # fmt: skip
+
+    def check_names(self, answer: Callable, case: tuple) -> None:
+        """An attribute of the spec that is None here was multiplied: its likeliest is `layers`."""
+        try:
+            self.call(answer, *case)
+        except NotYet as not_yet:
+            if "NoneType" not in not_yet.finding.seen:
+                raise
+            self.fail(
+                "none-multiplied",
+                seen=not_yet.finding.seen,
+                cause="an attribute of spec that is None for this model was multiplied; the number of layers is "
+                "num_layers, `layers` lists kinds of layers where they differ",
+                look="the names in the docstring: num_layers, num_kv_heads, head_dim",
+            )
