@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +19,8 @@ from labkit.course.exercise import Exercise
 from labkit.labs.lab02.references import attend_chunk
 
 WORDS = {  # what the blank and the report use in place of a mask that is built by hand
-    "mask-offset": ("row i of the mask was taken for position i, as if nothing were cached: tril() without an offset, or "
-                    "is_causal=True", "where the triangle's diagonal starts. Where does the first new token stand?"),
+    "mask-offset": ("row i of the mask was taken for position i, as if nothing were cached: tril() without offset, or "
+                    "is_causal=True", "row 0 of the mask: which keys may the first new token see, and which does it?"),
     "no-mask": ("there is no mask, or one that hides nothing: its diagonal starts too far to the right",
                 "the mask: new tokens must not see each other's future"),
     "cache-hidden": ("the mask's columns for cached tokens are False, or k and v were cut to the new tokens",
@@ -51,16 +52,30 @@ class AttendChunk(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Chunks of several sizes behind caches of several lengths; scores so large that a weak mask shows."""
-        sizes = ((6, 2, 3, 6, 8), (4, 4, 5, 2, 12), (6, 3, 1, 7, 20), (5, 1, 4, 0, 8), (6, 2, 3, 11, 8), (4, 2, 2, 298, 6))
+        """Chunks of several sizes behind caches of several lengths; scores so low that a weak mask shows."""
+        sizes = (
+            (6, 2, 3, 6, 8),
+            (4, 4, 5, 2, 12),
+            (6, 3, 1, 7, 20),
+            (5, 1, 4, 0, 8),
+            (6, 2, 3, 11, 8),
+            (4, 2, 2, 298, 6),
+        )
         cases = [
-            Case(tuple(heads(num_heads, kv_heads, new, held, batch=1 + place % 3, head_dim=head_dim)),
+            Case(tuple(x.float() for x in heads(num_heads, kv, new, held, batch=1 + place % 3, head_dim=head_dim)),
                  f"{new} new tokens after {held} cached")
-            for place, (num_heads, kv_heads, new, held, head_dim) in enumerate(sizes)
+            for place, (num_heads, kv, new, held, head_dim) in enumerate(sizes)
         ]  # fmt: skip
-        q, k, v = heads(6, 2, 4, 3)
-        cases.append(Case((q, 1e5 * k, v), "large scores, 4 new tokens after 3 cached"))
-        compare(type(self), answer, attend_chunk, cases, suspects=suspects, what="the output")
+        q, k, v = (x.float() for x in heads(6, 2, 4, 3))
+        cases.append(Case((q.abs(), -1e5 * k.abs(), v), "scores near -100,000, 4 new tokens after 3 cached"))
+        known: dict[int, list[Suspect]] = {}
+
+        def once(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
+            if id(q) not in known:
+                known[id(q)] = suspects(q, k, v)
+            return known[id(q)]
+
+        compare(type(self), answer, attend_chunk, cases, suspects=once, what="the output")
         check_stays(type(self), effort_of(lambda: self.call(answer, *cases[0].args)))
 
 
@@ -95,16 +110,17 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
 def in_every_way(q: Tensor, k: Tensor, v: Tensor, gives: Any) -> list[Callable[[], Tensor]]:
     """What a mistake gives: with NaN in rows that see nothing, or zeros as PyTorch has it; for one token alone too, or
     for several only, where one token gets no mask."""
-    ways = []
+    ways: list[Callable[[], Tensor]] = []
     for give in gives if isinstance(gives, list) else [gives]:
         for change in (lambda x: x, lambda x: x.nan_to_num(0.0)):
             for least in (1, 2):
-                ways.append(
-                    lambda give=give, change=change, least=least: change(give())
-                    if q.shape[2] >= least
-                    else attend_chunk(q, k, v)
-                )
+                ways.append(partial(one_way, q, k, v, give, change, least))
     return ways
+
+
+def one_way(q: Tensor, k: Tensor, v: Tensor, give: Callable, change: Callable, least: int) -> Tensor:
+    """The mistake for at least so many tokens; what is right for fewer."""
+    return change(give()) if q.shape[2] >= least else attend_chunk(q, k, v)
 
 
 def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -33,9 +33,7 @@ class Recorder:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Keep k and v."""
         self.appended.append((k, v))
-        self.k, self.v = (
-            (torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)) if self.seq_len else (k, v)
-        )
+        self.k, self.v = (torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)) if self.seq_len else (k, v)
         self.seq_len += k.shape[2]
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -287,7 +285,9 @@ class DecodeStep(Exercise):
     def accuse(self, prompt: Prompt, suspect: Suspect, wrong: list[int]) -> None:
         """Name a mistake that gives every output, and differs where one is wrong."""
         values = [suspect.gives(index) for index in range(len(prompt.outputs))]
-        if all(value is not None and agree(got, value, 1e-5) for got, value in zip(prompt.outputs, values, strict=True)):
+        if all(
+            value is not None and agree(got, value, 1e-5) for got, value in zip(prompt.outputs, values, strict=True)
+        ):
             self.fail(suspect.diagnosis, seen=f"K and V are right, the output of {prompt.told(wrong[0])} is not: "
                       f"{suspect.seen}", cause=suspect.cause, look=suspect.look)  # fmt: skip
 
@@ -303,7 +303,7 @@ class DecodeStep(Exercise):
             if extra > 2 * attend + 0.4 * old:
                 self.fail(
                     "recomputed" if index else "projected-twice",
-                    seen=f"step {index + 1} multiplied {products / rows / (once + attend):.1f} times as many numbers as "
+                    seen=f"step {index + 1} multiplied {products / rows / (once + attend):.1f} times as much as "
                     "one token's projection, its attention and the merge take",
                     cause="the inputs of old tokens are kept and their K and V computed again"
                     if index
@@ -336,7 +336,7 @@ def hidden(model: Any, batch: int, tokens: int) -> Tensor:
 
 
 def mistakes(prompt: Prompt) -> Iterator[Suspect]:
-    """What people give attention in place of the new query, all keys and all values; `gives` is a function of a step."""
+    """What people give attention in place of the new query, all keys, all values; `gives` is a function of a step."""
     layer, start = prompt.layer, prompt.start
 
     def operands(index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,15 +371,17 @@ def mistakes(prompt: Prompt) -> Iterator[Suspect]:
                   "the order in `keys, values = cache.read()` and in attention(q, keys, values)",
                   "the query met the values, and the keys were blended")  # fmt: skip
     for position, words in ((lambda p: 0, "q was not rotated"), (lambda p: p + 1, "q was rotated after the append, or "
-                            "by one position more"), (lambda p: p - 1, "q was rotated by one position less")):  # fmt: skip
+                            "by one position more"), (lambda p: p - 1, "q was rotated by one less")):  # fmt: skip
         yield Suspect("query-position", turned(position), words, "layer.rotate(q, position): the same position as k's",
                       "its query stands at another position than its key")  # fmt: skip
     for place, suspect in enumerate(attention_suspects(*operands(0), causal=False)):
+
         def gives(index: int, place: int = place) -> Any:
             variants = attention_suspects(*operands(index), causal=False)[place].gives
             out = variants[0]() if variants else None
-            fits = isinstance(out, Tensor) and out.shape == operands(index)[0].shape
-            return layer.merge(out) if fits else None
+            if not isinstance(out, Tensor) or out.shape != operands(index)[0].shape:
+                return None
+            return layer.merge(out)
 
         if suspect.gives:
             yield Suspect(suspect.diagnosis, gives, suspect.cause, suspect.look, suspect.seen)

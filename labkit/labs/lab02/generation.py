@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,8 @@ class Watched(Llama):
         held, own = 0 if cache is None else cache.seq_len, None if self.names is None else self.names.argsort()
         logits = super().forward(tokens if own is None else own[tokens], cache, **options)
         logits = logits if own is None else logits[..., own]
-        frame, by_library = sys._getframe(1), False
+        frame: FrameType | None = sys._getframe(1)
+        by_library = False
         while frame is not None and frame.f_globals.get("__name__") != __name__:
             by_library |= frame.f_globals.get("__name__") == generation.__name__
             frame = frame.f_back
@@ -82,7 +84,7 @@ class GenerateWithCache(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Prompts, counts and batches of several sizes; a cache that holds something; ids that mean an end elsewhere."""
+        """Prompts, counts and batches of several sizes; a cache that holds something; ids that end texts elsewhere."""
         large, small = tiny_model(vocab_size=5003), tiny_model(4, 1, 6)
         prompts = [torch.randint(0, 5003, (2, 7)) for _ in range(2)]
         prompts[1][:, 2], prompts[1][:, 4] = 0, 4801
@@ -91,14 +93,13 @@ class GenerateWithCache(Exercise):
         self.check_run(answer, large, prompts[0], 1)
         self.check_run(answer, large, prompts[0], 3, history=torch.randint(0, 5003, (2, 5)))
         self.check_run(answer, large, torch.randint(0, 5003, (1, 1)), 2)
-        self.check_run(answer, large, torch.randint(0, 5003, (3, 12))[:, 1::2], 4)
-        self.check_run(answer, small, torch.randint(0, 97, (1, 300)), 3)
-        self.check_run(answer, small, torch.randint(0, 97, (3, 2)), 12)
-        self.check_run(answer, small, torch.randint(0, 97, (2, 4)), 5, cache=Cache.preallocated(2, 8))
-        for batch in (1, 2):
-            prompt = torch.randint(0, 5003, (batch, 6))
-            self.check_run(answer, large, prompt, 6, names=ending(large, prompt))
-        self.check_run(answer, tiny_model(vocab_size=5003).float(), prompts[0], 4)
+        self.check_run(answer, large, torch.randint(0, 5003, (3, 12))[:, 1::2], 2)
+        self.check_run(answer, small, torch.randint(0, 97, (1, 300)), 2)
+        self.check_run(answer, small, torch.randint(0, 97, (3, 2)), 7)
+        self.check_run(answer, small, torch.randint(0, 97, (2, 4)), 3, cache=Cache.preallocated(2, 6))
+        prompt = torch.randint(0, 5003, (1, 6))
+        self.check_run(answer, large, prompt, 6, names=ending(large, prompt))
+        self.check_run(answer, tiny_model(vocab_size=5003).float(), prompts[0], 2)
 
     def check_run(
         self,
@@ -119,7 +120,9 @@ class GenerateWithCache(Exercise):
         watched = Watched(model, names)
         got = self.call(lambda tokens: answer(watched, tokens, count, cache), prompt)
         calls = watched.calls
-        want = likeliest(Watched(model, names), prompt if history is None else torch.cat((history, prompt), 1), count + 1)
+        want = likeliest(
+            Watched(model, names), prompt if history is None else torch.cat((history, prompt), 1), count + 1
+        )
         self.check_caches(calls, cache, prompt, count, held)
         self.check_fed(calls, prompt, held)
         self.check_kept(got, want, prompt, count, calls)
@@ -129,8 +132,8 @@ class GenerateWithCache(Exercise):
         if cache.seq_len != held + prompt.shape[1] + count - 1:
             self.fail(
                 "cache-changed",
-                seen=f"the tokens are right, and the cache holds {cache.seq_len} tokens afterwards; all but the last new "
-                f"one, {held + prompt.shape[1] + count - 1}, should be there for the next turn",
+                seen=f"the tokens are right, and the cache holds {cache.seq_len} tokens afterwards; all but the last "
+                f"new one, {held + prompt.shape[1] + count - 1}, should be there for the next turn",
                 cause="the cache was reset, cut, or filled further after the last step",
                 look="what happens to the cache outside of model(...): nothing",
             )
@@ -141,9 +144,11 @@ class GenerateWithCache(Exercise):
             self.fail(
                 "from-labkit" if calls else "model-not-called",
                 seen="labkit's own generate ran the loop" if calls else "the model was never called",
-                cause="the blank asks for the loop itself",
-                look="the docstring: model(tokens, cache, last_only=True), once for the prompt and once for each new token "
-                "but the last",
+                cause="the blank asks for the loop itself"
+                if calls
+                else "the result was taken from somewhere else, such as an earlier call",
+                look="the docstring: model(tokens, cache, last_only=True), once for the prompt, and once for each new "
+                "token but the last",
             )
         ran = [call.tokens.shape[1] for call in calls]
         without = [place + 1 for place, call in enumerate(calls) if call.cache is None]
@@ -163,7 +168,7 @@ class GenerateWithCache(Exercise):
         if without:
             self.fail(
                 "cache-in-some-calls",
-                seen=f"call {without[0]} of {len(calls)} ran without the cache, call {1 if without[0] > 1 else 2} with it",
+                seen=f"call {without[0]} of {len(calls)} ran without the cache, another one with it",
                 cause="one model(...) in the code gets the cache, another does not",
                 look="the arguments of every model(...): the docstring shows all three",
             )
@@ -178,8 +183,8 @@ class GenerateWithCache(Exercise):
             if call.held != held + sum(ran[:place]):
                 self.fail(
                     "cache-emptied",
-                    seen=f"the cache held {held + sum(ran[:place])} tokens before call {place + 1}, and {call.held} when "
-                    "it ran",
+                    seen=f"the cache held {held + sum(ran[:place])} tokens before call {place + 1}, and {call.held} "
+                    "when it ran",
                     cause="the cache was reset or cut",
                     look="the docstring: the tokens follow whatever the cache holds",
                 )
@@ -195,6 +200,21 @@ class GenerateWithCache(Exercise):
                 f"{total} tokens; with an empty cache all was right",
                 cause="`tokens` was sliced by the cache's length, as if the cache held a part of it",
                 look="the docstring: `tokens` follow whatever the cache holds, so all of them are new",
+            )
+        if first.shape == prompt.shape and not same(first, prompt):
+            place = tuple((first != prompt).nonzero()[0].tolist())
+            few = [
+                str(dtype)
+                for dtype in (torch.uint8, torch.float16, torch.bfloat16)
+                if same(prompt.to(dtype).long(), first)
+            ]
+            self.fail(
+                "tokens-changed",
+                seen=f"the first call ran token {first[place].item()} where the prompt has {prompt[place].item()}",
+                cause=f"the tokens went through {' or '.join(few)}, which cannot hold every id"
+                if few
+                else "other tokens than the prompt's were fed",
+                look="what the first call gets: tokens, as they came",
             )
         parts = [place for place in range(2, len(fed) + 1) if same(torch.cat(fed[:place], dim=1), prompt)]
         if parts and first.shape[1] < total:
@@ -212,7 +232,10 @@ class GenerateWithCache(Exercise):
         if same(second, prompt) and total > 1:
             diagnosis, cause = "re-fed", "the prompt is fed again, where the new token belongs"
         elif second.shape[1] > total and same(second[:, :total], prompt):
-            diagnosis, cause = "re-fed", "the whole sequence is fed again, though the cache holds all but the last token"
+            diagnosis, cause = (
+                "re-fed",
+                "the whole sequence is fed again, though the cache holds all but the last token",
+            )
         elif second.shape[1] > 1 and same(second[:, :-1], prompt[:, total - second.shape[1] + 1 :]):
             diagnosis, cause = "held-fed-again", "the newest token was fed together with what the cache holds already"
         elif second.shape[1] > 1 and same(second, calls[0].logits.argmax(dim=-1)):
@@ -311,6 +334,14 @@ class GenerateWithCache(Exercise):
                 cause="one token was picked for all rows: .item(), an index 0, or argmax over everything",
                 look="the line that picks a token: one per row, [batch, 1]",
             )
+        right = torch.stack([call.logits[:, -1].argmax(-1) for call in calls], dim=1)
+        if len(calls) < got.shape[1] and same(got[:, : len(calls)], right):
+            self.fail(
+                "one-short",
+                seen=f"{len(calls)} calls of the model for {got.shape[1]} new tokens; {shown}",
+                cause="the loop makes too few turns, and the last tokens are not the model's",
+                look="the first and the last turn of your loop",
+            )
         picks = {
             "the logits of the first row were used, not of the last": [call.logits[:, 0].argmax(-1) for call in calls],
             "the least likely token was picked": [call.logits[:, -1].argmin(-1) for call in calls],
@@ -319,8 +350,7 @@ class GenerateWithCache(Exercise):
             ],
         }
         cause = next((words for words, each in picks.items() if same(got, torch.stack(each, dim=1))), "")
-        right = torch.stack([call.logits[:, -1].argmax(-1) for call in calls], dim=1)
-        if not cause and same(got, right):
+        if same(got, right):
             cause = "the likeliest tokens were kept, and other ones were fed"
         self.fail(
             "tokens",

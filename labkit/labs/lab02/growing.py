@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
@@ -58,16 +58,16 @@ class Growing(Exercise):
         make = lambda sizes: answer()  # noqa: E731
         cache, fresh = Beside(type(self), make, Sizes(), explain), Beside(type(self), make, Sizes(), explain)
         check_isolation(type(self), cache.cache, fresh.cache)  # what an earlier check left on the class shows here
-        for count in (5, 5, 1, 2, 1):
+        for count in (7, 7, 1, 2, 1):
             cache.add(count)
         check_isolation(type(self), cache.cache, fresh.cache)
         check_read_is_free(type(self), cache)
         for dtype in (torch.float64, torch.bfloat16):
             self.check_dtype(make, dtype)
-        shapes = [Sizes(), Sizes(3, 5, 6, torch.bfloat16), Sizes(1, 2, 8, torch.float64), Sizes(4, 1, 10)]
+        shapes = [Sizes(), Sizes(2, 3, 4, torch.bfloat16), Sizes(1, 2, 8, torch.float64), Sizes(4, 1, 10)]
         run_script(type(self), make, shapes, explain=explain)
-        for sizes in (Sizes(2, 1, 3), Sizes(1, 2, 2, torch.bfloat16)):
-            self.check_cost(make, sizes)
+        self.check_cost(make, Sizes(2, 1, 3), (1500, 1, 700, 1, 300))
+        self.check_cost(make, Sizes(1, 1, 1, torch.bfloat16), (5000, 1))
 
     def check_dtype(self, make: Callable, dtype: torch.dtype) -> None:
         """What is read has the dtype of what was appended."""
@@ -86,19 +86,19 @@ class Growing(Exercise):
                 )
             self.like(x, k, what=f"{name} of a {str(dtype).removeprefix('torch.')} cache")
 
-    def check_cost(self, make: Callable, sizes: Sizes) -> None:
+    def check_cost(self, make: Callable, sizes: Sizes, counts: Sequence[int]) -> None:
         """Thousands of tokens, what holding them takes, and what reading them costs."""
         beside = Beside(type(self), make, sizes, explain)
         ratios = []
-        for count, layout in ((1500, LAYOUTS[0]), (1, LAYOUTS[1]), (700, LAYOUTS[0]), (1, LAYOUTS[0]), (300, LAYOUTS[0])):
-            effort_of_append(type(self), beside, count, layout)
+        for count in counts:
+            effort_of_append(type(self), beside, count, LAYOUTS[count == 1])
             beside.compare()
             check_read_is_free(type(self), beside)
             ratios.append(bytes_behind(beside.cache) / sum(x.nbytes for x in beside.want()))
-        if min(ratios[1:]) > 1.9:  # memory that grows in steps has room to spare, but not at every length
+        if len(counts) > 2 and min(ratios[1:]) > 1.9:  # memory that grows in steps is full now and then
             self.fail(
                 "held-twice",
-                seen=f"{beside.when}: the cache keeps {min(ratios[1:]):.1f} times the bytes of its K and V, at the least",
+                seen=f"{beside.when}: the cache keeps {min(ratios[1:]):.1f} times the bytes of its K and V at least",
                 cause="pieces are kept beside what was joined from them, or more memory is held than there are tokens",
                 look="everything that append and read assign to self: K and V, once",
             )
@@ -128,11 +128,9 @@ def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str) -> Iterator[S
     yield Suspect("new-before-old", torch.cat(parts[::-1], dim=2), "torch.cat got the new tensor before the old one",
                   "torch.cat((old, new)): position in the cache is position in the sequence",
                   f"{when}, the newest token of {name} comes first")  # fmt: skip
-    for dim, label in DIMENSIONS.items():
+    for dim, label in DIMENSIONS.items() if x.dim() == 4 else ():
         with suppress(RuntimeError):
             joined = torch.cat(parts, dim=dim)
             yield Suspect("wrong-dimension", joined, f"the tensors were joined along dimension {dim}",
                           "the dim of torch.cat: tokens are dimension 2", f"{name} is {list(x.shape)}: {label} grew "
                           f"from {parts[0].shape[dim]} to {x.shape[dim]}")  # fmt: skip
-
-

@@ -64,11 +64,11 @@ class Preallocated(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Content, then room, several caches in turn, then memory: in place, no copy, dtype and device of what comes."""
+        """Content, then room, several caches in turn, then memory: in place, no copy, dtype and device."""
         make = lambda sizes: answer(sizes.capacity)  # noqa: E731
         cache, fresh = Beside(type(self), make, SIZES, explain), self.run(lambda: make(SIZES))
         self.check_dtype(make)
-        for count in (3, 1, 2):
+        for count in (4, 1, 2):
             cache.add(count)
         check_isolation(type(self), cache.cache, fresh)
         for capacity in (8, 1, 7):
@@ -76,7 +76,12 @@ class Preallocated(Exercise):
             for held, extra in ((capacity, 1), (capacity - 1, 2), (capacity - 2, capacity - 2), (0, capacity + 1)):
                 if held >= 0 and held + extra > capacity:
                     self.check_refusal(make, capacity, held, extra)
-        shapes = [SIZES, Sizes(3, 5, 6, torch.bfloat16, 11), Sizes(1, 2, 8, torch.float64, 17), Sizes(4, 1, 10, capacity=5)]
+        shapes = [
+            SIZES,
+            Sizes(2, 3, 4, torch.bfloat16, 11),
+            Sizes(1, 2, 8, torch.float64, 17),
+            Sizes(4, 1, 10, capacity=5),
+        ]
         run_script(type(self), make, shapes, explain=explain)
         self.check_memory(make, Sizes(2, 3, 4, capacity=300))
         self.check_memory(make, Sizes(3, 1, 6, torch.bfloat16, 333))
@@ -125,7 +130,7 @@ class Preallocated(Exercise):
             beside.add(held)
         beside.add(extra)
         if not held:
-            beside.sizes = Sizes(3, 5, 6, torch.float64, capacity)  # nothing was taken: another model may come
+            beside.sizes = Sizes(2, 3, 4, torch.float64, capacity)  # nothing was taken: another model may come
         if beside.held < capacity:
             beside.add(1)
 
@@ -134,10 +139,10 @@ class Preallocated(Exercise):
         beside = Beside(type(self), make, sizes, explain)
         beside.add(200)
         room = 2 * sizes.capacity * token_bytes(beside)  # type: ignore[operator]
-        if bytes_behind(beside.cache) > room + 1024:
+        if bytes_behind(beside.cache) > room + 128:
             self.fail(
                 "other-capacity",
-                seen=f"{beside.when}: {bytes_behind(beside.cache):,} bytes are kept; K and V of {sizes.capacity} tokens "
+                seen=f"{beside.when}: {bytes_behind(beside.cache):,} bytes are kept; {sizes.capacity} tokens "
                 f"take {room:,}",
                 cause="another number than capacity was allocated, or something is kept besides",
                 look="the third dimension of what is allocated: self.capacity; and everything else assigned to self",
@@ -147,18 +152,18 @@ class Preallocated(Exercise):
             if effort.made >= (beside.held - count) * token_bytes(beside):  # as much as K held before
                 self.fail(
                     "grew-again",
-                    seen=f"with {beside.held - count} tokens held, an append of {count} made {effort.made:,} bytes of new "
-                    f"tensors; {new:,} bytes are new, and have their place already",
-                    cause="the memory is made again at every append: torch.cat, or an allocation outside the first append",
+                    seen=f"with {beside.held - count} tokens held, an append of {count} made {effort.made:,} bytes of "
+                    f"new tensors; {new:,} bytes are new, and have their place already",
+                    cause="the memory is made again at every append: torch.cat, or an allocation at each append",
                     look="append: allocate once, then write into a slice",
                 )
             beside.compare()
             check_read_is_free(type(self), beside)
 
     def check_long(self, make: Callable) -> None:
-        """Positions that 16 bits do not count."""
-        beside = Beside(type(self), make, Sizes(1, 1, 1, capacity=65_600), explain)
-        for count in (65_530, 20, 1):
+        """Thousands of tokens."""
+        beside = Beside(type(self), make, Sizes(1, 1, 1, capacity=4200), explain)
+        for count in (4090, 20, 1):
             effort_of_append(type(self), beside, count)
         beside.compare()
 
@@ -198,7 +203,7 @@ def explain_content(beside: Beside, name: str, got: Tensor, want: Tensor, held: 
         exercise.fail(
             "overwritten",
             seen=f"{when}, the first tokens' {name} is gone: the newest tokens stand there",
-            cause="every append writes at the same place",
+            cause="this append was written where earlier tokens stand",
             look="where the write starts: seq_len, as it was before this append",
         )
     if new > 1 and right[:held].all() and right[held] and not right[held + 1 :].any():
@@ -215,7 +220,8 @@ def explain_content(beside: Beside, name: str, got: Tensor, want: Tensor, held: 
             cause="the slice that is written starts at another place than the tokens belong to",
             look="the two ends of the slice, by hand, for an append of 3 and then of 1: seq_len grows after the write",
         )
-    if not right[held:].any() and right[:held].all():
+    alike = (got[:, :, held:] - want[:, :, held:]).abs() <= 0.01 * want[:, :, held:].abs()
+    if not right[held:].any() and right[:held].all() and alike.double().mean() < 0.2:
         exercise.fail(
             "never-written",
             seen=f"{when}, no new token of {name} is there; every other place is right",

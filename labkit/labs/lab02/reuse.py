@@ -23,6 +23,12 @@ def equal_places(held: list[int], wanted: list[int]) -> list[int]:
     return [place for place, (a, b) in enumerate(zip(held, wanted, strict=False)) if a == b]
 
 
+def identical(held: list[int], wanted: list[int]) -> int:
+    """Tokens at the beginning that are the same objects."""
+    pairs = enumerate(zip(held, wanted, strict=False))
+    return next((i for i, (a, b) in pairs if a is not b), min(len(held), len(wanted)))
+
+
 def either_way(count: Count) -> list[Count]:
     """A count, and the count with one token of `wanted` left to run."""
     return [count, lambda held, wanted: min(count(held, wanted), len(wanted) - 1)]
@@ -38,13 +44,15 @@ def unless_equal(otherwise: Count) -> Count:
 LOOP = "the loop: stop at the first token that differs"
 LAST = "the last token to run is a token of `wanted`, not always one of `held`"
 SUSPECTS = (
-    Suspect("nothing-left-to-run", prefix,
-            "where the whole prompt is held, every token is taken from the cache: no token is run, so there are no logits",
+    Suspect("nothing-left-to-run",
+            [prefix, lambda held, wanted: prefix(held, wanted) - (held == wanted),
+             lambda held, wanted: min(prefix(held, wanted), max(len(held), len(wanted)) - 1)],
+            "where the whole prompt is held, no token is left to run, so there are no logits",
             "the return: at most len(wanted) - 1"),
     Suspect("no-difference",
             [unless_equal(lambda held, wanted: len(held)), unless_equal(lambda held, wanted: len(wanted) - 1),
              unless_equal(lambda held, wanted: len(wanted)), unless_equal(lambda held, wanted: 0)],
-            "where no token differs before one of the lists ends, the loop finds no place, and what is returned then is "
+            "where no token differs before one of the lists ends, the loop finds no place; what is returned then is "
             "not the number of equal tokens", "what stands behind the loop: which of the two lists has ended?"),
     Suspect("all-or-nothing",
             either_way(lambda held, wanted: len(held) if wanted[: len(held)] == held else 0),
@@ -68,17 +76,24 @@ SUSPECTS = (
             "tokens were compared from the end", "where the comparison begins: token 0 of both"),
     Suspect("one-too-few",
             [lambda held, wanted: max(prefix(held, wanted) - 1, 0),
+             lambda held, wanted: prefix(held, wanted) - 1,
              lambda held, wanted: prefix(held[:-1], wanted),
+             lambda held, wanted: min(prefix(held, wanted), len(held) - 1),
+             lambda held, wanted: min(prefix(held, wanted), len(held) - 1, len(wanted) - 1),
              lambda held, wanted: prefix(held[:-1], wanted[:-1]),
              lambda held, wanted: min(prefix(held, wanted), max(len(held) - 1, 0), len(wanted) - 1)],
             "one token is held back even when another is left to run", LAST),
     Suspect("one-too-few", lambda held, wanted: min(prefix(held, wanted), max(len(wanted) - 2, 0)),
             "two tokens of `wanted` are always run", "the return: at most len(wanted) - 1"),
+    Suspect("identity", either_way(identical),
+            "tokens were compared with `is`: that asks whether two names stand for one object, not for equal numbers",
+            "the comparison: == and !="),
     Suspect("one-too-many", either_way(lambda held, wanted: prefix(held, wanted) + 1),
             "the first token that differs was counted too", LOOP),
     Suspect("counts-what-runs",
             [lambda held, wanted: len(wanted) - reusable_prefix(held, wanted),
-             lambda held, wanted: len(wanted) - prefix(held, wanted)],
+             lambda held, wanted: len(wanted) - prefix(held, wanted),
+             lambda held, wanted: len(wanted) - 1 - prefix(held, wanted)],
             "the tokens that must be run were counted, not those that the cache saves",
             "the docstring's first line: how many tokens need not be run"),
     Suspect("counts-what-goes", lambda held, wanted: len(held) - reusable_prefix(held, wanted),
@@ -109,7 +124,7 @@ class ReusablePrefix(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Differences at every place, lengths that differ either way, tokens twice, token 0, ids above 256, long lists."""
+        """Differences at every place, lengths that differ either way, tokens twice, token 0, large ids, long lists."""
         judge(
             type(self), answer, reusable_prefix, [tuple(map(fresh, pair)) for pair in pairs()], SUSPECTS,
             what="the number of tokens that need not be run", whole=True, otherwise="count", show=shown,

@@ -105,9 +105,10 @@ class CacheBytes(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Two models, and each number changed alone."""
-        spec = ODD
-        alone = [replace(spec, name=name, **{name: size}) for name, size in
-                 (("num_layers", 13), ("num_heads", 21), ("num_kv_heads", 5), ("head_dim", 58), ("hidden_size", 323))]  # fmt: skip
+        alone = [
+            replace(ODD, num_layers=13), replace(ODD, num_heads=21), replace(ODD, num_kv_heads=5),
+            replace(ODD, head_dim=58), replace(ODD, hidden_size=323),
+        ]  # fmt: skip
         cases = [(ODD, 31, 37, 4), (ODD, 31, 37, 2), (ODD, 41, 37, 4), (ODD, 31, 29, 4), (WIDE, 31, 37, 4)]
         cases += [(each, 31, 37, 4) for each in alone]
         cases += [(ODD, 1, 37, 4), (ODD, 31, 1, 4), (ODD, 1_000_003, 257, 1)]

@@ -149,8 +149,17 @@ def test_a_cache_without_its_methods_and_a_read_that_gives_no_pair_are_said() ->
         assert said(lambda: read_pair(Double, cache)) == diagnosis  # noqa: B023
 
 
-@pytest.mark.parametrize(("seq_len", "diagnosis"), [(3, "nothing"), (torch.tensor(3), "nothing"), (3.0, "seq-len"),
-                                                    (2, "seq-len"), (None, "seq-len"), (lambda: 3, "seq-len-method")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seq_len", "diagnosis"),
+    [
+        (3, "nothing"),
+        (torch.tensor(3), "nothing"),
+        (3.0, "seq-len"),
+        (2, "seq-len"),
+        (None, "seq-len"),
+        (lambda: 3, "seq-len-method"),
+    ],
+)
 def test_the_length_is_a_whole_number_and_the_right_one(seq_len, diagnosis: str) -> None:
     class Cache:
         pass

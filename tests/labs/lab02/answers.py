@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from labkit.attention import causal_mask, online_attention
 from labkit.attention import fused_attention as attention
 from labkit.cache import Cache
+from labkit.generation import generate
 from labkit.labs.lab02.references import GrowingCache, PreallocatedCache
 from tests.labs.answer import Wrong
 
@@ -810,6 +813,382 @@ class WritesByIndex(AllocatesWith):
         self.v.index_copy_(dim=2, index=places, source=v)
 
 
+# Met later: what readers tried, and what a fresh set of answers showed.
+
+
+class KeepsTheFirst(GrowingCache):
+    def append(self, k, v):
+        if self.seq_len == 0:
+            self.k, self.v = k, v
+        torch.cat((self.k, k), dim=2)
+        self.seq_len += k.shape[2]
+
+
+class StoresNothingAtFirst(GrowingCache):
+    k = v = None
+
+    def append(self, k, v):
+        if self.k is not None:
+            self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.seq_len += k.shape[2]
+
+
+class StartsWithFloat32(GrowingCache):
+    def __init__(self):
+        super().__init__()
+        self.k, self.v = torch.empty(0), torch.empty(0)
+
+    def append(self, k, v):
+        self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.seq_len += k.shape[2]
+
+
+class PrefillReplaces(GrowingCache):
+    def append(self, k, v):
+        if k.shape[2] > 1:
+            self.seq_len = 0
+        super().append(k, v)
+
+
+class KeepsEveryPiece(GrowingCache):
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def append(self, k, v):
+        self.pieces.append((k.clone(), v.clone()))
+        super().append(k, v)
+
+
+class RoomForSome(GrowingCache):
+    """Room for 4,096 tokens, whatever comes."""
+
+    def append(self, k, v):
+        if self.seq_len == 0:
+            self.k, self.v = (x.new_zeros(*x.shape[:2], 4096, x.shape[3]) for x in (k, v))
+        self.k[:, :, self.seq_len : self.seq_len + k.shape[2]] = k
+        self.v[:, :, self.seq_len : self.seq_len + k.shape[2]] = v
+        self.seq_len += k.shape[2]
+
+    def read(self):
+        return self.k[:, :, : self.seq_len], self.v[:, :, : self.seq_len]
+
+
+class LastTokenRead(GrowingCache):
+    def read(self):
+        return self.k[:, :, -1:], self.v[:, :, -1:]
+
+
+class LengthIsAFloat(GrowingCache):
+    def append(self, k, v):
+        super().append(k, v)
+        self.seq_len = float(self.seq_len)
+
+
+class ByView(GrowingCache):
+    def append(self, k, v):
+        super().append(k.view(-1).view(k.shape), v)
+
+
+class KeysThroughHalf(GrowingCache):
+    def append(self, k, v):
+        super().append(k.half().to(k.dtype), v)
+
+
+class Slots:
+    """Right: no attributes but those named."""
+
+    __slots__ = ("k", "seq_len", "v")
+
+    def __init__(self):
+        self.seq_len = 0
+
+    def append(self, k, v):
+        if self.seq_len:
+            k, v = torch.concat([self.k, k], -2), torch.concat([self.v, v], -2)
+        self.k, self.v, self.seq_len = k, v, k.size(2)
+
+    def read(self):
+        return self.k, self.v
+
+
+class Doubling:
+    """Right: memory that doubles when it is full."""
+
+    def __init__(self):
+        self.seq_len = self.room = 0
+
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if end > self.room:
+            self.room = max(end, 2 * self.room)
+            new = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v)]
+            if self.seq_len:
+                for memory, old in zip(new, self.read(), strict=True):
+                    memory[:, :, : self.seq_len] = old
+            self.k, self.v = new
+        self.k[:, :, self.seq_len : end], self.v[:, :, self.seq_len : end] = k, v
+        self.seq_len = end
+
+    def read(self):
+        return self.k[:, :, : self.seq_len], self.v[:, :, : self.seq_len]
+
+
+class LengthIsATensor(GrowingCache):
+    """Right: seq_len is a whole number in a tensor."""
+
+    def append(self, k, v):
+        super().append(k, v)
+        self.seq_len = torch.tensor(self.seq_len)
+
+
+def step_with(position=lambda cache: cache.seq_len, query=None, attend=attention):
+    """A decode step with some part replaced."""
+
+    def step(x, layer, cache):
+        q, k, v = layer.project(x)
+        at = position(cache)
+        turned = layer.rotate(q, at if query is None else query(cache))
+        cache.append(layer.rotate(k, at), v)
+        return layer.merge(attend(turned, *cache.read()))
+
+    return step
+
+
+def by_hand(q, k, v, *, scale=None, dim=-1, dtype=None, repeat=True):
+    """Attention of the newest token, written out."""
+    times = q.shape[1] // k.shape[1]
+    k, v = ((x.repeat_interleave(times, 1) if repeat else x.repeat(1, times, 1, 1)) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale(q.shape[-1]))
+    return scores.softmax(dim, dtype=dtype or q.dtype).to(q.dtype) @ v
+
+
+def recompute_through_a_copy(x, layer, cache):
+    cache.inputs = torch.cat((getattr(cache, "inputs", x[:, :0]), x), dim=1)
+    start = cache.seq_len + 1 - cache.inputs.shape[1]
+    q, k, v = copy.deepcopy(layer).project(cache.inputs)
+    k, q = layer.rotate(k, start), layer.rotate(q[:, :, -1:], cache.seq_len)
+    cache.append(k[:, :, -1:], v[:, :, -1:])
+    return layer.merge(attention(q, *cache.read()))
+
+
+def position_on_the_function(x, layer, cache):
+    position_on_the_function.at = 0 if cache.seq_len == 0 else position_on_the_function.at + 1
+    return step_with(lambda cache: position_on_the_function.at)(x, layer, cache)
+
+
+def one_buffer(x, layer, cache, kept={}):  # noqa: B006
+    out = step_with()(x, layer, cache)
+    return kept.setdefault((out.shape, out.dtype), out).copy_(out)
+
+
+def through_numpy(x, layer, cache):
+    def attend(q, k, v):
+        k, v = (torch.from_numpy(t.double().numpy()).to(q.dtype) for t in (k, v))
+        return attention(q, k, v)
+
+    return step_with(attend=attend)(x, layer, cache)
+
+
+def loop_with(pick=lambda logits: logits[:, -1:].argmax(dim=-1), ends=lambda fed: False, first=lambda tokens: tokens):
+    """The loop with some part replaced."""
+
+    def generate(model, tokens, max_new_tokens, cache):
+        fed, new = first(tokens), []
+        for _ in range(max_new_tokens):
+            fed = pick(model(fed, cache, last_only=True))
+            new.append(fed)
+            if ends(fed):
+                break
+        return torch.cat(new, dim=1)
+
+    return generate
+
+
+def newest_without_cache(model, tokens, max_new_tokens, cache):
+    return loop_with()(lambda fed, cache, last_only: model(fed, last_only=last_only), tokens, max_new_tokens, cache)
+
+
+def cache_in_prefill_only(model, tokens, max_new_tokens, cache):
+    new = [model(tokens, cache, last_only=True)[:, -1:].argmax(dim=-1)]
+    for _ in range(max_new_tokens - 1):
+        new.append(model(new[-1], last_only=True)[:, -1:].argmax(dim=-1))
+    return torch.cat(new, dim=1)
+
+
+def prompt_in_two(model, tokens, max_new_tokens, cache):
+    if tokens.shape[1] > 1:
+        model(tokens[:, :-1], cache, last_only=True)
+    return loop_with()(model, tokens[:, -1:], max_new_tokens, cache)
+
+
+def by_the_library(model, tokens, max_new_tokens, cache):
+    return generate(model, tokens, max_new_tokens, cache=cache).tokens
+
+
+def reset_at_the_end(model, tokens, max_new_tokens, cache):
+    new = loop_with()(model, tokens, max_new_tokens, cache)
+    cache.reset()
+    return new
+
+
+def remembered(model, tokens, max_new_tokens, cache, kept={}):  # noqa: B006
+    key = tuple(tokens.flatten().tolist())
+    if key not in kept or kept[key].shape[1] < max_new_tokens:
+        kept[key] = loop_with()(model, tokens, max_new_tokens, cache)
+    return kept[key][:, :max_new_tokens]
+
+
+def prompt_each_time(model, tokens, max_new_tokens, cache):
+    new = [model(tokens, cache, last_only=True)[:, -1:].argmax(dim=-1) for _ in range(max_new_tokens)]
+    return torch.cat(new, dim=1)
+
+
+def last_left_zero(model, tokens, max_new_tokens, cache):
+    new, fed = torch.zeros(tokens.shape[0], max_new_tokens, dtype=torch.long), tokens
+    for index in range(max_new_tokens - 1 or 1):
+        fed = model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)
+        new[:, index] = fed[:, 0]
+    return new
+
+
+def by_forward(model, tokens, max_new_tokens, cache):
+    """Right: by recursion, through forward, with names."""
+    fed = model.forward(tokens=tokens, cache=cache)[:, -1].argmax(-1).unsqueeze(1)
+    if max_new_tokens == 1:
+        return fed
+    return torch.hstack((fed, by_forward(model, fed, max_new_tokens - 1, cache)))
+
+
+class ValuesForgotten(AllocatesWith):
+    def place(self, k, v, end):
+        self.k[:, :, self.seq_len : end] = k
+
+
+class LengthBeforeTheWrite(AllocatesWith):
+    def place(self, k, v, end):
+        self.seq_len += k.shape[2]
+        self.k[:, :, self.seq_len : self.seq_len + k.shape[2]] = k
+        self.v[:, :, self.seq_len : self.seq_len + k.shape[2]] = v
+
+
+class RoomFor2048(AllocatesWith):
+    def allocate(self, k):
+        return k.new_zeros(*k.shape[:2], max(2048, self.capacity), k.shape[3])
+
+
+class OnePlaceMore(AllocatesWith):
+    def allocate(self, k):
+        return k.new_zeros(*k.shape[:2], self.capacity + 1, k.shape[3])
+
+
+class SpareInside(AllocatesWith):
+    def allocate(self, k):
+        memory = super().allocate(k)
+        self.inner = type("Inner", (), {})()
+        self.inner.spare = memory.clone()
+        return memory
+
+
+class AllocatesBeforeItTests(AllocatesWith):
+    def append(self, k, v):
+        if self.seq_len == 0:
+            self.spare = self.allocate(k)
+        super().append(k, v)
+
+
+class CapacityOnTheClass(AllocatesWith):
+    def __init__(self, capacity):
+        self.seq_len = 0
+        type(self).capacity = capacity
+
+
+class ThreeHeads(AllocatesWith):
+    def allocate(self, k):
+        return k.new_zeros(k.shape[0], 3, self.capacity, k.shape[3])
+
+
+class ReadsContiguous(AllocatesWith):
+    def read(self):
+        return tuple(x.contiguous() for x in super().read())
+
+
+class RebindsInPlaceOfWriting(AllocatesWith):
+    def place(self, k, v, end):
+        self.k, self.v = k, v
+
+
+class AnotherLayout(AllocatesWith):
+    """Right: tokens first in memory."""
+
+    def allocate(self, k):
+        return k.new_empty(self.capacity, *k.shape[:2], k.shape[3]).permute(1, 2, 0, 3)
+
+
+class LooksForNaN(AllocatesWith):
+    """Right: looks at the numbers, which nobody can on the meta device."""
+
+    def append(self, k, v):
+        assert not k.isnan().any()
+        super().append(k, v)
+
+
+class StacksFirst(WritesWithCopy):
+    """Right: one write for K and V."""
+
+    def append(self, k, v):
+        new = torch.stack((k, v))
+        if self.seq_len + k.size(2) > self.capacity:
+            raise ValueError("full")
+        if self.kv is None:
+            self.kv = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
+        self.kv[:, :, :, self.seq_len : self.seq_len + k.size(2)] = new
+        self.seq_len += k.size(2)
+
+
+def by_identity(held, wanted):
+    pairs = enumerate(zip(held, wanted, strict=False))
+    return min(next((i for i, (a, b) in pairs if a is not b), min(len(held), len(wanted))), len(wanted) - 1)
+
+
+def else_all_held(held, wanted):
+    return next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), len(held))
+
+
+def layers_attribute(spec, tokens, batch, bytes_per_element):
+    return 2 * spec.layers * spec.num_kv_heads * spec.head_dim * tokens * batch * bytes_per_element
+
+
+def masks_by_new_tokens(q, k, v, kept={}):  # noqa: B006
+    new, kv = q.shape[2], k.shape[2]
+    return chunk_with(lambda n, m: kept.setdefault(new, ones(n, m).tril(kv - new)))(q, k, v)
+
+
+def chunk_by_hand(q, k, v, *, hidden=float("-inf"), dtype=None, scale=lambda head_dim: head_dim**-0.5):
+    """Attention of a chunk, written out."""
+    times, new, kv = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    scores = q @ k.repeat_interleave(times, 1).mT * scale(q.shape[-1])
+    scores = scores.masked_fill(~ones(new, kv).tril(kv - new), hidden)
+    return scores.softmax(-1, dtype=dtype or q.dtype).to(q.dtype) @ v.repeat_interleave(times, 1)
+
+
+def only_the_new_keys(q, k, v):
+    new = q.shape[2]
+    return by_is_causal(q, k[:, :, -new:], v[:, :, -new:])
+
+
+def token_by_token(q, k, v):
+    """Right: one row at a time, each over its own past."""
+    past = k.shape[2] - q.shape[2]
+    rows = [
+        F.scaled_dot_product_attention(
+            q[:, :, i : i + 1], k[:, :, : past + i + 1], v[:, :, : past + i + 1], enable_gqa=True
+        )
+        for i in range(q.shape[2])
+    ]
+    return torch.cat(rows, dim=2)
+
+
 WRONG = [
     Wrong("02.1", "dtype", "values in float32 under a bfloat16 model", FloatValues),
     Wrong("02.2", "projected-twice", "projects the new token again, by addmm", recompute_by_addmm),
@@ -931,6 +1310,90 @@ WRONG = [
     Wrong("02.7", "mask-inverted", "triu for tril", chunk_with(lambda new, kv: ones(new, kv).triu(kv - new))),
     Wrong("02.7", "mask-inverted", "True taken for hidden", chunk_with(lambda new, kv: ~causal_mask(new, kv))),
     Wrong("02.7", "cache-hidden", "the cached columns left False", chunk_with(triangle_of_the_new)),
+    Wrong("02.1", "first-only", "does not keep what torch.cat returns", KeepsTheFirst),
+    Wrong("02.1", "nothing-stored", "joins from the first append on, where nothing is held", StoresNothingAtFirst),
+    Wrong("02.1", "promoted", "starts with an empty float32 tensor", StartsWithFloat32),
+    Wrong("02.1", "newest-only", "takes several tokens for a new prompt", PrefillReplaces),
+    Wrong("02.1", "held-twice", "keeps every piece besides", KeepsEveryPiece),
+    Wrong("02.1", "raised", "a buffer of 4,096 tokens", RoomForSome),
+    Wrong("02.1", "last-token", "reads the last token", LastTokenRead),
+    Wrong("02.1", "seq-len", "a length that is a float", LengthIsAFloat),
+    Wrong("02.1", "layout", "counts on contiguous tensors", ByView),
+    Wrong("02.1", "values", "keys through half precision", KeysThroughHalf),
+    Wrong("02.2", "position-off-by-one", "the position of the last token held",
+           step_with(lambda cache: cache.seq_len - 1)),
+    Wrong("02.2", "position", "the same, but never below 0", step_with(lambda cache: max(cache.seq_len - 1, 0))),
+    Wrong("02.2", "values", "positions in 8 bits", step_with(lambda cache: cache.seq_len % 256)),
+    Wrong("02.2", "query-position", "the query one position behind",
+           step_with(query=lambda cache: max(cache.seq_len - 1, 0))),
+    Wrong("02.2", "no-scale", "scores not scaled", step_with(attend=lambda *t: by_hand(*t, scale=lambda d: 1))),
+    Wrong("02.2", "values", "scores divided by the root of 8, whatever head_dim is",
+           step_with(attend=lambda *t: by_hand(*t, scale=lambda d: 8**-0.5))),
+    Wrong("02.2", "head-mapping", "repeats KV heads in the wrong order",
+           step_with(attend=lambda *t: by_hand(*t, repeat=False))),
+    Wrong("02.2", "axis", "softmax over the queries", step_with(attend=lambda *t: by_hand(*t, dim=-2))),
+    Wrong("02.2", "values", "sees the newest 256 keys only",
+           step_with(attend=lambda q, k, v: attention(q, k[:, :, -256:], v[:, :, -256:]))),
+    Wrong("02.2", "recomputed", "projects old tokens again, through a copy of the layer", recompute_through_a_copy),
+    Wrong("02.2", "state-kept", "the position kept on the function, right for one prompt at a time",
+           position_on_the_function),
+    Wrong("02.2", "result-overwritten", "one output tensor for every call", one_buffer),
+    Wrong("02.2", "left-pytorch", "attends with NumPy's arrays", through_numpy),
+    Wrong("02.3", "no-cache", "feeds the newest token, without the cache", newest_without_cache),
+    Wrong("02.3", "cache-in-some-calls", "uses the cache in prefill only", cache_in_prefill_only),
+    Wrong("02.3", "prefill-in-steps", "feeds the prompt's last token separately", prompt_in_two),
+    Wrong("02.3", "from-labkit", "lets labkit generate", by_the_library),
+    Wrong("02.3", "cache-changed", "resets the cache at the end", reset_at_the_end),
+    Wrong("02.3", "model-not-called", "remembers answers by prompt", remembered),
+    Wrong("02.3", "re-fed", "feeds the prompt each time", prompt_each_time),
+    Wrong("02.3", "one-short", "leaves the last token zero", last_left_zero),
+    Wrong("02.3", "stopped-early", "stops at token 2", loop_with(ends=lambda fed: bool((fed == 2).all()))),
+    Wrong("02.3", "stopped-early", "stops at token 0", loop_with(ends=lambda fed: bool((fed == 0).any()))),
+    Wrong("02.3", "tokens", "draws the next token", loop_with(lambda logits: logits[:, -1].softmax(-1).multinomial(1))),
+    Wrong("02.3", "one-row", "the first row's token for all rows",
+           loop_with(lambda logits: logits[:1, -1:].argmax(-1).expand(logits.shape[0], 1))),
+    Wrong("02.3", "tokens-changed", "token ids through half precision",
+           loop_with(first=lambda tokens: tokens.half().long())),
+    Wrong("02.3", "dtype", "tokens in 32 bits", loop_with(lambda logits: logits[:, -1:].argmax(-1).int())),
+    Wrong("02.4", "never-written", "forgets to write V", ValuesForgotten),
+    Wrong("02.4", "misplaced", "counts before it writes", LengthBeforeTheWrite),
+    Wrong("02.4", "other-capacity", "allocates 2,048 places at least", RoomFor2048),
+    Wrong("02.4", "other-capacity", "allocates one place more", OnePlaceMore),
+    Wrong("02.4", "other-capacity", "keeps as much memory again in an inner object", SpareInside),
+    Wrong("02.4", "half-done", "allocates before it tests for room", AllocatesBeforeItTests),
+    Wrong("02.4", "shared-between-caches", "keeps its capacity on the class", CapacityOnTheClass),
+    Wrong("02.4", "raised", "writes three heads down", ThreeHeads),
+    Wrong("02.4", "read-copies", "reads a contiguous copy", ReadsContiguous),
+    Wrong("02.4", "newest-only", "assigns in place of writing", RebindsInPlaceOfWriting),
+    Wrong("02.5", "all-or-nothing", "reuses all that is held, or nothing",
+           lambda held, wanted: len(held) if wanted[: len(held)] == held else 0),
+    Wrong("02.5", "last-match", "counts up to the last place that agrees",
+           lambda held, wanted: min(max((i + 1 for i, pair in enumerate(zip(held, wanted, strict=False))
+                                         if pair[0] == pair[1]), default=0), len(wanted) - 1)),
+    Wrong("02.5", "identity", "compares with `is`", by_identity),
+    Wrong("02.5", "no-difference", "returns len(held) when nothing differs", else_all_held),
+    Wrong("02.5", "from-the-end", "compares from the end",
+           lambda held, wanted: min(longest_common(held[::-1], wanted[::-1]), len(wanted) - 1)),
+    Wrong("02.5", "one-too-many", "counts the first that differs", lambda h, w: longest_common(h, w) + 1),
+    Wrong("02.5", "counts-what-goes", "returns how many the cache drops",
+           lambda held, wanted: len(held) - min(longest_common(held, wanted), len(wanted) - 1)),
+    Wrong("02.6", "head-dim", "hidden_size // num_heads for head_dim",
+           bytes_with(head_dim=lambda spec: spec.hidden_size // spec.num_heads)),
+    Wrong("02.6", "k-only", "forgets the values and counts query heads",
+           bytes_with(kinds=1, heads=lambda spec: spec.num_heads)),
+    Wrong("02.6", "factor", "head_dim squared for two layers' worth of it",
+           bytes_with(kinds=1, layers=1, heads=lambda spec: spec.num_kv_heads * spec.head_dim)),
+    Wrong("02.6", "none-multiplied", "takes spec.layers for the number of layers", layers_attribute),
+    Wrong("02.7", "no-mask", "a diagonal so far to the right that nothing is hidden",
+           chunk_with(lambda new, kv: ones(new, kv).tril(kv))),
+    Wrong("02.7", "cache-hidden", "cuts k and v to the new tokens", only_the_new_keys),
+    Wrong("02.7", "mask-weak", "-100 for hidden scores", lambda q, k, v: chunk_by_hand(q, k, v, hidden=-100.0)),
+    Wrong("02.7", "mask-flipped", "a mirrored triangle", chunk_with(lambda new, kv: ones(new, kv).tril().flip(1))),
+    Wrong("02.7", "values", "an offset of half of kv_len", chunk_with(lambda new, kv: ones(new, kv).tril(kv // 2))),
+    Wrong("02.7", "raised", "keeps masks by the number of new tokens", masks_by_new_tokens),
+    Wrong("02.7", "no-scale", "scores not scaled", lambda q, k, v: chunk_by_hand(q, k, v, scale=lambda d: 1)),
+    Wrong("02.7", "layout", "counts on contiguous queries",
+           lambda q, k, v: chunk_by_hand(q.view(-1).view(q.shape), k, v)),
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
@@ -948,4 +1411,24 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.6", lambda spec, tokens, batch, bytes_per_element: bytes_with()(spec, tokens, batch, bytes_per_element)),
     ("02.7", chunk_with(causal_mask)),
     ("02.7", lambda q, k, v: online_attention(q, k, v)),
+    ("02.1", Slots),
+    ("02.1", Doubling),
+    ("02.1", LengthIsATensor),
+    ("02.2", step_with(attend=lambda *t: by_hand(*t, dtype=torch.float32))),
+    ("02.2", step_with(attend=lambda *t: attention(*(x.double() for x in t)).to(t[0].dtype))),
+    ("02.3", by_forward),
+    ("02.3", loop_with(lambda logits: logits[:, -1].topk(1).indices)),
+    ("02.4", AnotherLayout),
+    ("02.4", LooksForNaN),
+    ("02.4", StacksFirst),
+    ("02.5", lambda held, wanted: np.int64(longest_common(held, wanted[:-1]))),
+    (
+        "02.6",
+        lambda spec, tokens, batch, bytes_per_element: np.int64(bytes_with()(spec, tokens, batch, bytes_per_element)),
+    ),
+    ("02.7", token_by_token),
+    ("02.7", chunk_by_hand),
+    ("02.7", lambda q, k, v: chunk_by_hand(q, k, v, dtype=torch.float32)),
+    ("02.7", lambda q, k, v: chunk_by_hand(q, k, v, hidden=torch.finfo(q.dtype).min)),
+    ("02.7", chunk_with(lambda new, kv: torch.zeros(new, kv).masked_fill(~ones(new, kv).tril(kv - new), -torch.inf))),
 ]
