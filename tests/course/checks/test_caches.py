@@ -107,7 +107,7 @@ def test_a_mistake_that_gives_what_was_read_is_asked_for_before_a_neutral_findin
     beside = Beside(Double, lambda sizes: Third(), Sizes(), lambda beside, got, want: asked.append(got[0].shape[2]))
     beside.add(2)
     beside.add(1)
-    with pytest.raises(NotYet, match=r"after appends of 2, 1, 4 tokens \(batch 2, 3 KV heads, head_dim 4\): K has"):
+    with pytest.raises(NotYet, match=r"after appends of 2, 1, 4 tokens \(batch 3, 5 KV heads, head_dim 6\): K has"):
         beside.add(4)
     assert asked == [6]
 
