@@ -26,6 +26,7 @@ FUNCTIONS = {id: exercise for id, exercise in EXERCISES.items() if not inspect.i
 # What an exercise asks for has only one: (exercise, parameter): what it lacks, and why.
 ONE_ONLY: dict[tuple[str, str], dict[str, str]] = {
     ("01.4", "frequencies"): {"dtypes": "they are float32 whatever dtype the vectors have, as the docstring says"},
+    ("02.2", "x"): {"lengths": "a decode step brings one token"},
 }
 
 
