@@ -49,8 +49,8 @@ def largest_weights(unscaled: Tensor, scaled: Tensor) -> Figure:
     fig, axes = figure(7.0, 2.8)
     bins = [i / 40 for i in range(41)]
     axes.hist(scaled.tolist(), bins=bins, color=COLORS["key"], label="scores / sqrt(head_dim)")
-    outline = {"histtype": "step", "linewidth": 2}
-    axes.hist(unscaled.tolist(), bins=bins, color=COLORS["highlight"], label="scores as they are", **outline)
+    outline = COLORS["highlight"]
+    axes.hist(unscaled.tolist(), bins=bins, color=outline, label="scores as they are", histtype="step", linewidth=2)
     axes.set(xlabel="largest weight of a query over 32 keys", ylabel="number of queries", xlim=(0, 1))
     axes.legend()
     return fig

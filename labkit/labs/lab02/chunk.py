@@ -36,8 +36,8 @@ class AttendChunk(Exercise):
     id, title, minutes, difficulty = "02.7", "Debug: an answer that depends on the chunk size", 5, 3
     reference = staticmethod(attend_chunk)
     why = (
-        "Row i stands at position kv_len - new_tokens + i, so the triangle's diagonal is shifted by what was held "
-        "before. A mask that starts at column 0 takes the first new token for the first of the text."
+        "Row i stands at position kv_len - new_tokens + i, so the triangle starts kv_len - new_tokens columns in. For "
+        "one token that row is all True, for an empty cache the shift is 0."
     )
     hints = (
         "Draw the mask for 2 new tokens after 3 cached ones: 2 rows, 5 columns. Which cells should be True?",

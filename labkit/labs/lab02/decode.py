@@ -99,8 +99,8 @@ class DecodeStep(Exercise):
     needs = ("02.1",)
     reference = staticmethod(decode_step)
     why = (
-        "The position is the number of tokens held before the append: read it first. Keys are rotated before they are "
-        "kept, once; the query is rotated and forgotten, since nobody asks it again."
+        "seq_len, read before the append, is the number of tokens before this one, which is its position. k is cached "
+        "turned, once and for all; v has no position. No mask: all that is held is past."
     )
     hints = (
         "Only the new token is projected. With n tokens in the cache, at which position does it stand?",

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from labkit.measure import Timing
 from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line
 
+KEPT = 0.3  # opacity of what a step finds in the cache
+
 
 def work_per_step(prompt: int, steps: int) -> Figure:
     """Tokens run at each step of a generation, one cell per token: without a cache and with one."""
@@ -21,16 +23,22 @@ def work_per_step(prompt: int, steps: int) -> Figure:
         for step in range(steps):
             for token in range(prompt + step):
                 new = not cached or step == 0 or token == prompt + step - 1
-                color = COLORS["with cache" if cached else "without cache"] if new else COLORS["pale"]
-                bare(axes).add_patch(plt.Rectangle((step, token), 1, 1, facecolor=color, edgecolor="white"))
+                color, alpha = COLORS["with cache" if cached else "without cache"], 1.0 if new else KEPT
+                bare(axes).add_patch(
+                    plt.Rectangle((step, token), 1, 1, facecolor=color, alpha=alpha, edgecolor="white")
+                )
                 run += new
         name = "with a cache" if cached else "without a cache"
         axes.set(xlim=(0, steps), ylim=(total, 0), xlabel="step", title=f"{name}: {run} tokens run")
         axes.set_xticks([step + 0.5 for step in range(steps)], [str(step + 1) for step in range(steps)])
         axes.set_yticks([token + 0.5 for token in range(total)], [str(token) for token in range(total)], fontsize=8)
     panels[0].set_ylabel("position of the token")
-    marks = {"run, without a cache": "without cache", "run, with a cache": "with cache", "kept, not run": "pale"}
-    patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in marks.values()]
+    marks = {
+        "run, without a cache": ("without cache", 1.0),
+        "run, with a cache": ("with cache", 1.0),
+        "held, not run": ("with cache", KEPT),
+    }
+    patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color], alpha=alpha) for color, alpha in marks.values()]
     fig.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
     return fig
 
@@ -89,12 +97,24 @@ def time_per_token(
     return fig
 
 
+def moved_and_held(moved: Mapping[str, Sequence[float]], held: Mapping[str, Sequence[float]]) -> Figure:
+    """MB moved so far and MB held, against tokens appended, for two kinds of cache."""
+    fig, panels = row_of(2, 8.4, 3.0)
+    colors = {"growing": COLORS["query"], "preallocated": COLORS["value"]}
+    for axes, curves, what in zip(panels, (moved, held), ("MB moved so far", "MB held"), strict=True):
+        for name, values in curves.items():
+            axes.plot(range(1, len(values) + 1), values, color=colors[name], label=name)
+        axes.set(xlabel="tokens appended", ylabel=f"{what}, all layers", ylim=(0, None))
+        axes.legend(fontsize=8)
+    return fig
+
+
 def step_times(seconds: Sequence[float], prompt: int) -> Figure:
     """The time of each step of one generation: the prefill of `prompt` tokens, then decode."""
     fig, axes = figure(7.4, 2.9)
     colors = [COLORS["query"], *[COLORS["with cache"]] * (len(seconds) - 1)]
     axes.bar(range(len(seconds)), [value * 1e3 for value in seconds], color=colors)
-    axes.set(xlabel="step (each gives one token)", ylabel="ms")
+    axes.set(xlabel="step: each gives one new token", ylabel="ms")
     axes.set_xticks(range(0, len(seconds), 4))
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (colors[0], colors[-1])]
     axes.legend(patches, [f"prefill, {prompt} tokens: TTFT", "decode, 1 token each: TPOT"], fontsize=8)
@@ -120,6 +140,9 @@ def change_by_layer(changes: Sequence[float]) -> Figure:
     """Relative change of the keys, one bar per layer."""
     fig, axes = figure(7.0, 2.7)
     axes.bar(range(len(changes)), changes, color=COLORS["key"])
-    axes.set(xlabel="layer", ylabel="relative change\nof the other tokens' keys", ylim=(0, None))
+    for layer, change in enumerate(changes):
+        if change < 1e-3:
+            axes.annotate("0", (layer, 0), ha="center", va="bottom", fontsize=8)
+    axes.set(xlabel="layer", ylabel="change of the other tokens' keys\n(fraction of their norm)", ylim=(0, None))
     axes.grid(False, axis="x")
     return fig

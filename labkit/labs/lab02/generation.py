@@ -62,8 +62,8 @@ class GenerateWithCache(Exercise):
     needs = ("02.2",)
     reference = staticmethod(generate_with_cache)
     why = (
-        "Feeding the prompt once and then only what was just chosen is all that a cache changes. The newest token has "
-        "to be fed to get the next one, and its K and V are appended by the model on the way."
+        "The prompt goes in whole, and each logits row names the next token, which is all that the next call gets. "
+        "The last one is never fed: count tokens take count calls, the first of them prefill."
     )
     hints = (
         "The model remembers through the cache. After the prompt, which tokens has it not seen yet?",

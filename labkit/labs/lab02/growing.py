@@ -34,8 +34,8 @@ class Growing(Exercise):
     id, title, minutes, difficulty = "02.1", "A cache that grows", 5, 1
     reference = GrowingCache
     why = (
-        "Dimension 2 counts tokens, and the old ones come first, so that an index in the cache is a position in the "
-        "text. Joining in append, once per token, leaves read with nothing to do."
+        "The first append keeps k and v as they come, so shapes, dtype and device are theirs. Every later one joins "
+        "old before new along dimension 2, so that a place in the cache is a position in the text."
     )
     hints = (
         "Which of the four dimensions counts tokens? Nothing else may grow.",

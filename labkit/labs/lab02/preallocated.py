@@ -39,9 +39,8 @@ class Preallocated(Exercise):
     needs = ("02.1",)
     reference = PreallocatedCache
     why = (
-        "All is checked before anything is written, so a refusal leaves the cache as it was. The first append knows "
-        "dtype, device and sizes; every later one writes into a slice, and read hands out a view: no byte moves "
-        "twice."
+        "The test comes before anything changes, so a refusal leaves the cache as it was. new_empty takes dtype and "
+        "device from k; a slice on the left is written in place, a slice that is returned is a view."
     )
     hints = (
         "What is known when the cache is made, and what only at the first append?",

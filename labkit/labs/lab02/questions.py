@@ -6,9 +6,9 @@ from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("02.p1", "Tokens whose K and V a layer computes in 16 passes without a cache", "tokens", 1.05),
-    Prediction("02.p2", "Bytes that one token adds to the cache of the whole model", "bytes", 1.1),
+    Prediction("02.p2", "Tokens whose K and V, in bfloat16, fill 1 GB", "tokens", 1.1),
     Prediction("02.p3", "How much faster 200 new tokens are with the cache", "times", 1.3),
-    Prediction("02.p4", "What a growing cache moves on the way to 200 tokens, over what it then holds", "times", 1.3),
+    Prediction("02.p4", "Tokens that a growing cache moves on the way to 200", "tokens", 1.1),
     Prediction("02.p5", "Prefill's tokens per second over decode's", "times", 1.5),
     Prediction("02.p6", "Tokens that a stateless server runs for each one that a stateful server runs", "times", 1.2),
     Prediction("02.p7", "Layers whose keys change when the first token changes", "layers", 1.0),
@@ -20,7 +20,7 @@ QUIZZES = (
         "A model without a causal mask has read 40 tokens; one token is added behind them. Whose K and V are still "
         "right in layer 5?",
         {"a": "No token's", "b": "The first token's", "c": "All 40 tokens'", "d": "All but the 40th token's"},
-        {"a": "Without the mask every hidden state above layer 0 reads the new token too. Nothing can be kept.",
+        {"a": "Without the mask every hidden state above layer 0 reads the new token too. Nothing there can be kept.",
          "b": "With a causal mask the first token would see itself alone. Without it, it reads the new token as well.",
          "c": "That is what the causal mask gives. Without it old tokens read the new one.",
          "d": "Distance does not matter: without a mask each token reads all the others."},
@@ -39,12 +39,12 @@ QUIZZES = (
     Quiz(
         "02.q3",
         "Generation with a cache, from one token: 2,000 new tokens in place of 1,000. All K and V that attention reads "
-        "on the way, added up, become",
+        "on the way, added up, become about",
         {"a": "twice as much", "b": "the same", "c": "eight times as much", "d": "four times as much"},
         {"a": "The projections double. But the later steps also read more than the earlier ones.",
          "b": "Each new step reads all that is held.",
          "c": "That is attention without a cache, where step i has i rows of i scores.",
-         "d": "Step i reads i tokens, and 1 + 2 + ... + N is quadratic. Reading is what a cache does not save."},
+         "d": "Step i reads i tokens, and 1 + 2 + ... + N still adds up quadratically."},
         "d",
     ),
     Quiz(
@@ -71,18 +71,19 @@ QUIZZES = (
     Quiz(
         "02.q6",
         "A growing cache and a preallocated one hold the same 500 tokens. Which statement is true?",
-        {"a": "The preallocated one always takes less memory.", "b": "The growing one reads less in attention.",
+        {"a": "The preallocated one takes less memory.", "b": "The growing one reads less in attention.",
          "c": "The growing one moves all it holds at each append; the other takes its capacity from the start.",
          "d": "They give different tokens."},
         {"a": "It takes its capacity, however few tokens it holds. That is the price.",
          "b": "Both hand attention the same 500 tokens.",
-         "c": "Time against memory: quadratic copying against slack. Lab 06 removes both.",
+         "c": "Time against memory: quadratic copying against slack. Lab 06 removes the copies and most of the slack.",
          "d": "They hold the same numbers."},
         "c",
     ),
     Quiz(
         "02.q7",
-        "From one prompt, 20 tokens are generated twice: greedily, and at temperature 1. How may the caches differ?",
+        "From one prompt, 20 tokens are generated twice: with the likeliest token each time, and at temperature 1. How "
+        "may the caches differ?",
         {"a": "In size", "b": "In the work that filled them", "c": "In dtype",
          "d": "In the numbers they hold, from the first token drawn otherwise"},
         {"a": "Size comes from shapes and the number of tokens.",

@@ -108,8 +108,8 @@ class ReusablePrefix(Exercise):
     id, title, minutes, difficulty = "02.5", "How much of the cache may stay", 4, 2
     reference = staticmethod(reusable_prefix)
     why = (
-        "K and V of a token depend on every token before it, so only a common beginning can be kept. One token at "
-        "least is run again, because the next token's logits come out of it."
+        "K and V depend on all tokens before, so what follows the first difference is worth nothing. The cap leaves "
+        "the last token to run, since a cache holds no logits."
     )
     hints = (
         "If token 3 is another one, are the K and V of token 4 still right in the layers above the first?",

@@ -64,8 +64,8 @@ class CacheBytes(Exercise):
     id, title, minutes, difficulty = "02.6", "Bytes of a cache", 2, 1
     reference = staticmethod(cache_bytes)
     why = (
-        "K and V, in every layer, for every KV head, head_dim numbers, per token and row: six factors and the bytes "
-        "of one number. Query heads and hidden_size do not occur: queries are not kept."
+        "Two tensors, K and V, in each layer, of shape [batch, num_kv_heads, tokens, head_dim]: the size is the "
+        "product of all that, times the bytes of one number."
     )
     hints = (
         "Write down the shape of one layer's K for one token. How many numbers is that, and how often does it occur?",

@@ -1294,7 +1294,7 @@ WRONG = [
     Wrong("02.6", "not-whole", "divides with /", bytes_through_gigabytes),
     Wrong("02.6", "factor", "counts the layers twice", bytes_with(kinds=lambda spec: 2 * spec.num_layers)),
     Wrong("02.7", "mask-offset", "the mask without offset, as it stands in the blank", as_it_stands,
-           "rasbt/LLMs-from-scratch#697"),
+           "ml-explore/mlx-examples#911"),
     Wrong("02.7", "mask-offset", "is_causal, whose triangle starts top left", by_is_causal, "executorch#21749"),
     Wrong("02.7", "mask-offset-too-large", "an offset that is one too large",
            chunk_with(lambda new, kv: ones(new, kv).tril(kv - new + 1))),

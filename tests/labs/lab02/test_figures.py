@@ -27,3 +27,23 @@ def test_tokens_per_turn_shows_both_servers_turn_by_turn() -> None:
     (axes,) = figures.tokens_per_turn([10, 20, 30], [10, 12, 14]).axes
     heights = sorted(bar.get_height() for bar in axes.patches)
     assert heights == [10, 10, 12, 14, 20, 30]
+
+
+def test_moved_and_held_draws_both_caches_in_both_panels() -> None:
+    moved, held = (
+        {"growing": [1.0, 3.0], "preallocated": [1.0, 2.0]},
+        {"growing": [1.0, 2.0], "preallocated": [8.0, 8.0]},
+    )
+    for axes, curves in zip(figures.moved_and_held(moved, held).axes, (moved, held), strict=True):
+        assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == curves
+
+
+def test_change_by_layer_marks_layers_that_do_not_change() -> None:
+    (axes,) = figures.change_by_layer([0.0, 0.2, 0.1]).axes
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("0", 0)]
+
+
+def test_what_a_step_finds_in_the_cache_is_drawn_paler_than_what_it_runs() -> None:
+    without, cached = figures.work_per_step(prompt=2, steps=2).axes
+    assert {cell.get_alpha() for cell in without.patches} == {1.0}
+    assert sorted(cell.get_alpha() for cell in cached.patches) == [figures.KEPT, figures.KEPT, 1.0, 1.0, 1.0]
