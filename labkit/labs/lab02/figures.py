@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
@@ -58,7 +58,8 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
                 state[layer][position] = 1.0
             elif layer < layers_done:
                 state[layer][position] = 2.0
-    colors = ListedColormap([COLORS["pale"], COLORS["with cache"], COLORS["highlight"]])
+    held, now = to_rgba(COLORS["with cache"], KEPT), to_rgba(COLORS["with cache"])
+    colors = ListedColormap([COLORS["pale"], held, now])
     bare(axes).pcolormesh(state, cmap=colors, vmin=0, vmax=2, edgecolors="white", linewidth=0.5)
     end_of_prompt = axes.axvline(prompt, color="black", linestyle="--", linewidth=1)
     axes.set_xticks([i + 0.5 for i in range(len(words))], words, rotation=60, ha="right", rotation_mode="anchor")
@@ -66,7 +67,7 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
     axes.set(ylabel="layer", xlabel="token", xlim=(0, len(words)))
     phase = "prefill: the prompt's tokens together" if step == 0 else f"decode step {step}: one token"
     axes.set_title(f"{phase}; {layers_done} of {num_layers} layers have appended", fontsize=10)
-    marks = [("held", COLORS["with cache"]), ("appended in this step", COLORS["highlight"]), ("empty", COLORS["pale"])]
+    marks = [("held", held), ("appended in this step", now), ("empty", COLORS["pale"])]
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in marks]
     handles, names = [*patches, end_of_prompt], [*(name for name, _ in marks), "end of the prompt"]
     axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
