@@ -59,7 +59,7 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
             elif layer < layers_done:
                 state[layer][position] = 2.0
     held, now = to_rgba(COLORS["with cache"], KEPT), to_rgba(COLORS["with cache"])
-    colors = ListedColormap([COLORS["pale"], held, now])
+    colors = ListedColormap([to_rgba(COLORS["pale"]), held, now])
     bare(axes).pcolormesh(state, cmap=colors, vmin=0, vmax=2, edgecolors="white", linewidth=0.5)
     end_of_prompt = axes.axvline(prompt, color="black", linestyle="--", linewidth=1)
     axes.set_xticks([i + 0.5 for i in range(len(words))], words, rotation=60, ha="right", rotation_mode="anchor")
