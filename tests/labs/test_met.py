@@ -1,0 +1,53 @@
+"""Answers that the checks met once as strangers: what is wrong is refused, what is right is accepted, ever since.
+
+How they fared at the first meeting stands in `first_meetings.json`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+
+import pytest
+
+from labkit.course.catalogue import numbers
+from labkit.course.examine import examine
+from tests.labs.kill_table import MEETINGS, gather
+
+_, EXERCISES = gather()
+MET = {number: importlib.import_module(f"tests.labs.lab{number}.met") for number in numbers()}
+WRONG = [(id, mistake, answer) for met in MET.values() for id, mistake, _, answer in met.WRONG]
+RIGHT = [(id, style, answer) for met in MET.values() for id, style, answer in met.RIGHT]
+
+
+@pytest.mark.parametrize(("id", "mistake", "answer"), WRONG, ids=[f"{id}-{i}" for i, (id, *_) in enumerate(WRONG)])
+def test_a_wrong_answer_is_refused(id: str, mistake: str, answer) -> None:
+    assert examine(EXERCISES[id], answer).status == "not yet", mistake
+
+
+@pytest.mark.parametrize(("id", "style", "answer"), RIGHT, ids=[f"{id}-{i}" for i, (id, *_) in enumerate(RIGHT)])
+def test_a_right_answer_is_accepted(id: str, style: str, answer) -> None:
+    verdict = examine(EXERCISES[id], answer)
+    assert verdict.status == "pass", (style, verdict.finding)
+
+
+def test_the_published_counts_are_of_these_answers() -> None:
+    counts = [count for count in json.loads(MEETINGS.read_text(encoding="utf-8")) if count["checks"] == 2]
+    for kind, listed in (("wrong", WRONG), ("right", RIGHT)):
+        there = Counter(id[:2] for id, *_ in listed)
+        assert {count["lab"]: count[kind] for count in counts} == dict(there)
+
+
+def test_the_published_counts_meet_the_courses_bars() -> None:
+    """Of the newest meeting: 95% of wrong answers refused, half with a fitting message, under 3% with a misleading one;
+    98% of right ones accepted."""
+    counts = json.loads(MEETINGS.read_text(encoding="utf-8"))
+    newest = [count for count in counts if count["checks"] == max(count["checks"] for count in counts)]
+    total: Counter[str] = Counter()
+    for count in newest:
+        total.update({key: value for key, value in count.items() if key not in ("date", "checks", "lab")})
+    assert total["refused"] >= 0.95 * total["wrong"]
+    assert total["fitting"] >= 0.5 * total["wrong"]
+    assert total["misleading"] < 0.03 * total["wrong"]
+    assert total["accepted"] >= 0.98 * total["right"]
