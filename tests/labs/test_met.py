@@ -13,7 +13,7 @@ import pytest
 
 from labkit.course.catalogue import numbers
 from labkit.course.examine import examine
-from tests.labs.kill_table import MEETINGS, gather
+from tests.labs.kill_table import COUNTED, MEETINGS, gather
 
 _, EXERCISES = gather()
 MET = {number: importlib.import_module(f"tests.labs.lab{number}.met") for number in numbers()}
@@ -39,15 +39,28 @@ def test_the_published_counts_are_of_these_answers() -> None:
         assert {count["lab"]: count[kind] for count in counts} == dict(there)
 
 
+def newest() -> Counter[str]:
+    """The sums of the newest meeting."""
+    counts = json.loads(MEETINGS.read_text(encoding="utf-8"))
+    total: Counter[str] = Counter()
+    for count in counts:
+        if count["checks"] == max(count["checks"] for count in counts):
+            total.update({key: count[key] for key in COUNTED})
+    return total
+
+
 def test_the_published_counts_meet_the_courses_bars() -> None:
     """Of the newest meeting: 95% of wrong answers refused, half with a fitting message, under 3% with a misleading one;
     98% of right ones accepted."""
-    counts = json.loads(MEETINGS.read_text(encoding="utf-8"))
-    newest = [count for count in counts if count["checks"] == max(count["checks"] for count in counts)]
-    total: Counter[str] = Counter()
-    for count in newest:
-        total.update({key: value for key, value in count.items() if key not in ("date", "checks", "lab")})
+    total = newest()
     assert total["refused"] >= 0.95 * total["wrong"]
     assert total["fitting"] >= 0.5 * total["wrong"]
     assert total["misleading"] < 0.03 * total["wrong"]
     assert total["accepted"] >= 0.98 * total["right"]
+
+
+def test_the_readme_says_what_the_newest_meeting_gave() -> None:
+    total = newest()
+    said = " ".join((MEETINGS.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"of {total['wrong']} wrong ones it refused {total['refused']}" in said
+    assert f"of {total['right']} right ones it accepted {total['accepted']}" in said
