@@ -65,7 +65,7 @@ def described(value: Any) -> Any:
     if isinstance(value, Tensor):
         whole = not value.is_floating_point() or (not value.is_meta and bool((value == value.round()).all()))
         return Seen(tuple(value.shape), value.dtype, value.is_contiguous(), value.storage_offset() != 0, whole)
-    return value
+    return type(value)  # what is kept here would be memory that outlives the call
 
 
 def lacks(doc: str, name: str, seen: list[Seen]) -> set[str]:
