@@ -150,18 +150,24 @@ def explain_ignored(
 
 
 def matters(answer: Callable, case: Case, place: int, result: float) -> bool:
-    """Whether the answer gives anything but `result` when one number of the case is larger or smaller."""
+    """Whether the answer gives anything but `result` when one number of the case is larger or smaller, or
+    a list is shorter or in another order."""
     value = case[place]
+    if isinstance(value, list):
+        return any(gives_another(answer, case, place, other, result) for other in (value[:0], value[1:], value[::-1]))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     whole = isinstance(value, numbers.Integral)
-    for other in (3 * value, 10 * value, value // 10 or 1 if whole else value / 10):
-        try:
-            if not equal(answer(*case[:place], other, *case[place + 1 :]), result):
-                return True
-        except Exception:  # it does something with it
-            return True
-    return False
+    others = (3 * value, 10 * value, value // 10 or 1 if whole else value / 10)
+    return any(gives_another(answer, case, place, other, result) for other in others)
+
+
+def gives_another(answer: Callable, case: Case, place: int, other: Any, result: float) -> bool:
+    """Whether the answer gives anything but `result` with another argument at one place."""
+    try:
+        return not equal(answer(*case[:place], other, *case[place + 1 :]), result)
+    except Exception:  # it does something with it
+        return True
 
 
 def differ_clearly(a: float, b: float) -> bool:
