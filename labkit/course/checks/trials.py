@@ -189,13 +189,15 @@ class Judge:
         )
 
     def fail_precision(self, case: Case, name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-        """Right in float64, and in this dtype off by more than its rounding explains."""
+        """Right in the dtype of the plain cases, and in this one off by more than its rounding explains."""
+        before = next((x.dtype for x in tensors_in(self.plain[0].args) if x.is_floating_point()), torch.float64)
         off = (got.double() - want.double()).abs().nan_to_num(float("inf")).max().item()
         self.exercise.fail(
             "precision",
-            seen=f"{self.told(case)}: {name} is off by up to {off:.2g}; rounding explains {tolerance:.2g}. In float64 "
-            "it was right",
-            cause="a step is computed in too few bits, or a constant fits one dtype only",
+            seen=f"{self.told(case)}: {name} is off by up to {off:.2g}; rounding explains {tolerance:.2g}. In "
+            f"{str(before).removeprefix('torch.')} it was right",
+            cause="a step is computed in too few bits, a tensor was made in torch's default dtype, or a constant fits "
+            "one dtype only",
             look="every dtype that is written down, and every place where a large and a small number meet",
         )
 
