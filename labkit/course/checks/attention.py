@@ -8,9 +8,10 @@ another KV head, K and V or heads and tokens mixed up. The words are for any exe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,6 +171,27 @@ def suspects(q: Tensor, k: Tensor, v: Tensor | None = None, *, causal: bool = Tr
     if v is not None:
         listed += mixed_up(q, k, v, causal=causal)
     return listed
+
+
+def now_and_then(q: Tensor, k: Tensor, v: Tensor, listed: Iterable[Suspect]) -> list[Suspect]:
+    """The same suspects, each also as a mistake that is made now and then: for several new tokens only, since one needs
+    no mask; only where something is held; and with zeros, which PyTorch gives, for rows that see nothing."""
+
+    def one_way(give: Callable[[], Any], zeros: bool, least: int, past: int) -> Any:
+        new, held = q.shape[-2], k.shape[-2] - q.shape[-2]
+        if new < least or held < past:
+            return attend(q, k, v)
+        return give().nan_to_num(0.0) if zeros else give()
+
+    ways = [(zeros, least, past) for past in (0, 1) for zeros in (False, True) for least in (1, 2)]
+    return [
+        replace(suspect, gives=[
+            partial(one_way, give, *way)
+            for give in (suspect.gives if isinstance(suspect.gives, (list, tuple)) else [suspect.gives])
+            for way in ways
+        ])
+        for suspect in listed
+    ]  # fmt: skip
 
 
 def mixed_up(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> list[Suspect]:
