@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -13,13 +14,15 @@ from torch import Tensor
 from labkit.cache import GrowingCache, LayerCache, PreallocatedCache
 from labkit.course.checks import attention
 from labkit.course.checks.attention import attend
+from labkit.course.checks.copies import Making, cast_of, check_step, counted, steps
 from labkit.course.checks.held import bytes_behind
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import LOOSE, agree, heads
 from labkit.course.exercise import Exercise
-from labkit.labs.lab04.copies import check_step, counted, steps
 from labkit.labs.lab04.grouped import far_down
-from labkit.labs.lab04.references import cached_attention
+from labkit.labs.lab04.references import cached_attention, grouped_attention
+
+AS_READ = "what is done to what was read: nothing need be. grouped_attention takes fewer KV heads than query heads"
 
 
 @dataclass
@@ -80,7 +83,7 @@ class CachedAttention(Exercise):
                 step = [x[:, :, part] for x in (layer.q, layer.k, layer.v)]
                 got = self.call(partial(with_cache, answer, layer.cache), *step)
                 self.check_kept(layer.cache, layer.k[:, :, : layer.tokens], layer.v[:, :, : layer.tokens],
-                                layer.q.shape[1])  # fmt: skip
+                                layer.q.shape[1], new)  # fmt: skip
                 self.check_output(got, layer, new, layers)
                 self.check_held(layer)
         more = bytes_behind(answer) - before
@@ -97,20 +100,27 @@ class CachedAttention(Exercise):
         q, k, v = (x.to(dtype) for x in heads(6, 2, 7, 0))
         cache = GrowingCache()
         got = self.call(partial(with_cache, answer, cache), q, k, v)
-        self.check_kept(cache, k, v, 6)
+        self.check_kept(cache, k, v, 6, k.shape[2])
         wide = attend(q.double(), k.double(), v.double()).to(dtype)
         tolerance = LOOSE if dtype == torch.float64 else 0.05
         self.same(got, wide, what=f"the output of {str(dtype).removeprefix('torch.')} tensors", tolerance=tolerance)
 
-    def check_kept(self, cache: LayerCache, k: Tensor, v: Tensor, num_heads: int) -> None:
-        """The cache holds K and V of every token, with as many heads as there are."""
+    def check_kept(self, cache: LayerCache, k: Tensor, v: Tensor, num_heads: int, new: int) -> None:
+        """The cache holds K and V of every token, the last `new` of them new, with as many heads as there are."""
         held = cache.held()
         if held is None or held[0].shape[2] != k.shape[2]:
             tokens = 0 if held is None else held[0].shape[2]
+            came = tokens - (k.shape[2] - new)
             self.fail(
                 "not-appended",
-                seen=f"after {k.shape[2]} tokens the cache holds {tokens}",
-                cause="append was not called once for each batch of new tokens",
+                seen=f"after {k.shape[2]} tokens, {new} of them new, the cache holds {tokens}",
+                cause="append was not called"
+                if came == 0
+                else "append got only some of the new tokens"
+                if 0 < came < new
+                else "append was called twice, or got more than the new tokens"
+                if came > new
+                else "the cache holds fewer tokens than before: they were dropped",
                 look="cache.append(k, v): once, with the new tokens",
             )
         assert held is not None
@@ -180,11 +190,24 @@ class CachedAttention(Exercise):
         self.same(got, want, what=what, tolerance=LOOSE)
 
     def check_work(self, answer: Callable) -> None:
-        """A step over many tokens makes nothing as large as what one head holds, but for the append."""
+        """A step over many tokens makes nothing as large as what one head holds, but for the append, and reads K and
+        V once. What the learner's own grouped_attention (04.1) casts is let pass, as it was there."""
+        casts = casts_whole(getattr(answer, "__globals__", {}).get("grouped_attention", grouped_attention))
         for when, q, k, v in steps():
             new = q.shape[2]
             run = partial(answer, q, k[:, :, -new:], v[:, :, -new:], WrittenInPlace(k, v, new))
-            check_step(type(self), run, k, v, when, once=False, enable_gqa=True)
+            # One after the other, new tokens read K and V again; in one call for all they need not.
+            check_step(type(self), run, k, v, when, once=new == 1, enable_gqa=True, casts=casts, look=AS_READ)
+
+
+def casts_whole(attend: Callable) -> bool:
+    """Whether this attention casts all of K or V."""
+    for _, q, k, v in steps():
+        with Making() as making, suppress(Exception):  # where it fails, it is not what gives the answer's outputs
+            attend(q, k, v)
+        if making.tensor is not None and cast_of(making.tensor, k):
+            return True
+    return False
 
 
 def with_cache(answer: Callable, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -221,7 +244,7 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
                 "the output depends on the new tokens alone"),
         Suspect("read-before-append", before, "the cache was read before the new tokens were appended",
                 "the order of the lines: append, read, attend", "new tokens do not see themselves"),
-        *attention.suspects(q, k, v),
+        *attention.now_and_then(q, k, v, attention.suspects(q, k, v)),
     ]  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from labkit.course.checks import attention
 from labkit.course.checks.attention import Turn, attend
+from labkit.course.checks.copies import check_step, steps
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import heads
 from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
-from labkit.labs.lab04.copies import check_step, steps
 from labkit.labs.lab04.references import grouped_attention
 
 
@@ -115,7 +115,7 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
 
     same_mask = "the shape of the scores where they are masked: [batch, num_heads, new_tokens, kv_len]"
     back = "each reshape of q: undo it in the opposite order before the result is returned"
-    return [
+    return attention.now_and_then(q, k, v, [
         *attention.suspects(q, k, v),
         Suspect("mask-over-stacked-rows", [lambda: masked(kv_len - new), lambda: masked(0),
                                            lambda: masked(kv_len - group * new)],
@@ -135,4 +135,4 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
                                            lambda: heads_first(attend(q, k, v))],
                 "rows were stacked token after token and read head after head, or the other way round", back,
                 "right for one new token, wrong for several"),
-    ]  # fmt: skip
+    ])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -12,7 +13,13 @@ import torch.nn.functional as F
 
 from labkit import sizing
 from labkit.attention import attention, causal_mask, online_attention
-from labkit.labs.lab04.references import grouped_attention, layer_elements, merge_kv_heads, split_kv_heads
+from labkit.labs.lab04.references import (
+    cached_attention,
+    grouped_attention,
+    layer_elements,
+    merge_kv_heads,
+    split_kv_heads,
+)
 from tests.labs.answer import Wrong
 
 # 04.1
@@ -777,6 +784,55 @@ def mended_by_einsum(q, k, v, cache):
     return by_einsum(q, *cache.read())
 
 
+def mended_by_query_head(q, k, v, cache):
+    cache.append(k, v)
+    keys, values = cache.read()
+    times = times_of(q, keys)
+    parts = [
+        grouped_attention(row, *(x[:, place // times, None] for x in (keys, values)))
+        for place, row in enumerate(q.split(1, dim=1))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def casts_what_it_reads(q, k, v, cache):
+    cache.append(k, v)
+    return grouped_attention(*(x.float() if x.dtype == torch.bfloat16 else x for x in (q, *cache.read()))).to(q.dtype)
+
+
+def appends_the_newest(q, k, v, cache):
+    cache.append(k[:, :, -1:], v[:, :, -1:])
+    return grouped_attention(q, *cache.read())
+
+
+def causal_for_several(q, k, v, cache):
+    cache.append(k, v)
+    return F.scaled_dot_product_attention(q, *cache.read(), is_causal=q.shape[2] > 1, enable_gqa=True)
+
+
+class OnlyRead:
+    """A cache that holds what it is made with."""
+
+    def __init__(self, k, v):
+        self.read = lambda: (k, v)
+
+    def append(self, k, v):
+        """Nothing is kept."""
+
+
+def stacked_triangle(q, k, v):
+    rows = q.reshape(*k.shape[:2], -1, q.shape[3])
+    scores = rows @ k.mT * q.shape[3] ** -0.5
+    mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num() @ v).view(q.shape)
+
+
+# Right where a learner's grouped_attention, accepted in 04.1, casts: as in a notebook, one name among its globals.
+mended_with_an_earlier_answer = FunctionType(
+    cached_attention.__code__, {"grouped_attention": in_float64, "__builtins__": __builtins__}, "cached_attention"
+)
+
+
 WRONG = [
     Wrong("04.1", "expanded", "repeats K and V with repeat_interleave", by_repeat_interleave,
            "rasbt/LLMs-from-scratch, the GQA bonus"),
@@ -970,6 +1026,14 @@ WRONG = [
     Wrong("04.6", "no-mask", "leaves the mask out", unmasked),
     Wrong("04.6", "mask-offset", "lets is_causal mask a chunk", causal_from_the_top),
     Wrong("04.6", "returned-none", "forgets to return", forgets_to_return),
+    Wrong("04.6", "reads-again", "one query head after the other", mended_by_query_head),
+    Wrong("04.6", "cast-whole", "casts all that it reads to float32", casts_what_it_reads),
+    Wrong("04.6", "not-appended", "appends the newest of several tokens", appends_the_newest),
+    Wrong("04.6", "mask-offset", "lets is_causal mask a chunk, and no mask for one token", causal_for_several),
+    Wrong("04.1", "mask-offset", "lets is_causal mask a chunk, and no mask for one token",
+           lambda q, k, v: causal_for_several(q, k, v, OnlyRead(k, v))),
+    Wrong("04.1", "mask-over-stacked-rows", "a triangle over all stacked rows, zeros where nothing is seen",
+           stacked_triangle),
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
@@ -1002,6 +1066,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.5", split_by_listing),
     ("04.6", mended_by_fused),
     ("04.6", mended_by_einsum),
+    ("04.6", mended_with_an_earlier_answer),
     ("04.6", mended_token_by_token),
     ("04.6", lambda q, k, v, cache: cache.append(k, v) or attention(q, *cache.read())),
 ]

@@ -1,4 +1,9 @@
-"""What a step of attention copies of K and V, and how often it reads them: for 04.1 and 04.6."""
+"""What a step of attention copies of K and V, and how often it reads them.
+
+with Making() as making:
+    effort = effort_of(step)
+check_copies(type(self), making, k, v, "1 new token, bfloat16", look="what is done to k and v: nothing need be")
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,8 @@ PRODUCTS = {
     "scaled_dot_product_attention",
 }
 
+JOINS = {"cat", "concat", "concatenate", "hstack"}
+RESHAPE = "what is done to k and v: nothing need be. Reshape q"
 
 GROUP = 3  # query heads of a KV head in `steps`
 
@@ -80,9 +87,9 @@ def steps() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 
 
 def check_step(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: Tensor, when: str, *, once: bool,
-               enable_gqa: bool) -> None:  # fmt: skip
+               enable_gqa: bool, casts: bool = True, look: str = RESHAPE) -> None:  # fmt: skip
     """Fail when `run()` copies K or V, or takes numbers out of PyTorch. once: or reads them again. enable_gqa: whether
-    PyTorch may do the grouping."""
+    PyTorch may do the grouping. casts: whether all of K or V may be cast. look: where to look for a copy."""
     with Making() as making:
         effort = effort_of(lambda: exercise.run(run))
     if making.enable_gqa and not enable_gqa:
@@ -94,12 +101,15 @@ def check_step(exercise: type[Exercise], run: Callable[[], Any], k: Tensor, v: T
             look="stack the queries of a group as rows; then the heads are equal and no option is needed",
         )
     check_stays(exercise, effort)
-    check_copies(exercise, making, k, v, when)
+    check_copies(exercise, making, k, v, when, look=look)
+    made = making.tensor
+    if not casts and made is not None and cast_of(made, k) and made.numel() == k.numel():
+        fail_cast(exercise, making, made, k, when)
     if once:
         check_reads(exercise, making, effort, k, v, when)
 
 
-def check_copies(exercise: type[Exercise], making: Making, k: Tensor, v: Tensor, when: str) -> None:
+def check_copies(exercise: type[Exercise], making: Making, k: Tensor, v: Tensor, when: str, *, look: str) -> None:
     """Fail when a tensor was made as large as K of one KV head of one request, or larger; a cast is let pass."""
     made = making.tensor
     if made is None or made.nbytes < k[0, 0].nbytes or cast_of(made, k):
@@ -121,20 +131,36 @@ def check_copies(exercise: type[Exercise], making: Making, k: Tensor, v: Tensor,
             seen=seen,
             cause="K or V was repeated to all query heads: by repeat_interleave, an index, stack, or an expand that a "
             "reshape then has to write out",
-            look="what is done to k and v: nothing need be. Reshape q",
+            look=look,
         )
     if holds(made, k, v, 1):
         exercise.fail(
             "copied-whole",
             seen=seen,
-            cause="K or V was copied as it is: by contiguous, clone, or a reshape that cannot be a view",
-            look="what is done to k and v: nothing need be; @ takes them as they lie",
+            cause="K or V was joined anew: cat writes out all that was held, behind it what is new"
+            if making.by in JOINS
+            else "K or V was copied as it is: by contiguous, clone, or a reshape that cannot be a view",
+            look="what was read: after append it holds the new tokens too"
+            if making.by in JOINS
+            else "what is done to k and v: nothing need be; @ takes them as they lie",
         )
     exercise.fail(
         "makes-large",
         seen=seen,
         cause="a part of K or V was copied, or something as large was made beside them",
         look=f"the line that calls `{making.by}`: the scores of a few new tokens need far less room than their keys",
+    )
+
+
+def fail_cast(exercise: type[Exercise], making: Making, made: Tensor, k: Tensor, when: str) -> None:
+    """All that is held was written out in another dtype."""
+    here, there = (str(dtype).removeprefix("torch.") for dtype in (k.dtype, made.dtype))
+    exercise.fail(
+        "cast-whole",
+        seen=f"{when}: the values are right, and `{making.by}` writes all of K or V out as {there}: "
+        f"{made.nbytes / k.nbytes:.2g} times the bytes of K",
+        cause=f"what is held is {here}; it was cast whole, at every step",
+        look="what is done to what was read: products take it as it is; the scores, which are few, may be wider",
     )
 
 
