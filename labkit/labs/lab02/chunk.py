@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.attention import now_and_then
 from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
@@ -28,6 +28,8 @@ WORDS = {  # what the blank and the report use in place of a mask that is built 
     "offset-negative": ("the offset has the wrong sign: tril(-n) takes diagonals away",
                         "the order of the subtraction: a cache can only let a row see more"),
 }  # fmt: skip
+
+FIXED = (8, 16, 32, 64, 1, 2, 3, 4, 5, 6, 7, 128, 256)  # offsets that may have been written down: chunks first
 
 
 class AttendChunk(Exercise):
@@ -55,11 +57,11 @@ class AttendChunk(Exercise):
         """Chunks of several sizes behind caches of several lengths; scores so low that a weak mask shows."""
         sizes = (
             (6, 2, 3, 6, 8),
+            (4, 2, 2, 298, 6),  # among the first two, tried in each dtype: a mask of another one shows in long rows
             (4, 4, 5, 2, 12),
             (6, 3, 1, 7, 20),
             (5, 1, 4, 0, 8),
             (6, 2, 3, 11, 8),
-            (4, 2, 2, 298, 6),
         )
         cases = [
             Case(tuple(x.float() for x in heads(num_heads, kv, new, held, batch=1 + place % 3, head_dim=head_dim)),
@@ -75,14 +77,16 @@ class AttendChunk(Exercise):
                 known[id(q)] = suspects(q, k, v)
             return known[id(q)]
 
-        compare(type(self), answer, attend_chunk, cases, suspects=once, what="the output")
+        compare(type(self), answer, attend_chunk, cases, suspects=once, what="the output",
+                dtypes=(torch.bfloat16, torch.float64))  # fmt: skip
         check_stays(type(self), effort_of(lambda: self.call(answer, *cases[0].args)))
 
 
 def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
     """What wrong masks give, in the words of this blank."""
     new, held = q.shape[2], k.shape[2] - q.shape[2]
-    every, where = torch.ones(new, new + held, dtype=torch.bool), f"{new} new tokens after {held} cached"
+    kv_len = new + held
+    every, where = torch.ones(new, kv_len, dtype=torch.bool), f"{new} new tokens after {held} cached"
     right = every.tril(held)
     listed = [
         Suspect("mask-added",
@@ -98,29 +102,23 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
         Suspect("mask-flipped", lambda: by_mask(q, k, v, every.tril().flip(1)),
                 "the triangle was mirrored: the newest keys go to the first rows", "row i sees the keys up to its own",
                 "the first new token sees the last key"),
+        Suspect("offset-in-whole-chunks",
+                [lambda offset=offset: by_mask(q, k, v, every.tril(offset))
+                 for offset in (held // new * new, (kv_len - 1) // new * new)],
+                "the offset is a whole number of chunks as long as this one: the chunks before may have been longer",
+                "the offset: kv_len - new_tokens, however the tokens before came",
+                "the triangle starts in another column than that of the first new token"),
+        Suspect("fixed-offset",
+                [lambda offset=offset: by_mask(q, k, v, every.tril(offset)) for offset in FIXED],
+                "the offset is one number, however many keys are held", "the offset: kv_len - new_tokens",
+                "the triangle starts at the same column as after other lengths"),
     ]  # fmt: skip
     told = []
     for suspect in listed:
         cause, look = WORDS.get(suspect.diagnosis, (suspect.cause, suspect.look))
-        told.append(replace(suspect, gives=in_every_way(q, k, v, suspect.gives), cause=cause, look=look,
+        told.append(replace(suspect, cause=cause, look=look,
                             seen=f"{where}: {suspect.seen}"))  # fmt: skip
-    return told
-
-
-def in_every_way(q: Tensor, k: Tensor, v: Tensor, gives: Any) -> list[Callable[[], Tensor]]:
-    """What a mistake gives: with NaN in rows that see nothing, or zeros as PyTorch has it; for one token alone too, or
-    for several only, where one token gets no mask."""
-    ways: list[Callable[[], Tensor]] = []
-    for give in gives if isinstance(gives, list) else [gives]:
-        for change in (lambda x: x, lambda x: x.nan_to_num(0.0)):
-            for least in (1, 2):
-                ways.append(partial(one_way, q, k, v, give, change, least))
-    return ways
-
-
-def one_way(q: Tensor, k: Tensor, v: Tensor, give: Callable, change: Callable, least: int) -> Tensor:
-    """The mistake for at least so many tokens; what is right for fewer."""
-    return change(give()) if q.shape[2] >= least else attend_chunk(q, k, v)
+    return now_and_then(q, k, v, told)
 
 
 def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from labkit.attention import fused_attention as attention
 from labkit.course.checks.attention import suspects as attention_suspects
+from labkit.course.checks.copies import Making, check_copies
 from labkit.course.checks.effort import Effort, Kernels, check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import agree, budget
@@ -41,6 +42,25 @@ class Recorder:
         if not self.seq_len:
             raise ValueError("the cache is empty: append the new token before you read")
         return self.k, self.v
+
+
+class Room(Recorder):
+    """The same with room behind the last token, so that append copies nothing but what is new."""
+
+    def __init__(self, k: Tensor, v: Tensor, spare: int) -> None:
+        super().__init__(k, v)
+        self.room = [torch.cat((x, torch.full_like(x[:, :, :spare], 9.0)), dim=2) for x in (k, v)]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write k and v behind what is held."""
+        self.appended.append((k, v))
+        for room, new in zip(self.room, (k, v), strict=True):
+            room[:, :, self.seq_len : self.seq_len + new.shape[2]] = new
+        self.seq_len += k.shape[2]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Everything appended so far, in place."""
+        return self.room[0][:, :, : self.seq_len], self.room[1][:, :, : self.seq_len]
 
 
 class Products(Kernels):
@@ -116,6 +136,8 @@ class DecodeStep(Exercise):
         "state-kept": "Everything that belongs to one prompt lives in its cache. Ask the cache for the position.",
         "causal-square": "The mask for one new token is one row. Which of the cached tokens does it have to hide?",
         "repeated-heads": "attention() lets several query heads read one KV head. Nothing needs repeating.",
+        "expanded": "Values are right. What is repeated is the whole cache, at every step; attention() needs none.",
+        "copied-whole": "append has joined the new token to the old ones. Read after it, and nothing is left to join.",
     }
 
     def examine(self, answer: Callable) -> None:
@@ -137,6 +159,7 @@ class DecodeStep(Exercise):
             self.judge(prompt)
         for dtype in (torch.float32, torch.bfloat16):
             self.check_dtype(answer, dtype)
+            self.check_copied(answer, dtype)
 
     def run_in_turn(self, answer: Callable, prompts: Sequence[Prompt]) -> None:
         """One step of each prompt, then the next of each."""
@@ -322,6 +345,21 @@ class DecodeStep(Exercise):
         exact = Prompt(AttentionLayer(twin, twin.blocks[1].attention), prompt.x.double(), 9)
         exact.k, exact.v = prompt.k.double(), prompt.v.double()
         self.judge(prompt, tolerance=lambda index: budget(prompt.output(index), exact.output(index)))
+
+    def check_copied(self, answer: Callable, dtype: torch.dtype) -> None:
+        """A step behind many tokens makes nothing as large as one head's K, but for a cast."""
+        held, model = 300, tiny_model(6, 2, 64).to(dtype)  # so that one head's K is larger than all scores
+        layer = AttentionLayer(model, model.blocks[0].attention)
+        for spare in (1, 9):
+            past = torch.randn(2, 2, 2, held, layer.head_dim, dtype=torch.float64).to(dtype)
+            x, cache = hidden(model, 2, 1), Room(past[0], past[1], spare)
+            when = f"behind {held} tokens, {str(dtype).removeprefix('torch.')}"
+            with Making() as making:
+                effort = effort_of(partial(self.run, partial(answer, x, layer, cache)))
+            check_stays(type(self), effort)
+            check_copies(type(self), making, *cache.read(), when,
+                         look="what is done to what was read: nothing need be. attention() takes fewer KV heads than "
+                         "query heads")  # fmt: skip
 
 
 def measured(step: Callable[[], Any], products: Products) -> Effort:

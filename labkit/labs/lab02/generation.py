@@ -201,6 +201,14 @@ class GenerateWithCache(Exercise):
                 cause="`tokens` was sliced by the cache's length, as if the cache held a part of it",
                 look="the docstring: `tokens` follow whatever the cache holds, so all of them are new",
             )
+        if held and first.shape[1] < total and same(first, prompt[:, total - first.shape[1] :]):
+            self.fail(
+                "cache-not-empty",
+                seen=f"with {held} tokens in the cache already, the first call ran the last {first.shape[1]} of the "
+                f"prompt's {total} tokens; with an empty cache it ran all",
+                cause="a cache that holds something was taken for one that holds this prompt, as if decoding had begun",
+                look="what the first call gets: `tokens` are new, all of them, whatever cache.seq_len is",
+            )
         if first.shape == prompt.shape and not same(first, prompt):
             place = tuple((first != prompt).nonzero()[0].tolist())
             few = [

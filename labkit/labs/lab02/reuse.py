@@ -29,6 +29,12 @@ def identical(held: list[int], wanted: list[int]) -> int:
     return next((i for i, (a, b) in pairs if a is not b), min(len(held), len(wanted)))
 
 
+def stops_at_zero(held: list[int], wanted: list[int]) -> int:
+    """Equal tokens at the beginning that are not token 0."""
+    same = prefix(held, wanted)
+    return held.index(0, 0, same) if 0 in held[:same] else same
+
+
 def either_way(count: Count) -> list[Count]:
     """A count, and the count with one token of `wanted` left to run."""
     return [count, lambda held, wanted: min(count(held, wanted), len(wanted) - 1)]
@@ -54,6 +60,15 @@ SUSPECTS = (
              unless_equal(lambda held, wanted: len(wanted)), unless_equal(lambda held, wanted: 0)],
             "where no token differs before one of the lists ends, the loop finds no place; what is returned then is "
             "not the number of equal tokens", "what stands behind the loop: which of the two lists has ended?"),
+    Suspect("zero-taken-for-none",
+            [lambda held, wanted: min(prefix(held, wanted) or len(held), len(wanted) - 1),
+             lambda held, wanted: min(prefix(held, wanted) or len(held), len(held), len(wanted) - 1),
+             lambda held, wanted: min(prefix(held, wanted) or len(wanted), len(wanted) - 1)],
+            "a difference at place 0 was taken for no difference: 0 counts as false",
+            "`or`, or `if` before a place: compare it with None"),
+    Suspect("token-0-ends", either_way(stops_at_zero),
+            "token 0 ended the comparison: the number of a token was used as true or false",
+            "the loop: token 0 is a token like any other"),
     Suspect("all-or-nothing",
             either_way(lambda held, wanted: len(held) if wanted[: len(held)] == held else 0),
             "what is held counts as a whole or not at all; a part of it may stay",

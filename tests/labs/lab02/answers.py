@@ -300,7 +300,7 @@ def step_by_einsum(x, layer, cache):
 
 
 def step_repeating_after_read(x, layer, cache):
-    """Right, if wasteful: heads are repeated for the product only."""
+    """Heads are repeated for the product only: the whole cache, at every step."""
     q, k, v = layer.project(x)
     position = cache.seq_len
     cache.append(layer.rotate(k, position), v)
@@ -309,7 +309,40 @@ def step_repeating_after_read(x, layer, cache):
     return layer.merge(F.scaled_dot_product_attention(layer.rotate(q, position), keys, values))
 
 
+def joins_and_appends(x, layer, cache):
+    q, k, v = layer.project(x)
+    q, k = (layer.rotate(t, cache.seq_len) for t in (q, k))
+    keys, values = k, v
+    if cache.seq_len:
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(cache.read(), (k, v), strict=True))
+    cache.append(k, v)
+    return layer.merge(attention(q, keys, values))
+
+
+def by_kv_head_and_float32(x, layer, cache):
+    """Right: one KV head after the other, softmax in float32 or wider."""
+    q, k, v = layer.project(x)
+    position = cache.seq_len
+    cache.append(layer.rotate(k, position), v)
+    out = []
+    for rows, keys, values in zip(
+        layer.rotate(q, position).chunk(layer.num_kv_heads, 1), *(t.unbind(1) for t in cache.read()), strict=True
+    ):
+        scores = rows[:, :, 0] @ keys.mT * layer.head_dim**-0.5
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out.append(scores.softmax(-1, dtype=wide).to(x.dtype) @ values)
+    return layer.merge(torch.cat(out, 1)[:, :, None])
+
+
 # 02.3
+
+
+def prefills_empty_caches_only(model, tokens, max_new_tokens, cache):
+    sequence = tokens
+    for _ in range(max_new_tokens):
+        fed = sequence if cache.seq_len == 0 else sequence[:, -1:]
+        sequence = torch.cat((sequence, model(fed, cache, last_only=True)[:, -1:].argmax(dim=-1)), dim=1)
+    return sequence[:, tokens.shape[1] :]
 
 
 def without_the_cache(model, tokens, max_new_tokens, cache):
@@ -1172,6 +1205,28 @@ def chunk_by_hand(q, k, v, *, hidden=float("-inf"), dtype=None, scale=lambda hea
     return scores.softmax(-1, dtype=dtype or q.dtype).to(q.dtype) @ v.repeat_interleave(times, 1)
 
 
+def first_difference_or_length(held, wanted):
+    places = (place for place, (old, new) in enumerate(zip(held, wanted, strict=False)) if old != new)
+    return min(next(places, None) or len(held), len(wanted) - 1)
+
+
+def stops_at_token_0(held, wanted):
+    same = 0
+    while same < min(len(held), len(wanted) - 1) and held[same] and held[same] == wanted[same]:
+        same += 1
+    return same
+
+
+def masked_when_nothing_is_held(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2], enable_gqa=True)
+
+
+def additive_mask(q, k, v):
+    """Right: 0 and -inf, in q's dtype."""
+    new, kv = q.shape[2], k.shape[2]
+    return chunk_with(lambda *_: torch.full((new, kv), -torch.inf, dtype=q.dtype).triu(kv - new + 1))(q, k, v)
+
+
 def only_the_new_keys(q, k, v):
     new = q.shape[2]
     return by_is_causal(q, k[:, :, -new:], v[:, :, -new:])
@@ -1339,6 +1394,18 @@ WRONG = [
            position_on_the_function),
     Wrong("02.2", "result-overwritten", "one output tensor for every call", one_buffer),
     Wrong("02.2", "left-pytorch", "attends with NumPy's arrays", through_numpy),
+    Wrong("02.2", "expanded", "repeats K and V after the read", step_repeating_after_read),
+    Wrong("02.2", "expanded", "repeats K and V, written out", step_with(attend=lambda *t: by_hand(*t))),
+    Wrong("02.2", "copied-whole", "joins what it read with the new token, and appends besides", joins_and_appends),
+    Wrong("02.3", "cache-not-empty", "takes a cache that holds something for decoding", prefills_empty_caches_only),
+    Wrong("02.5", "zero-taken-for-none", "takes a difference at place 0 for none", first_difference_or_length),
+    Wrong("02.5", "token-0-ends", "takes token 0 for the end", stops_at_token_0),
+    Wrong("02.7", "no-mask", "no mask where something is held", masked_when_nothing_is_held),
+    Wrong("02.7", "fixed-offset", "the offset written down", chunk_with(lambda new, kv: ones(new, kv).tril(8))),
+    Wrong("02.7", "offset-in-whole-chunks", "takes all chunks for as long as this one",
+           chunk_with(lambda new, kv: ones(new, kv).tril((kv // new - 1) * new))),
+    Wrong("02.7", "precision", "a float32 mask of -inf, whatever q is",
+           chunk_with(lambda new, kv: torch.full((new, kv), -torch.inf).triu(kv - new + 1))),
     Wrong("02.3", "no-cache", "feeds the newest token, without the cache", newest_without_cache),
     Wrong("02.3", "cache-in-some-calls", "uses the cache in prefill only", cache_in_prefill_only),
     Wrong("02.3", "prefill-in-steps", "feeds the prompt's last token separately", prompt_in_two),
@@ -1400,7 +1467,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.1", JoinsOnce),
     ("02.1", OneTensor),
     ("02.2", step_by_einsum),
-    ("02.2", step_repeating_after_read),
     ("02.3", plain_loop),
     ("02.4", AllocatesWith),
     ("02.4", WritesByIndex),
@@ -1414,7 +1480,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.1", Slots),
     ("02.1", Doubling),
     ("02.1", LengthIsATensor),
-    ("02.2", step_with(attend=lambda *t: by_hand(*t, dtype=torch.float32))),
     ("02.2", step_with(attend=lambda *t: attention(*(x.double() for x in t)).to(t[0].dtype))),
     ("02.3", by_forward),
     ("02.3", loop_with(lambda logits: logits[:, -1].topk(1).indices)),
@@ -1430,5 +1495,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.7", chunk_by_hand),
     ("02.7", lambda q, k, v: chunk_by_hand(q, k, v, dtype=torch.float32)),
     ("02.7", lambda q, k, v: chunk_by_hand(q, k, v, hidden=torch.finfo(q.dtype).min)),
-    ("02.7", chunk_with(lambda new, kv: torch.zeros(new, kv).masked_fill(~ones(new, kv).tril(kv - new), -torch.inf))),
+    ("02.2", by_kv_head_and_float32),
+    ("02.7", additive_mask),
 ]
