@@ -94,6 +94,17 @@ def test_a_number_that_decides_now_and_then_is_not_said_to_be_ignored() -> None:
     assert diagnosis(lambda w, h: 5 * w) == "ignored"
 
 
+def test_a_list_is_said_to_be_ignored_only_where_no_other_list_gives_another_result() -> None:
+    def first_and_count(held, count):
+        return held[0] * count
+
+    cases = [([3, 1], 5), ([30, 1], 5), ([3, 1], 7)]
+    for answer, said in ((lambda held, count: 9 * count, "ignored"), (lambda held, count: count * len(held), "values")):
+        with pytest.raises(NotYet) as caught:
+            judge(Double, answer, first_and_count, cases, [], what="the product", show=lambda *case: str(case))
+        assert caught.value.finding.diagnosis == said
+
+
 def test_a_formula_that_fits_one_case_only_is_not_named() -> None:
     assert diagnosis(lambda w, h: w + h if w == 3 and h == 5 else 0) == "values"
     assert diagnosis(lambda w, h: 1, otherwise="count") in ("count", "ignored")
