@@ -34,7 +34,7 @@ class GrowingCache:
 
 
 def decode_step(x: Tensor, layer: AttentionLayer, cache: GrowingCache) -> Tensor:
-    """The attention output of one new token, [batch, 1, hidden_size].
+    """The attention output of one new token, [batch, 1, hidden_size]; K and V held are neither repeated nor copied.
 
     x: the new token's hidden state, [batch, 1, hidden_size]. cache: what the layer holds of the tokens before it.
     layer.project(x): q [batch, num_heads, 1, head_dim] and k, v [batch, num_kv_heads, 1, head_dim], not yet rotated.
