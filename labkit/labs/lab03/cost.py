@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
@@ -24,13 +25,14 @@ def bill(
     calls: Callable[[int], Iterable[int]] = lambda count: range(1, count + 1),
     prices: Callable[[float, float, float], tuple[float, float, float]] = lambda new, out, old: (new, out, old),
     billed_twice: bool = False,
+    step: Callable[[float], float] = lambda dollars: dollars,
     total: Callable[[float], float] = lambda dollars: dollars,
 ) -> Callable[..., float]:
     """The bill with another idea of what a call sends, what of it is cached, or which answers are paid for.
 
     sent: tokens of a call. cached: of those, read from the cache. answers: how many are paid for. calls: which are
     added up. prices: those of new input, answers and cached input. billed_twice: the cached part is new input as well.
-    total: what is returned.
+    step: what is added up of a call's dollars. total: what is returned.
     """
 
     def formula(
@@ -38,11 +40,12 @@ def bill(
     ) -> float:
         new, out, old = prices(input_price, output_price, cached_price)
         each = [sent(call, prefix, added, answer) for call in range(1, count + 2)]
-        dollars = answers(count) * answer * out
+        bills = []
         for call in calls(count):
             kept = cached(call, each, prefix, answer)
-            dollars += kept * old + (each[call - 1] - (0 if billed_twice else kept)) * new
-        return total(dollars / 1e6)
+            bills.append(kept * old + (each[call - 1] - (0 if billed_twice else kept)) * new)
+        output = answers(count) * answer * out  # each call's share of it, before a call is rounded
+        return total(sum(step((bill + output / len(bills)) / 1e6) for bill in bills) if bills else output / 1e6)
 
     return formula
 
@@ -50,6 +53,7 @@ def bill(
 BEFORE = "what the call before had sent: all of it is cached, nothing else is"
 ANSWER = "call 2 in the drawing above the blank: it sends a1 for the first time, and call 1 sends everything so"
 PRICES = "the last two lines of the docstring: which price is whose"
+STEP = "the sum: fractions of a cent add up, so nothing is rounded on the way"
 BILL_SLIPS = {
     "sent": (
         Slip("answers-not-sent", lambda call, prefix, added, answer: prefix + call * added,
@@ -128,6 +132,13 @@ BILL_SLIPS = {
         Slip("rounded", lambda dollars: round(dollars, 4), "the bill was rounded", "return it as it is"),
         Slip("rounded", int, "the bill was rounded to whole dollars", "return it as it is"),
     ),
+    "step": (
+        Slip("rounded", lambda dollars: round(dollars, 2), "each call was rounded to cents", STEP),
+        Slip("rounded", lambda dollars: round(dollars, 3), "each call was rounded", STEP),
+        Slip("rounded", lambda dollars: round(dollars, 4), "each call was rounded", STEP),
+        Slip("rounded", lambda dollars: math.ceil(dollars * 100) / 100, "each call was rounded up to cents", STEP),
+        Slip("rounded", lambda dollars: int(dollars * 100) / 100, "each call's fractions of a cent were cut off", STEP),
+    ),
     "billed_twice": (
         Slip("billed-twice", True, "cached tokens are billed as new input as well",
              "the new part: what is sent less what was sent before"),
@@ -152,6 +163,7 @@ class ConversationCost(Exercise):
         "    dollars += before*cached_price + (sent - before)*input_price + answer*output_price\n    before = sent",
     )
     hints_for: ClassVar = {
+        "rounded": "A call may cost less than half a cent. What does a hundred of them cost?",
         "history-not-sent": "A stateless server knows nothing of call 3 when call 4 comes.",
         "first-call-cached": "Who put the prefix into the cache before the first call?",
         "only-the-prefix": "Call 3 sends the first question again. Had call 2 sent it?",

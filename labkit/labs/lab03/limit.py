@@ -76,6 +76,9 @@ def cases() -> list[Case]:
         case(MODEL, 7, 1_009, requests=90, share=0.3), case(MODEL, 13, 1_009, requests=14.5, share=0.6),
         # A learner may count K and V of every token as read: the time is ample for that.
         case(WINDOWED, 19, 8_009, requests=19.5, share=0.0007), case(WINDOWED, 19, 8_009, requests=18.5, share=0.0007),
+        case(replace(MODEL, num_layers=3), 13, 1_009, requests=13.01),  # of one name with MODEL
+        case(replace(MODEL, num_layers=9), 13, 1_009, requests=12.99),
+        case(replace(MODEL, max_seq_len=512), 13, 1_009, requests=13.01),
         case(MODEL, 13, 1_009, requests=13.01),
     ]  # fmt: skip
 
@@ -251,6 +254,9 @@ class FirstLimit(Exercise):
         Suspect("batch-twice", limit(request=lambda spec, context, users: cache_bytes(spec, context, users, 2),
                                      read=lambda weights, request, users, fit, context: weights + request),
                 "capacity was handed the cache of all users as that of one request", "capacity's request_bytes"),
+        Suspect("remembered", lambda spec, *others: first_limit(MODEL if spec.name == MODEL.name else spec, *others),
+                "the sizes of an earlier model of this name were used",
+                "what outlives a call: a global, a default argument, a cache decorator"),
         *suspects_of(limit, LIMIT_SLIPS),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from labkit.course.checks.numbers import check_number, judge, shown
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import capacity, request_bytes
-from labkit.labs.lab03.slips import Slip, suspects_of
+from labkit.labs.lab03.slips import Slip, remembered, suspects_of
 from labkit.specs import ModelSpec
 
 
@@ -238,12 +238,16 @@ class RequestBytes(Exercise):
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """The coincidence, then models where group size and KV heads differ either way; every size changed alone."""
+        """The coincidence, then models where group size and KV heads differ either way; every size changed alone; more
+        than 32 bits count; several models of one name."""
         cases = [
             (FEW, 1_009, 2), (FEW, 1_009, 4), (FEW, 2_003, 2), (MANY, 1_009, 2), (ALL, 1_009, 2), (ONE, 1_009, 2),
             (COINCIDENCE, 1_009, 2), (replace(FEW, name="narrow heads", head_dim=96), 1_009, 2),
             (replace(FEW, name="a layer more", num_layers=29), 1_009, 2), (ONE, 131_072, 1), (MANY, 1, 2),
             (FEW, 1_009, 2),
         ]  # fmt: skip
-        for some in (cases, [(MANY, 0, 2)]):
+        for some in (cases, [(MANY, 0, 2)], [(COINCIDENCE, 131_072, 2), (MANY, 70_001, 4)]):
             judge(type(self), answer, request_bytes, some, self.suspects, what="the cache in bytes", whole=True)
+        others = [(replace(FEW, num_layers=31), 1_009, 2), (replace(FEW, num_kv_heads=7), 1_009, 2)]
+        known = (remembered(request_bytes, FEW), *self.suspects)
+        judge(type(self), answer, request_bytes, others, known, what="the cache in bytes", whole=True)

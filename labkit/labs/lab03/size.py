@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, count_weights
-from labkit.labs.lab03.slips import Slip, suspects_of
+from labkit.labs.lab03.slips import Slip, remembered, suspects_of
 from labkit.llama import Llama
 from labkit.specs import Layer, LayerGroup, ModelSpec
 
@@ -161,6 +162,9 @@ class CacheBytes(Exercise):
         "values-as-wide-as-keys": "A layer has a k_dim and a v_dim. Some models have narrower values.",
     }
     suspects: ClassVar = (
+        Suspect("wraps", lambda *case: (cache_bytes(*case) + 2**31) % 2**32 - 2**31,
+                "a sum was made in 32-bit integers, which begin again below 0 at 2**31",
+                "every dtype of 32 bits: Python's own whole numbers have no end"),
         Suspect("uniform", (
                 lambda spec, tokens, batch, size: 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
                 * min(tokens, spec.window or tokens) * batch * size,
@@ -190,7 +194,7 @@ class CacheBytes(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Models of one kind of layer and of three; below, at and above each window; each argument alone; nothing held
-        and much; one call twice."""
+        and much; one call twice; more than 32 bits count; models of one name."""
         cases = [
             (FULL, 31, 37, 4), (FULL, 31, 37, 2), (FULL, 53, 37, 2), (FULL, 31, 3, 2), (MIXED, 11, 29, 2),
             (MIXED, 31, 29, 2), (MIXED, 101, 29, 2), (MIXED, 101, 1, 2), (MIXED, 37, 29, 1), (MIXED, 36, 29, 1),
@@ -198,8 +202,13 @@ class CacheBytes(Exercise):
             (MIXED, 70_001, 3, 2), (WINDOWED, 4_095, 1, 2), (WINDOWED, 4_096, 1, 2), (WINDOWED, 4_097, 1, 2),
             (FULL, 31, 37, 4),
         ]  # fmt: skip
-        for some in (cases, [(FULL, 0, 7, 2), (MIXED, 0, 7, 2)]):
+        nothing, much = [(FULL, 0, 7, 2), (MIXED, 0, 7, 2)], [(FULL, 640_007, 1, 1)]
+        for some in (cases, nothing, much):
             judge(type(self), answer, cache_bytes, some, self.suspects, what="the cache in bytes", whole=True)
+        for spec in (FULL, MIXED):
+            others = [(replace(spec, num_layers=5, layers=None), 31, 37, 2), (replace(spec, head_dim=18), 31, 37, 2)]
+            known = (remembered(cache_bytes, spec), *self.suspects)
+            judge(type(self), answer, cache_bytes, others, known, what="the cache in bytes", whole=True)
 
 
 TINY = ModelSpec(
@@ -399,6 +408,10 @@ class CountWeights(Exercise):
     )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
-        """Models that exist, with and without biases, tied or not; what their tensors hold is what must come out."""
+        """Models that exist, with and without biases, tied or not; what their tensors hold is what must come
+        out; several of one name."""
         cases = [(TINY,), (BIASED,), (ROUNDED,), (SQUARE,), (LARGER,), (TINY,)]
         judge(type(self), answer, live, cases, self.suspects, what="the number of weights held", whole=True)
+        others = [(replace(TINY, num_layers=4),), (replace(TINY, hidden_size=34, qkv_bias=True),)]
+        known = (remembered(live, TINY), *self.suspects)
+        judge(type(self), answer, live, others, known, what="the number of weights held", whole=True)

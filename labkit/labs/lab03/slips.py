@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from labkit.course.checks.suspects import Suspect
+from labkit.specs import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,3 +39,13 @@ def suspects_of(formula: Callable[..., Callable], slips: Mapping[str, Sequence[S
         if step != other_step
     ]
     return [*alone, *pairs]
+
+
+def remembered(formula: Callable[..., float], first: ModelSpec) -> Suspect:
+    """What `formula` gives when whatever model comes is taken for `first`, as code does that knows a model by name."""
+    return Suspect(
+        "remembered",
+        lambda spec, *others: formula(first, *others),
+        "the sizes of an earlier model of this name were used",
+        "what outlives a call: a global, a default argument, a cache decorator. Two models may have one name",
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import attainable, tpot_floor
 from labkit.labs.lab03.slips import Slip, suspects_of
@@ -192,7 +193,15 @@ class Attainable(Exercise):
         "compute-only": "A step that reads everything for one token: does it reach the peak?",
         "one-after-the-other": "While one tile is multiplied, the next is on its way.",
     }
-    suspects: ClassVar = tuple(suspects_of(roof, ROOF_SLIPS))
+    suspects: ClassVar = (
+        Suspect("operations-as-rate", (lambda f, n, p, b: min(f, p, f / n * b), lambda f, n, p, b: min(f, p)),
+                "the operations themselves were taken for a rate, and set a limit",
+                "the units of what min compares: each in operations per second"),
+        Suspect("threshold", (lambda f, n, p, b: p if f > n else f / n * b, lambda f, n, p, b: p if f >= n else
+                f / n * b), "arithmetic was taken for the limit as soon as there is more than one operation per byte",
+                "the ridge: flop_per_s / bytes_per_s operations per byte, not 1"),
+        *suspects_of(roof, ROOF_SLIPS),
+    )  # fmt: skip
 
     def examine(self, answer: Callable) -> None:
         """Left of the ridge, on it and right of it, near and far; every argument changed alone; whole numbers."""

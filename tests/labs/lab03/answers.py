@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from labkit.labs.lab03.references import (
     tpot_floor,
 )
 from labkit.llama import Llama
+from labkit.specs import ModelSpec
 from tests.labs.answer import Wrong
 
 HEADS = "rasbt/LLMs-from-scratch#922"
@@ -98,13 +100,25 @@ def by_live_tensors(spec, tokens, batch, bytes_per_element):
     total = 0
     for layer in spec.each_layer:
         for width in (layer.k_dim, layer.v_dim):
-            tensor = torch.zeros(batch, layer.num_kv_heads, tokens, width, dtype=dtype)
+            tensor = torch.empty(batch, layer.num_kv_heads, tokens, width, dtype=dtype)
             total += (tensor if layer.window is None else tensor[:, :, -layer.window :].clone()).nbytes
     return total
 
 
 def by_sizing(spec, tokens, batch, bytes_per_element):
     return sizing.cache_bytes(spec, tokens, batch, {1: "float8", 2: "float16", 4: "float32"}[bytes_per_element])
+
+
+def in_32_bits(spec, tokens, batch, bytes_per_element):
+    per_token = np.array([both(layer) for layer in spec.each_layer], dtype=np.int32)
+    held = np.array([layer.tokens_held(tokens) for layer in spec.each_layer], dtype=np.int32)
+    return int(np.dot(per_token, held)) * batch * bytes_per_element
+
+
+def by_name(answer: Callable) -> Callable:
+    """An answer that takes a model for the first one of its name."""
+    known: dict[str, ModelSpec] = {}
+    return lambda spec, *others: answer(known.setdefault(spec.name, spec), *others)
 
 
 def remembering(answer: Callable) -> Callable:
@@ -274,6 +288,11 @@ def bill_by_sizing(calls, prefix, added, answer, input_price, output_price, cach
     return sizing.conversation_cost(price, calls, prefix=prefix, added=added, answer=answer, caching=True).dollars
 
 
+def rounded_calls(calls, prefix, added, answer, *prices):
+    bills = [conversation_cost(call, prefix, added, answer, *prices) for call in range(calls + 1)]
+    return sum(round(now - before, 2) for before, now in pairwise(bills))
+
+
 # 03.7
 
 
@@ -435,6 +454,14 @@ WRONG = [
     Wrong("03.1", "not-whole", "a float", lambda *sizes: cache_bytes(*sizes) / 1),
     Wrong("03.1", "not-a-number", "a tensor", as_a_tensor),
     Wrong("03.1", "values", "a constant on top", adds_to_its_count),
+    Wrong("03.1", "wraps", "summed in 32 bits", in_32_bits),
+    Wrong("03.1", "remembered", "models known by name", by_name(cache_bytes)),
+    Wrong("03.2", "remembered", "models known by name", by_name(count_weights)),
+    Wrong("03.7", "remembered", "models known by name", by_name(request_bytes)),
+    Wrong("03.8", "remembered", "models known by name", by_name(first_limit)),
+    Wrong("03.5", "operations-as-rate", "the operations as a rate", lambda f, n, p, b: min(f, p, f / n * b)),
+    Wrong("03.5", "threshold", "1 for the ridge", lambda f, n, p, b: p if f > n else f / n * b),
+    Wrong("03.6", "rounded", "each call rounded to cents", rounded_calls),
     Wrong("03.2", "published", "the spec's own figure", lambda spec: spec.num_parameters),
     Wrong("03.2", "square", "four squares of hidden_size", weights(square=True)),
     Wrong("03.2", "kv-as-wide-as-q", "k and v as wide as q", weights(kv=lambda spec: spec.num_heads), source=HEADS),
