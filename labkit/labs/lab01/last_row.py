@@ -73,17 +73,27 @@ class LastRow(Exercise):
         with ledger() as work:
             effort = effort_of(lambda: self.call(answer, q, k, v))
         check_stays(type(self), effort)
-        needed, matrix = 2 * 3 * MANY, 2 * 3 * MANY**2
-        told = f"{work.scores:,} scores were computed" if work.scores > needed else (
-            f"{effort.made:,} bytes of new tensors were made: the whole matrix has {matrix * q.element_size():,}"
-        )  # fmt: skip
+        needed, matrix = 2 * 3 * MANY, 2 * 3 * MANY**2 * q.element_size()
+        case = f"with {MANY} tokens, 2 sequences and 3 heads"
         # Scores, weights, and copies of K and V, even in float64, are under a tenth of the matrix each.
-        if work.scores > needed or effort.made > matrix * q.element_size() // 2:
+        if work.scores > needed or effort.largest > matrix // 2:
+            told = f"{work.scores:,} scores were computed, and {needed:,} are needed" if work.scores > needed else (
+                f"a tensor of {effort.largest:,} bytes was made; the whole matrix has {matrix:,}"
+            )  # fmt: skip
             self.fail(
                 "whole-matrix",
-                seen=f"{told}; with {MANY} tokens, 2 sequences and 3 heads, {needed:,} scores are needed",
+                seen=f"{case}: {told}",
                 cause="every row of the matrix is computed and all but the last are thrown away",
                 look="take the last query before the product, not the last row after it",
+            )
+        # One key after another, in small float64 tensors, makes about half as much as the matrix in all.
+        if effort.made > 4 * matrix:
+            self.fail(
+                "more-than-a-row",
+                seen=f"{case}: {effort.made:,} bytes of new tensors were made in all; the whole matrix of scores has "
+                f"{matrix:,}, one row {needed * q.element_size():,}",
+                cause="more is computed than the newest token's row: a loop over queries, say",
+                look="every step between q and the result: the newest query is enough",
             )
 
 

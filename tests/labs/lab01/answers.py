@@ -366,6 +366,26 @@ def whole_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(scores(q, k).masked_fill(~allowed, float("-inf")), -1) @ v)[:, :, -1:]
 
 
+def all_rows_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows = []
+    for query in q.split(1, dim=2):
+        products = (query * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+        weights = (products - products.amax(2, keepdim=True)).exp()
+        rows.append((weights * v).sum(2, keepdim=True) / weights.sum(2, keepdim=True))
+    return rows[-1]
+
+
+def one_key_after_another(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    newest = q[:, :, -1].double() * q.shape[-1] ** -0.5
+    top, total, out = float("-inf"), 0.0, 0.0
+    for key, value in zip(k.double().unbind(2), v.double().unbind(2), strict=True):
+        score = (newest * key).sum(-1, keepdim=True)
+        higher = score.clamp(min=top) if isinstance(top, float) else torch.maximum(top, score)
+        shrink, share = (top - higher).exp(), (score - higher).exp()
+        total, out, top = total * shrink + share, out * shrink + share * value, higher
+    return (out / total).unsqueeze(2).to(q.dtype)
+
+
 def masked_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     allowed = torch.ones(1, k.shape[-2]).tril().bool()
     return torch.softmax(scores(q[:, :, -1:], k).masked_fill(~allowed, float("-inf")), -1) @ v
@@ -388,6 +408,7 @@ LAST = [
         "the fused kernel on all rows, then the last",
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:],
     ),
+    Wrong("01.5", "more-than-a-row", "a loop over all queries, by hand", all_rows_by_hand),
     Wrong("01.5", "sees-first-only", "a causal mask on one row, no offset", masked_row),
     Wrong(
         "01.5",
@@ -797,6 +818,7 @@ RIGHT = [
     ("01.4", rotate_half_rope),
     ("01.5", einsum_last),
     ("01.5", lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v)),
+    ("01.5", one_key_after_another),
     ("01.6", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
     ("01.6", lambda q, k, v: blend(masked(q, k, torch.finfo(q.dtype).min), v)),
     ("01.6", lambda q, k, v: blend(masked(q, k, -1e9), v)),
