@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,14 @@ def check_given(
     sizes: tuple[int, int],
     groups: int,
     groups_before: int,
-    piece: int,
+    pieces: Sequence[int],
     where: str,
     shape: Shape,
 ) -> None:
     """Fail unless `given` is `groups` whole groups of successive tokens, oldest first.
 
-    sizes: group_size and residual_length. groups_before: how many there were before the last append, which brought
-    `piece` tokens. where: the case, in words.
+    sizes: group_size and residual_length. groups_before: how many there were before the last append. pieces:
+    tokens of each append. where: the case, in words.
     """
     group_size = sizes[0]
     for k, v in given:
@@ -36,7 +38,7 @@ def check_given(
             cause="a group's tokens still wait after it was quantized, or all tokens are quantized at every append",
             look="append: after quantize_group, go on with k[:, :, group_size:] only",
         )
-    check_sizes(exercise, [k.shape[2] for k, _ in given], sizes, piece, where)
+    check_sizes(exercise, [k.shape[2] for k, _ in given], sizes, pieces, where)
     if tokens != list(range(len(tokens))):
         exercise.fail(
             "not-the-oldest",
@@ -85,20 +87,22 @@ def check_group(exercise: type[Exercise], k: Tensor, v: Tensor, where: str, shap
         )
 
 
-def check_sizes(exercise: type[Exercise], given: list[int], sizes: tuple[int, int], piece: int, where: str) -> None:
+def check_sizes(
+    exercise: type[Exercise], given: list[int], sizes: tuple[int, int], pieces: Sequence[int], where: str
+) -> None:
     """Every group has group_size tokens. given: how many each has; sizes: group_size and residual_length."""
     group_size, residual_length = sizes
     if not (wrong := [size for size in given if size != group_size]):
         return
     seen = f"{where}: quantize_group was given a group of {wrong[0]}"
-    if set(given) == {residual_length} and piece != residual_length:
+    if set(given) == {residual_length} and pieces[-1] != residual_length:
         exercise.fail(
             "sizes-swapped",
             seen=seen,
             cause="groups have residual_length tokens: the two sizes changed places",
             look="__init__: the order is group_size, residual_length",
         )
-    if wrong[0] == piece:
+    if given == list(pieces[: len(given)]):
         exercise.fail(
             "groups-as-they-came",
             seen=seen,

@@ -48,6 +48,11 @@ def is_values(x: Tensor) -> bool:
     return bool((x % STEP >= VALUES).all()) and x.numel() > 0
 
 
+def is_restored(x: Tensor) -> bool:
+    """Whether some of these numbers went through the quantizer."""
+    return x.is_floating_point() and bool(((x.double() % 1 - FRACTION - CHANGE).abs() < 0.01).any())
+
+
 def fits(x: Any, shape: Shape = SHAPE) -> bool:
     """Whether `x` is a tensor of the numbered tokens' batch, heads and head_dim."""
     return isinstance(x, Tensor) and x.dim() == 4 and (*x.shape[:2], x.shape[3]) == shape

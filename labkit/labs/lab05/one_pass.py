@@ -13,7 +13,7 @@ from torch import Tensor
 from labkit.course.checks.numbers import check_number
 from labkit.course.checks.suspects import accuse
 from labkit.course.checks.tensors import TIGHT, told_apart
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.passes import FIRST, PART, LossyCache, Passes, all_rows, some_tokens, surprise, suspects
 from labkit.labs.lab05.references import mean_surprise
 
@@ -46,6 +46,7 @@ class MeanSurprise(Exercise):
         "part-length": "The docstring says how many tokens go through the model at a time.",
         "predicts-itself": "Logits at position i say what token i + 1 is.",
         "new-cache": "A cache made for each part is empty each time.",
+        "epsilon": "What does log_softmax give for a token whose probability is tiny?",
         "starts-beside-64": "Surprise j of the joined list is about token j + 1.",
     }
 
@@ -62,6 +63,17 @@ class MeanSurprise(Exercise):
             self.check_number(got, tokens)
         other = some_tokens(150).flip(1)  # as many, others, and logits in the dtype of the lab's model
         self.check_number(self.run(partial(answer, Passes(torch.float32), other, LossyCache())), other, 1e-5)
+        self.check_layout(answer, other)
+
+    def check_layout(self, answer: Callable, tokens: Tensor) -> None:
+        """Tokens that do not lie side by side in memory."""
+        apart = torch.stack((tokens.flip(1), tokens), dim=-1).flatten(1)[:, 1::2]
+        try:
+            self.check_number(self.run(partial(answer, Passes(), apart, LossyCache())), tokens)
+        except NotYet as not_yet:
+            self.fail("layout", seen=f"every other number of a larger tensor: {not_yet.finding.seen}. Side by side in "
+                      "memory, the tokens were taken", cause="the code counts on the order in memory: view, or a "
+                      "reshape that assumes it", look="slices, and reshape instead of view")  # fmt: skip
 
     def check_cache(self, model: Passes, cache: LossyCache, got: Any, tokens: Tensor) -> None:
         """More than one pass, all with the cache that was given, which goes on filling."""
@@ -155,5 +167,6 @@ class MeanSurprise(Exercise):
                 look="join all surprises first, then one mean",
             )
         accuse(type(self), suspects(rows, targets, surprises), seen, fits=lambda value: abs(got - value) <= tolerance)
-        self.fail("values", seen=seen, cause="the passes are right; other logits, other targets or another average",
-                  look="for one part of 32: which logits meet which targets")  # fmt: skip
+        self.fail("values", seen=seen, cause="the passes are right; what is made of the logits is not: "
+                  "-log p, its target, or the average",
+                  look="one token by hand: its logits, log_softmax, the entry of its target")  # fmt: skip

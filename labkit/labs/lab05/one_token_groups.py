@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +84,7 @@ class GroupsToQuantize(Exercise):
         """Steps that complete no group, pieces that complete one or more, prompts, no token at all; other shapes; keys
         in another order in memory."""
         for held, count, group_size, shape in (
-            (0, 1, 4, SHAPE), (2, 1, 4, SHAPE), (3, 6, 4, SHAPE), (3, 1, 4, SHAPE), (0, 4, 4, SHAPE), (0, 11, 4, SHAPE),
+            (2, 1, 4, SHAPE), (0, 1, 4, SHAPE), (3, 6, 4, SHAPE), (3, 1, 4, SHAPE), (0, 4, 4, SHAPE), (0, 11, 4, SHAPE),
             (2, 13, 3, (1, 2, 7)), (5, 0, 4, SHAPE), (3, 4, 1, SHAPE), (31, 1, 32, (3, 1, 4)), (31, 2, 32, (3, 1, 4)),
             (30, 1, 32, (3, 1, 4)), (7, 3000, 64, (1, 1, 2)), (0, 0, 4, SHAPE),
         ):  # fmt: skip
@@ -100,12 +101,16 @@ class GroupsToQuantize(Exercise):
                 self.fail("layout", seen=f"3 waiting, 6 new, {words}: {not_yet.finding.seen}",
                           cause="the code counts on the order in memory: view, or a reshape that assumes it",
                           look="slices and cat, along dim=2")  # fmt: skip
-        others = numbered(range(20, 23)), numbered(range(23, 29))  # as many as before
-        groups, rest = self.parts(self.call(answer, *others, 4), "3 waiting, 6 new, others than before", SHAPE)
-        if [*groups, rest] != [list(range(20, 24)), list(range(24, 28)), [28]]:
-            self.fail("values", seen=f"tokens 20 to 28 came: groups of {groups}, {rest} go on waiting",
-                      cause="right for other tokens, as many: something of an earlier call was kept",
-                      look="everything that is returned is made of waiting and new")  # fmt: skip
+        for held, count in ((2, 1), (3, 6)):  # as many as before, other tokens
+            first, behind = 20 + held, 20 + held + count
+            others = numbered(range(20, first)), numbered(range(first, behind))
+            groups, rest = self.parts(self.call(answer, *others, 4), f"{held} waiting, {count} new, others", SHAPE)
+            tokens = list(range(20, behind))
+            whole = len(tokens) // 4 * 4
+            if [*groups, rest] != [*(tokens[start : start + 4] for start in range(0, whole, 4)), tokens[whole:]]:
+                self.fail("remembered", seen=f"tokens 20 to {behind - 1} came: groups {groups}, {rest} go on waiting",
+                          cause="right for other tokens, as many: something of an earlier call was kept",
+                          look="everything that is returned is made of waiting and new")  # fmt: skip
         for dtype in (torch.bfloat16, torch.float64):
             for group in self.call(answer, numbered(range(3), dtype), numbered([3], dtype), 4)[0]:
                 self.same(group, numbered(range(4), dtype), what=f"a group of {str(dtype).removeprefix('torch.')} keys")
@@ -122,6 +127,7 @@ class GroupsToQuantize(Exercise):
         whole = (held + count) // group_size
         if sizes == [group_size] * whole and [*tokens, *rest] == list(range(held + count)):
             return
+        self.explain_memory(answer, seen)
         if sizes != [group_size] * whole:
             self.explain_sizes(answer, sizes, f"{seen}; whole groups: {whole}")
         self.explain_lost(sorted([*tokens, *rest]), held, count, seen)
@@ -174,6 +180,21 @@ class GroupsToQuantize(Exercise):
                     look="what is returned: slices of the joined tensor, nothing else",
                 )
         return [ids(group) for group in got[0]], ids(got[1])
+
+    def explain_memory(self, answer: Callable, seen: str) -> None:
+        """Name tokens of another call, where they turn up: those from 50 on come in the second of two calls."""
+        kept: set[int] = set()
+        with suppress(Exception):  # what it raises there has its own case
+            answer(numbered([40]), numbered([41]), 4)
+            groups, rest = answer(numbered([50, 51]), numbered([52]), 4)
+            kept = {token for x in (*groups, rest) if torch.equal(x, numbered(ids(x))) for token in ids(x)}
+        if any(token < 50 for token in kept):
+            self.fail(
+                "remembered",
+                seen=f"{seen}. In another call came tokens 50, 51 and 52; returned were {sorted(kept)}",
+                cause="something of an earlier call was kept, and used in place of what came",
+                look="everything that is returned is made of waiting and new, the arguments of this call",
+            )
 
     def explain_sizes(self, answer: Callable, sizes: list[int], seen: str) -> None:
         """Name the rule by which groups get their sizes, in several calls alike."""

@@ -148,6 +148,10 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
                 "logits were taken for logarithms of probabilities", "log_softmax, or cross_entropy"),
         Suspect("probability", [logp.exp().mean().item(), -logp.exp().mean().log().item()],
                 "probabilities were averaged", "the mean of -log p, not the logarithm of a mean"),
+        Suspect("epsilon", [-guarded.log().mean().item() for eps in (10.0**-n for n in range(1, 16)) for guarded in
+                            (logp.exp() + eps, logp.exp().clamp(min=eps))],
+                "a small number was added to the probability, or is its least: unlikely tokens look likelier",
+                "log_softmax, or cross_entropy: they need no guard against log(0)"),
         Suspect("softmax-twice", [surprise(rows.softmax(-1)[FIRST - 1 : -1], targets[FIRST:]).mean().item()],
                 "cross_entropy got probabilities, and applied softmax once more", "what cross_entropy takes: logits"),
         Suspect("axis",

@@ -15,7 +15,7 @@ def quantize(x: Tensor, nbits: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Codes are whole numbers from 0 to 2**nbits - 1, uint8 [..., group]; scale and zero are [..., 1], of x's dtype. The
     least number of a group gets code 0, the greatest the last code, and codes * scale + zero is within half a scale of
-    x. A group of equal numbers comes back exactly, with no NaN.
+    x, all but for the rounding of x's dtype. A group of equal numbers comes back exactly, with no NaN.
     """
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (high - low) / (2**nbits - 1)

@@ -13,11 +13,12 @@ from labkit.course.checks.caches import check_methods, read_pair
 from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab05.bookkeeping import check_given, check_read
-from labkit.labs.lab05.layers import SHAPE, Recorder, Shape, fits, numbered_pair
+from labkit.labs.lab05.layers import SHAPE, Recorder, Shape, fits, is_restored, numbered_pair
 from labkit.labs.lab05.references import QuantizedLayer
 from labkit.ledger import memory_of
 
 CASES: tuple[tuple[int, int, tuple[int, ...], Shape], ...] = (  # group_size, residual_length, tokens of each append
+    (4, 3, (1, 1, 5, 4, 6), SHAPE),  # appends, groups and what is left over have different sizes
     (2, 3, (1,) * 10, SHAPE),
     (4, 3, (20, 1, 1, 1), SHAPE),
     (4, 3, (5, 9, 2, 6), (1, 2, 7)),
@@ -61,6 +62,7 @@ class QuantizedLayerExercise(Exercise):
         "joined-along": "K is [batch, num_kv_heads, tokens, head_dim]. Which dimension grows when a token comes?",
         "callers-tensor": "A slice or a plain assignment is the same memory as the caller's. clone() is not.",
         "slice-keeps-all": "x[:, :, 100:] is small, and the memory behind it is that of x.",
+        "keeps-restored": "Restored numbers are as large as those that came. Which form is small?",
         "no-residual": "x[:, :, :-0] holds nothing. Count from the front.",
         "read-order": "Which tokens are older, those in groups or those that wait?",
     }
@@ -116,7 +118,8 @@ class QuantizedLayerExercise(Exercise):
         """Append tokens in these pieces; check after each."""
         cache, recorder = self.made(answer, group_size, residual_length)
         held = 0
-        for piece in pieces:
+        reads: list[tuple[Tensor, Tensor]] = []  # what was read, each beside a copy
+        for count, piece in enumerate(pieces, 1):
             groups_before = len(recorder.given)
             k, v = numbered_pair(held, piece, shape=shape)
             kept = k.clone(), v.clone()
@@ -143,7 +146,7 @@ class QuantizedLayerExercise(Exercise):
                 if got[0].dim() == 4 and got[0].shape[2] < held and quantized < groups:  # lost, not waiting
                     check_read(type(self), got, held, quantized * group_size, where, shape, group_size)
             sizes = (group_size, residual_length)
-            check_given(type(self), recorder.given, sizes, groups, groups_before, piece, where, shape)
+            check_given(type(self), recorder.given, sizes, groups, groups_before, pieces[:count], where, shape)
             if got is None and groups == 0 and trouble and trouble.finding.diagnosis == "raised":
                 self.fail(
                     "read-before-a-group",
@@ -155,6 +158,18 @@ class QuantizedLayerExercise(Exercise):
                 assert trouble is not None
                 raise trouble
             check_read(type(self), got, held, groups * group_size, where, shape, group_size)
+            reads += [(x, x.clone()) for x in got]
+            self.check_earlier_reads(reads, where)
+
+    def check_earlier_reads(self, reads: list[tuple[Tensor, Tensor]], where: str) -> None:
+        """What was read before still holds what it held."""
+        if not all(torch.equal(now, then) for now, then in reads):
+            self.fail(
+                "result-overwritten",
+                seen=f"{where}: what read() gave after an earlier append has changed since",
+                cause="read() gave a view of memory that later appends write into",
+                look="what read() returns while no group is complete, or what waits: torch.cat and clone() make copies",
+            )
 
     def check_without_residual(self, answer: Callable, group_size: int) -> None:
         """residual_length 0: at times no token waits."""
@@ -221,7 +236,8 @@ class QuantizedLayerExercise(Exercise):
                     self.same(x, wanted, what=f"{where}: {name} of a group")
 
     def check_memory(self, answer: Callable) -> None:
-        """After a long prompt, no more than a few groups' worth of tensors is alive; nor after the first token."""
+        """After a long prompt, no more than a few groups' worth of tensors is alive; nor after the first token, nor
+        after what was read is gone."""
         cache, recorder = self.made(answer, 4, 3)
         self.run(partial(cache.append, *numbered_pair(0, 1)))
         token = sum(x.nbytes for x in numbered_pair(0, 1))
@@ -247,11 +263,26 @@ class QuantizedLayerExercise(Exercise):
                 cause="what waits is a slice, and a slice keeps alive all that it was cut from",
                 look="where append keeps what waits: clone() it",
             )
-        if behind > limit:
+        case = "a prompt of 120 tokens, 4 of which should wait"
+        self.check_kept(cache, recorder, limit, prompt, case)
+        read_pair(type(self), cache)
+        self.check_kept(cache, recorder, limit, prompt, f"{case}, after a read()")
+
+    def check_kept(self, cache: Any, recorder: Recorder, limit: int, prompt: int, case: str) -> None:
+        """No more than `limit` bytes in full precision, of the `prompt` bytes that came."""
+        if (behind := bytes_behind(cache, without=[recorder])) <= limit:
+            return
+        seen = f"{case}: the cache holds {behind / prompt:.0%} of its bytes in full precision"
+        if any(map(is_restored, tensors_behind(cache, without=[recorder]))):
             self.fail(
-                "keeps-originals",
-                seen="a prompt of 120 tokens, 4 of which should wait: the cache holds "
-                f"{behind / prompt:.0%} of its bytes in full precision",
-                cause="quantized tokens are kept in another form besides: more memory than without quantization",
-                look="append: once a group is quantized, its tokens are kept in no other form",
+                "keeps-restored",
+                seen=seen,
+                cause="what restore gave back is kept: as many numbers as came, in full precision again",
+                look="what the cache keeps: what quantize_group returned. read() restores it each time",
             )
+        self.fail(
+            "keeps-originals",
+            seen=seen,
+            cause="tokens that were quantized are held in full precision all the same",
+            look="append: once a group is quantized, its tokens are kept in no other form",
+        )

@@ -50,6 +50,7 @@ class PackedScores(Exercise):
         """Values for several shapes and numbers of bits; then what is made on the way, for one query and for three."""
         cases = [
             Case(packed_keys(2, 3, queries=1, nbits=4, tokens=11, head_dim=8)),
+            Case(packed_keys(2, 3, queries=1, nbits=4, tokens=11, head_dim=8), "other codes"),
             Case(packed_keys(3, queries=5, nbits=8, tokens=7, head_dim=4)),
             Case(packed_keys(queries=1, nbits=2, tokens=9, head_dim=6)),
             Case(packed_keys(2, 3, queries=4, nbits=4, tokens=5, head_dim=12)),
