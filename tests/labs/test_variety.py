@@ -27,6 +27,9 @@ FUNCTIONS = {id: exercise for id, exercise in EXERCISES.items() if not inspect.i
 ONE_ONLY: dict[tuple[str, str], dict[str, str]] = {
     ("01.4", "frequencies"): {"dtypes": "they are float32 whatever dtype the vectors have, as the docstring says"},
     ("02.2", "x"): {"lengths": "a decode step brings one token"},
+    ("05.6", "scale"): {"lengths": "one for each channel"},
+    ("05.6", "zero"): {"lengths": "one for each channel"},
+    ("05.8", "tokens"): {"lengths": "one text"},
 }
 
 

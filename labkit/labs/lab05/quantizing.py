@@ -95,7 +95,7 @@ class Quantize(Exercise):
         self.judge_float64(answer)
 
     def judge_bfloat16(self, answer: Callable) -> None:
-        """8 bits in a dtype of 8: groups whose steps, each rounded, stay below the last code, since uint8 has no 256."""
+        """8 bits in a dtype of 8: groups whose steps, each rounded, stay below the last code: uint8 has no 256."""
         x = torch.randn(200, 12).bfloat16()
         low, scale = x.amin(-1, keepdim=True), quantize(x, 8)[1]
         self.judge(answer, x[((x - low) / scale).amax(-1) < 255], 8)

@@ -447,6 +447,52 @@ class HidesOriginals(QuantizedLayer):
         super().append(k, v)
 
 
+class KeepsWhatItRead(QuantizedLayer):
+    """Restores every group in the first read after it was made, and keeps that for the next read."""
+
+    def append(self, k, v):
+        before = len(self.groups)
+        super().append(k, v)
+        if len(self.groups) > before:
+            self.restored = None
+
+    def read(self):
+        if not self.groups:
+            return super().read()
+        if self.restored is None:
+            pairs = [self.restore(group) for group in self.groups]
+            self.restored = [torch.cat(side, dim=2) for side in zip(*pairs, strict=True)]
+        return joined(self.restored, *self.waiting)
+
+
+class ReadsItsBuffer(QuantizedLayer):
+    """One piece of memory for what waits; the first reads are views of it."""
+
+    def append(self, k, v):
+        super().append(k, v)
+        if not hasattr(self, "buffer"):
+            self.buffer = k.new_empty(2, *k.shape[:2], self.group_size + self.residual_length, k.shape[3])
+        count = self.waiting[0].shape[2]
+        for memory, x in zip(self.buffer, self.waiting, strict=True):
+            memory[:, :, :count] = x
+        self.waiting = tuple(memory[:, :, :count] for memory in self.buffer)
+
+    def read(self):
+        return super().read() if self.groups else self.waiting
+
+
+class ShortGroupBehind(QuantizedLayer):
+    """All tokens before the residual, in groups of group_size and a short one."""
+
+    def append(self, k, v):
+        k, v = joined(self.waiting, k, v)
+        ready = max(0, k.shape[2] - self.residual_length)
+        for start in range(0, ready, self.group_size):
+            part = slice(start, min(start + self.group_size, ready))
+            self.groups.append(self.quantize_group(k[:, :, part], v[:, :, part]))
+        self.waiting = k[:, :, ready:].clone(), v[:, :, ready:].clone()
+
+
 class KeepsRestored(QuantizedLayer):
     """Restores every group after each append, and keeps that."""
 
@@ -624,6 +670,14 @@ def scores_by_two_products(q, codes, scale, zero):
     return (q * scale).matmul(codes.to(q.dtype).transpose(-1, -2)) + q.matmul(zero.transpose(-1, -2))
 
 
+def scores_into_new_memory(q, codes, scale, zero):
+    """Right: each token's scores written into memory that was made for all of them."""
+    scaled, added, out = q * scale, zeros(q, zero)[..., 0], q.new_empty(*q.shape[:-1], codes.shape[-2])
+    for token in range(codes.shape[-2]):
+        out[..., token] = (scaled @ codes[..., token, :, None].to(q.dtype))[..., 0] + added
+    return out
+
+
 def scores_by_token(q, codes, scale, zero):
     """Right: each token's codes converted when they are needed."""
     scaled = q * scale
@@ -727,6 +781,12 @@ def as_they_came(waiting, new, group_size):
 def each_new_token(waiting, new, group_size):
     groups = [new[:, :, token : token + 1] for token in range(new.shape[2])]
     return groups, waiting
+
+
+def keeps_what_waits(waiting, new, group_size, kept={}):  # noqa: B006
+    key = (*new.shape[:2], new.shape[3])
+    groups, kept[key] = groups_to_quantize(kept.get(key, waiting).to(new.dtype), new, group_size)
+    return groups, kept[key]
 
 
 def all_when_enough(waiting, new, group_size):
@@ -1066,6 +1126,9 @@ WRONG = [
     Wrong("05.5", "one-group-read", "reads one group", OneGroupRead),
     Wrong("05.5", "room-unused", "makes room for 2,048 tokens", RoomForMany),
     Wrong("05.5", "keeps-originals", "hides originals in an inner object, as lists", HidesOriginals),
+    Wrong("05.5", "keeps-restored", "keeps what a read restored for the next", KeepsWhatItRead),
+    Wrong("05.5", "result-overwritten", "reads views of a buffer that appends write into", ReadsItsBuffer),
+    Wrong("05.5", "short-group", "makes a short group of what is left before the residual", ShortGroupBehind),
     Wrong("05.5", "keeps-restored", "keeps what it restored", KeepsRestored),
     Wrong("05.5", "values", "keeps K and V in half precision", ThroughHalf),
     Wrong("05.5", "keys-changed", "gives groups in half precision", GroupsThroughHalf),
@@ -1132,6 +1195,7 @@ WRONG = [
     Wrong("05.6", "softmax", "returns weights", lambda q, c, s, z: packed_scores(q, c, s, z).softmax(-1)),
     Wrong("05.7", "one-token-groups", "makes a group of whatever comes", as_they_came, "VeloxQuant-MLX#162"),
     Wrong("05.7", "one-token-groups", "makes a group of each new token", each_new_token),
+    Wrong("05.7", "remembered", "goes on with what waited after the call before", keeps_what_waits),
     Wrong("05.7", "groups-as-they-came", "makes one group of all as soon as there is a whole one", all_when_enough),
     Wrong("05.7", "short-group", "quantizes the rest too", by_split),
     Wrong("05.7", "empty-group", "splits no tokens into one piece", split_of_nothing),
@@ -1186,6 +1250,8 @@ WRONG = [
            from_probabilities(lambda logp, rows: -rows.mean())),
     Wrong("05.8", "probability", "averages probabilities",
            from_probabilities(lambda logp, rows: -logp.exp().mean().log())),
+    Wrong("05.8", "epsilon", "adds a small number to each probability",
+           from_probabilities(lambda logp, rows: -(logp.exp() + 1e-6).log().mean())),
     Wrong("05.8", "softmax-twice", "gives cross_entropy probabilities",
            lambda model, tokens, cache: measured(
                call=lambda model, part, cache: model(part, cache).softmax(-1))(model, tokens, cache)),
@@ -1235,6 +1301,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("05.6", scores_by_channel),
     ("05.6", scores_by_einsum),
     ("05.6", scores_by_two_products),
+    ("05.6", scores_into_new_memory),
     ("05.6", scores_by_token),
     ("05.6", scores_in_place),
     ("05.7", right_by_narrow),

@@ -153,6 +153,16 @@ def quantize_mended_afterwards(x, nbits):
     return torch.where(high == low, 0, codes).to(torch.uint8), scale, low
 
 
+def quantize_in(dtype):
+    """All steps in one dtype, scale and zero given back in x's. Right in float64; float32 loses digits of float64."""
+
+    def answer(x, nbits):
+        codes, scale, zero = quantize(x.to(dtype), nbits)
+        return codes, scale.to(x.dtype), zero.to(x.dtype)
+
+    return answer
+
+
 def quantize_with_a_least_scale(x, nbits):
     """Right: a tiny least scale, and half added before the fraction is cut off."""
     low = x.min(dim=-1, keepdim=True).values
@@ -706,6 +716,7 @@ WRONG = [
     Wrong("05.1", "arguments-changed", "subtracts in place", in_place),
     Wrong("05.1", "dtype", "returns scales in float32",
            then(lambda c, s, z, x, n: (c, s.float(), z.float()))),
+    Wrong("05.1", "precision", "float64 squeezed through float32", quantize_in(torch.float32)),
     Wrong("05.1", "one-off", "adds one to every code", then(lambda c, s, z, x, n: (c + 1, s, z))),
     Wrong("05.1", "levels-miscounted", "nbits steps", stepped(lambda nbits: nbits)),
     Wrong("05.1", "levels-miscounted", "2 * nbits for 2**nbits", stepped(lambda nbits: 2 * nbits - 1)),
@@ -870,6 +881,7 @@ WRONG = [
 RIGHT: list[tuple[str, Callable]] = [
     ("05.1", quantize_by_aminmax),
     ("05.1", quantize_mended_afterwards),
+    ("05.1", quantize_in(torch.float64)),
     ("05.1", quantize_with_a_least_scale),
     ("05.1", quantize_by_the_nearest_mark),
     ("05.1", quantize_by_reciprocal),
