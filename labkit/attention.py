@@ -155,6 +155,17 @@ class Visibility:
             self._made[wanted] = first.expand(batch).contiguous(), end.expand(batch).contiguous()
         return self._made[wanted]
 
+    def keys_read(self, constants: Constants, batch: int) -> int:
+        """Keys that some query of their row may see, summed over `batch` rows. ValueError unless keys are in order."""
+        if self.key_position is not None or not constants.causal:
+            raise ValueError("how many keys are read is known for causal attention among keys in their order")
+        reads = [
+            min(self.kv_len, query + self.new_tokens - key)
+            - max(0, -key, 0 if constants.window is None else query - constants.window + 1 - key)
+            for query, key in self.pairs()
+        ]
+        return sum(max(0, read) for read in reads) * (batch if len(reads) == 1 else 1)
+
     def unseen(self, constants: Constants) -> int:
         """How many keys, counted from index 0, have left the window of every query."""
         if constants.window is None or self.key_position is not None:

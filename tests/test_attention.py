@@ -325,6 +325,7 @@ class TestVisibility:
         assert torch.equal(seen_by(part, constants, expected[:, :, start:stop]), expected[:, :, start:stop])
         assert part.meets(constants) or not expected[:, :, start:stop].any()
         assert not expected[:, :, : visible.unseen(constants)].any()
+        assert visible.keys_read(constants, len(lengths)) == expected.any(1).sum()
         if new == 1:
             first, end = visible.bounds(constants, len(lengths), "cpu")
             index = torch.arange(kv_len)
@@ -336,6 +337,8 @@ class TestVisibility:
         visible = Visibility(1, 5, (9,), key_position=held)
         mask = visible.mask(Constants(window=3))
         assert mask[:, 0, 0].tolist() == [[False, False, True, True, True], [False, False, False, False, True]]
+        with pytest.raises(ValueError, match="among keys in their order"):
+            visible.keys_read(Constants(), 2)
         assert visible.mask(Constants())[:, 0, 0].all()
 
 
