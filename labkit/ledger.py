@@ -11,7 +11,8 @@ The rules. A *weight* is a parameter, or a tensor given to `watch`; anything els
 - A product of two activations is attention. A first product (queries with keys) gives scores: each entry counts one to
   `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
   values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same, and
-  so does labkit's over packed K and V, with the bytes they are packed in.
+  so does labkit's over packed K and V, with the bytes they are packed in, and over K and V in blocks, with the tokens
+  of each row that are seen.
 - A product with a watched weight counts one projection per row of the activation, times the weight's share.
 - A softmax of three or more dimensions over numbers that no such product gave counts as scores too: somebody multiplied
   and summed by hand. What was read is then not seen.
@@ -38,6 +39,7 @@ from labkit.prepacked import prepacked_linear
 
 # By name: importing the last one imports Numba.
 PACKED = {"packed_attention", "packed_decode_attention", "packed_decode_attention_cpu"}
+PAGED = {"paged_attention", "paged_decode_attention", "paged_decode_attention_cpu"}
 PRODUCTS = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmm_", "addmv", "baddbmm", "baddbmm_",
     "addbmm", "einsum", "tensordot", "inner", "dot", "vdot", "vecdot",
@@ -129,6 +131,11 @@ class Ledger(TorchFunctionMode):
             tokens = key.num_tokens + sum(x.shape[2] for x in dense) // 2
             self.work.scores += query[..., 0].numel() * tokens
             self.work.bytes_read += key.nbytes + value.nbytes + sum(x.nbytes for x in dense)
+        elif name in PAGED:
+            query, key, value, _, visible, constants = args
+            tokens = visible.keys_read(constants, len(query))
+            self.work.scores += query[0, ..., 0].numel() * tokens
+            self.work.bytes_read += tokens * (key[0, 0].nbytes + value[0, 0].nbytes)
         elif func in (F.linear, prepacked_linear):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             activation = args[0] if args else kwargs["input"]

@@ -1,0 +1,253 @@
+"""`paged_attention` of one new token per row for a CPU: loops compiled by Numba when they are first needed.
+
+All rows of a batch, each of its own length, are answered in one call. K and V are read where they lie: some tokens of
+one KV head at a time are brought to float32, in a buffer that stays in the core's fastest cache, and every query head
+that shares the KV head is answered from it. No dense K or V is ever made, whatever the block size.
+
+Tokens are answered in parts, each with a softmax of its own, and merged, as in `packed_attention_cpu`. A part begins at
+a multiple of `PART` in its row, whatever else is in the batch and however many threads there are: so neither changes a
+bit of a row's numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import float32, int32, uint32
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from labkit.attention import PLAIN, Constants, Visibility
+from labkit.kernels.packed_attention import wants_gradient
+from labkit.kernels.packed_attention_cpu import _add_weighted, _powers, compiled, share_out
+from labkit.kernels.paged_attention import check_paged
+from labkit.kernels.split import DTYPES
+
+PART = 1024  # tokens to a part; a multiple of TILE
+TILE = 32  # tokens brought to float32 at a time; a multiple of 4
+PAYS = 2**18  # numbers of K and V that are read: of fewer, waking a thread would cost too large a share
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these loops answer: one new token per row on a CPU, float32 or 16 bits, contiguous, without gradient."""
+    fits = q.device.type == "cpu" and q.shape[2] == 1 and q.dtype in DTYPES and k.is_contiguous() and v.is_contiguous()
+    return fits and not wants_gradient(q, k, v) and sys.byteorder == "little"
+
+
+def paged_decode_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, visible: Visibility, constants: Constants = PLAIN
+) -> Tensor:
+    """`paged_attention` of one new token per row where `takes` says so; its twin's arguments.
+
+    It takes the threads that PyTorch does (`torch.set_num_threads`), where there is enough to read. Sums are kept in
+    float32. Raises ValueError when shapes or dtypes do not fit or the table lacks a block that is read. It has no
+    backward pass.
+    """
+    if has_torch_function((q,)):
+        return handle_torch_function(paged_decode_attention_cpu, (q,), q, k, v, block_table, visible, constants)
+    queries = check_paged(q, k, v, block_table, visible)
+    if not takes(q, k, v):
+        raise ValueError(
+            f"paged_decode_attention_cpu takes one new token on a CPU, float32 or 16 bits, contiguous blocks and no "
+            f"gradients; got q {list(q.shape)}, {q.dtype} on {q.device}. paged_attention takes all of these"
+        )
+    batch, _, _, head_dim = q.shape
+    heads = k.shape[2]
+    rows = q.detach().reshape(batch, heads, queries, head_dim).float() * constants.scale_for(head_dim)
+    bounds = [x.numpy() for x in visible.bounds(constants, batch, "cpu")]
+    table = block_table.int().contiguous().numpy()
+    loops, parts_of, merged = warm_up()
+    parts = parts_of(*bounds, table, k.shape[1], len(k))
+    if len(parts) and parts[0, 1] < 0:
+        raise ValueError(f"the block table lacks a block of tokens that are read: its numbers are 0 to {len(k) - 1}")
+    pays = 2 * visible.keys_read(constants, batch) * heads * head_dim >= PAYS
+    threads = torch.get_num_threads() if pays else 1
+    at_once = heads if len(parts) >= threads else 1  # KV heads worked on together: they lie side by side
+    threads = max(1, min(threads, len(parts) * heads // at_once))
+    blended = np.zeros((len(parts), heads, queries, head_dim), np.float32)
+    sums = np.empty((len(parts), heads, queries, 2), np.float32)
+    share_out(
+        functools.partial(
+            loops, rows.numpy(), as_halves(k), as_halves(v), table, parts, DTYPES.index(k.dtype),
+            float32(constants.soft_cap or 0.0), at_once, blended, sums,
+        ),
+        threads,
+    )  # fmt: skip
+    return torch.from_numpy(merged(batch, parts, blended, sums)).to(q.dtype).view(q.shape)
+
+
+def as_halves(x: Tensor) -> np.ndarray:
+    """The memory of K or V as 16-bit words: Numba has no 16-bit floats, and one type of words needs one compilation."""
+    return x.detach().view(torch.int16).numpy().view(np.uint16)
+
+
+LOCK = threading.Lock()
+
+
+def warm_up() -> tuple[Any, Any, Any]:
+    """The compiled loops, one set for all dtypes and shapes: some seconds when a process first calls it, then nothing.
+
+    Call it before timing a step. On a terminal it says that it compiles.
+    """
+    with LOCK:
+        if not _merged.signatures:
+            if sys.stderr is not None and sys.stderr.isatty():
+                print("compiling the loops for paged attention (some seconds, once per process)", file=sys.stderr)
+            table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 8), np.uint16)
+            blended, sums = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 2), np.float32)
+            parts = _parts(ends - ends, ends, table, 1, 1)
+            _attend(rows, words, words, table, parts, 0, float32(0), 1, blended, sums, 0, 1)
+            _merged(1, parts, blended, sums)
+    return _attend, _parts, _merged
+
+
+@compiled
+def _parts(first, end, table, block_size, num_blocks):
+    """Row, first token and the one behind the last of each part that is read, int64 `[parts, 3]`, row after row.
+
+    The first token of the first part is -1 where the table lacks a block.
+    """
+    count = 0
+    for row in range(len(first)):
+        if end[row] > first[row]:
+            count += (end[row] - 1) // PART - first[row] // PART + 1
+    parts = np.empty((count, 3), np.int64)
+    at = 0
+    for row in range(len(first)):
+        low, high = np.int64(first[row]), np.int64(end[row])
+        while low < high:
+            stop = min(high, (low // PART + 1) * PART)
+            parts[at, 0], parts[at, 1], parts[at, 2] = row, low, stop
+            low, at = stop, at + 1
+    for row in range(len(first)):
+        if end[row] > first[row]:
+            for place in range(first[row] // block_size, (end[row] - 1) // block_size + 1):
+                if table[row, place] < 0 or table[row, place] >= num_blocks:
+                    parts[0, 1] = -1
+    return parts
+
+
+@compiled
+def _attend(rows, k, v, table, parts, dtype, soft_cap, at_once, blended, sums, index, threads):
+    """This thread's share of the parts, into `blended` and `sums`, which holds the top score and the sum above it.
+
+    rows: scaled queries `[batch, num_kv_heads, queries, head_dim]`. A share is `at_once` KV heads of one part.
+    """
+    _, heads, queries, dims = rows.shape
+    groups, zeroth, once = heads // at_once, np.int64(0), np.int64(1)
+    tile, some = np.empty((TILE, dims), np.float32), np.empty((queries, TILE), np.float32)
+    scores, exponents = np.empty((at_once * queries, PART), np.float32), np.empty(PART, np.int32)
+    for share in range(index, len(parts) * groups, threads):
+        part, begin = share // groups, share % groups * at_once
+        row, low, high = parts[part]
+        blocks = table[row]
+        for start in range(low, high, TILE):
+            count = min(TILE, high - start)
+            for one in range(at_once):
+                _fill(k, blocks, start, count, begin + one, dtype, tile)
+                _score(rows[row, begin + one], tile, count, scores, one * queries, start - low)
+        for one in range(at_once):
+            for query in range(queries):
+                mine = scores[one * queries + query, : high - low]
+                if soft_cap > float32(0):
+                    for token in range(len(mine)):
+                        mine[token] = soft_cap * math.tanh(mine[token] / soft_cap)
+                _powers(mine, exponents, sums[part, begin + one, query])
+        for start in range(low, high, TILE):
+            count = min(TILE, high - start)
+            for one in range(at_once):
+                _fill(v, blocks, start, count, begin + one, dtype, tile)
+                for query in range(queries):
+                    mine = scores[one * queries + query]
+                    for token in range(TILE):
+                        some[query, token] = mine[start - low + token] if token < count else float32(0)
+                _add_weighted(tile, zeroth, once, some, blended[part, begin + one])
+
+
+@compiled
+def _fill(pool, blocks, start, count, head, dtype, tile):
+    """`count` tokens of one KV head from place `start` on as float32, and zeros behind them."""
+    size = pool.shape[1]
+    place, at = start // size, start % size
+    for token in range(count):
+        _widen(pool[blocks[place], at, head], dtype, tile[token])
+        at += 1
+        if at == size:
+            place, at = place + 1, 0
+    for token in range(count, len(tile)):
+        tile[token] = float32(0)
+
+
+@compiled
+def _widen(halves, dtype, out):
+    """One token's numbers as float32; dtype: float32, float16 or bfloat16, by its place in `DTYPES`.
+
+    In whole numbers throughout: a float32 product with a number below 2**-126 is 0 where denormals are flushed.
+    """
+    bits = out.view(np.uint32)
+    if dtype == 0:
+        words = halves.view(np.uint32)
+        for dim in range(len(bits)):
+            bits[dim] = words[dim]
+    elif dtype == 2:
+        for dim in range(len(bits)):
+            bits[dim] = uint32(halves[dim]) << uint32(16)
+    else:
+        for dim in range(len(bits)):
+            half = uint32(halves[dim])
+            size = half & uint32(0x7FFF)
+            moved = (size << uint32(13)) + uint32((127 - 15) << 23)
+            moved += uint32((255 - 31 - 112) << 23) if size >= uint32(0x7C00) else uint32(0)  # infinity and NaN
+            out[dim] = float32(int32(size)) * float32(2.0**-24)  # of a denormal number
+            bits[dim] = (bits[dim] if size < uint32(0x0400) else moved) | ((half & uint32(0x8000)) << uint32(16))
+
+
+@compiled
+def _score(rows, tile, count, scores, first, place):
+    """Scores of a tile's tokens, from `place` on, in the rows of `scores` from `first` on. Four tokens at a time."""
+    for query in range(len(rows)):
+        q, to = rows[query], scores[first + query]
+        for token in range(0, count, 4):
+            k0, k1, k2, k3 = tile[token], tile[token + 1], tile[token + 2], tile[token + 3]
+            s0, s1, s2, s3 = float32(0), float32(0), float32(0), float32(0)
+            for dim in range(len(q)):
+                s0 += q[dim] * k0[dim]
+                s1 += q[dim] * k1[dim]
+                s2 += q[dim] * k2[dim]
+                s3 += q[dim] * k3[dim]
+            to[place + token], to[place + token + 1] = s0, s1
+            to[place + token + 2], to[place + token + 3] = s2, s3
+
+
+@compiled
+def _merged(batch, parts, blended, sums):
+    """One part of all of a row: what each blended, weighted by exp(its top - the greatest), over their sum."""
+    _, heads, queries, dims = blended.shape
+    out = np.zeros((batch, heads, queries, dims), np.float32)
+    begin = 0
+    while begin < len(parts):
+        row, stop = parts[begin, 0], begin
+        while stop < len(parts) and parts[stop, 0] == row:
+            stop += 1
+        for head in range(heads):
+            for query in range(queries):
+                top, total, to = sums[begin, head, query, 0], float32(0), out[row, head, query]
+                for part in range(begin + 1, stop):
+                    top = max(top, sums[part, head, query, 0])
+                for part in range(begin, stop):
+                    at, some = sums[part, head, query], blended[part, head, query]
+                    weight = float32(math.exp(at[0] - top))
+                    total += weight * at[1]
+                    for dim in range(dims):
+                        to[dim] += weight * some[dim]
+                for dim in range(dims):
+                    to[dim] /= total
+        begin = stop
+    return out
