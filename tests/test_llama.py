@@ -206,11 +206,12 @@ class TestRowsOfAnyLength:
     """Rows without padding, chunks and single tokens in one step, against each row alone."""
 
     @pytest.mark.parametrize("name", ["llama", "mistral, window 6", "qwen2"])
-    @pytest.mark.parametrize("cached", ["growing", "preallocated", "none"])
+    @pytest.mark.parametrize("cached", ["growing", "preallocated", "paged", "none"])
     def test_each_row_has_the_logits_it_has_alone(self, pairs, name, cached):
         _, model = pairs(name)
         lengths = [[3, 11, 1, 7], [1, 1, 1, 1], [4, 0, 1, 1], [0, 1, 0, 5], [1, 1, 1, 1]]
-        cache = {"growing": model.cache(), "preallocated": model.cache(64), "none": None}[cached]
+        paged = Cache.paged(3, 30, 5, window=model.spec.window)
+        cache = {"growing": model.cache(), "preallocated": model.cache(64), "paged": paged, "none": None}[cached]
         rows = [prompt(1, tokens=20, seed=row)[0] for row in range(4)]
         alone = [model(row[None])[0] for row in rows]
         at = [0] * 4

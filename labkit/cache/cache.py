@@ -14,6 +14,7 @@ from torch import Tensor
 from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
 from labkit.cache.layer import LayerCache, checked_rows
+from labkit.cache.paged import PagedCache, Pages
 from labkit.cache.quantized import QuantizedCache
 from labkit.cache.step import Step
 
@@ -59,6 +60,12 @@ class Cache:
         """A cache of packed K and V; the options are those of `QuantizedCache`. `window`: as in `growing`."""
         return cls.of(num_layers, lambda: QuantizedCache(nbits, **options))
 
+    @classmethod
+    def paged(cls, num_layers: int, num_blocks: int, block_size: int = 16, *, window: int | None = None) -> Cache:
+        """A cache of `num_blocks` blocks of `block_size` tokens in every layer. `window`: as in `growing`."""
+        pages = Pages(num_blocks, block_size)
+        return cls.of(num_layers, lambda: PagedCache(pages, window=window))
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens that each row has seen so far, padding included; empty before there are any.
@@ -87,8 +94,9 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated by all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes allocated by all layers, and once by what they share."""
+        shared = {id(layer.shared): layer.shared.nbytes for layer in self.layers if layer.shared is not None}
+        return sum(layer.nbytes for layer in self.layers) + sum(shared.values())
 
     def check_fits(self, num_layers: int, constants: Constants) -> None:
         """Raise ValueError unless this is a cache for `num_layers` layers of attention with these `constants`."""

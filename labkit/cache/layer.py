@@ -37,6 +37,8 @@ class LayerCache(ABC):
     """Tokens per row that fit; None when there is no limit."""
     takes_ragged: ClassVar[bool] = False
     """Whether rows may differ in length."""
+    shared: Any = None
+    """What the layers of one model's cache have in common, block tables say; its `nbytes` count once, not by layer."""
 
     def __init__(self, *, scale: float | None = None, window: int | None = None, soft_cap: float | None = None) -> None:
         self.constants = Constants(scale, window, soft_cap)

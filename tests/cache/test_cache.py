@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.attention import Constants, attention
-from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache, QuantizedCache, Step
+from labkit.cache import Cache, GrowingCache, LayerCache, PagedCache, Pages, PreallocatedCache, QuantizedCache, Step
 from labkit.cache.recording import RecordingCache
 from labkit.cache.step import rectangle
 from labkit.course.plug import PluggedLayer
@@ -454,6 +454,7 @@ def every_kind() -> dict[str, LayerCache]:
         "preallocated": PreallocatedCache(200),
         "int4": QuantizedCache(4, group_size=4, residual_length=3, sink_length=2),
         "int2, turned": QuantizedCache(2, group_size=8, residual_length=0, rotate_keys=True, metadata=torch.bfloat16),
+        "paged": PagedCache(Pages(60, 5)),
         "recording": RecordingCache(),
         "a learner's": PluggedLayer(labs.GrowingCache),
         "a learner's, preallocated": PluggedLayer(lambda: labs.PreallocatedCache(200)),
@@ -492,7 +493,7 @@ class TestUndo:
         assert (now is None) == (was[2] is None)
         assert now is None or all(torch.equal(x, y) for x, y in zip(now, was[2], strict=True))
 
-    @pytest.mark.parametrize("kind", ["growing", "preallocated", "int4", "int2, turned"])
+    @pytest.mark.parametrize("kind", ["growing", "preallocated", "int4", "int2, turned", "paged"])
     def test_memory_that_runs_out_anywhere_leaves_the_cache_as_it_was(self, kind):
         for act in (
             lambda layer: layer.append(*wide_tokens(2, 6, seed=2)),
@@ -569,7 +570,8 @@ def interrupted_at(line: int, act) -> bool:
     left = [line]
 
     def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("layer.py", "dense.py", "quantized.py", "plug.py", "recording.py")):
+        files = ("layer.py", "dense.py", "quantized.py", "paged.py", "plug.py", "recording.py")
+        if not frame.f_code.co_filename.endswith(files):
             return None
         if event == "line":
             left[0] -= 1
@@ -637,14 +639,21 @@ class TestArgumentsThatCannotBe:
             PreallocatedCache(number)
 
 
+RAGGED = {
+    "growing": lambda window: GrowingCache(window=window),
+    "preallocated": lambda window: PreallocatedCache(64, window=window),
+    "paged": lambda window: PagedCache(Pages(40, 3), window=window),
+}
+
+
 class TestRagged:
     """Rows of different lengths, chunks and single tokens in one step, against each row in a cache of its own."""
 
-    @given(data=st.data(), kind=st.sampled_from(["growing", "preallocated"]), window=st.none() | st.integers(1, 6))
+    @given(data=st.data(), kind=st.sampled_from([*RAGGED]), window=st.none() | st.integers(1, 6))
     @settings(max_examples=40, deadline=None)
     def test_each_row_is_as_in_a_cache_of_its_own(self, data, kind, window):
         batch = data.draw(st.integers(2, 4))
-        together = GrowingCache(window=window) if kind == "growing" else PreallocatedCache(64, window=window)
+        together = RAGGED[kind](window)
         alone = [GrowingCache(window=window) for _ in range(batch)]
         cache = Cache([together])
         for turn in range(data.draw(st.integers(1, 4))):

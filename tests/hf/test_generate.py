@@ -12,7 +12,11 @@ from labkit.specs import decoder_spec
 from tests.tiny import VOCAB, hf_model
 
 LAYERS, NEW = 3, 12
-KINDS = {"growing": Cache.growing, "preallocated": lambda layers: Cache.preallocated(layers, 64)}
+KINDS = {
+    "growing": Cache.growing,
+    "preallocated": lambda layers: Cache.preallocated(layers, 64),
+    "paged": lambda layers: Cache.paged(layers, 200, 4),
+}
 MODES = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import labkit.cache
 from labkit import sizing, specs
-from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache, QuantizedCache
+from labkit.cache import Cache, GrowingCache, LayerCache, PagedCache, Pages, PreallocatedCache, QuantizedCache
 from labkit.cache.recording import RecordingCache
 from labkit.quantization import FLOAT8
 from labkit.sizing import Dense, Paged, Quantized, SizeError, bytes_per_token, cache_bytes, mha_bytes_per_token
@@ -19,12 +19,24 @@ from tests.shapes import dense_shapes, mixed_shapes, shape
 
 CAPACITY = 64
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+BLOCK = 5
+
+
+def just_enough(tokens, batch):
+    """Makes layers of one paged cache whose blocks are those that `batch` rows of so many tokens take."""
+    pages = Pages(max(1, batch * -(-tokens // BLOCK)), BLOCK)
+    return lambda: PagedCache(pages)
+
+
+# What makes a layer, given tokens and batch, and the format that predicts its bytes, given the dtype.
 MAKE = {
-    GrowingCache: (lambda: GrowingCache(), lambda dtype: Dense(dtype, drops=False)),
-    PreallocatedCache: (lambda: PreallocatedCache(CAPACITY), lambda dtype: Dense(dtype, CAPACITY, drops=False)),
-    RecordingCache: (lambda: RecordingCache(), lambda dtype: Dense(dtype, drops=False)),
-    QuantizedCache: (lambda: QuantizedCache(4, group_size=8, residual_length=5, sink_length=2),
+    GrowingCache: (lambda *_: GrowingCache, lambda dtype: Dense(dtype, drops=False)),
+    PreallocatedCache: (lambda *_: lambda: PreallocatedCache(CAPACITY),
+                        lambda dtype: Dense(dtype, CAPACITY, drops=False)),
+    RecordingCache: (lambda *_: RecordingCache, lambda dtype: Dense(dtype, drops=False)),
+    QuantizedCache: (lambda *_: lambda: QuantizedCache(4, group_size=8, residual_length=5, sink_length=2),
                      lambda dtype: Quantized(4, 8, 5, dtype, sink_length=2, drops=False)),
+    PagedCache: (just_enough, lambda dtype: Paged(BLOCK, dtype, drops=False)),
 }  # fmt: skip
 
 
@@ -46,7 +58,7 @@ def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype
     make, kept = MAKE[kind]
     if kind is QuantizedCache:
         model = replace(model, head_dim=8 * model.head_dim)
-    cache = Cache.of(model.num_layers, make)
+    cache = Cache.of(model.num_layers, make(tokens, batch))
     for layer in cache.layers:
         for begin in range(0, tokens, cuts):
             new = min(cuts, tokens - begin)
