@@ -30,8 +30,8 @@ from labkit.kernels.paged_attention import check_paged
 from labkit.kernels.split import DTYPES
 
 PART = 1024  # tokens to a part; a multiple of TILE
-TILE = 32  # tokens brought to float32 at a time; a multiple of 4
-PAYS = 2**18  # numbers of K and V that are read: of fewer, waking a thread would cost too large a share
+TILE = 32  # tokens brought to float32 at a time
+PAYS = 2**20  # numbers of K and V, half a millisecond's work; of less, waking a thread would cost too large a share
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -74,7 +74,7 @@ def paged_decode_attention_cpu(
     sums = np.empty((len(parts), heads, queries, 2), np.float32)
     share_out(
         functools.partial(
-            loops, rows.numpy(), as_halves(k), as_halves(v), table, parts, DTYPES.index(k.dtype),
+            loops, rows.numpy(), *as_words(k), *as_words(v), table, parts, DTYPES.index(k.dtype),
             float32(constants.soft_cap or 0.0), at_once, blended, sums,
         ),
         threads,
@@ -82,14 +82,21 @@ def paged_decode_attention_cpu(
     return torch.from_numpy(merged(batch, parts, blended, sums)).to(q.dtype).view(q.shape)
 
 
-def as_halves(x: Tensor) -> np.ndarray:
-    """The memory of K or V as 16-bit words: Numba has no 16-bit floats, and one type of words needs one compilation."""
-    return x.detach().view(torch.int16).numpy().view(np.uint16)
+def as_words(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of K or V as words of 32 bits and of 16, one of the two empty.
+
+    Numba has no 16-bit floats on a CPU, and so one compilation serves all dtypes.
+    """
+    wide = x.dtype == torch.float32
+    words = x.detach().view(torch.int32 if wide else torch.int16).numpy()
+    return (words.view(np.uint32), NO_HALVES) if wide else (NO_WORDS, words.view(np.uint16))
 
 
+NO_WORDS, NO_HALVES = np.empty((0, 0, 0, 0), np.uint32), np.empty((0, 0, 0, 0), np.uint16)
 LOCK = threading.Lock()
 
 
+@functools.cache
 def warm_up() -> tuple[Any, Any, Any]:
     """The compiled loops, one set for all dtypes and shapes: some seconds when a process first calls it, then nothing.
 
@@ -100,10 +107,11 @@ def warm_up() -> tuple[Any, Any, Any]:
             if sys.stderr is not None and sys.stderr.isatty():
                 print("compiling the loops for paged attention (some seconds, once per process)", file=sys.stderr)
             table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
-            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 8), np.uint16)
+            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.uint32)
             blended, sums = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 2), np.float32)
             parts = _parts(ends - ends, ends, table, 1, 1)
-            _attend(rows, words, words, table, parts, 0, float32(0), 1, blended, sums, 0, 1)
+            both = words, NO_HALVES, words, NO_HALVES
+            _attend(rows, *both, table, parts, 0, float32(0), 1, blended, sums, 0, 1)
             _merged(1, parts, blended, sums)
     return _attend, _parts, _merged
 
@@ -135,14 +143,18 @@ def _parts(first, end, table, block_size, num_blocks):
 
 
 @compiled
-def _attend(rows, k, v, table, parts, dtype, soft_cap, at_once, blended, sums, index, threads):
+def _attend(
+    rows, k, k_halves, v, v_halves, table, parts, dtype, soft_cap, at_once, blended, sums, index, threads
+):  # fmt: skip
     """This thread's share of the parts, into `blended` and `sums`, which holds the top score and the sum above it.
 
     rows: scaled queries `[batch, num_kv_heads, queries, head_dim]`. A share is `at_once` KV heads of one part.
     """
     _, heads, queries, dims = rows.shape
+    size = max(k.shape[1], k_halves.shape[1])
     groups, zeroth, once = heads // at_once, np.int64(0), np.int64(1)
-    tile, some = np.empty((TILE, dims), np.float32), np.empty((queries, TILE), np.float32)
+    tile = np.empty((TILE, dims), np.float32)
+    bits = tile.view(np.uint32)
     scores, exponents = np.empty((at_once * queries, PART), np.float32), np.empty(PART, np.int32)
     for share in range(index, len(parts) * groups, threads):
         part, begin = share // groups, share % groups * at_once
@@ -151,7 +163,7 @@ def _attend(rows, k, v, table, parts, dtype, soft_cap, at_once, blended, sums, i
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
             for one in range(at_once):
-                _fill(k, blocks, start, count, begin + one, dtype, tile)
+                _fill(k, k_halves, blocks, size, start, count, begin + one, dtype, tile, bits)
                 _score(rows[row, begin + one], tile, count, scores, one * queries, start - low)
         for one in range(at_once):
             for query in range(queries):
@@ -163,67 +175,53 @@ def _attend(rows, k, v, table, parts, dtype, soft_cap, at_once, blended, sums, i
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
             for one in range(at_once):
-                _fill(v, blocks, start, count, begin + one, dtype, tile)
-                for query in range(queries):
-                    mine = scores[one * queries + query]
-                    for token in range(TILE):
-                        some[query, token] = mine[start - low + token] if token < count else float32(0)
-                _add_weighted(tile, zeroth, once, some, blended[part, begin + one])
+                _fill(v, v_halves, blocks, size, start, count, begin + one, dtype, tile, bits)
+                weights = scores[one * queries : (one + 1) * queries, start - low : start - low + count]
+                _add_weighted(tile, zeroth, once, weights, blended[part, begin + one])
 
 
 @compiled
-def _fill(pool, blocks, start, count, head, dtype, tile):
-    """`count` tokens of one KV head from place `start` on as float32, and zeros behind them."""
-    size = pool.shape[1]
+def _fill(words, halves, blocks, size, start, count, head, dtype, tile, bits):
+    """`count` tokens of one KV head from place `start` on as float32.
+
+    dtype: float32, float16 or bfloat16, by its place in `DTYPES`. bits: the tile in whole numbers: of floats, a number
+    below 2**-126 is 0 where denormals are flushed. Each number is reached by all its indices: taking a token's row out
+    first costs more than its numbers, and loops that read and write the same memory as two types are not vectorized.
+    """
+    dims = tile.shape[1]
     place, at = start // size, start % size
     for token in range(count):
-        _widen(pool[blocks[place], at, head], dtype, tile[token])
+        block = blocks[place]
+        if dtype == 0:
+            for dim in range(dims):
+                bits[token, dim] = words[block, at, head, dim]
+        elif dtype == 2:
+            for dim in range(dims):
+                bits[token, dim] = uint32(halves[block, at, head, dim]) << uint32(16)
+        else:
+            for dim in range(dims):  # as if all were denormal
+                tile[token, dim] = float32(int32(halves[block, at, head, dim]) & 0x7FFF) * float32(2.0**-24)
+            for dim in range(dims):
+                half = uint32(halves[block, at, head, dim])
+                number = half & uint32(0x7FFF)
+                moved = (number << uint32(13)) + uint32((127 - 15) << 23)
+                moved += uint32((255 - 31 - 112) << 23) if number >= uint32(0x7C00) else uint32(0)  # infinity and NaN
+                moved = moved if number >= uint32(0x0400) else bits[token, dim]
+                bits[token, dim] = moved | ((half & uint32(0x8000)) << uint32(16))
         at += 1
         if at == size:
             place, at = place + 1, 0
-    for token in range(count, len(tile)):
-        tile[token] = float32(0)
-
-
-@compiled
-def _widen(halves, dtype, out):
-    """One token's numbers as float32; dtype: float32, float16 or bfloat16, by its place in `DTYPES`.
-
-    In whole numbers throughout: a float32 product with a number below 2**-126 is 0 where denormals are flushed.
-    """
-    bits = out.view(np.uint32)
-    if dtype == 0:
-        words = halves.view(np.uint32)
-        for dim in range(len(bits)):
-            bits[dim] = words[dim]
-    elif dtype == 2:
-        for dim in range(len(bits)):
-            bits[dim] = uint32(halves[dim]) << uint32(16)
-    else:
-        for dim in range(len(bits)):
-            half = uint32(halves[dim])
-            size = half & uint32(0x7FFF)
-            moved = (size << uint32(13)) + uint32((127 - 15) << 23)
-            moved += uint32((255 - 31 - 112) << 23) if size >= uint32(0x7C00) else uint32(0)  # infinity and NaN
-            out[dim] = float32(int32(size)) * float32(2.0**-24)  # of a denormal number
-            bits[dim] = (bits[dim] if size < uint32(0x0400) else moved) | ((half & uint32(0x8000)) << uint32(16))
 
 
 @compiled
 def _score(rows, tile, count, scores, first, place):
-    """Scores of a tile's tokens, from `place` on, in the rows of `scores` from `first` on. Four tokens at a time."""
+    """Scores of a tile's tokens, from `place` on, in the rows of `scores` from `first` on."""
     for query in range(len(rows)):
-        q, to = rows[query], scores[first + query]
-        for token in range(0, count, 4):
-            k0, k1, k2, k3 = tile[token], tile[token + 1], tile[token + 2], tile[token + 3]
-            s0, s1, s2, s3 = float32(0), float32(0), float32(0), float32(0)
-            for dim in range(len(q)):
-                s0 += q[dim] * k0[dim]
-                s1 += q[dim] * k1[dim]
-                s2 += q[dim] * k2[dim]
-                s3 += q[dim] * k3[dim]
-            to[place + token], to[place + token + 1] = s0, s1
-            to[place + token + 2], to[place + token + 3] = s2, s3
+        for token in range(count):
+            score = float32(0)
+            for dim in range(tile.shape[1]):
+                score += rows[query, dim] * tile[token, dim]
+            scores[first + query, place + token] = score
 
 
 @compiled

@@ -306,9 +306,12 @@ every_number(torch.bfloat16)
 def every_number(dtype):
     """Each of the 65,536 numbers of a 16-bit dtype, NaN and infinity among them, against what NumPy makes of it."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    pool, out = numbers.view(torch.int16).numpy().view("uint16"), torch.empty(2**16)
-    for at in range(0, 2**16, 256):
-        paged_attention_cpu._widen(pool[at : at + 256], DTYPES.index(dtype), out.numpy()[at : at + 256])
+    words, halves = paged_attention_cpu.as_words(numbers.view(8, 32, 1, 256))
+    out, blocks = torch.empty(8, 32, 256), torch.arange(8, dtype=torch.int32).numpy()
+    for block, tile in enumerate(out.numpy()):
+        kind = DTYPES.index(dtype)
+        paged_attention_cpu._fill(words, halves, blocks, 32, 32 * block, 32, 0, kind, tile, tile.view("uint32"))
+    out = out.flatten()
     if dtype == torch.float16:
         expected = torch.from_numpy(numbers.numpy().astype("float32"))
     else:
