@@ -124,12 +124,14 @@ class Pages:
             return rows, ()
         held, longer, copies = self.holders(rows), list(rows), []
         wanted = [max(0, self.blocks_for(after) - len(row)) for row, after in zip(rows, step.after, strict=True)]
-        left = held.copy()
+        let_go: Counter[int] = Counter()
         written = []  # rows whose last block is written into while another holds it
         for index, (row, before, count) in enumerate(zip(rows, step.before, step.counts, strict=True)):
-            if count and before % self.block_size and left[row[before // self.block_size]] > 1:
-                left[row[before // self.block_size]] -= 1
-                written.append(index)
+            if count and before % self.block_size:
+                last = row[before // self.block_size]
+                if held[last] - let_go[last] > 1:
+                    let_go[last] += 1
+                    written.append(index)
         needed = sum(wanted) + len(written)
         if needed > self.num_blocks - len(held):
             raise OutOfBlocks(
@@ -145,7 +147,7 @@ class Pages:
             if count:
                 longer[index] = (*longer[index], *free[:count])
                 del free[:count]
-        return tuple(longer), tuple(copies)
+        return (tuple(longer) if needed else rows), tuple(copies)
 
     def check_given(self, lengths: Sequence[int]) -> None:
         """ValueError unless the tables from outside have room for rows of these lengths."""
@@ -183,7 +185,8 @@ class Layout:
     def made(self, key: tuple, make: Callable[[], Any]) -> Any:
         """What `make` gives, once."""
         if key not in self._made:
-            self._made[key] = make()
+            with torch.inference_mode(False):  # a later pass may want gradients
+                self._made[key] = make()
         return self._made[key]
 
     def slots(self, device: torch.device) -> Tensor:

@@ -404,6 +404,18 @@ class TestDecode:
                 # Bounded: a gradient is a sum of a few products of numbers below 10.
                 torch.testing.assert_close(mine, other, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
 
+    def test_what_was_made_in_inference_mode_serves_a_pass_with_gradients(self):
+        cache = PagedCache(Pages(9, 4))
+        step = rectangle(1, 5)
+        with torch.inference_mode():
+            cache.append(*torch.ones(2, 1, KV_HEADS, 5, HEAD_DIM), step)
+            cache.attend(torch.ones(1, KV_HEADS, 5, HEAD_DIM), step)
+        cache.truncate(0)
+        k = torch.ones(1, KV_HEADS, 5, HEAD_DIM, requires_grad=True)
+        cache.append(k, k, step)
+        cache.attend(torch.ones(1, KV_HEADS, 5, HEAD_DIM), step).sum().backward()
+        assert k.grad.abs().sum() > 0
+
     def test_filled_in_inference_mode_it_goes_on_outside(self):
         cache, dense = Cache.paged(1, 20, 4), Cache.growing(1)
         for some in (cache, dense):
