@@ -435,6 +435,28 @@ class TestDecode:
         assert torch.equal(*outs)
 
 
+class TestWhatLayersDoNotShare:
+    """Layers share tables, and what is made of a step is made once: but not where it differs."""
+
+    @pytest.mark.parametrize("counts", [[1, 1], [5, 4], [3, 1]])
+    def test_each_layer_has_its_own_window(self, counts):
+        pages = Pages(40, 3)
+        paged = Cache([PagedCache(pages, window=window) for window in (4, None, 9)])
+        dense = Cache([GrowingCache(window=window) for window in (4, None, 9)])
+        for turn, some in enumerate(([20, 20], counts)):
+            mine, other = (run(cache, some, turn) for cache in (paged, dense))
+            assert_close(mine, other, dense, some, turn)
+
+    @pytest.mark.parametrize("tokens", [1, 6])
+    def test_a_batch_of_the_same_shape_has_its_own_padding(self, tokens):
+        paged, dense = Cache.paged(1, 20, 4), Cache.growing(1)
+        for padding in ([0, 1], [1, 0], None):
+            for cache in (paged, dense):
+                cache.reset()
+            mine, other = (run(cache, [tokens, tokens], 1, padding=padding) for cache in (paged, dense))
+            assert_close(mine, other, dense, [tokens, tokens], 1)
+
+
 class TestTablesFromOutside:
     """As an engine with a block manager of its own drives the cache."""
 
@@ -472,6 +494,16 @@ class TestTablesFromOutside:
         for some in (cache, dense):
             run(some, [2, 1], 2)
         assert_holds_the_same(cache, dense)
+
+    def test_the_same_tables_set_from_outside_are_the_layers_to_extend_no_longer(self):
+        cache = Cache.paged(1, 9, 4)
+        run(cache, [4], 1)
+        mark = cache[0].mark()
+        cache[0].append(*torch.zeros(2, 1, KV_HEADS, 1, HEAD_DIM))  # takes a block
+        cache[0].restore(mark)
+        cache[0].pages.rows = cache[0].rows
+        with pytest.raises(ValueError, match=r"have \[1\] blocks by row; rows of \[5\] tokens need \[2\]"):
+            run(cache, [1], 2)
 
     def test_an_undone_step_leaves_them(self):
         cache = Cache.paged(1, 9, 4)
