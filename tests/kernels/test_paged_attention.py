@@ -350,10 +350,10 @@ class TestErrors:
                 run(*bad)
 
     @pytest.mark.parametrize("run", [paged_attention, *ON_CPU])
-    @pytest.mark.parametrize("block", [-1, 10**6])
+    @pytest.mark.parametrize("block", [-1, None, 10**6])
     def test_a_table_that_lacks_a_block_that_is_read(self, run, block):
         q, k, v, table, _ = case([20, 7], 2, 3, 16, 8, torch.float32)
-        table[0, 1] = block
+        table[0, 1] = len(k) if block is None else block  # the first number that is no block
         with pytest.raises(ValueError, match="the block table lacks a block of tokens that are read"):
             run(q, k, v, table, visible_of([20, 7]))
         run(q, k, v, table, visible_of([20, 7]), Constants(window=4))  # it is not read
