@@ -39,7 +39,7 @@ Copies = tuple[tuple[int, int], ...]
 
 
 class OutOfBlocks(RuntimeError):
-    """No block is left for what was asked. Nothing changed."""
+    """No block is left for what was asked. Nothing changed: let go of some, and ask again."""
 
 
 class Pages:

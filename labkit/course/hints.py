@@ -24,6 +24,7 @@ GENERAL = {
     "layout": "A transposed or sliced tensor lies in memory in another order. `reshape` copes, `view` does not.",
     "precision": "Find the step that is computed in fewer bits than the tensors have, or a small number that is added "
     "to a large one.",
+    "remembered": "Which thing outlives a call: a global, a default argument, an attribute, functools.cache?",
     "result-overwritten": "Where does the tensor that you return come from? If it outlives the call, it is not the "
     "caller's alone.",
     "left-pytorch": "Every step here has a torch function. Which line calls .numpy() or .tolist()?",

@@ -26,10 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from labkit.attention import is_count
-
-
-class OutOfBlocks(RuntimeError):
-    """No block is left for what was asked. Nothing changed: release a request, and ask again."""
+from labkit.cache.paged import OutOfBlocks
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,20 @@ def _run(model: Any, text: Any, passes: Sequence[int]) -> tuple[Any, list[list[H
             raise SpecError(f"transformers' {type(model).__name__} of these sizes does not run: {said}") from None
 
 
+@contextlib.contextmanager
+def unvalidated() -> Iterator[None]:
+    """Without PyTorch's look at a distribution's parameters (gemma3n makes one): a tensor on meta has no value to look
+    at. Some packages switch it off when they are imported, so that only some machines would fail."""
+    from torch.distributions import Distribution
+
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
 def _passes(model: Any, text: Any, passes: Sequence[int]) -> tuple[Any, list[list[Held]]]:
     import torch
     from transformers import DynamicCache
@@ -228,7 +242,7 @@ def _passes(model: Any, text: Any, passes: Sequence[int]) -> tuple[Any, list[lis
     cache: Any = None if makes_its_own else DynamicCache(config=text)
     held = []
     for tokens in passes:
-        with torch.no_grad():
+        with torch.no_grad(), unvalidated():
             out = model(input_ids=torch.zeros((1, tokens), dtype=torch.long), past_key_values=cache, use_cache=True)
         cache = cache if out.get("past_key_values") is None else out["past_key_values"]
         if not hasattr(cache, "layers"):
