@@ -115,24 +115,35 @@ def test_last_only_is_the_last_row(pairs, name):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("how", ["one pass", "odd chunks"])
 def test_logits_of_the_lab_model_are_those_of_transformers(lab_pair, batch, how):
-    theirs, model = lab_pair
+    theirs, model, exact = lab_pair
     tokens, padding = prompt(batch, vocab=model.spec.vocab_size), padding_of(batch)
-    expected = hf_logits(theirs, tokens, padding)
-    assert distance(run(model, tokens, padding, CUTS[how], model.cache(TOKENS)), expected, padding) < BAR
+    got = run(model, tokens, padding, CUTS[how], model.cache(TOKENS))
+    assert_as_near(got, hf_logits(theirs, tokens, padding), hf_logits(exact, tokens, padding), padding)
 
 
 def test_the_lab_model_decodes_token_by_token_as_in_one_pass(lab_pair):
-    theirs, model = lab_pair
+    theirs, model, exact = lab_pair
     tokens = prompt(1, tokens=8, vocab=model.spec.vocab_size)
-    expected = hf_logits(theirs, tokens, None)
-    assert distance(run(model, tokens, None, range(1, 8), model.cache()), expected, None) < BAR
-    assert distance(model(tokens), expected, None) < BAR
+    expected, true = hf_logits(theirs, tokens, None), hf_logits(exact, tokens, None)
+    assert_as_near(run(model, tokens, None, range(1, 8), model.cache()), expected, true, None)
+    assert_as_near(model(tokens), expected, true, None)
+
+
+def assert_as_near(got, expected, exact, padding):
+    """Bounded by what float32 costs transformers itself, twice: 30 layers in another order of sums end elsewhere.
+
+    The rounding alone is 1.1e-4 of logits that spread by 6, on both sides, and differs with the number of threads.
+    """
+    rounding = distance(expected, exact, padding)
+    assert rounding < 1e-3 * exact.std()  # so that the bound below is one
+    assert distance(got, exact, padding) < max(BAR, 2 * rounding)
 
 
 @pytest.fixture(scope="module")
 def lab_pair(lab_model):
-    theirs = AutoModelForCausalLM.from_pretrained(lab_model, dtype=torch.float32).eval()
-    return theirs, ours(theirs)
+    load = AutoModelForCausalLM.from_pretrained
+    theirs, exact = (load(lab_model, dtype=dtype).eval() for dtype in (torch.float32, torch.float64))
+    return theirs, ours(theirs), exact
 
 
 class TestWithACache:
