@@ -12,8 +12,11 @@ Item = TypeVar("Item")
 
 
 def bar(items: Iterable[Item] | None, what: str, *, total: int | None = None) -> Any:
-    """tqdm's bar over `items`, on stderr, when somebody looks on; it leaves nothing behind. what: said beside it."""
-    return tqdm(items, desc=what, total=total, leave=False, file=sys.stderr, delay=1.0, disable=not watched())
+    """tqdm's bar over `items`, when somebody looks on; it leaves nothing behind. what: said beside it.
+
+    It goes where a cell prints, so that the next line takes its place; of stderr, JupyterLab would keep a red strip.
+    """
+    return tqdm(items, desc=what, total=total, leave=False, file=sys.stdout, delay=1.0, disable=not watched())
 
 
 def watched() -> bool:

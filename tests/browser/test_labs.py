@@ -65,6 +65,7 @@ def test_every_cell_runs_without_an_error_and_the_widget_draws_anew(page: Page, 
     run_all(page)
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert page.get_by_text("%|").count() == 0, "a bar stayed"
     if f"lab{notebook.name[:2]}.widget" not in notebook.read_text(encoding="utf-8"):
         return
     label = page.locator(LABEL).first

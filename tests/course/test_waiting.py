@@ -22,7 +22,7 @@ def test_a_program_that_runs_a_notebook_stores_no_bar() -> None:
     assert (output.name, output.text) == ("stdout", "[0, 1, 2] False\n")
 
 
-def test_whoever_may_be_asked_for_input_sees_a_bar_on_stderr() -> None:
+def test_whoever_may_be_asked_for_input_sees_a_bar_whose_place_the_next_line_takes() -> None:
     manager, client = start_new_kernel(kernel_name="python3")
     seen = {"stdout": "", "stderr": ""}
 
@@ -35,10 +35,13 @@ def test_whoever_may_be_asked_for_input_sees_a_bar_on_stderr() -> None:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert "[0, 1, 2] True" in seen["stdout"]
-    assert "looking" in seen["stderr"]
+    bar, line = seen["stdout"].rsplit("\r", 1)
+    assert line == "[0, 1, 2] True\n"
+    assert "looking" in bar
+    assert "\n" not in bar
+    assert seen["stderr"] == ""
 
 
 def test_outside_of_a_notebook_there_is_no_bar(capsys) -> None:
     assert list(waiting.bar(range(2), "looking")) == [0, 1]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
