@@ -57,7 +57,7 @@ lint: $(TEST_READY)
 
 unit: lint
 	$(PY) -m labkit.course.cli model
-	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS)
+	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS) --dist worksteal
 
 notebooks-test: unit
 	$(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
