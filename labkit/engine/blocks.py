@@ -20,13 +20,13 @@ was let go first is taken first, and of one request the last, since a beginning 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from labkit.attention import is_count
 from labkit.cache.paged import OutOfBlocks
+from labkit.engine.allocator import Allocator
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,22 @@ class Counts:
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` tokens each.
 
-    reuse: whether full blocks are found again. Raises ValueError for sizes that cannot be.
+    reuse: whether full blocks are found again. allocator: says which blocks are free, by default an `Allocator`.
+    Raises ValueError for sizes that cannot be, and for an allocator of another number of free blocks.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, reuse: bool = True, allocator: Allocator | None = None
+    ) -> None:
         for name, size in (("num_blocks", num_blocks), ("block_size", block_size)):
             if not is_count(size) or size < 1:
                 raise ValueError(f"{name} is a whole number, at least 1; got {size!r}")
         self.num_blocks, self.block_size, self.reuse = int(num_blocks), int(block_size), reuse
         self.tables: dict[str, Table] = {}
         self.counts = Counts()
-        self._fresh = 0  # blocks from here on were never handed out
-        self._free: OrderedDict[int, None] = OrderedDict()  # let go, the first to be taken again in front
-        self._holders: dict[int, int] = {}  # how many tables hold a block
+        self.allocator = Allocator(self.num_blocks) if allocator is None else allocator
+        if self.num_free != self.num_blocks:
+            raise ValueError(f"the allocator has {self.num_free} free blocks; {self.num_blocks} are needed")
         self._content: dict[int, Content] = {}
         self._found: dict[bytes, int] = {}  # chain: block
 
@@ -92,7 +95,7 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds. Some of them may still be found."""
-        return self.num_blocks - self._fresh + len(self._free)
+        return self.allocator.num_free
 
     @property
     def usage(self) -> float:
@@ -101,7 +104,7 @@ class BlockManager:
 
     def ref_count(self, block: int) -> int:
         """How many requests hold this block."""
-        return self._holders.get(block, 0)
+        return self.allocator.ref_count(block)
 
     def table(self, request: str) -> Table:
         """The table of a request; ValueError when there is none."""
@@ -128,11 +131,11 @@ class BlockManager:
         """How many of these tokens have K and V in blocks that can be found: whole blocks, and never the last token."""
         return len(self._matching(tokens, root(salt))) * self.block_size
 
-    def admit(self, request: str, tokens: Iterable[int], salt: str = "") -> int:
+    def admit(self, request: str, tokens: Iterable[int], salt: str = "", *, spare: int = 0) -> int:
         """Slots for a new request's prompt. Returns how many of its tokens are reused: they need not be run.
 
-        The last token is never reused, since the next token's logits come from it. ValueError for an id that is taken
-        or a prompt without tokens; OutOfBlocks when not all of it fits.
+        The last token is never reused, since the next token's logits come from it. spare: blocks that have to stay
+        free. ValueError for an id that is taken or a prompt without tokens; OutOfBlocks when not all of it fits.
         """
         tokens = checked(tokens)
         if request in self.tables:
@@ -142,11 +145,10 @@ class BlockManager:
         table = Table(root(salt))
         found = self._matching(tokens, table.root)
         free_found = sum(self.ref_count(block) == 0 for block in found)
-        self._check_room(self.blocks_for(len(tokens)) - len(found) + free_found, request)
-        for block in found:
-            self._hold(block)
+        new = self.blocks_for(len(tokens)) - len(found)
+        self._check_room(new + free_found, request, spare)
         table.chains = [self._content[block].chain for block in found]
-        table.blocks = found + [self._take() for _ in range(self.blocks_for(len(tokens)) - len(found))]
+        table.blocks = self._gather(found, new)
         table.tokens, table.computed = tokens, len(found) * self.block_size
         self.tables[request] = table
         self.counts.queries += len(tokens)
@@ -165,15 +167,15 @@ class BlockManager:
         shared = last is not None and self.ref_count(last) > 1
         more = self.blocks_for(len(table.tokens) + len(tokens)) - len(table.blocks)
         self._check_room(more + shared, request)
-        copies = []
+        new, copies = self._gather((), more + shared), []
         if last is not None and shared:
-            table.blocks[-1] = self._take()
+            table.blocks[-1] = new.pop(0)
             copies.append((last, table.blocks[-1]))
             self._drop(last)
             self.counts.copied += 1
         elif last is not None:
             self._forget_content(last)  # it was full before tokens were forgotten
-        table.blocks += [self._take() for _ in range(more)]
+        table.blocks += new
         table.tokens += tokens
         return copies
 
@@ -201,11 +203,8 @@ class BlockManager:
         table = self.table(request)
         if child in self.tables:
             raise ValueError(f"there is a request {child!r} already")
-        for block in table.blocks:
-            self._hold(block)
-        self.tables[child] = Table(
-            table.root, list(table.tokens), list(table.blocks), list(table.chains), table.computed
-        )  # fmt: skip
+        blocks = self._gather(table.blocks, 0)
+        self.tables[child] = Table(table.root, list(table.tokens), blocks, list(table.chains), table.computed)
 
     def shorten(self, request: str, tokens: int) -> None:
         """Forget a request's tokens from place `tokens` on, at least one stays: for guesses that were not accepted."""
@@ -221,9 +220,14 @@ class BlockManager:
     def release(self, request: str) -> None:
         """Let go of every block of a request. What can be found stays so until the memory is needed."""
         table = self.table(request)
+        del self.tables[request]
         for block in reversed(table.blocks):
             self._drop(block)
-        del self.tables[request]
+
+    def forget(self) -> None:
+        """What is in the blocks is gone: nothing written before is found from now on."""
+        self._content.clear()
+        self._found.clear()
 
     # One block at a time.
 
@@ -239,20 +243,32 @@ class BlockManager:
             chain = content.chain
         return found
 
-    def _check_room(self, blocks: int, request: str) -> None:
-        if blocks > self.num_free:
+    def _check_room(self, blocks: int, request: str, spare: int = 0) -> None:
+        if blocks + spare > self.num_free:
+            beside = f" beside {spare} that stay free" if spare else ""
             raise OutOfBlocks(
-                f"request {request!r} needs {blocks} more blocks, {self.num_free} of {self.num_blocks} are free"
+                f"request {request!r} needs {blocks} more blocks{beside}, {self.num_free} of {self.num_blocks} are free"
             )
 
+    def _gather(self, found: Iterable[int], new: int) -> list[int]:
+        """These blocks, held once more, and so many free ones: all, or, where an allocator raises, none."""
+        gathered: list[int] = []
+        try:
+            for block in found:
+                self.allocator.hold(block)
+                gathered.append(block)
+            for _ in range(new):
+                gathered.append(self._take())
+        except BaseException:
+            for block in reversed(gathered):
+                self._drop(block)
+            raise
+        return gathered
+
     def _take(self) -> int:
-        """A free block, held by one: one that was never used, else the one that was let go first."""
-        if self._fresh < self.num_blocks:
-            block, self._fresh = self._fresh, self._fresh + 1
-        else:
-            block, _ = self._free.popitem(last=False)
-            self.counts.evicted += self._forget_content(block)
-        self._holders[block] = 1
+        """A free block, in which nothing is found any longer."""
+        block = self.allocator.take()
+        self.counts.evicted += self._forget_content(block)
         return block
 
     def _forget_content(self, block: int) -> bool:
@@ -262,20 +278,9 @@ class BlockManager:
             del self._found[content.chain]
         return content is not None
 
-    def _hold(self, block: int) -> None:
-        """One holder more."""
-        self._free.pop(block, None)
-        self._holders[block] = self._holders.get(block, 0) + 1
-
     def _drop(self, block: int) -> None:
         """One holder fewer. A block that nobody can find is of no use to keep: it is taken first."""
-        if self._holders[block] > 1:
-            self._holders[block] -= 1
-            return
-        del self._holders[block]
-        self._free[block] = None
-        if block not in self._content:
-            self._free.move_to_end(block, last=False)
+        self.allocator.drop(block, keep=block in self._content)
 
 
 def root(salt: str) -> bytes:
@@ -287,6 +292,6 @@ def checked(tokens: Iterable[int]) -> list[int]:
     """Token ids as numbers; ValueError for anything else."""
     listed = list(tokens)
     for token in listed:
-        if not is_count(token) or not 0 <= token < 2**63:
+        if not (type(token) is int or is_count(token)) or not 0 <= token < 2**63:
             raise ValueError(f"tokens are whole numbers, 0 or more; got {token!r}")
-    return [int(token) for token in listed]
+    return [*map(int, listed)]

@@ -1,0 +1,234 @@
+"""The loop: one pass of the model after another, each over a mix of prompts' chunks and single tokens of answers.
+
+    engine = Engine(model, num_blocks=256, block_size=16)
+    engine.add(Request("a", prompt, max_new_tokens=64))
+    for token in engine.stream():               # a Token of any request, as soon as there is one
+        ...
+    answers = engine.run([Request("b", other, 64), Request("c", third, 64)])
+
+A greedy answer is the one that its request would get alone, whatever runs beside it, in which chunks its prompt comes,
+what is reused and how often it is preempted: the same numbers enter every K, V and logit. All that a mix changes is in
+which order a product adds them, roundings of about 1e-6 of a logit in float32: where the two likeliest tokens are
+closer than that, either is a right answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from labkit.attention import is_count
+from labkit.cache import Cache, PagedCache
+from labkit.engine.allocator import Allocator
+from labkit.engine.blocks import BlockManager, Counts
+from labkit.engine.metrics import Snapshot, metrics, snapshot
+from labkit.engine.request import InFlight, Request, Timing, Token
+from labkit.engine.scheduler import Chunk, Scheduler
+from labkit.generation import choose
+from labkit.interrupts import uninterrupted
+from labkit.llama import Llama
+
+Pick = tuple[int, torch.Generator] | None
+
+
+class Engine:
+    """Answers many requests at once with one model, in `num_blocks` blocks of `block_size` tokens.
+
+    token_budget: tokens of one pass; a longer prompt comes in chunks. max_rows: requests of one pass. reuse: whether
+    K and V of equal beginnings are shared. allocator, manager, cache: a block allocator, a `BlockManager`, a cache of
+    `PagedCache` layers, all unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
+    `finished`: the `Timing` of each request that ended. Raises ValueError for what does not fit.
+
+    Requests may be added and cancelled at any moment, from other threads as well. Whatever is raised in a step, every
+    request and block is accounted for, and the next step goes on.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        *,
+        token_budget: int = 512,
+        max_rows: int = 32,
+        reuse: bool = True,
+        allocator: Allocator | None = None,
+        manager: BlockManager | None = None,
+        cache: Cache | None = None,
+        record: bool = False,
+    ) -> None:
+        for name, size in (("token_budget", token_budget), ("max_rows", max_rows)):
+            if not is_count(size) or size < 1:
+                raise ValueError(f"{name} is a whole number, at least 1; got {size!r}")
+        self.model, self.spec = model, model.spec
+        self.blocks = manager or BlockManager(num_blocks, block_size, reuse=reuse, allocator=allocator)
+        if self.blocks.counts != Counts():
+            raise ValueError("the block manager was used: what it finds is in no cache of this engine")
+        sizes = self.blocks.num_blocks, self.blocks.block_size
+        self.cache = cache or Cache.paged(self.spec.num_layers, *sizes, window=self.spec.window)
+        self.cache.check_fits(self.spec.num_layers, model.blocks[0].attention.constants)
+        self.pages = self.cache[0].shared
+        if any(not isinstance(layer, PagedCache) or layer.pages is not self.pages for layer in self.cache.layers):
+            raise ValueError("an engine's cache is of PagedCache layers with the same Pages: Cache.paged makes one")
+        if (self.pages.num_blocks, self.pages.block_size) != sizes:
+            raise ValueError(f"the block manager has {sizes[0]} blocks of {sizes[1]} tokens, and the cache other ones")
+        self.scheduler = Scheduler(self.blocks, token_budget, max_rows)
+        self.flights: dict[str, InFlight] = {}
+        self.finished: dict[str, Timing] = {}
+        self.history: list[Snapshot] | None = [] if record else None
+        self._out: list[Token] = []  # tokens that nobody was handed yet
+        self._lock, self._stepping = threading.RLock(), threading.Lock()
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn. ValueError, and nothing changes, where it could never be answered."""
+        tokens, total = len(request.tokens), len(request.tokens) + request.max_new_tokens
+        asked = f"request {request.id!r} has {tokens} tokens and asks for {request.max_new_tokens}"
+        if (highest := max(request.tokens)) >= self.spec.vocab_size:
+            raise ValueError(f"tokens are ids from 0 to {self.spec.vocab_size - 1}; got {highest}")
+        if total > self.spec.max_seq_len:
+            raise ValueError(f"{asked}: the model has positions for {self.spec.max_seq_len}")
+        if self.blocks.blocks_for(total - 1) > self.blocks.num_blocks:  # the last token is never run
+            raise ValueError(
+                f"{asked}: {self.blocks.num_blocks} blocks of {self.blocks.block_size} have no room for it"
+            )
+        with self._whole():
+            if request.id in self.flights:
+                raise ValueError(f"there is a request {request.id!r} already")
+            self.flights[request.id] = flight = InFlight(request, time.perf_counter())
+            self.scheduler.waiting.append(flight)
+
+    def cancel(self, id: str) -> bool:
+        """End a request: its blocks are free at once. False when it has ended by itself; ValueError for one unknown."""
+        with self._whole():
+            if id in self.flights:
+                self._end(self.flights[id], None, "cancelled")
+            elif id not in self.finished:
+                raise ValueError(f"there is no request {id!r}")
+            return self.finished[id].finished == "cancelled"
+
+    def step(self) -> list[Token]:
+        """One pass of the model. Returns the tokens that came, with those of earlier steps that raised."""
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("a step is running already")
+        try:
+            with self._whole():
+                self._mend()
+                chunks = self.scheduler.plan()
+            if chunks:
+                picked = self._pick(chunks, self._pass(chunks))
+                with self._whole():
+                    self._enter(chunks, picked)
+            with self._lock:
+                out, self._out = self._out, []
+            return out
+        finally:
+            self._stepping.release()
+
+    def stream(self) -> Iterator[Token]:
+        """Tokens of all requests as they come, until none is left."""
+        while self.flights or self._out:
+            yield from self.step()
+
+    def run(self, requests: Iterable[Request]) -> dict[str, list[int]]:
+        """The answer of each request, by its id. Whatever is raised, none of them stays in the engine."""
+        answers: dict[str, list[int]] = {}
+        others: list[Token] = []
+        try:
+            for request in requests:
+                self.add(request)
+                answers[request.id] = []
+            for token in self.stream():
+                if token.id not in answers:
+                    others.append(token)
+                elif token.finished in (None, "length"):
+                    answers[token.id].append(token.token)  # type: ignore[arg-type]
+            return answers
+        finally:
+            for id in answers.keys() & self.flights.keys():
+                self.cancel(id)
+            self._out = others + [token for token in self._out if token.id not in answers]
+
+    def metrics(self) -> dict[str, float]:
+        """What vLLM's `/metrics` says, under the same names."""
+        timings = [*self.finished.values(), *(flight.timing for flight in self.flights.values())]
+        return metrics(self.blocks, self.scheduler, timings)
+
+    def _mend(self) -> None:
+        """Where an interrupt left the cache half changed, run everything again from its beginning."""
+        try:
+            self.cache.check_whole()
+        except RuntimeError:
+            for flight in reversed([*self.scheduler.running]):
+                self.scheduler.preempt(flight)
+            self.blocks.forget()
+            self.cache.reset()
+
+    def _pass(self, chunks: list[Chunk]) -> Tensor:
+        """Logits behind each chunk, `[chunks, vocab_size]`. K and V are written, to slots that nobody reads yet."""
+        self.pages.rows = [self.blocks.table(chunk.flight.id).blocks for chunk in chunks]
+        for layer in self.cache.layers:
+            layer.place([chunk.start for chunk in chunks])  # type: ignore[attr-defined]
+        rows = [torch.tensor(chunk.flight.tokens[chunk.start : chunk.end]) for chunk in chunks]
+        with torch.inference_mode():
+            return self.model(rows, self.cache, last_only=True)[:, 0]
+
+    def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[Pick]:
+        """The next token of each request whose last chunk this was, and where its draws stand then."""
+        highest, likeliest = logits.max(dim=-1)
+        if not highest.isfinite().all():
+            bad = chunks[int(highest.isfinite().int().argmin())].flight.id
+            raise FloatingPointError(f"the logits of request {bad!r} are no finite numbers")
+        picked: list[Pick] = []
+        for row, (chunk, token) in enumerate(zip(chunks, likeliest.tolist(), strict=True)):
+            draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
+            if chunk.ends and temperature:
+                draws = draws.clone_state()  # a step that fails has drawn nothing
+                token = int(choose(logits[row : row + 1], temperature, draws))
+            picked.append((token, draws) if chunk.ends else None)
+        return picked
+
+    def _enter(self, chunks: list[Chunk], picked: list[Pick]) -> None:
+        """Enter what a pass gave. Requests that were cancelled in the meantime are passed over."""
+        for chunk, pick in zip(chunks, picked, strict=True):
+            flight, timing = chunk.flight, chunk.flight.timing
+            if self.flights.get(flight.id) is not flight:
+                continue
+            self.blocks.computed(flight.id, chunk.end)
+            if pick is None:
+                continue
+            token, flight.generator = pick
+            if not timing.new_tokens:
+                timing.ttft = time.perf_counter() - timing.arrived
+            if token in flight.request.stop:
+                self._end(flight, token, "stop")
+                continue
+            flight.tokens.append(token)
+            timing.new_tokens += 1
+            if timing.new_tokens == flight.request.max_new_tokens:
+                self._end(flight, token, "length")
+            else:
+                self._out.append(Token(flight.id, token, timing.new_tokens - 1))
+        if self.history is not None:
+            self.history.append(snapshot(self.blocks, self.scheduler))
+
+    def _end(self, flight: InFlight, token: int | None, why: str) -> None:
+        """A request has ended."""
+        timing = flight.timing
+        timing.finished = why
+        if timing.new_tokens > 1:
+            timing.tpot = (time.perf_counter() - timing.arrived - timing.ttft) / (timing.new_tokens - 1)
+        self.finished[flight.id] = timing
+        self._out.append(Token(flight.id, token, timing.new_tokens - (why == "length"), why))
+        del self.flights[flight.id]
+        self.scheduler.remove(flight)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Bookkeeping that other threads and interrupts wait for."""
+        with self._lock, uninterrupted():
+            yield
