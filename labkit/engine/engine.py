@@ -72,6 +72,8 @@ class Engine:
         sizes = self.blocks.num_blocks, self.blocks.block_size
         self.cache = cache or Cache.paged(self.spec.num_layers, *sizes, window=self.spec.window)
         self.cache.check_fits(self.spec.num_layers, model.blocks[0].attention.constants)
+        if self.cache.lengths:
+            raise ValueError("the cache was used: an engine needs an empty one")
         self.pages = self.cache[0].shared
         if any(not isinstance(layer, PagedCache) or layer.pages is not self.pages for layer in self.cache.layers):
             raise ValueError("an engine's cache is of PagedCache layers with the same Pages: Cache.paged makes one")
