@@ -17,13 +17,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from labkit.attention import is_count
-from labkit.cache import Cache, PagedCache
+from labkit.cache import Cache, Pages
 from labkit.engine.allocator import Allocator
 from labkit.engine.blocks import BlockManager, Counts
 from labkit.engine.metrics import Snapshot, metrics, snapshot
@@ -40,8 +39,8 @@ class Engine:
     """Answers many requests at once with one model, in `num_blocks` blocks of `block_size` tokens.
 
     token_budget: tokens of one pass; a longer prompt comes in chunks. max_rows: requests of one pass. reuse: whether
-    K and V of equal beginnings are shared. allocator, manager, cache: a block allocator, a `BlockManager`, a cache of
-    `PagedCache` layers, all unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
+    K and V of equal beginnings are shared. allocator, manager, cache: a block allocator, a `BlockManager`, a cache as
+    `Cache.paged` makes it, all unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
     `finished`: the `Timing` of each request that ended. Raises ValueError for what does not fit.
 
     Requests may be added and cancelled at any moment, from other threads as well. Whatever is raised in a step, every
@@ -75,8 +74,8 @@ class Engine:
         if self.cache.lengths:
             raise ValueError("the cache was used: an engine needs an empty one")
         self.pages = self.cache[0].shared
-        if any(not isinstance(layer, PagedCache) or layer.pages is not self.pages for layer in self.cache.layers):
-            raise ValueError("an engine's cache is of PagedCache layers with the same Pages: Cache.paged makes one")
+        if not isinstance(self.pages, Pages) or any(layer.shared is not self.pages for layer in self.cache.layers):
+            raise ValueError("an engine's cache is one whose layers share their Pages: Cache.paged makes one")
         if (self.pages.num_blocks, self.pages.block_size) != sizes:
             raise ValueError(f"the block manager has {sizes[0]} blocks of {sizes[1]} tokens, and the cache other ones")
         self.scheduler = Scheduler(self.blocks, token_budget, max_rows)
@@ -98,7 +97,7 @@ class Engine:
             raise ValueError(
                 f"{asked}: {self.blocks.num_blocks} blocks of {self.blocks.block_size} have no room for it"
             )
-        with self._whole():
+        with self._lock, uninterrupted():
             if request.id in self.flights:
                 raise ValueError(f"there is a request {request.id!r} already")
             self.flights[request.id] = flight = InFlight(request, time.perf_counter())
@@ -106,7 +105,7 @@ class Engine:
 
     def cancel(self, id: str) -> bool:
         """End a request: its blocks are free at once. False when it has ended by itself; ValueError for one unknown."""
-        with self._whole():
+        with self._lock, uninterrupted():
             if id in self.flights:
                 self._end(self.flights[id], None, "cancelled")
             elif id not in self.finished:
@@ -118,12 +117,12 @@ class Engine:
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("a step is running already")
         try:
-            with self._whole():
+            with self._lock, uninterrupted():
                 self._mend()
                 chunks = self.scheduler.plan()
             if chunks:
                 picked = self._pick(chunks, self._pass(chunks))
-                with self._whole():
+                with self._lock, uninterrupted():
                     self._enter(chunks, picked)
             with self._lock:
                 out, self._out = self._out, []
@@ -147,8 +146,8 @@ class Engine:
             for token in self.stream():
                 if token.id not in answers:
                     others.append(token)
-                elif token.finished in (None, "length"):
-                    answers[token.id].append(token.token)  # type: ignore[arg-type]
+                elif token.token is not None and token.finished != "stop":
+                    answers[token.id].append(token.token)
             return answers
         finally:
             for id in answers.keys() & self.flights.keys():
@@ -182,9 +181,10 @@ class Engine:
     def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[Pick]:
         """The next token of each request whose last chunk this was, and where its draws stand then."""
         highest, likeliest = logits.max(dim=-1)
-        if not highest.isfinite().all():
-            bad = chunks[int(highest.isfinite().int().argmin())].flight.id
-            raise FloatingPointError(f"the logits of request {bad!r} are no finite numbers")
+        if bad := [
+            chunk.flight.id for chunk, fine in zip(chunks, highest.isfinite().tolist(), strict=True) if not fine
+        ]:
+            raise FloatingPointError(f"the logits of request {bad[0]!r} are no finite numbers")
         picked: list[Pick] = []
         for row, (chunk, token) in enumerate(zip(chunks, likeliest.tolist(), strict=True)):
             draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
@@ -228,9 +228,3 @@ class Engine:
         self._out.append(Token(flight.id, token, timing.new_tokens - (why == "length"), why))
         del self.flights[flight.id]
         self.scheduler.remove(flight)
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Bookkeeping that other threads and interrupts wait for."""
-        with self._lock, uninterrupted():
-            yield

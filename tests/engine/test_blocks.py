@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from labkit.engine import Allocator
 from labkit.engine.blocks import BlockManager, OutOfBlocks
 
 
@@ -150,6 +151,109 @@ class TestSharing:
         manager.computed("a", 8)
         assert manager.reusable([0, 1, 2, 3, 4, 5, 77, 78, 0]) == 8
         assert manager.reusable([*range(8), 0]) == 4
+
+
+class TestAllocators:
+    class Breaking(Allocator):
+        """Raises at the call that is said, of those that give a block a holder."""
+
+        def __init__(self, num_blocks: int) -> None:
+            super().__init__(num_blocks)
+            self.left = -1
+
+        def count(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("in the allocator")
+
+        def take(self) -> int:
+            self.count()
+            return super().take()
+
+        def hold(self, block: int) -> None:
+            self.count()
+            super().hold(block)
+
+    @pytest.mark.parametrize("at", [1, 2, 3, 4])
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda m: m.admit("c", [*range(8), 9, 9, 9, 9, 9]),  # two blocks are found, two are new
+            lambda m: m.extend("a", range(20)),
+            lambda m: m.extend("b", range(20)),  # the first of them replaces a shared block
+            lambda m: m.fork("a", "c"),
+        ],
+    )
+    def test_one_that_raises_in_the_middle_leaves_everything_as_it_was(self, act, at: int) -> None:
+        allocator = self.Breaking(16)
+        manager = BlockManager(16, 4, allocator=allocator)
+        filled(manager, "a", range(14))
+        manager.fork("a", "b")
+        before = repr(manager.tables), manager.num_free, [manager.ref_count(block) for block in range(16)]
+        allocator.left = at
+        with pytest.raises(MemoryError):
+            act(manager)
+        allocator.left = -1
+        assert (repr(manager.tables), manager.num_free, [manager.ref_count(block) for block in range(16)]) == before
+        act(manager)
+        for request in list(manager.tables):
+            manager.release(request)
+        assert manager.num_free == 16
+
+    def test_any_class_with_the_five_methods_will_do(self) -> None:
+        class Plain:
+            def __init__(self, num_blocks: int) -> None:
+                self.counts = [0] * num_blocks
+
+            @property
+            def num_free(self) -> int:
+                return self.counts.count(0)
+
+            def take(self) -> int:
+                block = self.counts.index(0)
+                self.counts[block] = 1
+                return block
+
+            def hold(self, block: int) -> None:
+                self.counts[block] += 1
+
+            def drop(self, block: int, *, keep: bool = False) -> bool:
+                self.counts[block] -= 1
+                return not self.counts[block]
+
+            def ref_count(self, block: int) -> int:
+                return self.counts[block]
+
+        manager = BlockManager(8, 4, allocator=Plain(8))
+        filled(manager, "a", range(12))
+        assert filled(manager, "b", [*range(8), 50]) == 8
+        manager.release("a")
+        manager.release("b")
+        assert (manager.num_free, manager.reusable(range(12))) == (8, 8)
+
+    def test_one_of_another_size_or_in_use_is_refused(self) -> None:
+        used = Allocator(8)
+        used.take()
+        for allocator, free in ((Allocator(7), 7), (used, 7)):
+            with pytest.raises(ValueError, match=f"the allocator has {free} free blocks; 8 are needed"):
+                BlockManager(8, 4, allocator=allocator)
+
+
+def test_contents_that_are_gone_are_found_no_more() -> None:
+    manager = BlockManager(8, 4)
+    filled(manager, "a", range(12))
+    manager.forget()
+    assert manager.reusable(range(12)) == 0
+    manager.release("a")
+    assert filled(manager, "b", range(12)) == 0
+    assert manager.reusable(range(12)) == 8
+
+
+def test_blocks_that_have_to_stay_free_are_not_given_to_a_new_request() -> None:
+    manager = BlockManager(4, 4)
+    with pytest.raises(OutOfBlocks, match="needs 3 more blocks beside 2 that stay free, 4 of 4 are free"):
+        manager.admit("a", range(12), spare=2)
+    assert manager.admit("a", range(12), spare=1) == 0
 
 
 def test_an_operation_costs_the_same_however_many_blocks_there_are() -> None:
