@@ -245,10 +245,8 @@ class BlockManager:
 
     def _check_room(self, blocks: int, request: str, spare: int = 0) -> None:
         if blocks + spare > self.num_free:
-            beside = f" beside {spare} that stay free" if spare else ""
-            raise OutOfBlocks(
-                f"request {request!r} needs {blocks} more blocks{beside}, {self.num_free} of {self.num_blocks} are free"
-            )
+            said = f"request {request!r} needs {blocks} more blocks{f' and {spare} to stay free' if spare else ''}"
+            raise OutOfBlocks(f"{said}, {self.num_free} of {self.num_blocks} are free")
 
     def _gather(self, found: Iterable[int], new: int) -> list[int]:
         """These blocks, held once more, and so many free ones: all, or, where an allocator raises, none."""

@@ -14,6 +14,7 @@ closer than that, either is a right answer.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -32,15 +33,13 @@ from labkit.generation import choose
 from labkit.interrupts import uninterrupted
 from labkit.llama import Llama
 
-Pick = tuple[int, torch.Generator] | None
-
 
 class Engine:
     """Answers many requests at once with one model, in `num_blocks` blocks of `block_size` tokens.
 
     token_budget: tokens of one pass; a longer prompt comes in chunks. max_rows: requests of one pass. reuse: whether
     K and V of equal beginnings are shared. allocator, manager, cache: a block allocator, a `BlockManager`, a cache as
-    `Cache.paged` makes it, all unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
+    `Cache.paged` makes it, unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
     `finished`: the `Timing` of each request that ended. Raises ValueError for what does not fit.
 
     Requests may be added and cancelled at any moment, from other threads as well. Whatever is raised in a step, every
@@ -71,19 +70,21 @@ class Engine:
         sizes = self.blocks.num_blocks, self.blocks.block_size
         self.cache = cache or Cache.paged(self.spec.num_layers, *sizes, window=self.spec.window)
         self.cache.check_fits(self.spec.num_layers, model.blocks[0].attention.constants)
-        if self.cache.lengths:
-            raise ValueError("the cache was used: an engine needs an empty one")
-        self.pages = self.cache[0].shared
-        if not isinstance(self.pages, Pages) or any(layer.shared is not self.pages for layer in self.cache.layers):
+        pages = self.pages = self.cache[0].shared
+        if not isinstance(pages, Pages) or any(layer.shared is not pages for layer in self.cache.layers):
             raise ValueError("an engine's cache is one whose layers share their Pages: Cache.paged makes one")
-        if (self.pages.num_blocks, self.pages.block_size) != sizes:
-            raise ValueError(f"the block manager has {sizes[0]} blocks of {sizes[1]} tokens, and the cache other ones")
+        if self.cache.lengths or (pages.num_blocks, pages.block_size) != sizes:
+            raise ValueError(
+                f"an engine's cache is unused; the block manager has {sizes[0]} blocks of {sizes[1]} tokens"
+            )
         self.scheduler = Scheduler(self.blocks, token_budget, max_rows)
         self.flights: dict[str, InFlight] = {}
         self.finished: dict[str, Timing] = {}
         self.history: list[Snapshot] | None = [] if record else None
+        self._timings: list[Timing] = []  # of all requests
         self._out: list[Token] = []  # tokens that nobody was handed yet
-        self._lock, self._stepping = threading.RLock(), threading.Lock()
+        self._lock = threading.RLock()
+        self._stepping: object = None  # whose step it is
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn. ValueError, and nothing changes, where it could never be answered."""
@@ -102,6 +103,7 @@ class Engine:
                 raise ValueError(f"there is a request {request.id!r} already")
             self.flights[request.id] = flight = InFlight(request, time.perf_counter())
             self.scheduler.waiting.append(flight)
+            self._timings.append(flight.timing)
 
     def cancel(self, id: str) -> bool:
         """End a request: its blocks are free at once. False when it has ended by itself; ValueError for one unknown."""
@@ -113,27 +115,19 @@ class Engine:
             return self.finished[id].finished == "cancelled"
 
     def step(self) -> list[Token]:
-        """One pass of the model. Returns the tokens that came, with those of earlier steps that raised."""
-        if not self._stepping.acquire(blocking=False):
-            raise RuntimeError("a step is running already")
-        try:
-            with self._lock, uninterrupted():
-                self._mend()
-                chunks = self.scheduler.plan()
-            if chunks:
-                picked = self._pick(chunks, self._pass(chunks))
-                with self._lock, uninterrupted():
-                    self._enter(chunks, picked)
-            with self._lock:
-                out, self._out = self._out, []
-            return out
-        finally:
-            self._stepping.release()
+        """One pass of the model. Returns the tokens that came, with those that nobody was handed before."""
+        self._advance()
+        with self._lock:
+            out, self._out = self._out, []
+        return out
 
     def stream(self) -> Iterator[Token]:
-        """Tokens of all requests as they come, until none is left."""
+        """Tokens of all requests as they come, until none is left. Who leaves it early may begin another."""
         while self.flights or self._out:
-            yield from self.step()
+            if not self._out:
+                self._advance()
+            if self._out:
+                yield self._out.pop(0)
 
     def run(self, requests: Iterable[Request]) -> dict[str, list[int]]:
         """The answer of each request, by its id. Whatever is raised, none of them stays in the engine."""
@@ -156,8 +150,27 @@ class Engine:
 
     def metrics(self) -> dict[str, float]:
         """What vLLM's `/metrics` says, under the same names."""
-        timings = [*self.finished.values(), *(flight.timing for flight in self.flights.values())]
-        return metrics(self.blocks, self.scheduler, timings)
+        return metrics(self.blocks, self.scheduler, self._timings)
+
+    def _advance(self) -> None:
+        """One pass of the model, entered in the books as a whole or not at all."""
+        me = object()
+        try:
+            with self._lock, uninterrupted():
+                if self._stepping is not None:
+                    raise RuntimeError("a step is running already")
+                self._stepping = me
+                self._mend()
+                chunks = self.scheduler.plan()
+                if not chunks:
+                    return
+                self.pages.rows = [self.blocks.table(chunk.flight.id).blocks for chunk in chunks]
+            picked = self._pick(chunks, self._pass(chunks))
+            with self._lock, uninterrupted():
+                self._enter(chunks, picked)
+        finally:
+            if self._stepping is me:
+                self._stepping = None
 
     def _mend(self) -> None:
         """Where an interrupt left the cache half changed, run everything again from its beginning."""
@@ -171,22 +184,19 @@ class Engine:
 
     def _pass(self, chunks: list[Chunk]) -> Tensor:
         """Logits behind each chunk, `[chunks, vocab_size]`. K and V are written, to slots that nobody reads yet."""
-        self.pages.rows = [self.blocks.table(chunk.flight.id).blocks for chunk in chunks]
         for layer in self.cache.layers:
             layer.place([chunk.start for chunk in chunks])  # type: ignore[attr-defined]
         rows = [torch.tensor(chunk.flight.tokens[chunk.start : chunk.end]) for chunk in chunks]
         with torch.inference_mode():
             return self.model(rows, self.cache, last_only=True)[:, 0]
 
-    def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[Pick]:
+    def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[tuple[int, torch.Generator] | None]:
         """The next token of each request whose last chunk this was, and where its draws stand then."""
-        highest, likeliest = logits.max(dim=-1)
-        if bad := [
-            chunk.flight.id for chunk, fine in zip(chunks, highest.isfinite().tolist(), strict=True) if not fine
-        ]:
-            raise FloatingPointError(f"the logits of request {bad[0]!r} are no finite numbers")
-        picked: list[Pick] = []
-        for row, (chunk, token) in enumerate(zip(chunks, likeliest.tolist(), strict=True)):
+        picked: list[tuple[int, torch.Generator] | None] = []
+        highest, likeliest = (found.tolist() for found in logits.max(dim=-1))
+        for row, (chunk, logit, token) in enumerate(zip(chunks, highest, likeliest, strict=True)):
+            if not math.isfinite(logit):
+                raise FloatingPointError(f"the logits of request {chunk.flight.id!r} are no finite numbers")
             draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
             if chunk.ends and temperature:
                 draws = draws.clone_state()  # a step that fails has drawn nothing
@@ -194,7 +204,7 @@ class Engine:
             picked.append((token, draws) if chunk.ends else None)
         return picked
 
-    def _enter(self, chunks: list[Chunk], picked: list[Pick]) -> None:
+    def _enter(self, chunks: list[Chunk], picked: list[tuple[int, torch.Generator] | None]) -> None:
         """Enter what a pass gave. Requests that were cancelled in the meantime are passed over."""
         for chunk, pick in zip(chunks, picked, strict=True):
             flight, timing = chunk.flight, chunk.flight.timing

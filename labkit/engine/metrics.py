@@ -9,11 +9,7 @@ from labkit.engine.blocks import BlockManager
 from labkit.engine.request import Timing
 from labkit.engine.scheduler import Scheduler
 
-TIMES = {
-    "request_queue_time_seconds": "queue_time",
-    "time_to_first_token_seconds": "ttft",
-    "request_time_per_output_token_seconds": "tpot",
-}
+TIMES = {"request_queue_time": "queue_time", "time_to_first_token": "ttft", "request_time_per_output_token": "tpot"}
 
 
 def metrics(blocks: BlockManager, scheduler: Scheduler, timings: Sequence[Timing]) -> dict[str, float]:
@@ -32,7 +28,7 @@ def metrics(blocks: BlockManager, scheduler: Scheduler, timings: Sequence[Timing
     }
     for name, of in TIMES.items():
         known = [seconds for t in timings if (seconds := getattr(t, of)) == seconds]  # NaN equals nothing
-        said |= {f"{name}_sum": sum(known), f"{name}_count": len(known)}
+        said |= {f"{name}_seconds_sum": sum(known), f"{name}_seconds_count": len(known)}
     return {f"vllm:{name}": float(number) for name, number in said.items()}
 
 

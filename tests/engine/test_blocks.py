@@ -251,7 +251,7 @@ def test_contents_that_are_gone_are_found_no_more() -> None:
 
 def test_blocks_that_have_to_stay_free_are_not_given_to_a_new_request() -> None:
     manager = BlockManager(4, 4)
-    with pytest.raises(OutOfBlocks, match="needs 3 more blocks beside 2 that stay free, 4 of 4 are free"):
+    with pytest.raises(OutOfBlocks, match="needs 3 more blocks and 2 to stay free, 4 of 4 are free"):
         manager.admit("a", range(12), spare=2)
     assert manager.admit("a", range(12), spare=1) == 0
 

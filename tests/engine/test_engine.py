@@ -144,6 +144,19 @@ class TestAnswers:
             assert [token.index for token in mine] == list(range(request.max_new_tokens))
             assert [token.finished for token in mine] == [None] * (len(mine) - 1) + ["length"]
 
+    def test_are_not_lost_when_a_stream_is_left_early(self) -> None:
+        engine, requests = Engine(tiny.model(), 60, 3), some_requests(4)
+        for request in requests:
+            engine.add(request)
+        tokens = []
+        while engine.flights:
+            for token in engine.stream():
+                tokens.append(token)
+                break
+        tokens += engine.stream()
+        for request in requests:
+            assert [token.token for token in tokens if token.id == request.id] == tiny.alone(request)
+
     def test_may_be_asked_for_beside_those_that_run_already(self) -> None:
         first, second = some_requests(2)[1], Request("x", [4, 5], 3)
         engine = Engine(tiny.model(), 60, 3)
@@ -224,6 +237,20 @@ class TestCancelling:
         last = [token for token in tokens if token.id == "r5"]
         assert [(token.token, token.finished) for token in last] == [(None, "cancelled")]
         assert engine.finished["r5"].finished == "cancelled"
+        assert engine.blocks.usage == 0
+
+    def test_works_between_the_plan_of_a_pass_and_the_pass(self, monkeypatch) -> None:
+        engine = Engine(tiny.model(), 40, 3)
+        run = engine._pass
+        for request in some_requests(3):
+            engine.add(request)
+        monkeypatch.setattr(engine, "_pass", lambda chunks: (engine.cancel("r1"), run(chunks))[1])
+        tokens = engine.step()
+        monkeypatch.undo()
+        tokens += engine.stream()
+        for request in some_requests(3):
+            mine = [token.token for token in tokens if token.id == request.id]
+            assert mine == ([None] if request.id == "r1" else tiny.alone(request))
         assert engine.blocks.usage == 0
 
     def test_works_in_the_middle_of_a_pass_and_from_another_thread(self, inside) -> None:
@@ -405,12 +432,12 @@ class TestBadInput:
             (lambda m: Engine(m, 8, allocator=Allocator(4)), "the allocator has 4 free blocks; 8 are needed"),
             (lambda m: Engine(m, 8, cache=Cache.paged(3, 8)), "the cache has 3 layers, the model 2"),
             (lambda m: Engine(m, 8, cache=Cache.paged(2, 8, window=4)), "window=4"),
-            (lambda m: Engine(m, 8, cache=Cache.paged(2, 9)), "8 blocks of 16 tokens, and the cache other ones"),
-            (lambda m: Engine(m, 8, cache=Cache.paged(2, 8, 3)), "8 blocks of 16 tokens, and the cache other ones"),
+            (lambda m: Engine(m, 8, cache=Cache.paged(2, 9)), "the block manager has 8 blocks of 16 tokens"),
+            (lambda m: Engine(m, 8, cache=Cache.paged(2, 8, 3)), "the block manager has 8 blocks of 16 tokens"),
             (lambda m: Engine(m, 8, cache=m.cache(20)), "whose layers share their Pages"),
             (lambda m: Engine(m, 8, cache=Cache.of(2, lambda: PagedCache(Pages(8)))), "whose layers share their Pages"),
             (lambda m: Engine(m, manager=used_manager()), "the block manager was used"),
-            (lambda m: Engine(m, 8, cache=used_cache()), "the cache was used"),
+            (lambda m: Engine(m, 8, cache=used_cache()), "an engine's cache is unused"),
         ],
     )
     def test_what_does_not_fit_the_model_is_refused(self, make, said: str) -> None:
@@ -441,6 +468,8 @@ def test_times_and_counts_have_vllms_names() -> None:
     assert said["vllm:generation_tokens"] == sum(timing.new_tokens for timing in engine.finished.values()) == 18
     assert (said["vllm:time_to_first_token_seconds_count"], said["vllm:num_requests_waiting"]) == (3, 1)
     assert said["vllm:request_time_per_output_token_seconds_count"] == 2  # an answer of one token has none
+    engine.run([Request("r1", [1], 2)])  # an id that was there before: nothing is counted less
+    assert engine.metrics()["vllm:generation_tokens"] == 18 + 1 + 2
     for timing in engine.finished.values():
         assert 0 <= timing.queue_time <= timing.ttft
         assert timing.finished == "length"
