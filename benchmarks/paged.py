@@ -1,6 +1,6 @@
 """Paged attention and its engine: memory on a trace, the block manager's cost, tokens per second beside others.
 
-    python -m benchmarks.paged [--rounds 3] [--vllm PYTHON] [--only trace blocks speed]
+    python -m benchmarks.paged [--rounds 3] [--vllm FOLDER] [--only trace blocks speed]
 
 *Trace*: 256 requests, prompts and answers of U(100, 1,024) tokens, all there at once; the engine's own scheduler runs
 them over blocks that hold nothing. Waste is the share of held slots that have no token, over all steps. Requests that
@@ -20,10 +20,12 @@ step takes outside the model's pass. Where token ids differ, it is told in how m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import time
@@ -54,6 +56,8 @@ ROWS, NEW_TOKENS = 16, 64
 PROMPTS = {"prompts of 32 to 512": (32, 512), "prompts of 8 to 32": (8, 32)}
 SPEEDUPS = {"transformers generate": 6.0, "one at a time": 3.5, "transformers generate_batch": 2.5}
 VLLM = {"float32": 1.2, "bfloat16": 0.9}
+ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-vllm"
+VLLM_TOKENS = 16_384  # tokens that its K and V have room for: more than all the requests have
 Runs = dict[str, Callable[[Sequence[Sequence[int]]], tuple[float, list[list[int]]]]]
 
 
@@ -212,7 +216,7 @@ def transformers_runs(dtype: torch.dtype) -> Runs:
 
     theirs = AutoModelForCausalLM.from_pretrained(models.folder(), dtype=dtype).eval()
     greedy = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=-1
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
     )
 
     def alone(prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
@@ -234,39 +238,41 @@ def transformers_runs(dtype: torch.dtype) -> Runs:
 
 
 class Vllm:
-    """vLLM in its own environment, in a process of its own that waits while others are measured."""
+    """vLLM in its own environment, in processes that stand still while others are measured."""
 
-    def __init__(self, python: str, dtype: str) -> None:
-        told = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        told |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_LOGGING_LEVEL": "ERROR"}
+    def __init__(self, python: Path, dtype: str) -> None:
+        spec, size = models.spec(), getattr(torch, dtype).itemsize
+        kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * size * VLLM_TOKENS
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM", "TRITON"))}
+        kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         script = Path(__file__).with_name("paged_vllm.py")
         self.process = subprocess.Popen(
-            [python, str(script), str(models.folder()), dtype, str(NEW_TOKENS)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | told,
+            [str(python), "-P", str(script), str(models.folder()), dtype, str(NEW_TOKENS), str(kv_bytes)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env=kept | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         )  # fmt: skip
 
     def run(self, prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
         """Seconds and answers; RuntimeError when the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         print(json.dumps([list(prompt) for prompt in prompts]), file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             if line.startswith(MARK):
+                os.killpg(self.process.pid, signal.SIGSTOP)
                 told = json.loads(line.removeprefix(MARK))
                 return told["seconds"], told["answers"]
         raise RuntimeError(f"vLLM ended with exit code {self.process.wait()}: what it said stands above")
 
     def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        """End its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def speed(dtype: str, rounds: int, vllm: str | None) -> tuple[dict[str, float], list[dict]]:
+def speed(dtype: str, rounds: int, vllm: Path | None) -> tuple[dict[str, float], list[dict]]:
     """Tokens per second of each way, and the bars of one dtype."""
     figures: dict[str, float] = {}
     bars: list[dict] = []
@@ -291,6 +297,9 @@ def speed(dtype: str, rounds: int, vllm: str | None) -> tuple[dict[str, float], 
                     run(prompts[:1])  # enough to warm up what answers one at a time
                     continue
                 seconds, answers[way] = run(prompts)
+                print(
+                    f"    {dtype}, {name}, round {turn}, {way}: {ROWS * NEW_TOKENS / seconds:.1f} tokens/s", flush=True
+                )
                 if turn:
                     samples[way].append(ROWS * NEW_TOKENS / seconds)
             medians = {way: statistics.median(rates) for way, rates in samples.items()}
@@ -336,9 +345,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", default=list(VLLM), choices=list(VLLM))
-    parser.add_argument("--vllm", help="the Python of vLLM's environment; without it vLLM is left out")
+    parser.add_argument("--vllm", type=Path, default=ENVIRONMENT, help="vLLM's environment, as `make vllm` makes it")
     parser.add_argument("--only", nargs="+", default=["trace", "blocks", "speed"], choices=["trace", "blocks", "speed"])
     arguments = parser.parse_args()
+    vllm = arguments.vllm / "bin" / "python"
+    if not vllm.is_file():
+        print(f"vLLM is left out: there is no {vllm}; `make vllm` makes it")
     set_threads()
     begin()
     device = pick_device().torch_device
@@ -359,7 +371,7 @@ def main() -> int:
     costs = block_cost() if "blocks" in arguments.only else {}
     if "speed" in arguments.only:
         for dtype in arguments.dtype:
-            add(speed(dtype, arguments.rounds, arguments.vllm))
+            add(speed(dtype, arguments.rounds, vllm if vllm.is_file() else None))
     if costs:
         few, many = costs[1_000], costs[1_000_000]
         told = {
@@ -370,7 +382,7 @@ def main() -> int:
         if steps:
             limits.append(bar("a block operation over a step", max(costs.values()) * 1e3 / min(steps), "<=", 0.02))
         add((told, limits))
-    command = f"python -m benchmarks.paged --rounds {arguments.rounds}" + (" --vllm PYTHON" if arguments.vllm else "")
+    command = f"python -m benchmarks.paged --rounds {arguments.rounds}"
     return finish("paged", figures, bars, device, command)
 
 
