@@ -1,10 +1,11 @@
 # make lab        set up, then open the labs in JupyterLab     PORT= HOST=
 # make test       set up, then lint, tests, notebooks, browser
 # make gpu        the tests and notebooks on a CUDA GPU
+# make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.4 GB (more for a GPU)
 # make notebooks  run the notebooks in place and keep their outputs (authors)
 # make docs       write the kill table, the claims and the README's picture anew (authors)
 # make lock       renew requirements.lock with uv (authors)
-# make clean      remove .venv and build leftovers; keeps work/ and the model
+# make clean      remove .venv, .venv-vllm and build leftovers; keeps work/ and the model
 #
 # PYTHON=   the Python that makes .venv, 3.11 to 3.13
 # PIP_ARGS= more arguments for pip, such as --index-url for a build of torch without CUDA
@@ -43,7 +44,7 @@ LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(
 # What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
 SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
-.PHONY: lab test lint unit notebooks-test browser gpu notebooks docs lock clean
+.PHONY: lab test lint unit notebooks-test browser gpu vllm notebooks docs lock clean
 
 lab: $(LAB_READY)
 	@$(PY) -m labkit.course.cli open $(LISTEN) $(ARGS)
@@ -75,6 +76,9 @@ gpu: $(TEST_READY)
 	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser
 	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
 
+vllm: .venv-vllm/.vllm-0.32.0
+	@echo "vLLM is in .venv-vllm. Lab 06 starts it by itself."
+
 notebooks: $(TEST_READY)
 	$(PY) -m labkit.measure
 	LABKIT_DEVICE=cpu LABKIT_PROFILE=quick $(SCRATCH) $(PY) -m nbconvert --to notebook --execute --inplace \
@@ -95,15 +99,19 @@ lock:
 	rm .lock.tmp
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+define RIGHT_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo $(PYTHON)" is not Python 3.11, 3.12 or 3.13: name one, as in  make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+endef
 
 # Two that run at once set up one after the other; the second finds that there is nothing left to do.
 ONCE := labkit/course/once.py
 
 .venv/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-		echo $(PYTHON)" is not Python 3.11, 3.12 or 3.13: name one, as in  make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
-		exit 1; }
+	$(RIGHT_PYTHON)
 	$(PYTHON) $(ONCE) $@ $(PYTHON) -m venv .venv
 
 .venv/.lab-$(KEY): .venv/.made
@@ -112,3 +120,7 @@ ONCE := labkit/course/once.py
 .venv/.test-$(KEY): .venv/.made
 	$(PY) $(ONCE) $@ $(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
 	@touch .venv/.lab-$(KEY)
+
+.venv-vllm/.vllm-0.32.0:
+	$(RIGHT_PYTHON)
+	@$(PYTHON) $(ONCE) $@ $(PYTHON) -P labkit/labs/lab06/vllm_environment.py .venv-vllm $(PIP_ARGS)
