@@ -1,7 +1,7 @@
 # make lab        set up, then open the labs in JupyterLab     PORT= HOST=
 # make test       set up, then lint, tests, notebooks, browser
 # make gpu        the tests and notebooks on a CUDA GPU
-# make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.4 GB (more for a GPU)
+# make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.5 GB (more for a GPU)
 # make notebooks  run the notebooks in place and keep their outputs (authors)
 # make docs       write the kill table, the claims and the README's picture anew (authors)
 # make lock       renew requirements.lock with uv (authors)

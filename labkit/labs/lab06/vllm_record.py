@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from labkit import measure
-from labkit.labs.lab06.vllm import Prompt, requests, serving
+from labkit.labs.lab06.vllm import Prompt, eight_requests, serving
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "eight requests": {"block_size": 32, "num_blocks": 256, "max_len": 512},
@@ -34,7 +34,7 @@ def main() -> int:
     for name, settings in SETTINGS.items():
         with serving(**settings) as server:
             server.answer([Prompt("warm up", range(1000, 1040), 8)])
-            found, version = server.run(requests()), server.version()
+            found, version = server.run(eight_requests()), server.version()
         figures |= {f"{name}: {what}": value for what, value in found.figures().items()}
         runs[name] = {
             "settings": settings,

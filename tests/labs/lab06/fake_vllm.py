@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.event({"error": {"message": "EngineCore encountered an issue.", "code": 500}})
             if step == 3 and MODE == "hangs":
                 time.sleep(600)
-            time.sleep(0.02)
+            time.sleep(0.06)
             MADE["tokens"] += 1
             self.event({"choices": [{"text": "", "token_ids": [body["prompt"][-1] + step + 1]}]})
         MADE["running"] -= 1

