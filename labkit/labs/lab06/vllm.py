@@ -145,6 +145,16 @@ def free_port(port: int | None) -> int:
         return probe.getsockname()[1]
 
 
+def surroundings() -> dict[str, str]:
+    """The environment variables of vLLM's processes: nothing of the notebook's Python, and nobody is called."""
+    kept = {name: value for name, value in os.environ.items() if not NOT_FOR_VLLM.fullmatch(name)}
+    threads = os.environ.get("LABKIT_THREADS", "").strip() or str(limits.usable_cores())
+    return kept | {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": HOST,
+        "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
 class Server:
     """A server that is up. Made by `serving`."""
 
@@ -161,7 +171,12 @@ class Server:
         guarded = [sys.executable, "-P", vllm_guard.__file__, *command]
         with self._log.open("wb") as log:
             self._guard = subprocess.Popen(
-                guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=self._surroundings()
+                guarded,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=surroundings() | {"VLLM_API_KEY": self.token},
             )
         patience = time.monotonic() + seconds
         with waiting.bar(None, "vLLM starts, seconds") as bar:
@@ -257,15 +272,6 @@ class Server:
                 guard.kill()
                 guard.wait()
         self._folder.cleanup()
-
-    def _surroundings(self) -> dict[str, str]:
-        """The environment variables of the server: nothing of the notebook's Python, and nobody is called."""
-        kept = {name: value for name, value in os.environ.items() if not NOT_FOR_VLLM.fullmatch(name)}
-        threads = os.environ.get("LABKIT_THREADS", "").strip() or str(limits.usable_cores())
-        return kept | {
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": HOST,
-            "VLLM_API_KEY": self.token, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
 
     def _is_up(self) -> bool:
         with contextlib.suppress(VllmError):
