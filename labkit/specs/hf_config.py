@@ -1,7 +1,8 @@
 """A model spec from a Hugging Face `config.json`, of any architecture.
 
-What transformers has is measured on its own class (`measured.py`); Llama's shape, and types that transformers lacks,
-are read by arithmetic (`plain.py`). `ModelSpec.found` says which way it was.
+What transformers has is built (`built.py`), measured (`measured.py`) and held against what the config says besides
+(`heard.py`); Llama's shape, and types that transformers lacks, are read by arithmetic (`plain.py`). `ModelSpec.found`
+says which way it was.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def _answer(config: Config, part: Config) -> dict[str, Any]:
 
 
 def _ask_transformers(config: Config, part: Config) -> dict[str, Any]:
-    from labkit.specs.measured import is_known, measure
+    from labkit.specs.built import is_known
+    from labkit.specs.measured import measure
 
     if not any(is_known(one["model_type"]) for one in (config, part) if one.get("model_type")):
         return {"unknown": True}

@@ -12,11 +12,8 @@ from typing import Any
 
 from labkit import files
 
-MEASURING = (
-    "measured.py",
-    "names.py",
-    "keys.py",
-)  # what an answer depends on besides the config: these files, and transformers
+# What an answer depends on besides the config: these files, and transformers.
+MEASURING = ("measured.py", "built.py", "heard.py", "names.py", "keys.py")
 LARGEST = 10**6  # bytes of an answer
 
 

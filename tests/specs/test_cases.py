@@ -1,16 +1,18 @@
 """Configs from practice whose figures are easily read wrong, with the right ones; bytes per token in 16 bits."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from labkit.sizing import bytes_per_token
-from labkit.specs import LayerGroup, ModelSpec, SpecError, from_hf_config
+from labkit.specs import LayerGroup, ModelSpec, SpecError, from_hf_config, kept
 
 S, F = "sliding_attention", "full_attention"
 BASE = {"intermediate_size": 1, "vocab_size": 1000, "max_position_embeddings": 131_072}
@@ -246,6 +248,22 @@ class TestWhatCannotBe:
     def test_a_group_of_layers_says_only_what_its_kind_has(self, group, said):
         with pytest.raises(SpecError, match=said):
             LayerGroup(**group)
+
+
+def imported(module: str) -> set[str]:
+    """The modules of labkit.specs that a module there is made of, itself included."""
+    tree = ast.parse((Path(kept.__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "labkit.specs":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labkit.specs."):
+            found.add(node.module.rpartition(".")[2])
+    return {module}.union(*map(imported, found - {"files"}))  # which only says what is wrong
+
+
+def test_an_answer_is_kept_until_any_file_that_it_is_made_by_changes():
+    assert {f"{name}.py" for name in imported("measured")} == set(kept.MEASURING)
 
 
 class TestKeptAnswers:
