@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Output that cannot be written ends a command too: quietly when the reader has gone (`labkit size --list | head`).
     """
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to fail
@@ -51,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _run(arguments)
         except SystemExit as error:  # argparse's, after --help or a line on what is wrong
             ended = error
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except OSError as error:
@@ -68,6 +68,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ended:
         raise ended
     return status
+
+
+class Closed(io.TextIOBase):
+    """In the place of an output that was closed before the command began: nothing can be written to it."""
+
+    def write(self, text: str) -> int:
+        """Raises OSError."""
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def _fill_closed_streams() -> None:
+    """Where a shell closed input, output or errors (`>&-`), Python has None, which print() takes for the output.
+
+    Their numbers must not go to files that are opened later: what a library or a program of ours prints goes there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    sys.stdout = sys.stdout or Closed()
+    sys.stderr = sys.stderr or io.StringIO()
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -97,8 +119,7 @@ def _complain(line: str) -> None:
 def _flushes(stream: TextIO) -> bool:
     """Whether a stream takes what was written to it."""
     try:
-        if stream:  # None where it was closed
-            stream.flush()
+        stream.flush()
         return True
     except OSError:
         return False

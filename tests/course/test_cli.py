@@ -352,7 +352,8 @@ from labkit.course import cli
 reader, closed = os.pipe()
 os.close(reader)  # `closed` is a pipe that nobody reads
 full = os.open("/dev/full", os.O_WRONLY)
-STREAMS = {"full out": (full, None), "full err": (None, full), "gone out": (closed, None), "gone err": (None, closed)}
+STREAMS = {"full out": (full, None), "full err": (None, full), "gone out": (closed, None), "gone err": (None, closed),
+           "shut out": ("shut", None), "shut err": (None, "shut")}
 for command, streams in itertools.product(json.loads(sys.argv[1]), STREAMS):
     kept, err = os.pipe()
     if (child := os.fork()) == 0:
@@ -365,8 +366,13 @@ for command, streams in itertools.product(json.loads(sys.argv[1]), STREAMS):
 else:
     sys.exit()
 quiet = os.open(os.devnull, os.O_WRONLY)
-for number, (wanted, other) in enumerate(zip(STREAMS[streams], (quiet, err)), start=1):
-    os.dup2(other if wanted is None else wanted, number)
+others = (err if streams == "shut err" else quiet, err)  # where what is said must not land instead
+for number, (wanted, other) in enumerate(zip(STREAMS[streams], others), start=1):
+    if wanted == "shut":  # as a shell's >&-
+        os.close(number)
+        setattr(sys, ["stdin", "stdout", "stderr"][number], None)
+    else:
+        os.dup2(other if wanted is None else wanted, number)
 sys.exit(cli.main(command))
 """
 
@@ -379,15 +385,18 @@ def test_every_command_ends_well_on_every_broken_output() -> None:
     command = [sys.executable, "-c", FORKS, json.dumps(COMMANDS)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == 4 * len(COMMANDS)
+    assert len(results) == 6 * len(COMMANDS)
     for command, streams, status, err in results:
         case = (command, streams, status, err)
         fails = command in (["size", "no-such-model"], ["model"])
         assert "Traceback" not in err, case
         assert "Exception ignored" not in err, case
-        assert status == (1 if fails or streams == "full out" else 0) or (fails and streams == "gone err"), case
-        if streams == "full out" and not fails:
-            assert err == "labkit: the output cannot be written or read (No space left on device)\n", case
+        unwritable = {"full out": "No space left on device", "shut out": "it is closed"}.get(streams)
+        assert status == (1 if fails or unwritable else 0) or (fails and streams == "gone err"), case
+        if unwritable and not fails:
+            assert err == f"labkit: the output cannot be written or read ({unwritable})\n", case
+        if streams == "shut err":  # here it is the output: a complaint is no answer
+            assert "labkit: " not in err, case
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
