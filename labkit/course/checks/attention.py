@@ -186,9 +186,7 @@ def now_and_then(q: Tensor, k: Tensor, v: Tensor, listed: Iterable[Suspect]) -> 
     ways = [(zeros, least, past) for past in (0, 1) for zeros in (False, True) for least in (1, 2)]
     return [
         replace(suspect, gives=[
-            partial(one_way, give, *way)
-            for give in (suspect.gives if isinstance(suspect.gives, (list, tuple)) else [suspect.gives])
-            for way in ways
+            partial(one_way, give, *way) for give in suspect.variants for way in ways
         ])
         for suspect in listed
     ]  # fmt: skip

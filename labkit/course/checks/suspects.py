@@ -22,6 +22,11 @@ class Suspect:
     look: str
     seen: str = ""
 
+    @property
+    def variants(self) -> list[Any]:
+        """What it comes to, one way or several."""
+        return list(self.gives) if isinstance(self.gives, (list, tuple)) else [self.gives]
+
 
 def accuse(
     exercise: type[Exercise], suspects: Iterable[Suspect], seen: str = "", *, fits: Callable[[Any], bool] = bool
@@ -31,8 +36,7 @@ def accuse(
     A suspect is named because what it gives was computed and is what came back, never because it is the last one left.
     """
     for suspect in suspects:
-        variants = suspect.gives if isinstance(suspect.gives, (list, tuple)) else [suspect.gives]
-        if any(map(fits, variants)):
+        if any(map(fits, suspect.variants)):
             exercise.fail(suspect.diagnosis, seen=suspect.seen or seen, cause=suspect.cause, look=suspect.look)
 
 

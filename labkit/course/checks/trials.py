@@ -132,7 +132,7 @@ class Judge:
     def accuse(self, case: Case) -> None:
         """Name the suspect that gives what came back in this case and in every other."""
         for place, suspect in enumerate(self.suspects(*case.args)):
-            if any(self.always(place, variant) for variant in range(len(variants(suspect)))):
+            if any(self.always(place, variant) for variant in range(len(suspect.variants))):
                 self.exercise.fail(
                     suspect.diagnosis, seen=suspect.seen or self.told(case), cause=suspect.cause, look=suspect.look
                 )
@@ -153,7 +153,7 @@ class Judge:
         it can be told from what is right in one of them."""
         told_apart = False
         for case, got, own in self.seen:
-            given = variants(self.suspects(*case.args)[place])
+            given = self.suspects(*case.args)[place].variants
             if variant >= len(given):
                 continue
             value = given[variant]() if callable(given[variant]) else given[variant]
@@ -211,11 +211,6 @@ def described(function: Callable, case: Case) -> str:
     names = list(inspect.signature(function).parameters)
     pairs = [*zip(names, case.args, strict=False), *case.by_name.items()]
     return ", ".join(f"{name} {short_value(value)}" for name, value in pairs)
-
-
-def variants(suspect: Suspect) -> list[Any]:
-    """What a suspect comes to, one or several."""
-    return list(suspect.gives) if isinstance(suspect.gives, (list, tuple)) else [suspect.gives]
 
 
 def fits(got: Any, value: Any) -> bool:

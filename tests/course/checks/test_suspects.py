@@ -30,6 +30,11 @@ def test_the_first_whose_variant_fits_is_named_and_says_what_only_it_shows() -> 
     assert caught.value.finding.seen == "a third"
 
 
+def test_a_suspect_comes_to_what_it_gives_one_way_or_several() -> None:
+    assert [suspect.variants for suspect in SUSPECTS] == [[2, 3], [3], []]
+    assert Suspect("a", (1, 2), "c", "l").variants == [1, 2]
+
+
 def test_none_is_named_where_none_fits() -> None:
     accuse(Double, SUSPECTS, "another number", fits=lambda given: False)
 

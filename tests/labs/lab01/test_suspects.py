@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from labkit.course.checks.trials import Case, fits, variants
+from labkit.course.checks.trials import Case, fits
 from labkit.labs.lab01 import CONTENTS
 
 EXERCISES = {exercise.id: exercise for exercise in CONTENTS.exercises}
@@ -40,7 +40,7 @@ def test_suspects_differ_from_what_is_right_and_from_each_other(exercise, monkey
     wrong: dict[tuple[str, int, int], dict] = {}
     for number, case in enumerate(cases):
         for place, suspect in enumerate(suspects(*case.args)):
-            for variant, gives in enumerate(variants(suspect)):
+            for variant, gives in enumerate(suspect.variants):
                 value = gives() if callable(gives) else gives
                 if value is not None:
                     wrong.setdefault((suspect.diagnosis, place, variant), {})[number] = value
