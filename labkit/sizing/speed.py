@@ -129,15 +129,8 @@ def decode_floor(
 
     Of the cache, what the new token sees is read: no room left over, and nothing beyond a window.
     """
-    check_spec("model", model)
     check_count("context", context)
-    check_count("batch", batch)
-    check_count("ranks", ranks)
-    check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(weights_met(model, batch), weight_dtype), ranks)
-    cache = step_bytes(on_one_rank(model, ranks), context, batch, dtype)
-    flops = ceil_div(step_flops(model, 1, past=context - 1, batch=batch), ranks)
-    return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, batch)
+    return _floor(model, gpu, 1, context - 1, batch, dtype, weight_dtype, ranks, link)
 
 
 def prefill_floor(
@@ -152,35 +145,36 @@ def prefill_floor(
     link: LinkSpec | None = None,
 ) -> Floor:
     """The least time of one pass over `batch` prompts of `prompt` tokens: weights read once, K and V written once."""
-    check_spec("model", model)
     check_count("prompt", prompt)
-    check_count("batch", batch)
-    check_count("ranks", ranks)
-    check_spec("gpu", gpu)
-    weights = ceil_div(to_bytes(weights_met(model, prompt * batch), weight_dtype), ranks)
-    cache = step_bytes(on_one_rank(model, ranks), prompt, batch, dtype)
-    flops = ceil_div(step_flops(model, prompt, batch=batch), ranks)
-    return _floor(model, gpu, weights, cache, flops, weight_dtype, ranks, link, prompt * batch)
+    return _floor(model, gpu, prompt, 0, batch, dtype, weight_dtype, ranks, link)
 
 
 def _floor(
     model: ModelSpec,
     gpu: GpuSpec,
-    weights: int,
-    cache: int,
-    flops: int,
+    new: int,
+    past: int,
+    batch: int,
+    dtype: str | Format,
     weight_dtype: str,
     ranks: int,
     link: LinkSpec | None,
-    tokens: int,
 ) -> Floor:
+    """Of a pass over `new` tokens behind `past` cached ones, for `batch` requests."""
+    check_spec("model", model)
+    check_count("batch", batch)
+    check_count("ranks", ranks)
+    check_spec("gpu", gpu)
+    weights = ceil_div(to_bytes(weights_met(model, new * batch), weight_dtype), ranks)
+    cache = step_bytes(on_one_rank(model, ranks), past + new, batch, dtype)
+    flops = ceil_div(step_flops(model, new, past=past, batch=batch), ranks)
     return Floor(
         weights,
         cache,
         flops,
         reading=(weights + cache) / gpu.bytes_per_s,
         computing=flops / math_rate(gpu, weight_dtype),
-        communicating=all_reduce_seconds(model, ranks, tokens, link),
+        communicating=all_reduce_seconds(model, ranks, new * batch, link),
     )
 
 
