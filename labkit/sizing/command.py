@@ -21,7 +21,7 @@ from labkit.sizing.units import LIMIT, check_count, check_share, dtype_name, sho
 from labkit.specs import ModelSpec, SpecError
 
 CONTEXTS = [1024 * 2**power for power in range(1, 8)]  # 2K to 128K
-NUMBER = re.compile(r"(\d{1,15}|\d{1,3}(?:,\d{3}){1,4})([KM]?)", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"(\d{1,4000}|\d{1,3}(?:,\d{3}){1,999})([KM]?)", re.ASCII | re.IGNORECASE)  # more int() refuses
 FACTORS = {"": 1, "K": 1024, "M": 1024**2}
 PARAMETERS = 10**15
 QUANTIZED = {"group_size": 1, "residual_length": 0, "sink_length": 0}  # and the least that each can be
@@ -193,7 +193,8 @@ def count(option: str, text: str | None, default: int = 1, *, least: int = 1, mo
     match = NUMBER.fullmatch(text.strip())
     value = -1 if match is None or match[2] else int(match[1].replace(",", ""))
     if value < least:
-        raise SizeError(f"{option} is a whole number without a unit, at least {least}; got {shown(text)}")
+        said = "a whole number without a unit or an exponent"
+        raise SizeError(f"{option} is {said}, at least {least}; got {shown(text)}")
     return check_count(option, value, least, most)
 
 

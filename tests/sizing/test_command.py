@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -284,6 +285,21 @@ def test_what_is_wrong_is_said_of_the_flag_that_was_typed(refused, flag):
     for text in ["", "-1", "nan", "inf", "true", "1.5", "a lot", "9" * 40, "99999999999999999", "\n", *more]:
         said = refused("qwen2.5-7b", *beside, f"{flag}={text}")
         assert said.startswith(flag), text
+
+
+@pytest.mark.parametrize(
+    "flag", [flag for flag in COUNTING if flag not in ("--reserve", "--kv-dtype", "--weight-dtype")]
+)
+def test_a_number_that_is_too_large_is_said_to_be_that(refused, flag):
+    for text in ["1" + 15 * "0" + "1", "9" * 16, "9" * 40, "9" * 4000, "9,999,999,999,999,999"]:
+        said = refused("qwen2.5-7b", *COUNTING[flag][0], f"{flag}={text}")
+        assert re.fullmatch(rf"{flag} is [\d,]+: more than [\d,]+ cannot be meant; is it in another unit\?", said) or (
+            re.fullmatch(rf"{flag} is a number of \d+ bits: more than [\d,]+ cannot be meant; is it in .*", said)
+        ), text
+
+
+def test_the_largest_number_of_weights_is_taken(answer):
+    assert answer("qwen2.5-7b", "--parameters", "1000000000000000")["parameters"] == 10**15
 
 
 def test_how_k_and_v_are_kept_is_said_by_flags(answer):
