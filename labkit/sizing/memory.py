@@ -51,7 +51,13 @@ def capacity(
     check_count("context", context)
     room = room_for_cache(model, gpu, weight_dtype=weight_dtype, reserve=reserve, ranks=ranks)
     one = peak_bytes(on_one_rank(model, ranks), context, 1, dtype)
-    return room // one if room > 0 else 0
+    if room <= 0:
+        return 0
+    if one <= 0:  # of a format of one's own
+        raise SizeError(
+            f"{context:,} tokens take {one:,} bytes in {kv_format(dtype).name}: memory sets no limit to that"
+        )
+    return room // one
 
 
 def longest_context(

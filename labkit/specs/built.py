@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ Config = Mapping[str, Any]
 
 BUILDABLE = 1_000  # layers: each takes some milliseconds and some hundred kilobytes of Python objects
 MODALITIES = ("vision_config", "audio_config", "vit_config", "speech_config", "video_config")
+# Buffers that training sets, and that published counts hold. All others are constants: decays, tables, frequencies.
+TRAINED = re.compile(r"(?:correction_bias|balancing_biases|layer_scalar)$")
 DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
 
 
@@ -156,7 +159,12 @@ def plain_keys(text: Any) -> dict[str, Any]:
 
 def count_weights(model: Any, text: Any, has_head: bool, chosen: Mapping[str, int]) -> dict[str, Any]:
     """Weights in all, tied ones once; those of experts that a token is not sent to; and of tables it reads a row of."""
-    tensors = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    weights = {id(tensor) for tensor in model.parameters()}
+    tensors = {
+        id(tensor): (name, tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) in weights or TRAINED.search(name)
+    }
     total = sum(tensor.numel() for _, tensor in tensors.values())
     if not has_head and not getattr(text, "tie_word_embeddings", False):
         total += text.vocab_size * text.hidden_size

@@ -202,6 +202,8 @@ class ModelSpec:
                 return "the first layer cannot be shared: there is no earlier one to read"
             if layer.kind == "shared":
                 return f"layer {index} cannot be shared: no earlier one keeps K and V to read"
+        if all(layer.kind == "none" for layer in self.each_layer):
+            return 'all layers are of kind "none": the model keeps nothing of the text, and has no cache to size'
         before = sum(group.count for group in self.layers[:-1])
         if before >= self.num_layers:
             last = len(self.layers) - 1

@@ -65,6 +65,30 @@ class TestCapacity:
             capacity(shape(), GPU, 10, reserve=reserve)
 
 
+class Nothing(sizing.Dense):
+    """A way to keep K and V that forgets to count."""
+
+    def layer_bytes(self, layer, tokens):
+        return 0
+
+
+class TestACacheThatTakesNothing:
+    @pytest.mark.parametrize(
+        "ask", [capacity, lambda *of, dtype: sizing.plan(of[0], of[1], context=of[2], dtype=dtype)]
+    )
+    def test_of_a_format_of_ones_own_has_no_capacity_and_that_is_said(self, ask):
+        with pytest.raises(SizeError, match="10 tokens take 0 bytes in float16: nothing limits how many"):
+            ask(shape(), GPU, 10, dtype=Nothing())
+
+    def test_of_a_model_of_states_each_user_takes_its_state_at_any_length(self):
+        model = shape(layers=[LayerGroup("state", state_bytes=300)], num_layers=2)
+        plan = sizing.plan(model, GPU, context=500)
+        assert plan.users_that_fit == (plan.free + plan.cache) // 600
+        assert (plan.bytes_per_token, plan.context_that_fits) == (0, None)
+        assert "It fits" in plan.verdict
+        assert " 0 bytes per token" in sizing.table(plan)
+
+
 class TestTensorParallel:
     @given(model=dense_shapes(), ranks=st.integers(1, 16), tokens=st.integers(1, 50))
     def test_ranks_hold_the_whole_cache_or_copies_of_it(self, model, ranks, tokens):

@@ -285,6 +285,8 @@ SHAPE = {
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor of rope_scaling must be a number above 0"),
         ({"layers": [LayerGroup("none"), LayerGroup("shared")]}, "layer 1 cannot be shared: no earlier one keeps"),
         ({"layers": [LayerGroup("state", state_bytes=8), LayerGroup("shared")]}, "layer 1 cannot be shared"),
+        ({"layers": [LayerGroup("none")]}, 'all layers are of kind "none": the model keeps nothing of the text'),
+        ({"layers": [LayerGroup("none"), LayerGroup("none", count=2)]}, 'all layers are of kind "none"'),
         ({"layers": [LayerGroup("full", count=4), LayerGroup("none")]}, r"layers\[1\] begins after 4 layers"),
         ({"active_parameters": 5}, r"active_parameters \(5\) cannot be"),
         ({"active_parameters": 5, "num_experts": 8, "experts_per_token": 2}, r"active_parameters \(5\) cannot be"),
