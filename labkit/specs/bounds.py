@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from labkit.specs.files import SpecError, short
+from labkit.specs.keys import GROUPED
 from labkit.specs.model import LIMIT, MAX_LAYERS
 from labkit.specs.names import NAMES, first
 
@@ -21,8 +22,8 @@ PER_LAYER = (
     "no_rope_layers",
 )
 FLAGS = (
-    "tie_word_embeddings", "use_sliding_window", "use_cla", "use_mla", "multi_query", "multi_query_attention",
-    "new_decoder_architecture", "mamba_enabled",
+    "tie_word_embeddings", "use_sliding_window", "use_cla", "use_mla", "multi_query", *GROUPED,
+    "use_cache_quantization", "new_decoder_architecture", "mamba_enabled",
 )  # fmt: skip
 UNBOUNDED = ("model_max_length", "seed", "_commit_hash")  # not of the model's shape
 FROM_ZERO = ("num_experts", "experts_per_token")  # a dense member of a family of mixtures has none

@@ -11,7 +11,7 @@ from typing import Any
 
 from labkit.specs.built import sizes_of
 from labkit.specs.files import SpecError
-from labkit.specs.keys import EVERY, HARMLESS, READ
+from labkit.specs.keys import EVERY, GROUPED, READ, says_nothing
 from labkit.specs.names import NAMES, first
 
 Config = Mapping[str, Any]
@@ -40,11 +40,12 @@ def check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):  # some types are another's class under a name of their own
             sources.append(inspect.getsource(importlib.import_module(name)))
-    off = [key for flag, keys in OFF.items() if part.get(flag) is False for key in keys]
+    meant_nothing = [key for flag, keys in OFF.items() if part.get(flag) is False for key in keys]
     unheard = []
     for key, value in part.items():
         structural = key in READ or (STRUCTURAL.search(key) and value is not True)
-        if not value or not structural or key in (*HARMLESS, *HEARD, *off):
+        off = not value and (value is None or key not in GROUPED)
+        if off or not structural or says_nothing(key) or key in (*HEARD, *meant_nothing):
             continue
         bare = key.lstrip("_")
         if bare == key or hasattr(type(text), bare):  # another underscored key is one of the class's own, overwritten
@@ -52,7 +53,7 @@ def check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
                 continue
         if key == "mamba_ssm_dtype" and value == "float32" and text.has_float32_states:
             continue
-        if not _agrees(bare, value, read):
+        if not _agrees(bare, value, read, first(text, NAMES["num_heads"])):
             unheard.append(key)
     if unheard:
         raise SpecError(
@@ -61,7 +62,7 @@ def check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
         )
 
 
-def _agrees(key: str, value: Any, read: list[dict[str, Any]]) -> bool:
+def _agrees(key: str, value: Any, read: list[dict[str, Any]], num_heads: Any) -> bool:
     """Whether what an unheard key says is what was measured."""
     windows = {window for layer in read if (window := layer.get("window"))}
     windowed = [int(layer["kind"] == "window") for layer in read]  # as MiMo-V2 lists them
@@ -74,6 +75,8 @@ def _agrees(key: str, value: Any, read: list[dict[str, Any]]) -> bool:
         return bool(value == sum(layer["kind"] == "shared" for layer in read))
     if key == "multi_query":
         return {layer.get("num_kv_heads") for layer in read if "num_kv_heads" in layer} == {1}
+    if key in GROUPED:
+        return all((layer["num_kv_heads"] < num_heads) == value for layer in read if "num_kv_heads" in layer)
     if key == "use_sliding_window":
         return bool(windows)
     if key == "use_mla":

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from labkit.specs.files import SpecError, short
-from labkit.specs.keys import EVERY, HARMLESS, READ, SIZES, WEIGHTS
-from labkit.specs.model import DECODER_TYPES
+from labkit.specs.keys import EVERY, GROUPED, HARMLESS, READ, SIZES, WEIGHTS, says_nothing
+from labkit.specs.model import DECODER_TYPES, LIMIT
 from labkit.specs.names import NAMES, first
 
 Config = Mapping[str, Any]
@@ -21,6 +21,7 @@ KINDS = {
     "full_attention": "full", "attention": "full", "sliding_attention": "window", "chunked_attention": "window",
     "linear_attention": "linear_attention", "mamba": "mamba", "conv": "conv",
 }  # fmt: skip
+LENGTHS = ("max_sequence_length", "model_max_length", "max_model_len", "training_seqlen", "base_seqlen")
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 LLAMA_KEYS = (  # what a config of Llama's shape must say, so that no default of a class is needed
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
@@ -49,7 +50,7 @@ def is_llama(config: Config) -> bool:
             return False
     if config.get("num_key_value_heads") is None and (kind != "llama"):
         return False
-    return all(key in HARMLESS or key in LLAMA_KEYS or key in asks or value is None for key, value in config.items())
+    return all(says_nothing(key) or key in LLAMA_KEYS or key in asks or value is None for key, value in config.items())
 
 
 def read(config: Config) -> dict[str, Any]:
@@ -90,8 +91,9 @@ def read(config: Config) -> dict[str, Any]:
 
 def refuse_unknown_keys(config: Config) -> None:
     """SpecError naming the keys of which it is not known what they say. A null says nothing."""
-    known = HARMLESS | WEIGHTS | READ | SIZES
-    unknown = [key for key, value in config.items() if key not in known and value is not None and value != {}]
+    known = WEIGHTS | READ | SIZES
+    said = [key for key, value in config.items() if value is not None and value != {}]
+    unknown = [key for key in said if key not in known and not says_nothing(key)]
     for outer in sorted({name.split(".")[0] for names in NAMES.values() for name in names if "." in name}):
         inner = config.get(outer)
         if not isinstance(inner, Mapping | None):
@@ -149,14 +151,23 @@ class _Said:
 def _one_size(config: Config, field: str) -> Any:
     """The size that the config names, in whichever way; SpecError where two of its names say different sizes."""
     given = {name: value for name in NAMES[field] if (value := first(config, [name])) is not None}
-    if field == "num_kv_heads" and config.get("multi_query_attention") is False:
-        given.pop("multi_query_group_num", None)
+    unused = [count for flag, count in GROUPED.items() if config.get(flag) is False]
+    if field == "num_kv_heads":
+        given = {name: value for name, value in given.items() if name not in unused}
+    if field == "max_seq_len" and given:  # what all of them allow: none is of a layer's shape
+        return min(given.values())
     if not given:
-        return None
+        return _length(config) if field == "max_seq_len" else None
     if field == "vocab_size" and given.get("padded_vocab_size", 0) >= given.get("vocab_size", 0):
         return next(iter(given.values()))  # padded is more than there are
     _refuse_two(given)
     return next(iter(given.values()))
+
+
+def _length(config: Config) -> int | None:
+    """The longest context by the names that some have instead; a tokenizer's own may be without bounds."""
+    lengths = [config.get(name) for name in LENGTHS]
+    return min((one for one in lengths if type(one) is int and 1 <= one <= LIMIT), default=None)
 
 
 def _refuse_two(given: Mapping[str, Any]) -> None:
@@ -173,8 +184,15 @@ def _kv_heads(said: _Said, sizes: dict[str, Any]) -> int:
             raise SpecError(f"multi_query is one head of K and V, {_named(config, 'num_kv_heads')} is {heads}")
         return 1
     said.take("new_decoder_architecture")
-    if said.take("multi_query_attention") and config.get("multi_query_group_num") is None:
-        raise SpecError("multi_query_attention is set, but the config has no multi_query_group_num")
+    for flag, count in GROUPED.items():
+        shared = said.take(flag)
+        if shared and config.get(count) is None:
+            raise SpecError(f"{flag} is set, but the config has no {count}")
+        if shared is False and heads not in (None, sizes["num_heads"]):
+            raise SpecError(
+                f"{flag} is false, but {_named(config, 'num_kv_heads')} is {heads} and "
+                f"{_named(config, 'num_heads')} {sizes['num_heads']}: take one of them out, or correct it"
+            )
     return sizes["num_heads"] if heads is None else heads
 
 
@@ -196,6 +214,8 @@ def _layers(said: _Said, sizes: dict[str, Any]) -> list[dict[str, Any]]:
                 raise SpecError(f"some layers have a sliding window, but its size is not said: {WINDOWS[0]} is missing")
             kinds = ["full" if kind == "window" else kind for kind in kinds]
         said.take(*WINDOWS)
+    if config.get("use_cache_quantization") is False:  # Qwen's first: set, K and V are kept in 8 bits
+        said.take("use_cache_quantization")
     latent = _latent(said, sizes)
     kinds = _shared(said, kinds)
     heads = {"num_kv_heads": sizes["num_kv_heads"], "head_dim": sizes["head_dim"]}
@@ -256,6 +276,8 @@ def _window(said: _Said) -> int | None:
         said.number("max_window_layers", least=0)
         given = {key: value for key, value in given.items() if key == "attention_chunk_size"}
     if not given:
+        if any(key in said.config for key in WINDOWS):  # a null: there is none
+            said.number("max_window_layers", least=0)
         if said.config.get("use_sliding_window"):
             raise SpecError("use_sliding_window is set, but the config has no 'sliding_window'")
         return None
@@ -424,6 +446,11 @@ STATES: dict[str, tuple[tuple[str, ...], Callable[[_Said, Config], tuple[int, in
 }
 
 
+EVERY_MOE = (
+    "expert_layer_period", "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", "moe_layer_frequency",
+)  # fmt: skip
+
+
 def _unmet(config: Config, sizes: Mapping[str, Any]) -> int:
     """Weights of the experts that one token does not meet: three matrices each, as wide as the config says."""
     experts, met = sizes.get("num_experts"), sizes.get("experts_per_token")
@@ -434,6 +461,6 @@ def _unmet(config: Config, sizes: Mapping[str, Any]) -> int:
         width = max(width)
     layers = sizes["num_layers"] - (config.get("first_k_dense_replace") or config.get("moe_layer_start_index") or 0)
     layers -= len(config.get("mlp_only_layers") or ())
-    every = first(config, ("expert_layer_period", "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq"))
+    every = first(config, EVERY_MOE)
     layers = sum(every) if isinstance(every, list) else layers // (every or 1)
     return int(layers * (experts - met) * 3 * sizes["hidden_size"] * (width or sizes["intermediate_size"]))

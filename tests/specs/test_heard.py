@@ -27,6 +27,8 @@ def read(change: dict):
         ({"kv_lora_rank": 32, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}, "kv_lora_rank, qk_nope"),
         ({"v_head_dim": 4}, "v_head_dim"),
         ({"multi_query": True}, "multi_query"),
+        ({"multi_query_attention": False}, "multi_query_attention"),
+        ({"group_query_attention": True, "num_key_value_heads": 8}, "group_query_attention"),
         ({"num_key_value_heads_per_layer": [1, 2, 4, 4]}, "num_key_value_heads_per_layer"),
         ({"model_type": "qwen3", "num_kv_shared_layers": 2}, "num_kv_shared_layers"),
         ({"model_type": "qwen3", "full_attention_layers": [1]}, "full_attention_layers"),
@@ -66,6 +68,8 @@ def test_a_size_under_a_name_that_a_class_does_not_read_is_refused(change, said)
         ({"model_type": "minimax_m2", "attn_type_list": [1] * 4}, "ffff"),
         ({"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": "LLLG"}, "wwwf"),
         ({"text_config": {}}, "ffff"),
+        ({"multi_query_attention": False, "num_key_value_heads": 8}, "ffff"),
+        ({"multi_query_attention": True, "group_query_attention": None}, "ffff"),
         ({"model_type": "hunyuan_v1_moe", "use_cla": False, "cla_share_factor": 2, **EXPERTS}, "ffff"),
         ({"model_type": "qwen3_5_text", "mamba_ssm_dtype": "float32"}, "sssf"),
         ({"model_type": "qwen2", "sliding_window": 16, "max_window_layers": 0}, "ffff"),  # it is off unless set

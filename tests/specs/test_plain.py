@@ -3,7 +3,7 @@
 import pytest
 
 from labkit.specs import SpecError, from_hf_config
-from labkit.specs.keys import READ
+from labkit.specs.keys import NOTHING, READ, SIZES, WEIGHTS
 
 U = {
     "model_type": "foo", "num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 8,
@@ -31,6 +31,7 @@ def letters(change: dict) -> str:
 ALONE = {
     "no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "num_kv_shared_layers", "sliding_window",
     "sliding_window_size", "attention_chunk_size", "v_head_dim", "use_cla", "multi_query", "multi_query_attention",
+    "group_query_attention", "use_cache_quantization",
     "new_decoder_architecture", "use_mla", "mamba_enabled", "layer_types", "layers_block_type", "attn_type_list",
     "attn_layer_indices", "sliding_window_pattern",
 }  # fmt: skip
@@ -74,6 +75,11 @@ def test_a_key_that_means_nothing_alone_is_refused_and_named(key):
         ({"attn_layer_indices": [False], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
         ({"attn_config": "x"}, "attn_config holds sizes by name; got 'x'"),
         ({"multi_query_attention": True}, "no multi_query_group_num"),
+        ({"group_query_attention": True}, "no num_query_groups"),
+        ({"multi_query_attention": False}, "multi_query_attention is false, but num_key_value_heads is 4 and num_att"),
+        ({"group_query_attention": False}, "group_query_attention is false, but num_key_value_heads is 4"),
+        ({"multi_query_attention": False, "num_key_value_heads": 1}, "num_key_value_heads is 1"),
+        ({"use_cache_quantization": True}, "use_cache_quantization: alone"),
         ({"layer_types": [["a"]] * 8}, r"a layer of type \['a'\] is not known"),
         ({"attn_layer_indices": [-1, 3], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
         ({"attn_layer_period": -4, "conv_L_cache": 3}, "attn_layer_period must be a whole number, at least 1"),
@@ -109,6 +115,10 @@ def test_text_is_no_boolean(flag, kind):
     [
         ({"multi_query_attention": False, "multi_query_group_num": 2}, 8),
         ({"multi_query_attention": True, "multi_query_group_num": 2}, 2),
+        ({"multi_query_attention": False, "num_key_value_heads": 8}, 8),
+        ({"multi_query_attention": False}, 8),
+        ({"group_query_attention": True, "num_query_groups": 2}, 2),
+        ({"group_query_attention": False, "num_query_groups": 2}, 8),
         ({"multi_query": True}, 1),
         ({"multi_query": False}, 8),
         ({"attn_config": {"kv_n_heads": 2}}, 2),
@@ -136,6 +146,70 @@ def test_a_group_without_its_number_is_refused():
 )
 def test_what_is_understood_is_read(change, expected):
     assert letters(change) == expected
+
+
+# As published, beside the sizes: keys of models that bring code of their own.
+REMOTE = {
+    "chatglm": {
+        "add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "original_rope": True,
+        "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True, "rmsnorm": True,
+        "bias_dropout_fusion": True, "fp32_residual_connection": False, "kv_channels": 128, "rope_ratio": 500,
+        "layernorm_epsilon": 1e-5, "post_layer_norm": True, "prefix_projection": False, "quantization_bit": 0,
+        "seq_length": 131_072, "pre_seq_len": None,
+    },
+    "qwen": {
+        "attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0, "bf16": True, "fp16": False, "fp32": False, "no_bias": True,
+        "rotary_emb_base": 10_000, "rotary_pct": 1.0, "scale_attn_weights": True, "use_flash_attn": "auto",
+        "use_dynamic_ntk": True, "use_logn_attn": True, "use_cache_quantization": False, "use_cache_kernel": False,
+        "softmax_in_fp32": False, "seq_length": 8192, "onnx_safe": None,
+    },
+    "bailing_moe": {
+        "embedding_dropout": 0.0, "output_dropout": 0.0, "norm_head": True, "norm_softmax": False, "multi_gate": False,
+        "router_dtype": "fp32", "moe_router_enable_shared_expert": True, "mtp_loss_scaling_factor": 0,
+        "score_function": "sigmoid", "max_window_layers": 28, "sliding_window": None, "use_rmsnorm": True,
+    },
+    "telechat": {
+        "flash_attn": True, "training_seqlen": 8192, "base_seqlen": 8192, "logn": False, "embed_layernorm": False,
+        "offset_alibi": 100, "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False,
+    },
+    "phi-msft": {"flash_attn": False, "flash_rotary": False, "fused_dense": False, "img_processor": None},
+    "minimax_text_01": {
+        "layernorm_full_attention_alpha": 3.5, "layernorm_linear_attention_beta": 1.0, "layernorm_mlp_alpha": 3.5,
+        "postnorm": True, "shared_moe_mode": "sigmoid", "router_jitter_noise": 0.0, "sliding_window": None,
+    },
+    "grok-1": {
+        "attn_output_multiplier": 0.088, "embedding_multiplier_scale": 78.4, "output_multiplier_scale": 0.58,
+        "max_attn_value": 30.0,
+    },
+    "jais": {
+        "mup_embeddings_scale": 14.6, "mup_scale_qk_dot_by_d": True, "embeddings_scale": 14.6, "width_scale": 0.1,
+        "scale_qk_dot_by_d": True, "summary_first_dropout": 0.1, "summary_type": "cls_index", "alibi_scaling": None,
+    },
+    "arctic": {
+        "parallel_attn_mlp_res": True, "use_residual": True, "enable_expert_tensor_parallelism": False,
+        "moe_eval_capacity_factor": 1, "moe_min_capacity": 0, "moe_token_dropping": True, "moe_layer_frequency": 2,
+    },
+    "exaone": {"embed_dropout": 0.0, "layer_norm_epsilon": 1e-5},
+    "xverse": {"max_tokenizer_truncation": 6144, "tokenizer_padding_side": "right", "max_sequence_length": 8192},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_keys_that_say_nothing_of_a_cache_keep_no_published_config_from_being_read(kind):
+    assert letters(REMOTE[kind] | {"model_type": kind}) == "ffffffff"
+
+
+def test_no_key_that_says_something_is_taken_for_one_that_says_nothing():
+    assert [key for key in sorted(READ | SIZES | WEIGHTS) if NOTHING.search(key)] == []
+
+
+def test_of_several_lengths_the_shortest_is_the_longest_context_and_a_tokenizers_counts_if_there_is_no_other():
+    assert read({"max_position_embeddings": 32_768, "seq_length": 8192}).max_seq_len == 8192
+    bare = {key: value for key, value in U.items() if key != "max_position_embeddings"}
+    assert read({"model_max_length": 4096}, bare).max_seq_len == 4096
+    assert read({"model_max_length": 10**30, "max_model_len": 2048}, bare).max_seq_len == 2048
+    with pytest.raises(SpecError, match="no 'max_position_embeddings'"):
+        read({"model_max_length": 10**30}, bare)
 
 
 def test_layers_of_two_kinds_of_state_have_each_their_own_size():
