@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,25 +14,9 @@ from torch import Tensor
 from labkit.attention import attention
 from labkit.labs.lab01 import references
 from labkit.labs.lab01.references import causal_mask, split_heads
+from tests.labs.noting import noting
 
-WRONG: list[tuple[str, str, str, Any]] = []  # (exercise id, the mistake, what a fitting message would say, answer)
-RIGHT: list[tuple[str, str, Any]] = []  # (exercise id, the style, answer)
-
-
-def wrong(exercise: str, mistake: str, message: str) -> Callable:
-    def note(answer: Any) -> Any:
-        WRONG.append((exercise, mistake, message, answer))
-        return getattr(references, answer.__name__)
-
-    return note
-
-
-def right(exercise: str, style: str) -> Callable:
-    def note(answer: Any) -> Any:
-        RIGHT.append((exercise, style, answer))
-        return getattr(references, answer.__name__)
-
-    return note
+WRONG, RIGHT, wrong, right = noting(references)
 
 
 # ---------------------------------------------------------------- 01.1 attention_weights

@@ -11,7 +11,6 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,28 +26,9 @@ from labkit.labs.lab02 import references
 from labkit.labs.lab02.references import GrowingCache, PreallocatedCache
 from labkit.llama import Llama
 from labkit.specs import ModelSpec
+from tests.labs.noting import noting
 
-WRONG: list[tuple[str, str, str, Any]] = []  # (exercise id, the mistake, what a fitting message would say, answer)
-RIGHT: list[tuple[str, str, Any]] = []  # (exercise id, the style, answer)
-
-
-# dataclasses look their module up by name; a loader need not have put this file there
-
-
-def wrong(exercise: str, mistake: str, message: str) -> Callable:
-    def note(answer: Any) -> Any:
-        WRONG.append((exercise, mistake, message, answer))
-        return getattr(references, answer.__name__)
-
-    return note
-
-
-def right(exercise: str, style: str) -> Callable:
-    def note(answer: Any) -> Any:
-        RIGHT.append((exercise, style, answer))
-        return getattr(references, answer.__name__)
-
-    return note
+WRONG, RIGHT, wrong, right = noting(references)
 
 
 # ---------------------------------------------------------------- 02.1 GrowingCache
