@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
@@ -14,7 +15,10 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 LEAST_FREE_BYTES = 2_000_000_000
 WIDGETS = Path("labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json")
 MORE_MEMORY = "close other programs, or raise the limit (ulimit -v, a container's): a lab needs 2 GB of free memory"
-REINSTALL = "run `make clean` and `make lab` again"
+SETTING = "correct the setting and start again"
+REINSTALL = (
+    "run `make clean` and `make lab` again (in an environment of your own: `pip install -c requirements.lock -e .`)"
+)
 
 
 @dataclass(frozen=True)
@@ -108,24 +112,42 @@ def check_model(thorough: bool = False) -> Line:
     from labkit.lab_model import NAME, damage
 
     if named := os.environ.get("LABKIT_MODEL", "").strip():
-        return Line("model", True, f"{named} (LABKIT_MODEL; read when a lab loads it)")
+        return _check_named_model(named)
     folder = _cache() / NAME
     reason = damage(folder, thorough)
     if reason:
-        return Line("model", False, f"{NAME} in {folder}: {reason}", "run `labkit model` (fetches 93 MB, once)")
+        remedy = "run `make lab` again, or `labkit model`: it fetches 93 MB, once"
+        return Line("model", False, f"{NAME} in {folder}: {reason}", remedy)
     return Line("model", True, f"{NAME} in {folder}")
 
 
+def _check_named_model(named: str) -> Line:
+    """Of a folder, that it holds a model that the labs can run; a hub's is asked for when a lab loads it."""
+    from labkit import models
+    from labkit.lab_model import ModelError
+
+    try:
+        if Path(named).expanduser().exists() or not models.HUB_ID.fullmatch(named):
+            models.spec()
+    except (ModelError, OSError, RuntimeError) as error:
+        return Line("model", False, str(error), SETTING)
+    return Line("model", True, f"{named} (LABKIT_MODEL; read when a lab loads it)")
+
+
 def check_work_folder() -> Line:
-    """The current folder, where progress is kept, can be written to; `LABKIT_PROGRESS`, where set, names a file."""
+    """The folder where progress is kept, the current one unless `LABKIT_PROGRESS` names a file, can be written to."""
     from labkit.course.progress import default_path
     from labkit.files import real_file, user_path
 
+    named = os.environ.get("LABKIT_PROGRESS", "").strip()
+    remedy = "set it to a file in a writable folder, or unset it"
     try:
-        real_file(default_path())
+        path = real_file(default_path())
     except OSError as error:
-        detail = f"LABKIT_PROGRESS={os.environ.get('LABKIT_PROGRESS', '')[:80]} cannot be used ({error.strerror})"
-        return Line("working folder", False, detail, "set it to a file in a writable folder, or unset it")
+        detail = f"LABKIT_PROGRESS={named[:80]} cannot be used ({error.strerror})"
+        return Line("working folder", False, detail, remedy)
+    if named and not (line := writable("working folder", path.parent, remedy)).ok:
+        return dataclasses.replace(line, detail=f"LABKIT_PROGRESS={named[:80]}: {line.detail}")
     return writable("working folder", user_path("."), "make it writable, or work in a folder that is")
 
 
@@ -134,7 +156,7 @@ def check_cache_folder() -> Line:
     from labkit.lab_model import NAME, damage
 
     folder = _cache()
-    line = writable("cache folder", folder, "make it writable, or set LABKIT_CACHE to a folder that is")
+    line = writable("cache folder", folder, "make it a writable folder, or set LABKIT_CACHE to one")
     if not line.ok and damage(folder / NAME) is None:
         return Line("cache folder", True, f"{folder}, read-only, with the model in it")
     return line
@@ -175,7 +197,7 @@ def _guarded(name: str, check: Callable[[], Line]) -> Line:
         if isinstance(error, ImportError):
             return Line(name, False, f"does not import ({said})", REINSTALL)
         if isinstance(error, ValueError | OSError):
-            return Line(name, False, said, "correct the setting and start again")
+            return Line(name, False, said, SETTING)
         return Line(name, False, f"{type(error).__name__}: {said}", REINSTALL)
 
 

@@ -47,7 +47,7 @@ class Progress:
     """The file, and this session's copy of it."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+        self.path, self.is_default = path, path is None
         self.saved = self.empty()  # what the file held when this session last read or wrote it
         self.unsaved: list[Change] = []
         self.data = self.empty()  # the one with the others applied
@@ -102,7 +102,8 @@ class Progress:
     @property
     def name(self) -> str:
         """The file's name, as messages give it."""
-        return (self.path or Path(os.environ.get("LABKIT_PROGRESS", ""))).name[:80]
+        named = os.environ.get("LABKIT_PROGRESS", "").strip() if self.is_default else ""
+        return f"{(self.path or Path(named)).name[:80]}{' (LABKIT_PROGRESS)' if named else ''}"
 
     def save(self) -> None:
         """Read the file, apply what waits, and write it. Raises OSError."""
@@ -141,7 +142,12 @@ class Progress:
             if (data := self.content(path)) is not None:
                 return data
             aside = self.set_aside(real_file(path))
-            print(f"{path.name} could not be read and is kept as {aside.name}; progress starts anew.")
+            known = any(self.saved[kind] for kind in KINDS)
+            then = "what this session knew of it is saved anew" if known else "progress starts anew"
+            print(
+                f"{path.name} could not be read and is kept as {aside.name}; {then}, and there is nothing you must do. "
+                f"If you have a good copy, put it in the place of {path.name} and restart the kernel."
+            )
         except FileNotFoundError:
             pass
         return copy.deepcopy(self.saved)

@@ -1,5 +1,6 @@
 import builtins
 import errno
+import json
 import os
 import re
 import sys
@@ -185,6 +186,38 @@ def test_another_model_named_by_the_learner_is_shown(monkeypatch):
     assert line("model").ok
     assert "owner/name" in line("model").detail
     assert "model owner/name" in doctor.card()
+
+
+@pytest.mark.parametrize("named", ["/no/such/folder", "~nobody-of-this-name/model", "no folder", "here"])
+def test_a_folder_that_is_named_as_the_model_and_holds_none_fails_and_names_the_setting(monkeypatch, tmp_path, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("LABKIT_MODEL", named)
+    found = line("model")
+    assert not found.ok
+    assert ("LABKIT_MODEL" if named != "here" else "there is no file") in found.detail
+    assert found.remedy == doctor.SETTING
+
+
+def test_a_folder_that_holds_a_model_is_well(monkeypatch, tmp_path):
+    shape = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+        "intermediate_size": 96, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    monkeypatch.setenv("LABKIT_MODEL", str(tmp_path))
+    assert line("model").ok
+
+
+@pytest.mark.parametrize("named", ["file/progress.json", "link/deeper/progress.json"])
+def test_a_progress_file_whose_folder_cannot_be_fails_and_names_the_setting(monkeypatch, tmp_path, named):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setenv("LABKIT_PROGRESS", str(tmp_path / named))
+    found = line("working folder")
+    assert not found.ok
+    assert f"LABKIT_PROGRESS={tmp_path / named}" in found.detail
+    assert "set it to a file" in found.remedy
 
 
 def test_a_cache_folder_that_cannot_be_written_fails_unless_the_model_is_in_it(monkeypatch, tmp_path):

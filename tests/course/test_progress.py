@@ -73,7 +73,8 @@ def test_a_damaged_file_is_set_aside_and_said_once(content: str, tmp_path: Path,
     progress.record("quizzes", "01.q1", answer="b")
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert "kept as progress.damaged-1.json" in said
+    assert "kept as progress.damaged-1.json; progress starts anew" in said
+    assert "a good copy" in said  # what can be done
     assert (tmp_path / "progress.damaged-1.json").read_text(encoding="latin-1") == content
     assert json.loads(path.read_text())["quizzes"] == {"01.q1": {"answer": "b"}}
 
@@ -86,11 +87,12 @@ def test_a_second_damaged_file_does_not_overwrite_the_first(tmp_path: Path) -> N
     assert (tmp_path / "progress.damaged-2.json").read_text() == "second"
 
 
-def test_damage_in_the_middle_of_a_session_keeps_what_the_session_knows(tmp_path: Path) -> None:
+def test_damage_in_the_middle_of_a_session_keeps_what_the_session_knows(tmp_path: Path, capsys) -> None:
     progress = Progress(tmp_path / "progress.json")
     progress.record("exercises", "01.1", passed=True)
     (tmp_path / "progress.json").write_text("{")
     progress.record("exercises", "01.2", passed=True)
+    assert "what this session knew of it is saved anew" in capsys.readouterr().out
     assert json.loads((tmp_path / "progress.json").read_text())["exercises"].keys() == {"01.1", "01.2"}
 
 
@@ -228,7 +230,9 @@ def test_a_name_that_can_be_no_file_is_one_line_and_a_session_in_memory(named, t
     monkeypatch.setenv("LABKIT_PROGRESS", named)
     progress = Progress()
     progress.record("exercises", "01.1", passed=True)
-    assert capsys.readouterr().out.count("\n") == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "(LABKIT_PROGRESS) cannot be used" in said  # the setting that is to be corrected
     assert progress.get("exercises", "01.1") == {"passed": True}
     assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
 
