@@ -193,8 +193,7 @@ def count(option: str, text: str | None, default: int = 1, *, least: int = 1, mo
     match = NUMBER.fullmatch(text.strip())
     value = -1 if match is None or match[2] else int(match[1].replace(",", ""))
     if value < least:
-        said = "a whole number without a unit or an exponent"
-        raise SizeError(f"{option} is {said}, at least {least}; got {shown(text)}")
+        raise SizeError(f"{option} is a whole number without a unit, at least {least}; got {shown(text)}")
     return check_count(option, value, least, most)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from labkit import sizing, specs
 from labkit.sizing.tables import describe, number
-from labkit.sizing.units import SizeError
+from labkit.sizing.units import SizeError, shown
 from labkit.specs import GpuSpec, LinkSpec, ModelSpec, SpecError
 
 Rows = dict[str, Any]
@@ -15,7 +15,7 @@ Rows = dict[str, Any]
 def listing(what: str) -> tuple[Rows, str, list[str]]:
     """What has a name, with its main numbers, for JSON and as text; and a line for each file that does not read."""
     if what not in ("all", "models", "gpus", "links"):
-        raise SizeError(f"--list knows models, gpus, links; got {what!r}")
+        raise SizeError(f"--list knows models, gpus, links; got {shown(what)}")
     tables = {
         "models": lambda: list_models(specs.models()),
         "gpus": lambda: list_gpus(specs.gpus()),

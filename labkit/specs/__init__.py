@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from labkit.specs.files import SpecError, line_of, read, read_text
+from labkit.specs.files import SpecError, line_of, read, read_text, short
 from labkit.specs.gpu import GpuFile, GpuSpec, LinkSpec
 from labkit.specs.hf_config import decoder_spec, from_hf_config
 from labkit.specs.model import DECODER_TYPES, Layer, LayerGroup, ModelSpec
@@ -199,7 +199,7 @@ def _add(
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """What to say when nothing is called `name`."""
-    known, asked = sorted(known), str(name).lower()
+    known, asked = sorted(known), str(name)[:80].lower()
     longer = [other for other in known if asked in other.lower()]  # "h100" means one of these, not "h200"
     near = [*longer, *difflib.get_close_matches(asked, known, n=3, cutoff=0.3)] or known
-    return f"no {what} is called {name!r}; nearest: {', '.join(list(dict.fromkeys(near))[:3])}"
+    return f"no {what} is called {short(repr(name))}; nearest: {', '.join(list(dict.fromkeys(near))[:3])}"

@@ -34,7 +34,7 @@ def read(path: Path, kind: type[T]) -> T:
         # A mistyped name is also a missing field: say the name that is in the file.
         first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
         line = line_of(text, first["loc"])
-        raise SpecError(f"{path.name}, line {line}: {explain(first)}") from None
+        raise SpecError(f"{short(path.name)}, line {line}: {explain(first)}") from None
 
 
 def read_text(path: Path) -> str:
@@ -50,6 +50,7 @@ def read_text(path: Path) -> str:
 
 def parse(text: str, name: str) -> Any:
     """What the JSON text says. SpecError for invalid JSON, and for a key that an object has twice."""
+    name = short(name)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, text))
     except json.JSONDecodeError as error:
@@ -88,8 +89,14 @@ def user_path(given: str | Path) -> Path:
 
 
 def short(text: str) -> str:
-    """A name as a message can hold it."""
+    """A name as a message can hold it: on one line, and not for ever."""
+    text = printable(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def printable(text: str) -> str:
+    """The text, what no terminal shows as a character written out: a line break, an escape, a byte of no character."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def line_of(text: str, place: Sequence[int | str]) -> int:

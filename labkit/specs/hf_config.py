@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.specs import bounds, plain
-from labkit.specs.files import SpecError, parse, read_text, short, user_path
+from labkit.specs.files import SpecError, parse, printable, read_text, short, user_path
 from labkit.specs.kept import kept
 from labkit.specs.model import DECODER_TYPES, HOLDS, LayerGroup, ModelSpec
 from labkit.specs.names import NAMES, said_in_a_line
@@ -83,7 +83,7 @@ def decoder_spec(config: Config | str | Path, name: str = "") -> ModelSpec:
 
 
 def _default_name(path: Path) -> str:
-    return path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
+    return printable(path.resolve().parent.name if path.name == "config.json" else path.resolve().stem)
 
 
 def _load(path: Path, given: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _load(path: Path, given: str) -> dict[str, Any]:
         raise SpecError(f"{short(path.name)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     config = parse(read_text(path), path.name)
     if not isinstance(config, dict):
-        raise SpecError(f"{path.name} holds a {type(config).__name__}, no object: is it a model's config.json?")
+        raise SpecError(f"{short(path.name)} holds a {type(config).__name__}, no object: is it a model's config.json?")
     return config
 
 

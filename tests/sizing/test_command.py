@@ -198,6 +198,11 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
         (["--list", "gpus", "--users", "3"], "--list only lists: leave out --users"),
         (["~no-such-user/config.json"], "no-such-user"),
         (["x" * 300], "no model spec is called 'xxx"),
+        (["a\nb"], r"no model spec is called 'a\nb'"),
+        (["a\nb.json"], r"there is no file a\nb.json"),
+        (["\x1b[31mred.json"], r"there is no file \x1b[31mred.json"),
+        (["qwen2.5-7b", "--gpu", "g\n"], r"no GPU is called 'g\n'"),
+        (["--list", "x\n" * 300], "--list knows models, gpus, links; got 'x"),
         (["x" * 300 + ".json"], "name too long"),
         (["--list", ""], "--list knows models, gpus, links; got ''"),
         (["no/such/config.json"], "there is no file no/such/config.json"),
@@ -206,6 +211,16 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
 )
 def test_what_cannot_be_is_one_line_on_stderr(refused, arguments, said):
     assert said in refused(*arguments)
+    assert len(refused(*arguments)) < 300
+
+
+def test_a_file_whose_name_has_a_line_break_is_named_on_one_line(refused, tmp_path, capsys):
+    for content in ("{", "[]", '{"model_type": "bert"}', '{"model_type": "bert", "model_type": "bert"}'):
+        (tmp_path / "a\nb.json").write_text(content)
+        refused(str(tmp_path / "a\nb.json"))
+    shutil.copy(CONFIGS / "llama-3.2-1b.json", tmp_path / "a\nb.json")
+    assert size(str(tmp_path / "a\nb.json")) == 0
+    assert capsys.readouterr().out.startswith("a\\nb, trained for")
 
 
 @pytest.mark.parametrize(
