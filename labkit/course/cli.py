@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from labkit.printable import printable
+
 ROOT = Path(__file__).resolve().parents[2]
 JUPYTER = Path(__file__).resolve().parent / "jupyter"  # settings for JupyterLab: no questions about news
 FIRST_LAB = "01_attention_basics.ipynb"
@@ -113,7 +115,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _complain(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"labkit: {line}", file=sys.stderr)
+        print(f"labkit: {printable(line)}", file=sys.stderr)
 
 
 def _flushes(stream: TextIO) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit.printable import printable
+
 OLDEST, NEWEST = (3, 11), (3, 13)
 LEAST_FREE_BYTES = 2_000_000_000
 WIDGETS = Path("labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json")
@@ -32,7 +34,7 @@ class Line:
 
     def __str__(self) -> str:
         mark = "ok  " if self.ok else "FAIL"
-        return f"{mark}  {self.name:<15} {self.detail}" + ("" if self.ok else f" → {self.remedy}")
+        return printable(f"{mark}  {self.name:<15} {self.detail}" + ("" if self.ok else f" → {self.remedy}"))
 
 
 def checks(thorough: bool = False) -> list[Line]:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from labkit import files
+from labkit.printable import printable
 
 T = TypeVar("T")
 LARGEST = 10**7  # bytes of a file: a config has some thousands
@@ -92,11 +93,6 @@ def short(text: str) -> str:
     """A name as a message can hold it: on one line, and not for ever."""
     text = printable(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def printable(text: str) -> str:
-    """The text, what no terminal shows as a character written out: a line break, an escape, a byte of no character."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def line_of(text: str, place: Sequence[int | str]) -> int:

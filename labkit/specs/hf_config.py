@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from labkit.printable import printable
 from labkit.specs import bounds, plain
-from labkit.specs.files import SpecError, parse, printable, read_text, short, user_path
+from labkit.specs.files import SpecError, parse, read_text, short, user_path
 from labkit.specs.kept import kept
 from labkit.specs.model import DECODER_TYPES, HOLDS, LayerGroup, ModelSpec
 from labkit.specs.names import NAMES, said_in_a_line

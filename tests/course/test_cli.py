@@ -141,6 +141,15 @@ def test_a_port_that_is_none_is_refused(port):
     assert len(str(error.value)) < 200
 
 
+@pytest.mark.parametrize("asked", [["--port", "1\n2"], ["--host", "a\nb", "--port", "1"], ["--port", "\x1b[31m"]])
+def test_what_no_terminal_shows_is_written_out_on_one_line(opened, asked, capsys):
+    assert cli.main(["open", *asked]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "\\n" in said or "\\x1b" in said
+    assert opened == []
+
+
 @pytest.mark.parametrize("host", ["a..b", "a" * 300, "nul\0byte"])
 def test_a_host_that_can_be_no_name_is_one_line(host, free):
     with pytest.raises(cli.AddressError, match="is not an address") as error:
