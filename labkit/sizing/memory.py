@@ -55,7 +55,7 @@ def capacity(
         return 0
     if one <= 0:  # of a format of one's own
         raise SizeError(
-            f"{context:,} tokens take {one:,} bytes in {kv_format(dtype).name}: memory sets no limit to that"
+            f"{context:,} tokens take {one:,} bytes in {kv_format(dtype).name}: nothing limits how many fit"
         )
     return room // one
 

@@ -44,7 +44,7 @@ def check_heard(part: Config, text: Any, read: list[dict[str, Any]]) -> None:
     unheard = []
     for key, value in part.items():
         structural = key in READ or (STRUCTURAL.search(key) and value is not True)
-        off = not value and (value is None or key not in GROUPED)
+        off = not value and (value is None or key not in (*GROUPED, "multi_query"))
         if off or not structural or says_nothing(key) or key in (*HEARD, *meant_nothing):
             continue
         bare = key.lstrip("_")
@@ -74,7 +74,7 @@ def _agrees(key: str, value: Any, read: list[dict[str, Any]], num_heads: Any) ->
     if key == "num_kv_shared_layers":
         return bool(value == sum(layer["kind"] == "shared" for layer in read))
     if key == "multi_query":
-        return {layer.get("num_kv_heads") for layer in read if "num_kv_heads" in layer} == {1}
+        return bool(({layer["num_kv_heads"] for layer in read if "num_kv_heads" in layer} == {1}) == value)
     if key in GROUPED:
         return all((layer["num_kv_heads"] < num_heads) == value for layer in read if "num_kv_heads" in layer)
     if key == "use_sliding_window":

@@ -227,6 +227,10 @@ class ModelSpec:
             return (
                 f"active_parameters ({self.active_parameters:,}) cannot be: one layer has about {own:,} for all tokens"
             )
+        needed = (1 if self.tied_head else 2) * self.vocab_size * self.hidden_size
+        for name in ("parameters", "active_parameters"):
+            if (value := getattr(self, name)) is not None and value < needed:
+                return f"{name} ({value:,}) are fewer than the embeddings and the head have ({needed:,})"
         if self.num_experts and self.active_parameters is None:
             return "active_parameters is missing: how many weights does one token of this mixture of experts meet?"
         if (self.experts_per_token or 0) > (self.num_experts or 0):

@@ -179,6 +179,8 @@ def _refuse_two(given: Mapping[str, Any]) -> None:
 def _kv_heads(said: _Said, sizes: dict[str, Any]) -> int:
     """Heads of K and V, which Falcon's older form and ChatGLM's say with a flag."""
     heads, config = sizes["num_kv_heads"], said.config
+    if config.get("multi_query") is False and heads == 1 < sizes["num_heads"]:
+        raise SpecError(f"multi_query is false, but {_named(config, 'num_kv_heads')} is 1: take one of them out")
     if said.take("multi_query") and not said.take("new_decoder_architecture"):
         if heads not in (None, 1):
             raise SpecError(f"multi_query is one head of K and V, {_named(config, 'num_kv_heads')} is {heads}")

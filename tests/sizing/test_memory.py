@@ -65,6 +65,14 @@ class TestCapacity:
             capacity(shape(), GPU, 10, reserve=reserve)
 
 
+def test_with_the_fewest_weights_that_a_spec_takes_no_time_is_negative():
+    for tied, fewest in ((True, 101 * 77), (False, 2 * 101 * 77)):
+        model = shape(parameters=fewest, tied_head=tied)
+        for floor in (sizing.decode_floor(model, GPU, 1), sizing.prefill_floor(model, GPU, 500)):
+            assert floor.weight_bytes == 2 * 101 * 77
+            assert floor.flops > 0
+
+
 class Nothing(sizing.Dense):
     """A way to keep K and V that forgets to count."""
 

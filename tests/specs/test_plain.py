@@ -79,6 +79,7 @@ def test_a_key_that_means_nothing_alone_is_refused_and_named(key):
         ({"multi_query_attention": False}, "multi_query_attention is false, but num_key_value_heads is 4 and num_att"),
         ({"group_query_attention": False}, "group_query_attention is false, but num_key_value_heads is 4"),
         ({"multi_query_attention": False, "num_key_value_heads": 1}, "num_key_value_heads is 1"),
+        ({"multi_query": False, "num_key_value_heads": 1}, "multi_query is false, but num_key_value_heads is 1"),
         ({"use_cache_quantization": True}, "use_cache_quantization: alone"),
         ({"layer_types": [["a"]] * 8}, r"a layer of type \['a'\] is not known"),
         ({"attn_layer_indices": [-1, 3], "conv_L_cache": 3}, "numbers layers from 0 to 7"),
