@@ -97,9 +97,24 @@ def _fill_closed_streams() -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     """The command itself, its own errors as a line on stderr."""
     options = _parser().parse_args(arguments)
-    from labkit.course.workspace import WorkspaceError
-    from labkit.files import user_path
-    from labkit.lab_model import ModelError
+    try:
+        return _command(options)
+    except ImportError as error:
+        from labkit.course.doctor import REINSTALL
+
+        _complain(f"something that was installed is missing ({error}): {REINSTALL}")
+        return 1
+
+
+def _command(options: argparse.Namespace) -> int:
+    try:
+        from labkit.course.workspace import WorkspaceError
+        from labkit.files import user_path
+        from labkit.lab_model import ModelError
+    except ImportError:
+        if options.run is run_doctor:  # it says of each part whether it is there
+            return run_doctor(options)
+        raise
 
     try:
         user_path(".")

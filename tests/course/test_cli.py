@@ -408,6 +408,27 @@ def test_every_command_ends_well_on_every_broken_output() -> None:
             assert "labkit: " not in err, case
 
 
+@pytest.mark.parametrize("command", [["doctor"], ["model"], ["size", "--list"], ["open"]])
+def test_where_packages_are_missing_every_command_says_so_and_what_to_do(command) -> None:
+    """Python without its site-packages, as after an installation that was broken off."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "labkit.course.cli", *command], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 1
+    if command == ["doctor"]:
+        assert run.stderr == ""
+        lines = run.stdout.splitlines()
+        assert lines[0].startswith("ok    Python")
+        assert all(line.startswith("FAIL") and "No module named" in line and "make lab" in line for line in lines[1:])
+        assert len(lines) == 9
+    else:
+        assert run.stdout == ""
+        assert run.stderr.startswith("labkit: something that was installed is missing (No module named ")
+        assert "make lab" in run.stderr
+        assert run.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_character_that_the_terminal_lacks_is_escaped(encoding, monkeypatch) -> None:
     bytes_out, bytes_err = io.BytesIO(), io.BytesIO()
