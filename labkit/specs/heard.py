@@ -11,15 +11,11 @@ from typing import Any
 
 from labkit.specs.built import sizes_of
 from labkit.specs.files import SpecError
-from labkit.specs.keys import EVERY, GROUPED, READ, says_nothing
+from labkit.specs.keys import EVERY, GROUPED, READ, STRUCTURAL, says_nothing
 from labkit.specs.names import NAMES, first
 
 Config = Mapping[str, Any]
 
-STRUCTURAL = re.compile(  # keys that speak of what layers keep
-    r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
-    r"|per_layer|attn_layer|attention_layers|kv_shar"
-)
 HEARD = ("sliding_window", "attention_chunk_size", "layer_types")  # what the cache reads of any config
 OFF = {  # what means nothing where a flag is false
     "use_sliding_window": ("max_window_layers",),

@@ -55,7 +55,8 @@ HARMLESS = frozenset(
         scale_attention_softmax_in_fp32 use_dynamic_ntk use_logn_attn logn skip_bias_add skip_bias_add_qkv
         slow_but_exact attn_output_multiplier embedding_multiplier_scale output_multiplier_scale max_attn_value
         embeddings_scale width_scale scale_qk_dot_by_d parallel_attn_mlp_res use_residual
-        mamba_chunk_size mamba_conv_bias mamba_proj_bias mamba_dt_rank use_predefined_initial_state
+        mamba_chunk_size mamba_conv_bias mamba_proj_bias mamba_dt_rank mamba_rms_norm
+        mamba_norm_before_gate mamba_inner_layernorms use_predefined_initial_state
         layer_norm_rms
         """
         # positions
@@ -92,8 +93,12 @@ NOTHING = re.compile(
     r"dropout|pdrop$|(^|_)eps(ilon)?$"
     r"|(layer|rms|pre|post|qk)_?norm|(^|_)norm(_|$)"  # norms
     r"|(^|_)loss(_|$)|^(initializer|mup)_|^summary_"  # training, and a head that sums up
-    r"|flash|^(use_)?fused_"  # kernels
+    r"|^_?(use_)?flash_(attn|attention|rotary)(_\d)?(_enabled)?$|^(use_)?fused_"  # kernels
     r"|^rotary_|_token_(id|ids|index)$"
+)
+STRUCTURAL = re.compile(  # keys that speak of what layers keep
+    r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
+    r"|per_layer|attn_layer|attention_layers|kv_shar"
 )
 # Keys that say how large the weights are, which is given, or read by `plain._unmet`.
 WEIGHTS = frozenset(
@@ -132,4 +137,4 @@ EVERY = {  # one layer in so many has full attention; the others are of this kin
 
 def says_nothing(key: str) -> bool:
     """Whether it is known of a key that it says nothing of what a layer keeps of a token."""
-    return key in HARMLESS or (bool(NOTHING.search(key)) and key not in READ | SIZES | WEIGHTS)
+    return key in HARMLESS or (bool(NOTHING.search(key)) and not STRUCTURAL.search(key))

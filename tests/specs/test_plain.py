@@ -200,6 +200,12 @@ def test_keys_that_say_nothing_of_a_cache_keep_no_published_config_from_being_re
     assert letters(REMOTE[kind] | {"model_type": kind}) == "ffffffff"
 
 
+@pytest.mark.parametrize("key", ["window_norm", "flash_window_size", "norm_layer_types", "mamba_dropout", "flash"])
+def test_a_key_that_speaks_of_layers_is_not_known_by_its_family(key):
+    with pytest.raises(SpecError, match=f"{key} is not read here"):
+        read({key: 3})
+
+
 def test_no_key_that_says_something_is_taken_for_one_that_says_nothing():
     assert [key for key in sorted(READ | SIZES | WEIGHTS) if NOTHING.search(key)] == []
 
