@@ -357,6 +357,7 @@ def test_output_that_cannot_be_written_is_one_line_or_none(monkeypatch, capsys, 
 COMMANDS = [["size", "--list", "gpus"], ["size", "no-such-model"], ["model"], ["--help"]]
 FORKS = """
 import itertools, json, os, sys
+import labkit.course.workspace, labkit.lab_model, labkit.sizing.command  # once, not in each child
 from labkit.course import cli
 reader, closed = os.pipe()
 os.close(reader)  # `closed` is a pipe that nobody reads
