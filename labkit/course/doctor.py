@@ -129,9 +129,9 @@ def _check_named_model(named: str) -> Line:
     from labkit.lab_model import ModelError
 
     try:
-        if Path(named).expanduser().exists() or not models.HUB_ID.fullmatch(named):
+        if os.path.exists(os.path.expanduser(named)) or not models.HUB_ID.fullmatch(named):
             models.spec()
-    except (ModelError, OSError, RuntimeError) as error:
+    except ModelError as error:
         return Line("model", False, str(error), SETTING)
     return Line("model", True, f"{named} (LABKIT_MODEL; read when a lab loads it)")
 
@@ -144,12 +144,13 @@ def check_work_folder() -> Line:
     named = os.environ.get("LABKIT_PROGRESS", "").strip()
     remedy = "set it to a file in a writable folder, or unset it"
     try:
-        path = real_file(default_path())
+        path = default_path()
+        real_file(path)
     except OSError as error:
         detail = f"LABKIT_PROGRESS={named[:80]} cannot be used ({error.strerror})"
         return Line("working folder", False, detail, remedy)
     if named and not (line := writable("working folder", path.parent, remedy)).ok:
-        return dataclasses.replace(line, detail=f"LABKIT_PROGRESS={named[:80]}: {line.detail}")
+        return dataclasses.replace(line, detail=f"of LABKIT_PROGRESS, {line.detail}")
     return writable("working folder", user_path("."), "make it writable, or work in a folder that is")
 
 
