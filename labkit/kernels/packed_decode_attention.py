@@ -8,6 +8,7 @@ PyTorch answers them, as one more part.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ try:
     import triton
     import triton.language as tl
 
-    from labkit.kernels.split import blend, store_part
+    from labkit.kernels.split import begin, blend, store_part
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
@@ -61,8 +62,7 @@ def packed_decode_attention(
     if constants.soft_cap is not None:
         raise ValueError("packed_decode_attention has no soft cap: packed_attention has")
     batch, _, _, head_dim = q.shape
-    if block_size is None:  # 32 KiB for K and V each, as float32: what a T4 has for a program
-        block_size = max(16, min(64, 4096 // (1 << (head_dim - 1).bit_length())))
+    block_size = tokens_at_once(head_dim) if block_size is None else block_size
     check_can_run(q, block_size, "packed_attention")
     scale = constants.scale_for(head_dim)
     rows = q.reshape(batch, k.rows.shape[2], -1, head_dim).float()
@@ -96,56 +96,78 @@ def launch(
     num_splits, split_len = split_sequence(tokens, num_splits, block_size)
     parts = rows.new_empty(batch, num_kv_heads, num_splits, queries, head_dim)
     lse = rows.new_empty(batch, num_kv_heads, num_splits, queries)
-    quantizer, packed = k.quantizer, []
-    for side in (k.rows.contiguous(), v.rows.contiguous()):  # one memory, seen as codes and as scales
-        codes = side if isinstance(quantizer.nbits, int) else side.view(quantizer.nbits)
-        packed += [codes, side.view(quantizer.metadata)]
+    rows, first = rows.contiguous(), first.int().contiguous()
     _packed_decode_kernel[(batch * num_kv_heads, num_splits)](
-        rows.contiguous(),
-        *packed,
-        first.int().contiguous(),
+        rows,
+        *memory_of(k),
+        *memory_of(v),
+        first,
+        torch.full_like(first, tokens),
         parts,
         lse,
         scale,
         num_kv_heads,
-        tokens,
         split_len,
+        *rows.stride(),
         **query_blocks(queries, head_dim),
         BLOCK=block_size,
-        GROUP=quantizer.group_size,
-        NBITS=quantizer.nbits if isinstance(quantizer.nbits, int) else 0,
-        MIDDLE=quantizer.middle,
-        HAS_ZERO=quantizer.has_zero,
-        ROW_BYTES=k.rows.shape[4],
-        K_PER_CHANNEL=quantizer.axis == "channel",
-        V_PER_CHANNEL=v.quantizer.axis == "channel",
+        **format_of(k, v),
         **how_to_multiply(rows.device, head_dim),
         num_stages=1,  # the numbers are made in registers: there is nothing to fetch ahead into shared memory
     )
     return parts, lse
 
 
+def tokens_at_once(head_dim: int) -> int:
+    """Tokens that a program makes numbers of: 32 KiB for K and V together, as float32, which a T4 has for one."""
+    return max(16, min(64, 4096 // (1 << (head_dim - 1).bit_length())))
+
+
+def memory_of(x: Packed) -> tuple[Tensor, Tensor]:
+    """One memory, seen as codes and as scales."""
+    rows = x.rows.contiguous()
+    codes = rows if isinstance(x.quantizer.nbits, int) else rows.view(x.quantizer.nbits)
+    return codes, rows.view(x.quantizer.metadata)
+
+
+def format_of(k: Packed, v: Packed) -> dict[str, Any]:
+    """What a kernel must know of a format at compile time."""
+    quantizer = k.quantizer
+    return {
+        "GROUP": quantizer.group_size,
+        "NBITS": quantizer.nbits if isinstance(quantizer.nbits, int) else 0,
+        "MIDDLE": quantizer.middle,
+        "HAS_ZERO": quantizer.has_zero,
+        "ROW_BYTES": k.rows.shape[4],
+        "K_PER_CHANNEL": quantizer.axis == "channel",
+        "V_PER_CHANNEL": v.quantizer.axis == "channel",
+    }
+
+
 if triton is not None:
 
     @triton.jit
-    def _numbers(
-        codes_ptr, scale_ptr, row_head, row_heads, token, dim, wanted,
+    def numbers_in_tiles(
+        codes_ptr, scale_ptr, tile, place, dim, wanted,
         HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, NBITS: tl.constexpr, MIDDLE: tl.constexpr,
         HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ):  # fmt: skip
-        """Dequantized numbers of a block, float32 `[tokens, dims]`; NBITS 0: codes are float8."""
-        at, column = token[:, None].to(tl.int64), dim[None, :]
-        tile = (at // GROUP * row_heads + row_head) * HEAD_DIM
+        """Dequantized numbers of some tokens, float32 `[tokens, dims]`; NBITS 0: codes are float8.
+
+        tile, place: of each token, `[tokens, 1]`: which tile of all that lie in memory, and which token of it.
+        """
+        column = dim[None, :]
         if PER_CHANNEL:
-            row, place = tile + column, at % GROUP + column * 0
+            row, code = tile * HEAD_DIM + column, place + column * 0
         else:
-            row, place = tile + at % GROUP * (HEAD_DIM // GROUP) + column // GROUP, column % GROUP + at * 0
+            row = tile * HEAD_DIM + place * (HEAD_DIM // GROUP) + column // GROUP
+            code = column % GROUP + place * 0
         CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
         if NBITS == 0:
-            numbers = tl.load(codes_ptr + row * ROW_BYTES + place, mask=wanted, other=0.0).to(tl.float32)
+            numbers = tl.load(codes_ptr + row * ROW_BYTES + code, mask=wanted, other=0.0).to(tl.float32)
         else:
-            byte = tl.load(codes_ptr + row * ROW_BYTES + place * NBITS // 8, mask=wanted, other=0).to(tl.int32)
-            shift = (place * NBITS % 8).to(tl.int32)
+            byte = tl.load(codes_ptr + row * ROW_BYTES + code * NBITS // 8, mask=wanted, other=0).to(tl.int32)
+            shift = (code * NBITS % 8).to(tl.int32)
             numbers = (((byte >> shift) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32)
         metadata = scale_ptr + (row * ROW_BYTES + CODE_BYTES) // 2
         numbers *= tl.load(metadata, mask=wanted, other=0.0).to(tl.float32)
@@ -153,7 +175,7 @@ if triton is not None:
             numbers += tl.load(metadata + 1, mask=wanted, other=0.0).to(tl.float32)
         return numbers
 
-    @triton.jit(do_not_specialize=["kv_len", "split_len"])
+    @triton.jit(do_not_specialize=["split_len"])
     def _packed_decode_kernel(
         q_ptr,
         k_codes_ptr,
@@ -161,12 +183,16 @@ if triton is not None:
         v_codes_ptr,
         v_scale_ptr,
         first_ptr,
+        end_ptr,
         parts_ptr,
         lse_ptr,
         scale,
         num_kv_heads,
-        kv_len,
         split_len,
+        q_batch,
+        q_head,
+        q_query,
+        q_dim,
         QUERIES: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         QUERY_BLOCK: tl.constexpr,
@@ -182,31 +208,24 @@ if triton is not None:
         PRECISION: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the packed sequence (axis 1)."""
-        row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
-        row_heads = tl.num_programs(0)
-        split = tl.program_id(1)
-        query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
-        here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
-        q = tl.load(q_ptr + (row_head * QUERIES + query[:, None]) * HEAD_DIM + dim[None, :], mask=here, other=0.0)
-
-        first = tl.load(first_ptr + row_head // num_kv_heads)
-        end = tl.minimum((split + 1) * split_len, kv_len)
-        start = tl.maximum(split * split_len, first)  # padding is not read
-        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([QUERY_BLOCK], tl.float32)
-        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
+        row, head, dim, q, start, end, top, total, out = begin(
+            q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
+            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK,
+        )  # fmt: skip
         for block in range(start, end, BLOCK):
             token = block + tl.arange(0, BLOCK)
             seen = token < end
             wanted = seen[:, None] & (dim[None, :] < HEAD_DIM)
-            k = _numbers(
-                k_codes_ptr, k_scale_ptr, row_head, row_heads, token, dim, wanted,
+            at = token[:, None].to(tl.int64)
+            tile, place = at // GROUP * tl.num_programs(0) + row * num_kv_heads + head, at % GROUP
+            k = numbers_in_tiles(
+                k_codes_ptr, k_scale_ptr, tile, place, dim, wanted,
                 HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, K_PER_CHANNEL,
             )  # fmt: skip
-            v = _numbers(
-                v_codes_ptr, v_scale_ptr, row_head, row_heads, token, dim, wanted,
+            v = numbers_in_tiles(
+                v_codes_ptr, v_scale_ptr, tile, place, dim, wanted,
                 HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, V_PER_CHANNEL,
             )  # fmt: skip
             top, total, out = blend(q, k, v, seen, scale, top, total, out, PRECISION)
 
-        store_part(parts_ptr, lse_ptr, top, total, out, row_head, split, query, dim, here, QUERIES, HEAD_DIM)
+        store_part(parts_ptr, lse_ptr, top, total, out, QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK)

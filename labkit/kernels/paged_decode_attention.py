@@ -18,7 +18,7 @@ try:
     import triton
     import triton.language as tl
 
-    from labkit.kernels.split import blend, store_part
+    from labkit.kernels.split import begin, blend, store_part
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
@@ -158,20 +158,10 @@ if triton is not None:
         PRECISION: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the sequence (axis 1)."""
-        row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
-        split = tl.program_id(1)
-        row, head = row_head // num_kv_heads, row_head % num_kv_heads
-        query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
-        here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
-        q_at = q_ptr + row * q_batch + head * q_head + query[:, None] * q_query + dim[None, :] * q_dim
-        q = tl.load(q_at, mask=here, other=0.0).to(tl.float32)
-
-        first = tl.load(first_ptr + row)
-        end = tl.minimum((split + 1) * split_len, tl.load(end_ptr + row))
-        start = tl.maximum(split * split_len, first)  # padding is not read, nor what left the window
-        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([QUERY_BLOCK], tl.float32)
-        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
+        row, head, dim, q, start, end, top, total, out = begin(
+            q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
+            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK,
+        )  # fmt: skip
         for tile in range(start, end, TILE):
             token = tile + tl.arange(0, TILE)
             seen = token < end
@@ -186,7 +176,7 @@ if triton is not None:
 
             top, total, out = blend(q, k, v, seen, scale, top, total, out, PRECISION)
 
-        store_part(parts_ptr, lse_ptr, top, total, out, row_head, split, query, dim, here, QUERIES, HEAD_DIM)
+        store_part(parts_ptr, lse_ptr, top, total, out, QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK)
 
     @triton.jit(do_not_specialize=["new_tokens"])
     def _store_kernel(

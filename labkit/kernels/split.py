@@ -1,4 +1,4 @@
-"""What kernels share that split the sequence: its parts, the loop's step over one block of keys, the merge.
+"""What kernels share that split the sequence: how a program begins, its step over some keys, its end, the merge.
 
 Each part of the sequence gives an output and a log-sum-exp, and these are merged at the end (Flash-Decoding, as in
 FlashAttention 2's split-KV kernel, arXiv:2307.08691).
@@ -85,6 +85,27 @@ def is_interpreted() -> bool:
 if triton is not None:
 
     @triton.jit
+    def begin(
+        q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
+        QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One row's KV head (program axis 0) over one part of the sequence (axis 1): its queries, from where to where
+        it reads, and the running maximum, sum and output before anything is read."""
+        row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
+        split = tl.program_id(1)
+        row, head = row_head // num_kv_heads, row_head % num_kv_heads
+        query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
+        here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
+        q_at = q_ptr + row * q_batch + head * q_head + query[:, None] * q_query + dim[None, :] * q_dim
+        q = tl.load(q_at, mask=here, other=0.0).to(tl.float32)
+        start = tl.maximum(split * split_len, tl.load(first_ptr + row))  # padding is not read, nor what left the window
+        end = tl.minimum((split + 1) * split_len, tl.load(end_ptr + row))
+        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([QUERY_BLOCK], tl.float32)
+        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
+        return row, head, dim, q, start, end, top, total, out
+
+    @triton.jit
     def blend(q, k, v, seen, scale, top, total, out, PRECISION: tl.constexpr):
         """The running maximum, sum and output of some queries after one more block of keys, all float32."""
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -99,11 +120,13 @@ if triton is not None:
 
     @triton.jit
     def store_part(
-        parts_ptr, lse_ptr, top, total, out, row_head, split, query, dim, here,
-        QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
+        parts_ptr, lse_ptr, top, total, out,
+        QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Write one part's output and log-sum-exp where `merge` expects them."""
+        query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
+        here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
         some = tl.where(total == 0.0, 1.0, total)
-        part = (row_head * tl.num_programs(1) + split) * QUERIES + query
+        part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * QUERIES + query
         tl.store(parts_ptr + part[:, None] * HEAD_DIM + dim[None, :], out / some[:, None], mask=here)
         tl.store(lse_ptr + part, top + tl.log(some), mask=query < QUERIES)
