@@ -63,7 +63,7 @@ def paged_decode_attention_cpu(
     bounds = [x.numpy() for x in visible.bounds(constants, batch, "cpu")]
     table = block_table.int().contiguous().numpy()
     loops, parts_of, merged = warm_up()
-    parts = parts_of(*bounds, table, k.shape[1], len(k))
+    parts = parts_of(*bounds, table, k.shape[1], len(k), PART)
     if len(parts) and parts[0, 1] < 0:
         raise ValueError(f"the block table lacks a block of tokens that are read: its numbers are 0 to {len(k) - 1}")
     pays = 2 * visible.keys_read(constants, batch) * heads * head_dim >= PAYS
@@ -109,7 +109,7 @@ def warm_up() -> tuple[Any, Any, Any]:
             table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
             rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.uint32)
             blended, sums = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 2), np.float32)
-            parts = _parts(ends - ends, ends, table, 1, 1)
+            parts = _parts(ends - ends, ends, table, 1, 1, PART)
             both = words, NO_HALVES, words, NO_HALVES
             _attend(rows, *both, table, parts, 0, float32(0), 1, blended, sums, 0, 1)
             _merged(1, parts, blended, sums)
@@ -117,21 +117,21 @@ def warm_up() -> tuple[Any, Any, Any]:
 
 
 @compiled
-def _parts(first, end, table, block_size, num_blocks):
+def _parts(first, end, table, block_size, num_blocks, size):
     """Row, first token and the one behind the last of each part that is read, int64 `[parts, 3]`, row after row.
 
-    The first token of the first part is -1 where the table lacks a block.
+    A part has up to `size` tokens. The first token of the first part is -1 where the table lacks a block.
     """
     count = 0
     for row in range(len(first)):
         if end[row] > first[row]:
-            count += (end[row] - 1) // PART - first[row] // PART + 1
+            count += (end[row] - 1) // size - first[row] // size + 1
     parts = np.empty((count, 3), np.int64)
     at = 0
     for row in range(len(first)):
         low, high = np.int64(first[row]), np.int64(end[row])
         while low < high:
-            stop = min(high, (low // PART + 1) * PART)
+            stop = min(high, (low // size + 1) * size)
             parts[at, 0], parts[at, 1], parts[at, 2] = row, low, stop
             low, at = stop, at + 1
     for row in range(len(first)):
