@@ -15,6 +15,7 @@ step; yet none depends on another, as each has K and V of its own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -240,13 +241,12 @@ class Layout:
         return x.index_select(0, blocks).flatten(0, 1)[None, :tokens].transpose(1, 2)
 
 
-class PagedCache(LayerCache):
-    """K and V of one layer in blocks, allocated at the first append.
+class BlockCache(LayerCache):
+    """What caches in blocks have in common: a block table, and which new tokens a kernel answers.
 
-    `k`, `v`: `[num_blocks, block_size, num_kv_heads, head_dim]`. `rows`: the block table that the layer is at.
-    One new token per row is answered by a kernel that reads K and V where they lie; for a chunk its row is gathered.
-    Appending raises OutOfBlocks when there are too few blocks, and then changes nothing. No block is given up when its
-    tokens leave the window: reading passes over it.
+    `rows`: the block table that the layer is at. One new token per row is answered by a kernel that reads K and V where
+    they lie, a chunk row by row. Appending raises OutOfBlocks when there are too few blocks, and then changes nothing.
+    No block is given up when its tokens leave the window: reading passes over it.
     """
 
     takes_ragged: ClassVar[bool] = True
@@ -261,10 +261,20 @@ class PagedCache(LayerCache):
     ) -> None:
         super().__init__(scale=scale, window=window, soft_cap=soft_cap)
         self.shared = self.pages = pages
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
         self._rows: Rows = ()
-        self._like: Tensor | None = None
+        self._like: Tensor | None = None  # there as soon as blocks are allocated
+
+    @abstractmethod
+    def gathered(self, layout: Layout, row: int) -> tuple[Tensor, Tensor]:
+        """K and V of one row, dense, `[1, num_kv_heads, tokens, head_dim]`."""
+
+    @abstractmethod
+    def decode(self, q: Tensor, layout: Layout) -> Tensor:
+        """Attention of one new token of each row that has one, `[rows, num_heads, 1, head_dim]`."""
+
+    @abstractmethod
+    def chunk(self, q: Tensor, row: int, layout: Layout) -> Tensor:
+        """Attention of one row's new tokens over that row."""
 
     @property
     def rows(self) -> Rows:
@@ -277,62 +287,25 @@ class PagedCache(LayerCache):
         if not self.pages.given:
             self.pages.moved(rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks, free ones included. The table is `pages.nbytes`, once for all layers."""
-        return 0 if self.k is None or self.v is None else size_of(self.k) + size_of(self.v)
-
     def template(self) -> Tensor | None:
         """A tensor without tokens: all that is asked of it is what it is like."""
-        if self.k is None:
-            return None
-        if self._like is None or len(self._like) != len(self.lengths):
-            self._like = self.k.new_empty(len(self.lengths), self.k.shape[2], 0, self.k.shape[3])
+        if self._like is not None and len(self._like) != len(self.lengths):
+            self._like = self._like.new_empty(len(self.lengths), self._like.shape[1], 0, self._like.shape[3])
         return self._like
 
     def held(self) -> tuple[Tensor, Tensor] | None:
         """K and V gathered by the table, zeros behind the ends of shorter rows; None when empty."""
-        if self.k is None or self.v is None or not self.seq_len:
+        if self._like is None or not self.seq_len:
             return None
         step = Step(tuple(min(1, length) for length in self.lengths), tuple(max(0, n - 1) for n in self.lengths))
         layout = self.pages.layout(self.rows, step)
-        pair = []
-        for x in (self.k, self.v):
-            dense = x.new_zeros(len(self.lengths), x.shape[2], self.seq_len, x.shape[3])
-            for row, length in enumerate(self.lengths):
-                if length:
-                    dense[row, :, :length] = layout.gathered(x, row, 0)[0]
-            pair.append(dense)
-        return pair[0], pair[1]
-
-    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
-        """Take the blocks that are needed, and write each new token to its slot."""
-        rows, copies = self.pages.extended(self.rows, step)
-        if self.k is None or self.v is None:
-            self._like = None
-            self.k, self.v = self.allocate(k), self.allocate(v)
-        self.copy_blocks(copies)
-        slots = self.pages.layout(rows, step).slots(k.device)
-        by_kernel = k.is_cuda and kernels.available(k.device) and not wants_gradient(k, v)
-        (paged_store if by_kernel else store)(k, v, self.k, self.v, slots)
-        self.move(rows)
-
-    def allocate(self, like: Tensor) -> Tensor:
-        """All blocks of K or V, with the heads, dtype and device of `like`. Zeros cost nothing until written."""
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-            return like.new_zeros(self.pages.num_blocks, self.pages.block_size, like.shape[1], like.shape[3])
-
-    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copy whole blocks, each (from, to); ValueError for what is no block."""
-        copies = list(copies)
-        for block in chain.from_iterable(copies):
-            self.pages.check_block(block)
-        if not copies or self.k is None or self.v is None:
-            return
-        sources, targets = (torch.tensor(side, device=self.k.device) for side in zip(*copies, strict=True))
-        for x in (self.k, self.v):
-            x.index_copy_(0, targets, x.index_select(0, sources))
-            self.bytes_copied += size_of(x) // len(x) * len(copies)
+        shape = len(self.lengths), self._like.shape[1], self.seq_len, self._like.shape[3]
+        pair = self._like.new_zeros(shape), self._like.new_zeros(shape)
+        for row, length in enumerate(self.lengths):
+            if length:
+                for dense, x in zip(pair, self.gathered(layout, row), strict=True):
+                    dense[row, :, :length] = x[0]
+        return pair
 
     def forget_from(self, seq_len: int) -> None:
         """Give back the blocks behind; those of a table from outside are not the layer's to give."""
@@ -347,8 +320,7 @@ class PagedCache(LayerCache):
 
     def forget(self) -> None:
         """Hold nothing."""
-        self.k = self.v = self._like = None
-        self._rows = ()
+        self._like, self._rows = None, ()
         self.pages.moved(())
 
     def place(self, lengths: Sequence[int], copies: Iterable[tuple[int, int]] = ()) -> None:
@@ -357,29 +329,30 @@ class PagedCache(LayerCache):
         Raises ValueError when the tables have no room for that, and changes nothing.
         """
         self.check_whole()
-        lengths = tuple(lengths)
+        lengths, copies = tuple(lengths), tuple(copies)
         if any(not is_count(length) or length < 0 for length in lengths):
             raise ValueError(f"lengths count tokens: whole numbers, 0 or more; got {lengths}")
         if not self.pages.given:
             raise ValueError("no tables were set from outside: set pages.rows first")
         self.pages.check_given(lengths)
-        self.change(lambda: self.copy_blocks(copies), lengths)
+        for block in chain.from_iterable(copies):
+            self.pages.check_block(block)
+        self.change(lambda: self.placed(lengths, copies), lengths)
 
-    def mark(self) -> Any:
-        """The lengths, the table and both tensors: slots of tokens that are held are never written."""
-        return self.lengths, self._rows, self.k, self.v
+    def placed(self, lengths: tuple[int, ...], copies: Copies) -> None:
+        """What `place` does to K and V."""
+        self.copy_blocks(copies)
 
-    def restore(self, mark: Any) -> None:
-        """The lengths, table and tensors that were."""
-        self.lengths, rows, self.k, self.v = mark
-        self.move(rows)
+    @abstractmethod
+    def copy_blocks(self, copies: Copies) -> None:
+        """Copy whole blocks, each (from, to)."""
 
     def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Causal attention of the newest tokens' queries over all that is held.
 
         With `observe`, which gets the weights, K and V are made dense.
         """
-        if self.k is None or self.v is None or observe is not None:
+        if self._like is None or observe is not None:
             return super().attend(q, step, observe=observe)
         self.check_queries(q)
         step = step or self.newest(q)
@@ -400,6 +373,76 @@ class PagedCache(LayerCache):
             if count > 1:
                 outs[row] = self.chunk(outs[row], row, layout)
         return torch.cat(outs, dim=2)
+
+
+class PagedCache(BlockCache):
+    """K and V of one layer in blocks, allocated at the first append.
+
+    `k`, `v`: `[num_blocks, block_size, num_kv_heads, head_dim]`.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__(pages, scale=scale, window=window, soft_cap=soft_cap)
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, free ones included. The table is `pages.nbytes`, once for all layers."""
+        return 0 if self.k is None or self.v is None else size_of(self.k) + size_of(self.v)
+
+    def gathered(self, layout: Layout, row: int) -> tuple[Tensor, Tensor]:
+        """Copied out of the blocks."""
+        assert self.k is not None
+        assert self.v is not None
+        return layout.gathered(self.k, row, 0), layout.gathered(self.v, row, 0)
+
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Take the blocks that are needed, and write each new token to its slot."""
+        rows, copies = self.pages.extended(self.rows, step)
+        if self.k is None or self.v is None:
+            self.k, self.v = self.allocate(k), self.allocate(v)
+            self._like = self.k.new_empty(0, k.shape[1], 0, k.shape[3])
+        self.copy_blocks(copies)
+        slots = self.pages.layout(rows, step).slots(k.device)
+        by_kernel = k.is_cuda and kernels.available(k.device) and not wants_gradient(k, v)
+        (paged_store if by_kernel else store)(k, v, self.k, self.v, slots)
+        self.move(rows)
+
+    def allocate(self, like: Tensor) -> Tensor:
+        """All blocks of K or V, with the heads, dtype and device of `like`. Zeros cost nothing until written."""
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+            return like.new_zeros(self.pages.num_blocks, self.pages.block_size, like.shape[1], like.shape[3])
+
+    def copy_blocks(self, copies: Copies) -> None:
+        """Copy whole blocks, each (from, to)."""
+        if not copies or self.k is None or self.v is None:
+            return
+        sources, targets = (torch.tensor(side, device=self.k.device) for side in zip(*copies, strict=True))
+        for x in (self.k, self.v):
+            x.index_copy_(0, targets, x.index_select(0, sources))
+            self.bytes_copied += size_of(x) // len(x) * len(copies)
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        super().forget()
+        self.k = self.v = None
+
+    def mark(self) -> Any:
+        """The lengths, the table and both tensors: slots of tokens that are held are never written."""
+        return self.lengths, self._rows, self._like, self.k, self.v
+
+    def restore(self, mark: Any) -> None:
+        """The lengths, table and tensors that were."""
+        self.lengths, rows, self._like, self.k, self.v = mark
+        self.move(rows)
 
     def chunk(self, q: Tensor, row: int, layout: Layout) -> Tensor:
         """Attention of one row's new tokens over that row, gathered from where the first of them sees."""
