@@ -4,7 +4,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from labkit.sizing import Dense, Paged, Quantized
+from labkit.sizing import Dense, Paged, PagedQuantized, Quantized
 from labkit.specs import GpuSpec, LayerGroup, LinkSpec, ModelSpec
 
 TINY = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)  # large enough for several heads, layers and groups, no larger
@@ -37,6 +37,15 @@ FORMATS = st.one_of(
         drops=st.booleans(),
     ),
     st.builds(Paged, st.integers(1, 33), st.sampled_from(["float32", "float16", "float8"]), st.booleans()),
+    st.builds(
+        PagedQuantized,
+        st.sampled_from([2, 4, 8]),
+        st.sampled_from([8, 16]),
+        st.sampled_from(["float32", "float16", "float8"]),
+        symmetric=st.booleans(),
+        key_axis=st.sampled_from(["channel", "token"]),
+        drops=st.booleans(),
+    ),
 )
 
 

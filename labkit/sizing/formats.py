@@ -319,6 +319,92 @@ class Paged:
         return (self.blocks(tokens) - 1) * self.block_size + 1 if tokens else 0
 
 
+@dataclass(frozen=True)
+class PagedQuantized:
+    """K and V in `nbits`, in blocks of `block_size` tokens: a block is a group, and is packed once it is full.
+
+    The newest block of a request waits in `dtype` until it is full, beside the packed block that it will become, whose
+    memory is taken with it. A block table as in `Paged`. metadata, symmetric, key_axis: as of `Quantized`; drops: as of
+    `Paged`. A layer with a latent or an `index_dim` stays in `dtype`, in blocks.
+    """
+
+    nbits: int = 4
+    block_size: int = 64
+    dtype: str = "float16"
+    metadata: str = "float16"
+    symmetric: bool = False
+    key_axis: str = "channel"
+    drops: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("block_size", self.block_size)
+        for name in ("dtype", "metadata"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
+        for name in ("symmetric", "drops"):
+            check_flag(name, getattr(self, name))
+        self.packing  # noqa: B018 - raises for what cannot be packed
+
+    @property
+    def packing(self) -> Quantized:
+        """How a full block is packed."""
+        return Quantized(
+            self.nbits, self.block_size, 0, self.dtype, self.metadata, self.symmetric, self.key_axis, drops=self.drops
+        )
+
+    @property
+    def paging(self) -> Paged:
+        """How what is not packed lies in blocks."""
+        return Paged(self.block_size, self.dtype, self.drops)
+
+    @property
+    def name(self) -> str:
+        """The bits and the size of a block."""
+        return f"int{self.nbits} in blocks of {self.block_size:,}"
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """`nbits` and the share of the block's metadata; the table adds 32 per block."""
+        return self.packing.bits_per_element
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """What a token takes once its block is packed."""
+        return self.packing.token_bytes(layer, position)
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """Whole packed blocks, and one in full precision while the newest is not full."""
+        paging, packing = self.paging, self.packing
+        if not packing.packs(layer):
+            return paging.layer_bytes(layer, tokens)
+        packing.check_head_dim(layer.k_dim, layer.v_dim)
+        left = tokens - held(layer, tokens, self.drops)
+        a_block = self.block_size * layer.elements_per_token
+        packed = (paging.blocks(tokens) - left // self.block_size) * ceil(a_block * self.bits_per_element / 8)
+        waits = to_bytes(a_block, self.dtype) if tokens % self.block_size else 0
+        return packed + waits + layer.state_bytes
+
+    def model_bytes(self, tokens: int) -> int:
+        """A row of the block table."""
+        return self.paging.model_bytes(tokens)
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """What is held of the tokens that the newest one sees: packed, or as they wait."""
+        if not self.packing.packs(layer):
+            return self.paging.read_bytes(layer, tokens)
+        seen = layer.tokens_held(tokens)
+        waiting = min(seen, tokens % self.block_size)
+        width = waiting * bits(self.dtype) + (seen - waiting) * self.bits_per_element
+        return ceil(layer.elements_per_token * width / 8) + layer.state_bytes
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """Where the newest block begins: it waits, and a later token adds none."""
+        return self.paging.fullest(model, tokens)
+
+
 def kv_format(dtype: str | Format) -> Format:
     """The format a name stands for: int8, int4 and int2 quantized in groups of 64, any other dtype dense."""
     if isinstance(dtype, type):

@@ -7,7 +7,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from labkit import sizing, specs
-from labkit.sizing import Dense, Paged, Quantized, cache_bytes, capacity, longest_context, peak_bytes, plan
+from labkit.sizing import (
+    Dense,
+    Paged,
+    PagedQuantized,
+    Quantized,
+    cache_bytes,
+    capacity,
+    longest_context,
+    peak_bytes,
+    plan,
+)
 from labkit.sizing.memory import on_one_rank
 from labkit.specs import LayerGroup
 from tests.shapes import FORMATS, GPU, mixed_shapes, shape
@@ -122,6 +132,14 @@ class TestInBlocks:
         held = {tokens: cache_bytes(model, tokens, 1, Paged()) - Paged().model_bytes(tokens) for tokens in (33, 36, 48)}
         assert held == {33: 3 * block, 36: 2 * block, 48: 2 * block}
         assert cache_bytes(model, 48, 1, Paged(drops=False)) == 3 * block + Paged().model_bytes(48)
+
+    def test_packed_the_newest_block_waits_beside_its_place_until_it_is_full(self):
+        model, kept = shape(num_layers=1, head_dim=16), PagedQuantized(4, 16)
+        packed, waits = 16 * 3 * 32 * 6 // 8, 16 * 3 * 32 * 2  # 6 bits per number with the metadata, 16 before
+        held = [cache_bytes(model, tokens, 1, kept) - kept.model_bytes(tokens) for tokens in (1, 15, 16, 17, 32)]
+        assert held == [packed + waits, packed + waits, packed, 2 * packed + waits, 2 * packed]
+        assert [kept.fullest(model, tokens) for tokens in (0, 1, 16, 17, 40)] == [0, 1, 1, 17, 33]
+        assert sizing.step_bytes(model, 20, 1, kept) == packed + 4 * 3 * 32 * 2 + kept.model_bytes(20)
 
 
 class TestRoomTakenAtOnce:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from labkit import sizing, specs
-from labkit.sizing import Dense, Paged, Price, Quantized, SizeError
+from labkit.sizing import Dense, Paged, PagedQuantized, Price, Quantized, SizeError
 from labkit.specs import SpecError
 from tests.shapes import GPU, LINK, shape
 
@@ -64,6 +64,13 @@ PASS = {"model": MODEL, "gpu": GPU, "batch": 2, "dtype": "float8", "weight_dtype
 RIGHT = {  # each public function with arguments that it takes
     "Dense": (Dense, {"dtype": "float16", "capacity": 9, "drops": True}),
     "Paged": (Paged, {"block_size": 16, "dtype": "float16", "drops": True}),
+    "PagedQuantized": (
+        PagedQuantized,
+        {
+            "nbits": 4, "block_size": 16, "dtype": "float16", "metadata": "float16", "symmetric": False,
+            "key_axis": "token", "drops": True,
+        },
+    ),
     "Price": (Price, {"input": 3, "output": 15, "cached": 0.3, "written": 3.75}),
     "Quantized": (
         Quantized,
