@@ -51,6 +51,11 @@ class Quantizer:
         return self.group_size * (self.nbits if isinstance(self.nbits, int) else 8) // 8
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a group: its codes, its scale, and its zero point where there is one."""
+        return self.code_bytes + (4 if self.has_zero else 2)
+
+    @property
     def has_zero(self) -> bool:
         """Whether groups keep a zero point."""
         return isinstance(self.nbits, int) and not self.symmetric

@@ -59,11 +59,7 @@ class QuantizedCache(LayerCache):
         soft_cap: float | None = None,
     ) -> None:
         super().__init__(scale=scale, window=window, soft_cap=soft_cap)
-        if isinstance(nbits, torch.dtype) and nbits not in FLOAT8:
-            known = " or ".join(str(dtype) for dtype in FLOAT8) or "none"
-            raise ValueError(f"nbits is 8, 4 or 2, or a float8 dtype (this torch has {known}); got {nbits}")
-        if metadata not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"metadata is torch.bfloat16 or torch.float16; got {metadata}")
+        check_format(nbits, metadata)
         self.format = Quantized(
             nbits=8 if isinstance(nbits, torch.dtype) else nbits,
             group_size=group_size,
@@ -296,6 +292,15 @@ class QuantizedCache(LayerCache):
         packed = [None if x is None else x.of_rows(rows) for x in (self.k, self.v)]
         self.recent, self.sinks, (self.k, self.v) = recent, sinks, packed
         self.bytes_copied += self.nbytes
+
+
+def check_format(nbits: int | torch.dtype, metadata: torch.dtype) -> None:
+    """ValueError for a dtype that codes or metadata cannot have; what sizing refuses it refuses itself."""
+    if isinstance(nbits, torch.dtype) and nbits not in FLOAT8:
+        known = " or ".join(str(dtype) for dtype in FLOAT8) or "none"
+        raise ValueError(f"nbits is 8, 4 or 2, or a float8 dtype (this torch has {known}); got {nbits}")
+    if metadata not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"metadata is torch.bfloat16 or torch.float16; got {metadata}")
 
 
 def tokens_of(pair: Pair | None) -> int:
