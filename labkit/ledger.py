@@ -12,7 +12,7 @@ The rules. A *weight* is a parameter, or a tensor given to `watch`; anything els
   `scores`. A product with something that came from scores blends values. Either way the operand that holds keys or
   values counts to `bytes_read`; a tensor that was broadcast counts once. PyTorch's fused attention counts the same, and
   so does labkit's over packed K and V, with the bytes they are packed in, and over K and V in blocks, with the tokens
-  of each row that are seen.
+  of each row that are seen; of packed blocks with the whole block.
 - A product with a watched weight counts one projection per row of the activation, times the weight's share.
 - A softmax of three or more dimensions over numbers that no such product gave counts as scores too: somebody multiplied
   and summed by hand. What was read is then not seen.
@@ -35,11 +35,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from labkit.kernels.paged_packed_attention import what_is_read
 from labkit.prepacked import prepacked_linear
 
 # By name: importing the last one imports Numba.
 PACKED = {"packed_attention", "packed_decode_attention", "packed_decode_attention_cpu"}
 PAGED = {"paged_attention", "paged_decode_attention", "paged_decode_attention_cpu"}
+PAGED_PACKED = {"paged_packed_attention", "paged_packed_decode_attention", "paged_packed_decode_attention_cpu"}
 PRODUCTS = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmm_", "addmv", "baddbmm", "baddbmm_",
     "addbmm", "einsum", "tensordot", "inner", "dot", "vdot", "vecdot",
@@ -136,6 +138,12 @@ class Ledger(TorchFunctionMode):
             tokens = visible.keys_read(constants, len(query))
             self.work.scores += query[0, ..., 0].numel() * tokens
             self.work.bytes_read += tokens * (key[0, 0].nbytes + value[0, 0].nbytes)
+        elif name in PAGED_PACKED:
+            query, key, value, (waiting, _), _, visible, constants = args
+            self.work.scores += query[0, ..., 0].numel() * visible.keys_read(constants, len(query))
+            blocks, tokens = what_is_read(visible, constants, len(query), key.quantizer.group_size)
+            self.work.bytes_read += blocks * (key.rows[0].nbytes + value.rows[0].nbytes)
+            self.work.bytes_read += 2 * tokens * waiting[0, :, 0].nbytes if tokens else 0
         elif func in (F.linear, prepacked_linear):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             activation = args[0] if args else kwargs["input"]

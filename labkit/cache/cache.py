@@ -15,6 +15,7 @@ from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
 from labkit.cache.layer import LayerCache, checked_rows
 from labkit.cache.paged import PagedCache, Pages
+from labkit.cache.paged_quantized import PagedQuantizedCache
 from labkit.cache.quantized import QuantizedCache
 from labkit.cache.step import Step
 
@@ -61,10 +62,24 @@ class Cache:
         return cls.of(num_layers, lambda: QuantizedCache(nbits, **options))
 
     @classmethod
-    def paged(cls, num_layers: int, num_blocks: int, block_size: int = 16, *, window: int | None = None) -> Cache:
-        """A cache of `num_blocks` blocks of `block_size` tokens in every layer. `window`: as in `growing`."""
+    def paged(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        window: int | None = None,
+        nbits: int | torch.dtype | None = None,
+        **options: Any,
+    ) -> Cache:
+        """A cache of `num_blocks` blocks of `block_size` tokens in every layer. `window`: as in `growing`.
+
+        nbits: packs full blocks; the other options are then those of `PagedQuantizedCache`.
+        """
         pages = Pages(num_blocks, block_size)
-        return cls.of(num_layers, lambda: PagedCache(pages, window=window))
+        if nbits is None:
+            return cls.of(num_layers, lambda: PagedCache(pages, window=window, **options))
+        return cls.of(num_layers, lambda: PagedQuantizedCache(pages, nbits, window=window, **options))
 
     @property
     def lengths(self) -> tuple[int, ...]:

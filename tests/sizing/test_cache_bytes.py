@@ -10,10 +10,28 @@ from hypothesis import strategies as st
 
 import labkit.cache
 from labkit import sizing, specs
-from labkit.cache import Cache, GrowingCache, LayerCache, PagedCache, Pages, PreallocatedCache, QuantizedCache
+from labkit.cache import (
+    Cache,
+    GrowingCache,
+    LayerCache,
+    PagedCache,
+    PagedQuantizedCache,
+    Pages,
+    PreallocatedCache,
+    QuantizedCache,
+)
 from labkit.cache.recording import RecordingCache
 from labkit.quantization import FLOAT8
-from labkit.sizing import Dense, Paged, Quantized, SizeError, bytes_per_token, cache_bytes, mha_bytes_per_token
+from labkit.sizing import (
+    Dense,
+    Paged,
+    PagedQuantized,
+    Quantized,
+    SizeError,
+    bytes_per_token,
+    cache_bytes,
+    mha_bytes_per_token,
+)
 from labkit.specs import LayerGroup
 from tests.shapes import dense_shapes, mixed_shapes, shape
 
@@ -22,10 +40,10 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 BLOCK = 5
 
 
-def just_enough(tokens, batch):
+def just_enough(tokens, batch, block=BLOCK, kind=PagedCache, **options):
     """Makes layers of one paged cache whose blocks are those that `batch` rows of so many tokens take."""
-    pages = Pages(max(1, batch * -(-tokens // BLOCK)), BLOCK)
-    return lambda: PagedCache(pages)
+    pages = Pages(max(1, batch * -(-tokens // block)), block)
+    return lambda: kind(pages, **options)
 
 
 # What makes a layer, given tokens and batch, and the format that predicts its bytes, given the dtype.
@@ -37,6 +55,8 @@ MAKE = {
     QuantizedCache: (lambda *_: lambda: QuantizedCache(4, group_size=8, residual_length=5, sink_length=2),
                      lambda dtype: Quantized(4, 8, 5, dtype, sink_length=2, drops=False)),
     PagedCache: (just_enough, lambda dtype: Paged(BLOCK, dtype, drops=False)),
+    PagedQuantizedCache: (lambda *sizes: just_enough(*sizes, 8, PagedQuantizedCache),
+                          lambda dtype: PagedQuantized(4, 8, dtype, drops=False)),
 }  # fmt: skip
 
 
@@ -56,7 +76,7 @@ def test_every_cache_class_of_the_project_has_a_prediction():
 )
 def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype, cuts):
     make, kept = MAKE[kind]
-    if kind is QuantizedCache:
+    if kind in (QuantizedCache, PagedQuantizedCache):
         model = replace(model, head_dim=8 * model.head_dim)
     cache = Cache.of(model.num_layers, make(tokens, batch))
     for layer in cache.layers:
@@ -88,6 +108,33 @@ def test_every_way_to_quantize_takes_what_is_predicted(
     for begin in range(0, tokens, cuts):
         layer.append(*torch.zeros(2, 2, 3, min(cuts, tokens - begin), 32, dtype=dtype))
     assert layer.nbytes == cache_bytes(shape(num_layers=1, head_dim=32), tokens, 2, kept)
+
+
+@given(
+    tokens=st.integers(1, 150),
+    batch=st.integers(1, 3),
+    nbits=st.sampled_from([2, 4, 8, *FLOAT8]),
+    block=st.sampled_from([8, 16, 32]),
+    symmetric=st.booleans(),
+    key_axis=st.sampled_from(["channel", "token"]),
+    metadata=st.sampled_from([torch.float16, torch.bfloat16]),
+    dtype=DTYPES,
+    cuts=st.integers(1, 70),
+)
+def test_every_way_to_pack_blocks_takes_what_is_predicted(
+    tokens, batch, nbits, block, symmetric, key_axis, metadata, dtype, cuts
+):
+    options = {"symmetric": symmetric, "key_axis": key_axis, "metadata": metadata}
+    cache = Cache.of(2, just_enough(tokens, batch, block, PagedQuantizedCache, nbits=nbits, **options))
+    whole = isinstance(nbits, int)
+    kept = PagedQuantized(
+        nbits if whole else 8, block, dtype, drops=False, **options | {"symmetric": symmetric or not whole}
+    )
+    for begin in range(0, tokens, cuts):
+        for layer in cache.layers:
+            layer.append(*torch.zeros(2, batch, 3, min(cuts, tokens - begin), 32, dtype=dtype))
+    assert cache.nbytes == cache_bytes(shape(num_layers=2, head_dim=32), tokens, batch, kept)
+    assert [layer.format for layer in cache.layers] == [replace(kept, dtype="float16")] * 2
 
 
 @given(model=mixed_shapes(), tokens=st.integers(0, 90), batch=st.integers(1, 3), dtype=DTYPES)
@@ -260,6 +307,8 @@ class TestFormats:
             (lambda: cache_bytes(shape(head_dim=96), 9, 1, "int4"), r"do not divide a head_dim of 96: .*group_size=32"),
             (lambda: cache_bytes("llama-3-8b", 9), r"take labkit\.specs\.model\('llama-3-8b'\)"),
             (lambda: Paged(0), "block_size must be a whole number"),
+            (lambda: PagedQuantized(3), "nbits is 2, 4 or 8; got 3"),
+            (lambda: PagedQuantized(4, 2), "do not fill whole 16-bit words"),
         ],
     )
     def test_what_cannot_be_is_one_clear_line(self, make, message):
