@@ -1,8 +1,8 @@
 """`paged_attention` of one new token per row for a CPU: loops compiled by Numba when they are first needed.
 
-All rows of a batch, each of its own length, are answered in one call. K and V are read where they lie: some tokens of
-one KV head at a time are brought to float32, in a buffer that stays in the core's fastest cache, and every query head
-that shares the KV head is answered from it. No dense K or V is ever made, whatever the block size.
+All rows of a batch, each of its own length, are answered in one call. K and V are read where they lie, in the order in
+which they lie: some tokens at a time, with all their KV heads, are brought to float32, in a buffer that stays in the
+core's fastest caches, and every query head is answered from it. No dense K or V is ever made, whatever the block size.
 
 Tokens are answered in parts, each with a softmax of its own, and merged, as in `packed_attention_cpu`. A part begins at
 a multiple of `PART` in its row, whatever else is in the batch and however many threads there are: so neither changes a
@@ -31,6 +31,7 @@ from labkit.kernels.split import DTYPES
 
 PART = 1024  # tokens to a part; a multiple of TILE
 TILE = 32  # tokens brought to float32 at a time
+WIDE = 512  # numbers of a token brought to float32 at a time: a tile of 64 KiB
 PAYS = 2**20  # numbers of K and V, half a millisecond's work; of less, waking a thread would cost too large a share
 
 
@@ -66,9 +67,9 @@ def paged_decode_attention_cpu(
     parts = parts_of(*bounds, table, k.shape[1], len(k), PART)
     if len(parts) and parts[0, 1] < 0:
         raise ValueError(f"the block table lacks a block of tokens that are read: its numbers are 0 to {len(k) - 1}")
-    pays = 2 * visible.keys_read(constants, batch) * heads * head_dim >= PAYS
+    pays = 2 * int((parts[:, 2] - parts[:, 1]).sum()) * heads * head_dim >= PAYS
     threads = torch.get_num_threads() if pays else 1
-    at_once = heads if len(parts) >= threads else 1  # KV heads worked on together: they lie side by side
+    at_once = together(heads, head_dim) if len(parts) >= threads else 1
     threads = max(1, min(threads, len(parts) * heads // at_once))
     blended = np.zeros((len(parts), heads, queries, head_dim), np.float32)
     sums = np.empty((len(parts), heads, queries, 2), np.float32)
@@ -80,6 +81,11 @@ def paged_decode_attention_cpu(
         threads,
     )  # fmt: skip
     return torch.from_numpy(merged(batch, parts, blended, sums)).to(q.dtype).view(q.shape)
+
+
+def together(heads: int, head_dim: int) -> int:
+    """KV heads that are worked on at one time, since they lie side by side: a divisor of all, and few enough."""
+    return next(n for n in range(heads, 0, -1) if heads % n == 0 and (n * head_dim <= WIDE or n == 1))
 
 
 def as_words(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +159,7 @@ def _attend(
     _, heads, queries, dims = rows.shape
     size = max(k.shape[1], k_halves.shape[1])
     groups, zeroth, once = heads // at_once, np.int64(0), np.int64(1)
-    tile = np.empty((TILE, dims), np.float32)
+    tile = np.empty((at_once, TILE, dims), np.float32)
     bits = tile.view(np.uint32)
     scores, exponents = np.empty((at_once * queries, PART), np.float32), np.empty(PART, np.int32)
     for share in range(index, len(parts) * groups, threads):
@@ -162,9 +168,9 @@ def _attend(
         blocks = table[row]
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
+            _fill(k, k_halves, blocks, size, start, count, begin, dtype, tile, bits)
             for one in range(at_once):
-                _fill(k, k_halves, blocks, size, start, count, begin + one, dtype, tile, bits)
-                _score(rows[row, begin + one], tile, count, scores, one * queries, start - low)
+                _score(rows[row, begin + one], tile[one], count, scores, one * queries, start - low)
         for one in range(at_once):
             for query in range(queries):
                 mine = scores[one * queries + query, : high - low]
@@ -174,40 +180,45 @@ def _attend(
                 _powers(mine, exponents, sums[part, begin + one, query])
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
+            _fill(v, v_halves, blocks, size, start, count, begin, dtype, tile, bits)
             for one in range(at_once):
-                _fill(v, v_halves, blocks, size, start, count, begin + one, dtype, tile, bits)
                 weights = scores[one * queries : (one + 1) * queries, start - low : start - low + count]
-                _add_weighted(tile, zeroth, once, weights, blended[part, begin + one])
+                _add_weighted(tile[one], zeroth, once, weights, blended[part, begin + one])
 
 
 @compiled
 def _fill(words, halves, blocks, size, start, count, head, dtype, tile, bits):
-    """`count` tokens of one KV head from place `start` on as float32.
+    """`count` tokens from place `start` on as float32, of KV head `head` and as many behind it as `tile` has room for.
 
-    dtype: float32, float16 or bfloat16, by its place in `DTYPES`. bits: the tile in whole numbers: of floats, a number
-    below 2**-126 is 0 where denormals are flushed. Each number is reached by all its indices: taking a token's row out
-    first costs more than its numbers, and loops that read and write the same memory as two types are not vectorized.
+    In the order in which they lie: memory is read in one go, which is most of what the loops wait for. dtype: float32,
+    float16 or bfloat16, by its place in `DTYPES`. bits: the tile in whole numbers: of floats, a number below 2**-126 is
+    0 where denormals are flushed. Each number is reached by all its indices: taking a token's row out first costs more
+    than its numbers, and loops that read and write the same memory as two types are not vectorized.
     """
-    dims = tile.shape[1]
+    heads, _, dims = tile.shape
     place, at = start // size, start % size
     for token in range(count):
         block = blocks[place]
         if dtype == 0:
-            for dim in range(dims):
-                bits[token, dim] = words[block, at, head, dim]
+            for one in range(heads):
+                for dim in range(dims):
+                    bits[one, token, dim] = words[block, at, head + one, dim]
         elif dtype == 2:
-            for dim in range(dims):
-                bits[token, dim] = uint32(halves[block, at, head, dim]) << uint32(16)
+            for one in range(heads):
+                for dim in range(dims):
+                    bits[one, token, dim] = uint32(halves[block, at, head + one, dim]) << uint32(16)
         else:
-            for dim in range(dims):  # as if all were denormal
-                tile[token, dim] = float32(int32(halves[block, at, head, dim]) & 0x7FFF) * float32(2.0**-24)
-            for dim in range(dims):
-                half = uint32(halves[block, at, head, dim])
-                number = half & uint32(0x7FFF)
-                moved = (number << uint32(13)) + uint32((127 - 15) << 23)
-                moved += uint32((255 - 31 - 112) << 23) if number >= uint32(0x7C00) else uint32(0)  # infinity and NaN
-                moved = moved if number >= uint32(0x0400) else bits[token, dim]
-                bits[token, dim] = moved | ((half & uint32(0x8000)) << uint32(16))
+            for one in range(heads):
+                for dim in range(dims):  # as if all were denormal
+                    below = int32(halves[block, at, head + one, dim]) & 0x7FFF
+                    tile[one, token, dim] = float32(below) * float32(2.0**-24)
+                for dim in range(dims):
+                    half = uint32(halves[block, at, head + one, dim])
+                    number = half & uint32(0x7FFF)
+                    moved = (number << uint32(13)) + uint32((127 - 15) << 23)
+                    moved += uint32((255 - 31 - 112) << 23) if number >= uint32(0x7C00) else uint32(0)  # infinity, NaN
+                    moved = moved if number >= uint32(0x0400) else bits[one, token, dim]
+                    bits[one, token, dim] = moved | ((half & uint32(0x8000)) << uint32(16))
         at += 1
         if at == size:
             place, at = place + 1, 0

@@ -93,7 +93,7 @@ def paged_packed_decode_attention_cpu(
         loops, *arrays, table, parts, table_of(k.quantizer.nbits), *settings(k.quantizer),
         float32(constants.soft_cap or 0.0), part, blended, sums,
     )  # fmt: skip
-    pays = 2 * visible.keys_read(constants, batch) * heads * head_dim >= PAYS
+    pays = 2 * int((parts[:, 2] - parts[:, 1]).sum()) * heads * head_dim >= PAYS
     share_out(run, max(1, min(torch.get_num_threads(), len(parts) * heads)) if pays else 1)
     return torch.from_numpy(merged(batch, parts, blended, sums)).to(q.dtype).view(q.shape)
 

@@ -144,6 +144,35 @@ def test_any_structure_of_a_decode_step(data):
     )  # fmt: skip
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_the_twin_gives_exactly_what_attention_gives_of_the_same_tokens_in_a_rectangle(data):
+    """Exact: where tokens lie changes nothing, whatever the blocks, the chunk, the window and the padding."""
+    draw = data.draw
+    lengths = draw(st.lists(st.integers(1, 120), min_size=1, max_size=5))
+    new_tokens, dtype = draw(st.integers(1, min(lengths))), draw(st.sampled_from([*DTYPES, torch.float64]))
+    padding = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths)).map(list))
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    constants = Constants(
+        draw(st.none() | st.floats(0.05, 1.0)), draw(st.none() | st.integers(1, 130)),
+        draw(st.none() | st.floats(0.5, 30.0)),
+    )  # fmt: skip
+    q, k, v, table, own = case(
+        lengths, heads, draw(st.integers(1, 4)), head_dim, draw(st.integers(1, 256)), dtype,
+        seed=draw(st.integers(0, 99)), new_tokens=new_tokens,
+    )  # fmt: skip
+    visible = visible_of(lengths, padding, new_tokens)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rectangle = torch.zeros(2, len(lengths), heads, max(lengths), head_dim, dtype=wide, device=DEVICE)
+    for row, kv in enumerate(own):
+        rectangle[:, row, :, : lengths[row]] = kv[:, 0]
+    mask = visible.mask(constants, DEVICE)
+    if mask is not None:  # nobody may see it: it is not looked at
+        rectangle = rectangle.masked_fill(~mask.any(2)[:, :, :, None], 0)
+    expected = attention(q.to(wide), *rectangle, constants, visible).to(dtype)
+    assert torch.equal(paged_attention(q, k, v, table, visible, constants), expected)
+
+
 @needs_triton
 @pytest.mark.parametrize("run", EVERY)
 def test_a_row_that_is_all_padding_gives_zeros(run):
@@ -281,6 +310,15 @@ class TestOnACpu:
         finally:
             torch.set_num_threads(before)
 
+    def test_as_many_heads_as_fit_the_cache_are_worked_on_together(self, monkeypatch):
+        for heads, head_dim, together in ((3, 64, 3), (8, 128, 4), (32, 128, 4), (7, 256, 1), (2, 999, 1)):
+            assert paged_attention_cpu.together(heads, head_dim) == together
+        q, k, v, table, _ = case([70, 3, 40], 6, 2, 16, 8, torch.float32)
+        once = paged_decode_attention_cpu(q, k, v, table, visible_of([70, 3, 40]))
+        for wide in (16, 40, 50):
+            monkeypatch.setattr(paged_attention_cpu, "WIDE", wide)
+            assert torch.equal(paged_decode_attention_cpu(q, k, v, table, visible_of([70, 3, 40])), once)  # exact
+
     def test_one_compilation_serves_every_layout_and_dtype(self):
         for dtype in DTYPES:
             q, k, v, table, _ = case([20, 7], 2, 3, 16, 8, dtype)
@@ -307,7 +345,7 @@ def every_number(dtype):
     """Each of the 65,536 numbers of a 16-bit dtype, NaN and infinity among them, against what NumPy makes of it."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     words, halves = paged_attention_cpu.as_words(numbers.view(8, 32, 1, 256))
-    out, blocks = torch.empty(8, 32, 256), torch.arange(8, dtype=torch.int32).numpy()
+    out, blocks = torch.empty(8, 1, 32, 256), torch.arange(8, dtype=torch.int32).numpy()
     for block, tile in enumerate(out.numpy()):
         kind = DTYPES.index(dtype)
         paged_attention_cpu._fill(words, halves, blocks, 32, 32 * block, 32, 0, kind, tile, tile.view("uint32"))
