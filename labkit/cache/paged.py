@@ -161,7 +161,7 @@ class Pages:
     def layout(self, rows: Rows, step: Step) -> Layout:
         """What kernels read of a step over this table: the same for every layer that asks the same."""
         asked = rows, step.before, step.counts, step.padding
-        for known in self._layouts:
+        for known in reversed(self._layouts):
             if known.asked == asked:
                 return known
         layout = Layout(rows, step, self.block_size)
@@ -455,7 +455,7 @@ class PagedCache(BlockCache):
         """Attention of one new token of each row that has one, `[rows, num_heads, 1, head_dim]`."""
         assert self.k is not None
         assert self.v is not None
-        tokens = layout.visible.keys_read(self.constants, len(q))
+        tokens = layout.made(("read", self.constants.window), lambda: layout.visible.keys_read(self.constants, len(q)))
         self.bytes_read += tokens * (size_of(self.k[0, 0]) + size_of(self.v[0, 0]))
         table = layout.block_table(layout.singles, q.device)
         answer = self.kernel_for(q) or paged_attention
