@@ -25,11 +25,11 @@ QUIZZES = (
     Quiz(
         "06.q2",
         "block_size is 16 and a row's table is [9, 4, 30]. In which slot lies the token at position 20?",
-        {"a": "20", "b": "68", "c": "148", "d": "52"},
+        {"a": "20", "b": "68", "c": "148", "d": "484"},
         {"a": "That is where it lies in a cache of this row alone. Here memory belongs to everybody.",
          "b": "20 // 16 = 1: block 4. 20 % 16 = 4: slot 4 * 16 + 4.",
          "c": "That is block 9, the row's first. Position 20 is past it.",
-         "d": "That multiplies the place, 20 % 16 = 4, by something else than 1: block * block_size + place."},
+         "d": "That is block 30, the row's third: it holds positions 32 to 47."},
         "b",
     ),
     Quiz(

@@ -1,0 +1,348 @@
+"""06.3: the allocator, beside a simple model of what is free, held and kept."""
+
+from __future__ import annotations
+
+import numbers
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from labkit.cache import OutOfBlocks
+from labkit.course.exercise import Exercise, NotYet
+from labkit.labs.lab06.references import BlockAllocator
+
+NAMES = ("num_free", "ref_count", "take", "hold", "drop")
+MANY, FEW = 200_000, 64  # blocks, to compare what one operation costs
+SLOWER = 25  # times: above what memory that is far away costs, below a walk through all blocks
+NOISE = 15e-6  # seconds
+
+
+@dataclass
+class Beside:
+    """A learner's allocator and what is known of it. holders: of each block. kept: free ones that may be of use, the
+    first dropped in front. revived: blocks that were held while free."""
+
+    exercise: type[Exercise]
+    make: Callable[[int], Any]
+    num_blocks: int
+    holders: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    known: set[int] = field(default_factory=set)
+    revived: set[int] = field(default_factory=set)
+    log: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.allocator = self.exercise.run(lambda: self.make(self.num_blocks), told=f"with {self.num_blocks} blocks")
+        missing = [name for name in NAMES if not hasattr(type(self.allocator), name) and
+                   not hasattr(self.allocator, name)]  # fmt: skip
+        if missing:
+            self.exercise.fail(
+                "missing-method", seen=f"the class has no {', no '.join(missing)}",
+                cause="it was removed or renamed, or stands outside the class because of its indentation",
+                look="the names in the blank, indented alike",
+            )  # fmt: skip
+        self.holders = [0] * self.num_blocks
+        self.compare()
+
+    @property
+    def when(self) -> str:
+        """What was done, in words."""
+        done = self.log if len(self.log) <= 6 else ["...", *self.log[-6:]]
+        return f"{self.num_blocks} blocks; " + (", ".join(done) or "nothing done yet")
+
+    @property
+    def free(self) -> list[int]:
+        """Blocks that nobody holds."""
+        return [block for block, count in enumerate(self.holders) if not count]
+
+    def take(self) -> None:
+        """Take a block, or be refused when none is free."""
+        if not self.free:
+            self.refused(lambda: self.allocator.take(), OutOfBlocks, "take()", "took-from-none",
+                         "a test for no free block is missing, or what is free was counted wrong",
+                         "the start of take: raise OutOfBlocks when nothing is free")  # fmt: skip
+            return
+        block = self.exercise.run(self.allocator.take, told=f"take(); {self.when}")
+        self.log.append(f"take() -> {block}")
+        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= block < self.num_blocks:
+            self.exercise.fail(
+                "no-block", seen=f"{self.when}: that is no block's number",
+                cause="something else than a block was returned, such as the pair that popitem() gives, or numbers do "
+                "not begin at 0", look="the return of take: one number, 0 to num_blocks - 1",
+            )  # fmt: skip
+        block = int(block)
+        if self.holders[block]:
+            if block in self.revived:
+                self.exercise.fail(
+                    "hold-leaves-it-free",
+                    seen=f"{self.when}: it was free and somebody came to hold it; it was handed out all the same",
+                    cause="hold() counts the holder and leaves the block among the free ones",
+                    look="hold: a block that is held by one is not free any more",
+                )
+            self.exercise.fail(
+                "handed-out-twice", seen=f"{self.when}: it is held by {self.holders[block]} already",
+                cause="a block stays among the free ones when it is taken, or comes back to them while it is held",
+                look="take and drop: where does a block leave the free ones, when does it return?",
+            )  # fmt: skip
+        self.check_order(block)
+        self.holders[block] = 1
+        self.kept = [other for other in self.kept if other != block]
+        self.revived.discard(block)
+
+    def check_order(self, block: int) -> None:
+        """What may be of use is taken last, what was dropped first before the rest."""
+        if block not in self.kept or (set(self.free) == set(self.kept) and block == self.kept[0]):
+            return
+        if set(self.free) == set(self.kept):
+            newest = block == self.kept[-1]
+            self.exercise.fail(
+                "newest-kept-first" if newest else "kept-in-another-order",
+                seen=f"{self.when}: all free blocks were kept, and block {self.kept[0]} was dropped first",
+                cause="the block that was kept last was taken first" if newest else "another order than that of drop()",
+                look="at which end take() takes, and at which end drop(block, keep=True) adds",
+            )
+        others = [one for one in self.free if one not in self.kept]
+        self.exercise.fail(
+            "kept-taken-early",
+            seen=f"{self.when}: its content was to be kept, and block {others[0]} was free with nothing of use in it",
+            cause="keep makes no difference, or the wrong one: what is of no use has to be taken before",
+            look="drop: at which end of the free blocks does one go that is kept, at which one that is not?",
+        )
+
+    def hold(self, block: int) -> None:
+        """One holder more."""
+        self.exercise.run(lambda: self.allocator.hold(block), told=f"hold({block}); {self.when}")
+        self.log.append(f"hold({block})")
+        if not self.holders[block]:
+            self.revived.add(block)
+        self.kept = [other for other in self.kept if other != block]
+        self.holders[block] += 1
+
+    def drop(self, block: int, *, keep: bool) -> None:
+        """One holder fewer, or be refused when there is none."""
+        words = f"drop({block}{', keep=True' * keep})"
+        if not self.holders[block]:
+            self.refused(lambda: self.allocator.drop(block, keep=keep), ValueError, words, "freed-twice",
+                         "a block that nobody holds was dropped again: freed twice, it would be handed out twice",
+                         "the start of drop: raise ValueError when nobody holds the block")  # fmt: skip
+            return
+        got = self.exercise.run(lambda: self.allocator.drop(block, keep=keep) if keep else self.allocator.drop(block),
+                                told=f"{words}; {self.when}")  # fmt: skip
+        self.log.append(f"{words} -> {got}")
+        self.holders[block] -= 1
+        freed = not self.holders[block]
+        if freed and keep:
+            self.kept.append(block)
+        self.revived.discard(block) if freed else None
+        if got is None or bool(got) != freed:
+            self.exercise.fail(
+                "drop-says-otherwise",
+                seen=f"{self.when}: {self.holders[block]} hold block {block} now",
+                cause="nothing was returned" if got is None else "it returned something else than whether the block is "
+                "free now", look="the return of drop: True when nobody holds the block now, else False",
+            )  # fmt: skip
+
+    def refused(self, step: Callable[[], Any], error: type[Exception], words: str, diagnosis: str, cause: str,
+                look: str) -> None:  # fmt: skip
+        """What cannot be done raises the error that was promised, and changes nothing."""
+        when = self.when
+        self.log.append(f"{words} (cannot be)")
+        try:
+            step()
+        except NotImplementedError:
+            raise
+        except error:
+            self.compare(refused=words)
+            return
+        except Exception as other:
+            self.exercise.fail(
+                "other-error", seen=f"{when}; {words}: {type(other).__name__}, not {error.__name__}",
+                cause="it was stopped by an error that the caller does not expect",
+                look=f"a test before anything changes: raise {error.__name__}",
+            )  # fmt: skip
+        self.exercise.fail(diagnosis, seen=f"{when}; {words} was done without a word", cause=cause, look=look)
+
+    def compare(self, *, refused: str = "") -> None:
+        """Fail unless num_free and every ref_count are right."""
+        got = self.exercise.run(lambda: self.allocator.num_free)
+        if callable(got):
+            self.exercise.fail("num-free-is-a-method", seen="allocator.num_free is a method, not a number",
+                               cause="@property is missing above it", look="the line above def num_free")  # fmt: skip
+        counts = [self.exercise.run(lambda: self.allocator.ref_count(block)) for block in range(self.num_blocks)]  # noqa: B023
+        wrong = [block for block, count in enumerate(counts) if count != self.holders[block]]
+        free = len(self.free)
+        if refused and (wrong or got != free):
+            self.exercise.fail(
+                "half-done",
+                seen=f"{self.when}: refused, but it changed something: num_free is {got}, it was {free}" if got != free
+                else f"{self.when}: refused, but ref_count({wrong[0]}) is {counts[wrong[0]]}, it was "
+                f"{self.holders[wrong[0]]}",
+                cause="something was changed before the test",
+                look="the order: test first, then change",
+            )
+        if wrong:
+            self.exercise.fail(
+                "ref-count",
+                seen=f"{self.when}: ref_count({wrong[0]}) is {counts[wrong[0]]!r}; {self.holders[wrong[0]]} hold it",
+                cause="an operation does not count its holder, or another block's was changed",
+                look="take: 1. hold: one more. drop: one fewer",
+            )
+        if got != free:
+            by_holder = got == self.num_blocks - sum(self.holders) and sum(self.holders) != self.num_blocks - free
+            self.exercise.fail(
+                "num-free-counts-holders" if by_holder else "num-free",
+                seen=f"{self.when}: num_free is {got!r}; nobody holds {free}",
+                cause="holders were counted: a block with two of them is one block" if by_holder else
+                "a block is not among the free ones though nobody holds it, or is though somebody does, or is twice",
+                look="num_free: blocks that nobody holds" if by_holder else
+                "where a block leaves the free ones, and where it returns: at its last holder's drop",
+            )
+
+
+class Allocate(Exercise):
+    """The allocator."""
+
+    id, title, minutes, difficulty = "06.3", "An allocator of blocks", 8, 3
+    reference = BlockAllocator
+    why = (
+        "A count per block, and the free ones in an OrderedDict: it takes from one end, adds at either, and finds one "
+        "in the middle, all without looking at the others. Tests come before changes, so a refusal leaves all as it was."
+    )
+    hints = (
+        "Two things to know: how many hold a block, and which blocks are free in which order.",
+        "self.free = OrderedDict.fromkeys(range(num_blocks)); take() pops at the front; drop adds at the front, or with "
+        "keep at the end.",
+        "drop: if not self.holders[block]: raise ValueError\nself.holders[block] -= 1\nif self.holders[block]: return "
+        "False\nself.free[block] = None\nself.free.move_to_end(block, last=keep)\nreturn True",
+    )
+    hints_for: ClassVar = {
+        "freed-twice": "What does ref_count say of a block that was dropped by all? drop has to ask it.",
+        "hold-leaves-it-free": "hold() of a free block takes it out of the free ones: pop(block, None).",
+        "not-constant": "list.pop(0), list.remove and `in` on a list look at every entry; so do min, sum and sorted.",
+        "kept-taken-early": "Free blocks stand in a line. take() takes in front: who may stand there, who at the end?",
+        "shared": "A list written below `class` is one for all instances. In __init__: self.free = ...",
+        "newest-kept-first": "take() takes where it is first's turn: popitem(last=False).",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """By hand what goes wrong most, then long scripts on several in turn, then the time of each operation."""
+        for num_blocks in (3, 1):
+            self.by_hand(answer, num_blocks)
+        self.kept_ones(answer)
+        self.script(answer, (6,), seed=1)
+        try:
+            self.script(answer, (4, 4, 9, 1), seed=2)
+        except NotYet as not_yet:
+            self.alone(answer, not_yet)
+            raise
+        self.time(answer)
+
+    def by_hand(self, answer: Callable, num_blocks: int) -> None:
+        """Take all, share one, give back, give back too often."""
+        beside = Beside(type(self), answer, num_blocks)
+        for _ in range(num_blocks + 1):
+            beside.take()
+            beside.compare()
+        block = num_blocks - 1
+        beside.hold(block)
+        beside.compare()
+        for _ in range(3):
+            beside.drop(block, keep=False)
+            beside.compare()
+        beside.hold(block)  # free, and wanted again
+        beside.compare()
+        beside.take()
+        beside.compare()
+        beside.drop(block, keep=True)
+        beside.drop(block, keep=True)
+        beside.compare()
+
+    def kept_ones(self, answer: Callable) -> None:
+        """Kept blocks are taken last, the first dropped first; one that was found again loses its place."""
+        beside = Beside(type(self), answer, 6)
+        for _ in range(5):
+            beside.take()
+        first, second, third, fourth, fifth = (block for block, count in enumerate(beside.holders) if count)
+        for block, keep in ((second, True), (fourth, True), (first, False), (third, True), (fifth, False)):
+            beside.drop(block, keep=keep)
+        beside.hold(second)
+        beside.compare()
+        beside.drop(second, keep=True)
+        for _ in range(7):
+            beside.take()
+            beside.compare()
+
+    def script(self, answer: Callable, sizes: tuple[int, ...], *, seed: int) -> None:
+        """Random operations on several allocators in turn."""
+        draw, all_of_them = random.Random(seed), [Beside(type(self), answer, size) for size in sizes]
+        for _ in range(150 * len(sizes)):
+            one = draw.choice(all_of_them)
+            self.step(one, draw)
+            one.compare()
+        for one in all_of_them:
+            one.compare()
+
+    @staticmethod
+    def step(one: Beside, draw: random.Random) -> None:
+        """A random operation."""
+        what, block = draw.random(), draw.randrange(one.num_blocks)
+        if what < 0.4:
+            one.take()
+        elif what < 0.6 and (one.holders[block] or block in one.kept):
+            one.hold(block)
+        else:
+            one.drop(block, keep=draw.random() < 0.5)
+
+    def alone(self, answer: Callable, not_yet: NotYet) -> None:
+        """Fail with what is due to other instances: each size alone is right."""
+        try:
+            for size in (4, 9, 1):
+                self.script(answer, (size,), seed=3)
+        except NotYet:
+            return
+        self.fail(
+            "shared", seen=f"one allocator alone is right; several in turn: {not_yet.finding.seen}",
+            cause="something is kept on the class, in a default argument or in a global, not on the instance",
+            look="__init__: everything that an allocator keeps belongs on self",
+        )  # fmt: skip
+
+    def time(self, answer: Callable) -> None:
+        """Every operation takes as long with many blocks as with few."""
+        few, many = (self.seconds(answer, count) for count in (FEW, MANY))
+        for name, seconds in many.items():
+            if seconds > SLOWER * few[name] + NOISE:
+                self.fail(
+                    "not-constant",
+                    seen=f"{name} takes {seconds / max(few[name], 1e-9):,.0f} times as long with {MANY:,} blocks as with "
+                    f"{FEW}",
+                    cause="it looks at all blocks: list.pop(0), remove or `in` on a list, a sum, a search",
+                    look=f"{name}: what does it go through?",
+                )
+
+    def seconds(self, answer: Callable, num_blocks: int) -> dict[str, float]:
+        """Of one call of each operation, the best of several: what others do on the machine hardly counts."""
+        allocator = self.run(lambda: answer(num_blocks))
+        found: dict[str, float] = {}
+
+        def timed(name: str, calls: list[Callable[[], Any]]) -> None:
+            for call in calls:
+                start = time.thread_time()
+                self.run(call)
+                found[name] = min(found.get(name, 1.0), time.thread_time() - start)
+
+        timed("take()", [allocator.take] * 6)
+        if found["take()"] > 1e-3:  # the rest would take too long
+            return found
+        taken = [self.run(allocator.take) for _ in range(num_blocks // 4)]
+        timed("take()", [allocator.take] * 6)
+        timed("num_free", [lambda: allocator.num_free] * 6)
+        for block in taken:
+            self.run(lambda: allocator.drop(block, keep=True))  # noqa: B023
+        middle = taken[len(taken) // 2 :][:6]
+        timed("ref_count()", [lambda: allocator.ref_count(middle[0])] * 6)
+        timed("hold() of a free block", [lambda block=block: allocator.hold(block) for block in middle])
+        timed("drop()", [lambda block=block: allocator.drop(block) for block in middle])
+        timed("take()", [allocator.take] * 6)
+        return found

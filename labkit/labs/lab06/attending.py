@@ -1,0 +1,185 @@
+"""06.5: attention by a block table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.checks.attention import suspects as attention_suspects
+from labkit.course.checks.effort import check_stays, effort_of
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import agree, draw
+from labkit.course.checks.trials import Case, compare, variants
+from labkit.course.exercise import Exercise
+from labkit.labs.lab06.references import paged_attention
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def batch(lengths: list[int], num_heads: int, num_kv_heads: int, size: int, *, head_dim: int = 8, spare: int = 3,
+          seed: int = 0, dtype: torch.dtype = torch.float64) -> Arguments:  # fmt: skip
+    """Random rows of these lengths whose blocks lie anywhere; every slot holds numbers, empty ones too."""
+    counts = [-(-length // size) for length in lengths]
+    order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(seed)).int()
+    table = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+    for row, (blocks, count) in enumerate(zip(order[: sum(counts)].split(counts), counts, strict=True)):
+        table[row, :count] = blocks
+    q = draw(len(lengths), num_heads, head_dim, seed=seed, dtype=dtype)
+    keys, values = (draw(len(order), size, num_kv_heads, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
+    return q, keys, values, table, torch.tensor(lengths)
+
+
+def taken(keys: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first `length` slots of these blocks: [num_kv_heads, length, head_dim]."""
+    return keys[blocks.long()].flatten(0, 1)[:length].transpose(0, 1)
+
+
+def by_rows(arguments: Arguments, rows: Callable[[int, int], tuple[Tensor, int] | None], pad: int = 0) -> Tensor | None:
+    """Attention where row and length say which blocks are read, and how many slots; None where they cannot be. pad:
+    zeros behind each row, up to so many slots."""
+    q, keys, values, table, lengths = arguments
+    out = []
+    for row, length in enumerate(lengths.tolist()):
+        chosen = rows(row, length)
+        if chosen is None or int(chosen[0].max()) >= len(keys) or chosen[1] < 1:
+            return None
+        k, v = (taken(x, *chosen) for x in (keys, values))
+        k, v = (torch.cat((x, x.new_zeros(len(x), max(0, pad - x.shape[1]), x.shape[2])), dim=1) for x in (k, v))
+        grouped = q[row].reshape(len(k), -1, q.shape[2])
+        weights = torch.softmax(grouped @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=-1)
+        out.append((weights @ v).flatten(0, 1))
+    return torch.stack(out)
+
+
+def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor) -> list[Suspect]:
+    """What people write in place of it: with the table first, then with attention."""
+    case = (q, keys, values, block_table, lengths)
+    size, most = keys.shape[1], int(lengths.max())
+
+    def blocks(row: int, length: int) -> Tensor:
+        return block_table[row, : -(-length // size)]
+
+    def first(row: int, length: int) -> tuple[Tensor, int] | None:
+        found = blocks(0, length)
+        return (found, length) if int(found.min()) >= 0 and len(found) * size >= length else None
+
+    LENGTH = "the slots that are read: lengths[row] of them"  # noqa: N806
+    listed = [
+        Suspect("no-table", lambda: by_rows(case, lambda row, n: (torch.arange(-(-n // size)), n)),
+                "every row read blocks 0, 1, ...: the table was not used", "keys[blocks], blocks from the row's table"),
+        Suspect("first-row", [lambda: by_rows(case, first)], "every row was answered with the first row's blocks",
+                "block_table[row]"),
+        Suspect("empty-slots-read", [
+                    lambda: by_rows(case, lambda row, n: (blocks(row, n), -(-n // size) * size)),
+                    lambda: by_rows(case, lambda row, n: (block_table[row], block_table.shape[1] * size)),
+                    lambda: by_rows(case, lambda row, n: (block_table[row], most))],
+                "slots behind the row's last token were read", LENGTH),
+        Suspect("empty-slots-weigh", [
+                    lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=most),
+                    lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=-(-most // size) * size),
+                    lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=block_table.shape[1] * size)],
+                "empty slots were set to 0, and a score of 0 gets weight: exp(0) is 1",
+                "what softmax gets for a slot that holds no token: nothing, or -inf"),
+        Suspect("newest-left-out", lambda: by_rows(case, lambda row, n: (blocks(row, n), max(n - 1, 1))),
+                "the newest token was not read", "lengths counts it too: it sees itself"),
+        Suspect("full-blocks-only", lambda: by_rows(case, lambda row, n: (
+                    blocks(row, n), max(n // size * size, min(n, size)))),
+                "the tokens of the last block were left out", "how many blocks: rounded up"),
+        Suspect("blocks-reversed", lambda: by_rows(case, lambda row, n: (blocks(row, n).flip(0), n)),
+                "the blocks were read from the last to the first", "the order of the table is that of the tokens"),
+    ]  # fmt: skip
+    dense = [[taken(x, blocks(row, n), n)[None] for x in (keys, values)] for row, n in enumerate(lengths.tolist())]
+    by_row = [attention_suspects(q[row][None, :, None], k, v, causal=False) for row, (k, v) in enumerate(dense)]
+    for same in zip(*by_row, strict=True):
+        count = min(len(variants(suspect)) for suspect in same)
+        listed.append(Suspect(
+            same[0].diagnosis, [lambda same=same, place=place: stacked(same, place) for place in range(count)],
+            same[0].cause, same[0].look, same[0].seen,
+        ))  # fmt: skip
+    return listed
+
+
+def stacked(same: tuple[Suspect, ...], place: int) -> Tensor | None:
+    """What one variant of a suspect gives in every row; None where its shapes do not fit together."""
+    try:
+        return torch.stack([variants(suspect)[place]()[0, :, 0] for suspect in same])
+    except (RuntimeError, IndexError):
+        return None
+
+
+class PagedAttention(Exercise):
+    """Attention by table."""
+
+    id, title, minutes, difficulty = "06.5", "Attention by a block table", 8, 3
+    needs = ("06.2",)
+    reference = staticmethod(paged_attention)
+    why = (
+        "Each row's blocks come in the order of its tokens, so gathered and cut to the length they are its K and V. "
+        "What lies behind the length is cut off before anything is multiplied, since 0 times NaN is NaN."
+    )
+    hints = (
+        "Take one row: which blocks hold its tokens, and how many slots of them?",
+        "keys[blocks] is [blocks, block_size, num_kv_heads, head_dim]. Flatten the first two, cut to the length, bring the "
+        "heads to the front; then it is lab 04's attention.",
+        "blocks = block_table[row, : -(-length // block_size)]\n"
+        "k = keys[blocks].flatten(0, 1)[:length].transpose(0, 1)\n"
+        "grouped = q[row].reshape(num_kv_heads, -1, head_dim)",
+    )
+    hints_for: ClassVar = {
+        "empty-slots-read": "A row of 5 tokens in blocks of 4 has 8 slots. Which 3 hold nothing of it?",
+        "reads-stale": "Cut K and V to the length before the product, or fill with 0 what is behind it, in V too.",
+        "head-mapping": "Query heads 0, 1, 2 share KV head 0: reshape q to [num_kv_heads, queries, head_dim].",
+        "reads-everything": "keys.flatten(0, 1)[slots] or keys[blocks] gathers a row's own. What copies the rest?",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Rows of several lengths, blocks of several sizes; NaN in empty slots; memory that others fill."""
+        cases = [
+            Case(batch([6, 1, 11], 6, 2, 4)),
+            Case(batch([5, 8], 4, 4, 3, head_dim=12, seed=3)),
+            Case(batch([7, 7, 2, 16], 6, 1, 16, head_dim=5, seed=6)),
+            Case(batch([3, 4], 2, 2, 1, seed=9)),
+            Case(batch([300], 8, 2, 32, head_dim=20, seed=12)),
+        ]
+        known: dict[int, list[Suspect]] = {}
+
+        def once(*case: Any) -> list[Suspect]:
+            return known.setdefault(id(case[0]), suspects(*case))
+
+        compare(type(self), answer, paged_attention, cases, suspects=once, what="the output")
+        self.check_stale(answer)
+        self.check_work(answer)
+
+    def check_stale(self, answer: Callable) -> None:
+        """NaN in every slot that holds no token."""
+        q, keys, values, table, lengths = batch([6, 1, 9], 6, 2, 4, seed=20)
+        size, empty = keys.shape[1], torch.ones(keys.shape[:2], dtype=torch.bool)
+        for row, length in enumerate(lengths.tolist()):
+            for place in range(length):
+                empty[table[row, place // size], place % size] = False
+        want = paged_attention(q, keys, values, table, lengths)
+        keys, values = (x.masked_fill(empty[..., None, None], float("nan")) for x in (keys, values))
+        got = self.call(answer, q, keys, values, table, lengths)
+        if not agree(got, want):
+            self.fail("reads-stale", seen="with NaN in the slots that hold no token, the output holds NaN"
+                      if isinstance(got, Tensor) and got.isnan().any() else "with NaN in the slots that hold no token, "
+                      "other numbers come out",
+                      cause="empty slots are read and weighed with 0, and 0 times NaN is NaN: memory that was never "
+                      "written may hold it", look="where K and V are cut to the row's length")  # fmt: skip
+
+    def check_work(self, answer: Callable) -> None:
+        """Two short rows in a memory of 500 blocks."""
+        q, keys, values, table, lengths = batch([9, 5], 4, 2, 4, spare=495, dtype=torch.float32)
+        effort = effort_of(lambda: self.run(lambda: answer(q, keys, values, table, lengths)))
+        check_stays(type(self), effort)
+        if effort.largest >= keys.nbytes // 4:
+            self.fail(
+                "reads-everything",
+                seen=f"rows of 9 and 5 tokens; {len(keys)} blocks in memory: a tensor of {effort.largest:,} bytes is made, "
+                f"{effort.largest / keys.nbytes:.0%} of all keys",
+                cause="all blocks are copied, scored or compared, those of other requests too",
+                look="what is gathered: keys[blocks], a row's own",
+            )

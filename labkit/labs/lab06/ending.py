@@ -1,0 +1,245 @@
+"""06.d1 to 06.d3: three bugs of engines, to mend."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.trials import sliced, transposed
+from labkit.course.exercise import Exercise
+from labkit.labs.lab06.parts import part, shown
+from labkit.labs.lab06.references import finish, first_chunk, set_row
+
+
+class Finish(Exercise):
+    """A block freed twice."""
+
+    id, title, minutes, difficulty = "06.d1", "Debug: two users, one memory", 3, 2
+    reference = staticmethod(finish)
+    why = (
+        "Who ends a request takes its table away in the same move, so nobody finds anything to free a second time. "
+        "pop with a default makes the second call do nothing."
+    )
+    hints = (
+        "The answer is complete and the user presses stop: the function runs twice. What does it do the second time?",
+        "A block that is in `free` twice is handed out twice. After the first call, who still knows the blocks?",
+        "tables.pop(request, []) gives the blocks and takes the table away; without a table, it gives no blocks.",
+    )
+    hints_for: ClassVar = {
+        "table-left": "get looks; pop looks and takes away.",
+        "raises-when-gone": "A request that has ended is no error: pop(request, []).",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Ends once, ends twice, ends unknown; a request without blocks; others beside it; in any order."""
+        scripts = [
+            ({"anna": [3, 5], "berta": [1]}, [0, 2, 4], ["anna", "anna", "berta", "anna"]),
+            ({"a": [7], "b": [2, 9, 4], "c": []}, [], ["c", "b", "nobody", "b", "c", "a"]),
+            ({"x": [0]}, [1], ["nobody", "x", "x"]),
+            ({str(n): [3 * n, 3 * n + 1, 3 * n + 2] for n in range(20)}, [60], [str(n % 20) for n in range(0, 70, 7)]),
+        ]
+        for tables, free, ends in scripts:
+            tables, free = copy.deepcopy(tables), list(free)
+            for place, request in enumerate(ends):
+                case = f"tables {tables}, free {free}, finish({request!r})" if len(tables) < 5 else f"finish({request!r})"
+                right = copy.deepcopy(tables), list(free)
+                finish(*right, request)
+                again = request in ends[:place]
+                try:
+                    answer(tables, free, request)
+                except KeyError as error:
+                    self.fail("raises-when-gone", seen=f"{case}: KeyError {error}",
+                              cause="a request that has ended already, or was never there, is no error",
+                              look="what happens without a table: nothing")  # fmt: skip
+                except Exception:
+                    error_of(type(self), answer, tables, free, request)
+                    raise
+                self.judge(tables, free, right, case, request, again=again)
+
+    def judge(self, tables: Any, free: Any, right: tuple[dict, list], case: str, request: str, *, again: bool) -> None:
+        """Both afterwards."""
+        seen = f"{case}: tables {tables}, free {free}" if len(tables) < 5 else case
+        twice = [block for block, count in Counter(free).items() if count > 1]
+        if twice:
+            self.fail("freed-twice", seen=f"{seen}: block {twice[0]} is free twice, and two requests will get it",
+                      cause="the request ended before, and its blocks were given back again",
+                      look="what the first call leaves behind for the second to find")  # fmt: skip
+        if Counter(free) != Counter(right[1]):
+            missing = [block for block in right[1] if block not in free]
+            self.fail("not-freed" if missing else "freed-too-much",
+                      seen=f"{seen}: block {missing[0]} is nobody's and not free" if missing else f"{seen}: a block is "
+                      "free that somebody holds, or none there is",
+                      cause="not all of the request's blocks were added, or to another list than `free`" if missing else
+                      "blocks of another request were given back", look="free.extend: this request's blocks, all of them")  # fmt: skip
+        if request in tables:
+            self.fail("table-left", seen=f"{seen}: the request still has a table",
+                      cause="it goes on running with blocks that are another's soon",
+                      look="tables: the request's entry goes away, too")  # fmt: skip
+        if tables != right[0]:
+            self.fail("other-request", seen=f"{seen}: another request's table changed",
+                      cause="more than this request's table was taken away", look="tables.pop(request, ...)")  # fmt: skip
+
+
+def error_of(exercise: type[Exercise], answer: Callable, *arguments: Any) -> None:
+    """Say what a call raises, as `run` does."""
+    exercise.run(lambda: answer(*copy.deepcopy(arguments)))
+
+
+class SetRow(Exercise):
+    """The row of a finished request."""
+
+    id, title, minutes, difficulty = "06.d2", "Debug: a row that remembers", 3, 2
+    reference = staticmethod(set_row)
+    why = (
+        "The whole row is set to -1 before the new blocks go in, and the length is what it is now. So a row that "
+        "nobody has names no block, and its token goes nowhere."
+    )
+    hints = (
+        "A request of three blocks ends, and nobody gets its row. What stands in the row, and where does its token go?",
+        "Every entry of the row has to be written: the new blocks, and -1 behind them. And the length, whatever it was.",
+        "block_table[row] = -1 first; then the blocks; then lengths[row] = tokens.",
+    )
+    hints_for: ClassVar = {
+        "old-blocks-left": "Three blocks, then one: which entries does a slice of one write?",
+        "old-length-left": "A shorter request comes into the row. What does max() say?",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Rows that grow, shrink and empty, in tables of several sizes and layouts."""
+        scripts = [
+            (2, 4, [(0, [6, 2, 7], 40), (0, [1], 3), (1, [5], 16), (0, [], 0), (1, [9, 0, 4, 3], 61), (1, [8, 2], 20)]),
+            (3, 2, [(2, [0, 1], 9), (2, [], 0), (0, [3], 1), (2, [4], 5), (0, [], 0)]),
+            (1, 7, [(0, [2, 4, 6, 8, 10, 12, 14], 100), (0, [3, 5, 7], 48), (0, [3, 5, 7, 9], 49)]),
+        ]
+        for layout in (lambda x: x, transposed, sliced):
+            for rows, wide, steps in scripts:
+                table = layout(torch.full((rows, wide), -1, dtype=torch.int32))
+                lengths = layout(torch.zeros(rows, dtype=torch.int64))
+                for row, blocks, tokens in steps:
+                    self.step(answer, table, lengths, row, blocks, tokens)
+
+    def step(self, answer: Callable, table: Tensor, lengths: Tensor, row: int, blocks: list[int], tokens: int) -> None:
+        """One request comes into a row, or leaves it."""
+        before = table.clone(), lengths.clone()
+        want = table.clone(), lengths.clone()
+        set_row(*want, row, blocks, tokens)
+        case = f"row {row} was {before[0][row].tolist()} with {before[1][row]} tokens; set_row({row}, {blocks}, {tokens})"
+        given = list(blocks)
+        self.run(lambda: answer(table, lengths, row, given, tokens), told=case)
+        self.check_unchanged(blocks, given)
+        got = table[row].tolist()
+        seen = f"{case}: it is {got} with {lengths[row]} tokens"
+        others = torch.arange(len(table)) != row
+        if not torch.equal(table[others], before[0][others]) or not torch.equal(lengths[others], before[1][others]):
+            self.fail("other-row", seen=f"{case}: another row changed", cause="more than this row was written",
+                      look="block_table[row], lengths[row]")  # fmt: skip
+        if got[: len(blocks)] != blocks:
+            self.fail("blocks-missing", seen=seen, cause="the new blocks were not written in place",
+                      look="block_table[row, : len(blocks)] = ...")  # fmt: skip
+        if got != want[0][row].tolist():
+            old = before[0][row].tolist()[len(blocks) :]
+            self.fail("old-blocks-left" if got[len(blocks) :] == old else "not-padded", seen=seen,
+                      cause="behind the new blocks stand those of the request before, which are another's by now"
+                      if got[len(blocks) :] == old else "behind the new blocks stands something else than -1",
+                      look="every entry of the row, also when there are no blocks")  # fmt: skip
+        if int(lengths[row]) != tokens:
+            left = int(lengths[row]) == int(before[1][row])
+            self.fail("old-length-left" if left else "length", seen=seen,
+                      cause="the length is still that of the request before" if left else "another length was written",
+                      look="lengths[row] = tokens, whatever stood there")  # fmt: skip
+
+
+NAMES = ("reused", "run")
+
+
+def whole_minus_one(prompt: int, found: int, size: int, budget: int) -> int:
+    return min(found, prompt - 1)
+
+
+def one_block_less(prompt: int, found: int, size: int, budget: int) -> int:
+    return max(found - size, 0)
+
+
+WHOLE = "the return: reused is a multiple of block_size, and below prompt_tokens"
+REUSED = (
+    Suspect("nothing-left-to-run", lambda prompt, found, size, budget: found,
+            "where the whole prompt is found, no token is left to run, and there are no logits",
+            "the most that may be reused: something below prompt_tokens"),
+    Suspect("not-whole-blocks", whole_minus_one,
+            "all but the last token are reused: its K and V would be written into a block that others read", WHOLE),
+    Suspect("always-a-block-less", one_block_less, "a block is given up though tokens are left to run without it",
+            "only where found_tokens is prompt_tokens"),
+    Suspect("reuses-nothing", lambda prompt, found, size, budget: 0 if found == prompt else found,
+            "where the whole prompt is found, nothing is reused: all blocks but the last could be",
+            "how many whole blocks end before the last token"),
+    Suspect("by-budget", lambda prompt, found, size, budget: min(found, (prompt - 1) // size * size, budget),
+            "what is reused was limited by the budget, which is for tokens that are run", "budget: only for `run`"),
+)  # fmt: skip
+
+
+def after(reused: Callable[..., int]) -> Callable[..., int]:
+    """What is run when so many are reused."""
+    return lambda prompt, found, size, budget: min(prompt - reused(prompt, found, size, budget), budget)
+
+
+def right(prompt: int, found: int, size: int, budget: int) -> int:
+    return min(found, (prompt - 1) // size * size)
+
+
+RUN = (
+    Suspect("budget-left-out", lambda prompt, found, size, budget: prompt - right(prompt, found, size, budget),
+            "more than budget tokens are run in one step", "min(..., budget)"),
+    Suspect("budget-for-all", lambda prompt, found, size, budget: max(0, min(prompt, budget) - right(
+                prompt, found, size, budget)),
+            "the budget was taken for the whole prompt: reused tokens are not run, and cost none of it",
+            "min(prompt_tokens - reused, budget)"),
+    Suspect("found-not-reused", [after(lambda prompt, found, size, budget: found), after(whole_minus_one)],
+            "the number that is run goes with another number reused than the one that is returned",
+            "prompt_tokens - reused, with the reused of the line above"),
+    Suspect("at-least-one", lambda prompt, found, size, budget: max(1, min(prompt - found, budget)),
+            "one token is run where its whole block is not reused", "prompt_tokens - reused"),
+)  # fmt: skip
+
+
+class FirstChunk(Exercise):
+    """The full prefix hit."""
+
+    id, title, minutes, difficulty = "06.d3", "Debug: a question asked twice", 4, 3
+    needs = ("06.7",)
+    reference = staticmethod(first_chunk)
+    why = (
+        "Logits come from the last token's run, so it is never reused; and blocks are reused whole, so its block is run "
+        "with it. (prompt_tokens - 1) // block_size blocks end before it."
+    )
+    hints = (
+        "Take a prompt of 32 tokens in blocks of 16, all found. How many are left to run? What are logits made of?",
+        "At least the last token must run, and nothing may be written into a shared block. How many whole blocks end "
+        "before the last token?",
+        "most = (prompt_tokens - 1) // block_size * block_size\nreused = min(found_tokens, most)",
+    )
+    hints_for: ClassVar = {
+        "nothing-left-to-run": "A cache holds K and V, no logits.",
+        "not-whole-blocks": "Reused 31 of 32: into which block are K and V of token 31 written, and who reads it?",
+        "always-a-block-less": "33 tokens, 32 found: one token is left to run as it is.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Nothing found, a part, all; ends of blocks; budgets below and above; blocks of one token."""
+        cases = [
+            (32, 32, 16, 512), (32, 16, 16, 512), (32, 0, 16, 512), (33, 32, 16, 512), (31, 16, 16, 512),
+            (64, 64, 16, 8), (64, 48, 16, 8), (64, 48, 16, 16), (65, 64, 16, 8), (100, 96, 8, 3), (96, 96, 8, 3),
+            (96, 96, 4, 3), (96, 96, 32, 40), (7, 7, 1, 50), (7, 6, 1, 50), (1, 1, 1, 4), (1, 0, 16, 4), (16, 16, 16, 5),
+            (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1), (48, 48, 16, 512),
+        ]  # fmt: skip
+        for place, suspects in enumerate((REUSED, RUN)):
+            judge(
+                type(self), part(type(self), answer, place, NAMES), part(type(self), first_chunk, place, NAMES), cases,
+                suspects, what=f"the number of tokens {NAMES[place]}", whole=True, show=shown(first_chunk),
+            )  # fmt: skip

@@ -1,0 +1,181 @@
+"""06.8: the kernel, run by Triton's interpreter; what it reads is noted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.checks.suspects import Suspect, recognise
+from labkit.course.checks.tensors import agree, budget, first_place
+from labkit.course.exercise import Exercise
+from labkit.labs.lab06.attending import Arguments, batch
+from labkit.labs.lab06.launch import Memory, Stray, available, launch
+from labkit.labs.lab06.references import paged_attention, paged_decode
+
+Entry = Callable[[int, int, int, int], int]
+Here = Callable[[int, Tensor, int, int], Tensor]
+LOAD = "the load: table_ptr + row * blocks_per_row + which block of the row"
+MASK = "the mask: the token in place p of this block stands at position start + p"
+
+
+def entry(row: int, start: int, wide: int, size: int) -> int:
+    """Which number of the table names the block of the tokens from `start` on."""
+    return row * wide + start // size
+
+
+def here(start: int, place: Tensor, length: int, size: int) -> Tensor:
+    """Which slots of the block hold tokens."""
+    return start + place < length
+
+
+def twin(arguments: Arguments, at: Entry = entry, mask: Here = here, *, table: bool = True) -> Tensor | None:
+    """What the kernel gives with another load and another mask, in float64; None when it reads what is not there."""
+    q, keys, values, block_table, lengths = arguments
+    size, wide, entries = keys.shape[1], block_table.shape[1], block_table.flatten()
+    place, out = torch.arange(size), []
+    for row, length in enumerate(lengths.tolist()):
+        slots = []
+        for start in range(0, length, size):
+            where = at(row, start, wide, size)
+            if table and not 0 <= where < len(entries):
+                return None
+            block = int(entries[where]) if table else where
+            slots.append(block * size + place[mask(start, place, length, size)])
+        chosen = torch.cat(slots)
+        if not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= keys.shape[0] * size:
+            return None
+        k, v = (x.double().flatten(0, 1)[chosen].transpose(0, 1) for x in (keys, values))
+        grouped = q[row].double().reshape(len(k), -1, q.shape[2])
+        weights = torch.softmax(grouped @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=-1)
+        out.append((weights @ v).flatten(0, 1))
+    return torch.stack(out)
+
+
+OTHER_ENTRIES: tuple[tuple[str, Entry, str], ...] = (
+    ("first-row", lambda row, start, wide, size: start // size, "every row read the first row's entries"),
+    ("row-not-multiplied", lambda row, start, wide, size: row + start // size,
+     "the row's number was added as it is; a row begins blocks_per_row entries after the one before"),
+    ("entry-not-divided", lambda row, start, wide, size: row * wide + start,
+     "the first token's position was taken for the entry's number"),
+    ("place-for-entry", lambda row, start, wide, size: row * wide + start % size, "% stands where // belongs"),
+    ("always-first-block", lambda row, start, wide, size: row * wide, "every round read the row's first block"),
+    ("next-block", lambda row, start, wide, size: row * wide + start // size + 1, "the entry is one too far"),
+    ("row-times-block-size", lambda row, start, wide, size: row * size + start // size,
+     "the row was multiplied by BLOCK_SIZE; a row of the table has blocks_per_row entries"),
+)  # fmt: skip
+OTHER_MASKS: tuple[tuple[str, Here, str], ...] = (
+    ("no-mask", lambda start, place, length, size: place >= 0, "every slot of a block was taken for a token"),
+    ("mask-by-place", lambda start, place, length, size: place < length,
+     "the place in the block was compared with the length of the whole row"),
+    ("one-too-many", lambda start, place, length, size: start + place <= length,
+     "the slot behind the last token was read: `<=` stands for `<`"),
+    ("newest-left-out", lambda start, place, length, size: start + place < max(length - 1, 1),
+     "the newest token was not read"),
+    ("rest-of-length", lambda start, place, length, size: place < length % size,
+     "only as many slots of each block were read as the last one has tokens"),
+    ("rest-of-length", lambda start, place, length, size: place < (length - 1) % size + 1,
+     "only as many slots of each block were read as the last one has tokens"),
+)  # fmt: skip
+
+
+class PagedDecode(Exercise):
+    """The kernel."""
+
+    id, title, minutes, difficulty = "06.8", "A kernel that reads by table", 7, 4
+    needs = ("06.5",)
+    reference = staticmethod(paged_decode)
+    why = (
+        "The table lies row after row, so the block of token `start` is entry row * blocks_per_row + start // "
+        "BLOCK_SIZE. Place p of it holds token start + p, which is there if it is below the row's length."
+    )
+    hints = (
+        "block is one number: entry start // BLOCK_SIZE of this row's part of the table. here has BLOCK_SIZE of them.",
+        "A row of the table has blocks_per_row entries, so row's part begins at row * blocks_per_row.",
+        "block = tl.load(table_ptr + row * blocks_per_row + start // BLOCK_SIZE)\nhere = start + place < length",
+    )
+    hints_for: ClassVar = {
+        "first-row": "Two rows, two tables: where does the second begin in memory?",
+        "entry-not-divided": "start counts tokens. How many blocks come before token `start`?",
+        "mask-by-place": "In the second block, place 0 is token BLOCK_SIZE.",
+        "no-mask": "A row of 5 tokens in blocks of 4: which places of its second block hold tokens?",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Rows of several lengths, grouped heads, blocks of several sizes; then NaN in empty slots; then half floats."""
+        if not available():
+            self.fail("no-triton", seen="Triton is not installed here, so no kernel can be run",
+                      cause="it has no build for this system", look="the two lines can be compared with lab.solution('06.8')")  # fmt: skip
+        cases = [
+            batch([6, 1, 8], 4, 2, 4, dtype=torch.float32),
+            batch([5, 3], 2, 2, 2, head_dim=16, seed=4, dtype=torch.float32),
+            batch([9, 19], 3, 1, 16, head_dim=4, seed=8, dtype=torch.float32),
+        ]
+        for case in cases:
+            self.compare(answer, case)
+        q, keys, values, table, lengths = batch([3, 6], 2, 1, 4, seed=11, dtype=torch.float32)
+        empty = torch.ones(keys.shape[:2], dtype=torch.bool)
+        for row, length in enumerate(lengths.tolist()):
+            for place in range(length):
+                empty[table[row, place // 4], place % 4] = False
+        stale = [x.masked_fill(empty[..., None, None], float("nan")) for x in (keys, values)]
+        self.compare(answer, (q, stale[0], stale[1], table, lengths), " with NaN in slots that hold no token")
+        self.compare(answer, tuple(x.bfloat16() if x.is_floating_point() else x for x in cases[0]))  # type: ignore[arg-type]
+
+    def compare(self, answer: Callable, case: Arguments, words: str = "") -> None:
+        """One launch beside attention over gathered K and V."""
+        q, keys, values, table, lengths = case
+        told = (f"{str(q.dtype).removeprefix('torch.')}, lengths {lengths.tolist()}, BLOCK_SIZE {keys.shape[1]}, table of "
+                f"{table.shape[1]} entries a row, {q.shape[1]} heads on {keys.shape[2]}{words}")  # fmt: skip
+        memory = Memory({})
+        try:
+            got = self.call(partial(self.launched, answer, memory), *case)
+        except Stray as stray:
+            self.explain_stray(stray, case, told)
+        own = paged_attention(*case)
+        exact = paged_attention(q.double(), keys.double(), values.double(), table, lengths)
+        tolerance = budget(own, exact)
+        if agree(got, exact, tolerance):
+            return
+        listed = [
+            *(Suspect(name, twin(case, at=at), cause, LOAD) for name, at, cause in OTHER_ENTRIES),
+            Suspect("no-table", twin(case, at=lambda row, start, wide, size: start // size, table=False),
+                    "blocks 0, 1, ... were read: the table was not asked", LOAD),
+            *(Suspect(name, twin(case, mask=mask), cause, MASK) for name, mask, cause in OTHER_MASKS),
+        ]  # fmt: skip
+        recognise(type(self), got, [one for one in listed if one.gives is not None], told, tolerance=tolerance + 1e-5)
+        if got.isnan().any():
+            self.fail("not-finite", seen=f"{told}: the output holds NaN",
+                      cause="slots that hold no token were read, or a block of which none is taken for one",
+                      look=MASK)  # fmt: skip
+        self.fail("values", seen=f"{told}: {first_place(got, exact, tolerance)}",
+                  cause="another block was read, or other slots of it, or a given line was changed",
+                  look=f"{LOAD}; {MASK}")  # fmt: skip
+
+    @staticmethod
+    def launched(answer: Callable, memory: Memory, q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor,
+                 lengths: Tensor) -> Tensor:  # fmt: skip
+        """`launch`, which looks at every address."""
+        return launch(answer, q, keys, values, block_table, lengths, memory=memory)
+
+    def explain_stray(self, stray: Stray, case: Arguments, told: str) -> None:
+        """Something was read that is nobody's: by which entry?"""
+        _, keys, _, table, lengths = case
+        seen, size, wide, entries = f"{told}: {stray}", keys.shape[1], table.shape[1], table.flatten().tolist()
+        number = re.match(r"number (-?\d+) of (\w+)", str(stray))
+        for name, at, cause in OTHER_ENTRIES:
+            places = [at(row, start, wide, size) for row, n in enumerate(lengths.tolist()) for start in range(0, n, size)]
+            bad = next((place for place in places if not 0 <= place < len(entries) or entries[place] < 0), None)
+            if bad is None or number is None:
+                continue
+            outside = number[2] == "table" and int(number[1]) == bad
+            padding = number[2] != "table" and 0 <= bad < len(entries)
+            if outside or padding:
+                self.fail(name, seen=f"{seen}{'; the entry that was read is padding, -1' * padding}", cause=cause,
+                          look=LOAD)  # fmt: skip
+        self.fail("stray", seen=seen, cause="an address was computed that belongs to none of the tensors; on a GPU it "
+                  "would read another's memory, or stop the process", look=f"{LOAD}; {MASK}")  # fmt: skip

@@ -1,0 +1,122 @@
+"""06.9: the block size that costs least."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import ClassVar
+
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
+from labkit.course.exercise import Exercise
+from labkit.labs.lab06.parts import shown
+from labkit.labs.lab06.references import best_block_size
+
+Cost = Callable[[list[int], list[int], int, float, float], float]
+
+
+def blocks(lengths: list[int], size: int) -> int:
+    return sum(-(-tokens // size) for tokens in lengths)
+
+
+def empty(lengths: list[int], size: int) -> int:
+    return sum(-tokens % size for tokens in lengths)
+
+
+def again(shared: list[int], size: int) -> int:
+    return sum(tokens % size for tokens in shared)
+
+
+def least(cost: Cost, *, largest: bool = False, most: bool = False) -> Callable[..., int]:
+    """The size of least cost by another reckoning."""
+
+    def choose(lengths: list[int], shared: list[int], sizes: list[int], slot: float, block: float) -> int:
+        sign = -1 if most else 1
+        return min(sorted(sizes, reverse=largest), key=lambda size: sign * cost(lengths, shared, size, slot, block))
+
+    return choose
+
+
+def right(lengths: list[int], shared: list[int], size: int, slot: float, block: float) -> float:
+    return slot * (empty(lengths, size) + again(shared, size)) + block * blocks(lengths, size)
+
+
+SUSPECTS = (
+    Suspect("largest-of-equals", least(right, largest=True), "of sizes that cost the same the largest was taken",
+            "`<` or `<=`, and the order in which sizes are tried: sorted(sizes)"),
+    Suspect("order-of-sizes", lambda lengths, shared, sizes, slot, block: min(
+                sizes, key=lambda size: right(lengths, shared, size, slot, block)),
+            "of sizes that cost the same the first in the list was taken; the list may have any order",
+            "sorted(sizes) before the search"),
+    Suspect("dearest", [least(right, most=True), least(right, most=True, largest=True)],
+            "the size that costs most came back", "min, not max"),
+    Suspect("no-shared", least(lambda n, s, size, slot, block: slot * empty(n, size) + block * blocks(n, size)),
+            "shared tokens that lie in no full block were left out", "shared[i] % block size, at slot_cost each"),
+    Suspect("no-empty", least(lambda n, s, size, slot, block: slot * again(s, size) + block * blocks(n, size)),
+            "empty slots of last blocks were left out", "-tokens % block size, at slot_cost each"),
+    Suspect("no-blocks", least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))),
+            "what blocks cost was left out", "block_cost for each block of each request"),
+    Suspect("full-blocks-only", least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))
+                                      + block * sum(tokens // size for tokens in n)),
+            "blocks were rounded down: the last one costs too", "blocks of a request: its tokens rounded up"),
+    Suspect("full-block-empty", least(lambda n, s, size, slot, block: slot * (
+                sum(size - tokens % size for tokens in n) + again(s, size)) + block * blocks(n, size)),
+            "where tokens fill their last block, a whole empty block was counted", "-tokens % size is 0 there"),
+    Suspect("costs-swapped", least(lambda n, s, size, slot, block: right(n, s, size, block, slot)),
+            "slot_cost and block_cost changed places", "which of the two multiplies slots, which blocks?"),
+    Suspect("together", least(lambda n, s, size, slot, block: slot * (-sum(n) % size + sum(s) % size)
+                              + block * -(-sum(n) // size)),
+            "all requests were counted as one long one", "the sums: round each request by itself"),
+    Suspect("shared-blocks-free", least(lambda n, s, size, slot, block: right(n, s, size, slot, block)
+                                        - block * sum(tokens // size for tokens in s)),
+            "full shared blocks were left out of the blocks", "block_cost: each block of a request costs it"),
+)  # fmt: skip
+
+
+class BestBlockSize(Exercise):
+    """The optimum of the block size."""
+
+    id, title, minutes, difficulty = "06.9", "How large a block should be", 5, 2
+    needs = ("06.1",)
+    reference = staticmethod(best_block_size)
+    why = (
+        "Empty slots and shared tokens in no full block grow with the size, the number of blocks falls with it. The "
+        "sum has a least value in between; where it lies depends on what a block costs beside a slot."
+    )
+    hints = (
+        "For one size and one request: how many blocks, how many empty slots, how many shared tokens in no full block?",
+        "Write a function that gives the cost of one size, and take the size with the least.",
+        "cost = slot_cost * (sum(-n % size for n in lengths) + sum(s % size for s in shared)) + block_cost * "
+        "sum(-(-n // size) for n in lengths)\nmin(sorted(sizes), key=...)",
+    )
+    hints_for: ClassVar = {
+        "no-shared": "40 shared tokens in blocks of 16: two full blocks are shared. What of the other 8?",
+        "full-blocks-only": "A request of 5 tokens has two blocks of 4.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Costs on both sides, ties, sizes in any order, no request, sizes that are no powers of 2."""
+        draw = random.Random(0)
+        many = [draw.randint(10, 400) for _ in range(60)]
+        common = [min(tokens, 90) - draw.randint(0, 9) for tokens in many]
+        sizes = [2**power for power in range(9)]
+        cases = [
+            (many, common, sizes, 1.0, block_cost) for block_cost in (0.0, 0.5, 1.5, 3.0, 6.0, 20.0, 200.0)
+        ] + [
+            (many, common, sizes, 25.0, 3.0),
+            (many, [0] * 60, sizes, 1.0, 40.0),
+            (many, [96] * 60, [13, 16, 48, 64, 96, 5], 1.0, 3.0),
+            ([37, 37], [36, 36], [5, 12, 37, 18], 1.0, 2.0),
+            ([16, 32], [0, 16], [16, 8, 4], 1.0, 0.0),
+            ([16, 32], [0, 16], [4, 16, 8], 1.0, 0.0),
+            ([16, 32], [0, 16], [16, 8, 4], 1.0, 1.0),
+            ([5, 6, 7], [0, 0, 0], [4, 3, 8], 2.0, 5.0),
+            ([1000, 3], [999, 2], [128, 64, 256, 1000], 1.0, 7.0),
+            ([40, 40, 40, 40], [40, 0, 0, 0], [20, 30, 16], 1.0, 4.0),
+            ([5, 5, 5, 5], [0, 0, 0, 0], [4, 5, 10, 20], 1.0, 4.0),
+            ([], [], [32, 16], 1.0, 1.0),
+        ]  # fmt: skip
+        judge(
+            type(self), answer, best_block_size, cases, SUSPECTS, what="the block size that costs least", whole=True,
+            show=shown(best_block_size),
+        )  # fmt: skip

@@ -1,0 +1,101 @@
+"""06.2: the slots of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.trials import Case, compare
+from labkit.course.exercise import Exercise
+from labkit.labs.lab06.references import slots_of
+
+FORMULA = "slot = block * block_size + place: which block, and which place within it?"
+
+
+def tables(rows: int, blocks: int, size: int, new: int, *, most: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, int]:
+    """Random rows of different lengths, and positions that they have blocks for, their last ones among them."""
+    random = torch.Generator().manual_seed(seed)
+    table = torch.randperm(rows * blocks + 5, generator=random)[: rows * blocks].view(rows, blocks).int() + most
+    lengths = torch.randint(1, blocks + 1, (rows,), generator=random)
+    lengths[-1] = blocks
+    table[torch.arange(blocks) >= lengths[:, None]] = -1
+    positions = (torch.rand(rows, new, generator=random) * lengths[:, None] * size).long()
+    positions[:, -1] = lengths * size - 1
+    return table, positions, size
+
+
+class Slots(Exercise):
+    """Slot arithmetic."""
+
+    id, title, minutes, difficulty = "06.2", "Where a token lies", 4, 2
+    reference = staticmethod(slots_of)
+    why = (
+        "positions // block_size says which entry of the row's table, positions % block_size which place in that block. "
+        "The table is int32, and block * block_size may be more than int32 holds: widen first."
+    )
+    hints = (
+        "One token first: position 6, blocks of 4, table [7, 2, 5]. Which entry of the table, which place in the block?",
+        "block_table[positions // block_size] picks rows of the table. Each row has to look into its own: gather(1, ...).",
+        "blocks = block_table.gather(1, positions // block_size).long()\n"
+        "return blocks * block_size + positions % block_size",
+    )
+    hints_for: ClassVar = {
+        "rows-picked": "One index on a matrix picks whole rows. gather(1, index) picks within each row.",
+        "overflow": "int32 ends at 2,147,483,647. Which two numbers are multiplied, and in which dtype?",
+        "first-row": "Every row of a batch has a table of its own.",
+    }
+
+    def examine(self, answer: Callable) -> None:
+        """Several sizes, a block of one, many blocks, one new token, slots beyond int32."""
+        cases = [
+            Case(tables(3, 4, 5, 6)),
+            Case(tables(2, 6, 16, 3, seed=1)),
+            Case(tables(2, 6, 8, 3, seed=1)),
+            Case(tables(5, 3, 1, 2, seed=2)),
+            Case(tables(1, 7, 3, 1, seed=3)),
+            Case(tables(2, 300, 7, 40, seed=4)),
+            Case(tables(2, 3, 32, 4, most=2**27, seed=5), "slots beyond int32"),
+        ]
+        compare(type(self), answer, slots_of, cases, suspects=suspects, what="the slots", exact=True)
+
+
+def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Suspect]:
+    """What people write in place of it."""
+    table = block_table.long()
+    entry, place = positions // block_size, positions % block_size
+    blocks = table.gather(1, entry)
+
+    def other_entry(index: Tensor, rest: Tensor) -> Callable[[], Tensor] | None:
+        fits = bool((index < table.shape[1]).all())
+        return (lambda: table.gather(1, index) * block_size + rest) if fits else None
+
+    rows = bool((entry < len(table)).all())
+    swapped = other_entry(place, entry)
+    next_one = other_entry(entry + 1, place)
+    return [
+        Suspect("overflow", lambda: (blocks.int() * block_size + place.int()).long(),
+                "the product was made in int32, where it does not fit", ".long() before anything is multiplied",
+                "right as long as slots fit into int32, negative or small beyond"),
+        Suspect("rows-picked", [lambda: table[entry] * block_size + place[..., None], lambda: table[entry]]
+                if rows else [None], "block_table[index] picks whole rows of the table",
+                "gather(1, ...), or an index for both dimensions"),
+        Suspect("first-row", lambda: table[0][entry] * block_size + place, "every row looked into the first row's table",
+                "gather(1, ...): each row its own"),
+        Suspect("no-table", lambda: positions.clone(), "the positions came back: the table was not used", FORMULA),
+        Suspect("block-not-multiplied", lambda: blocks + place, "the block's number was taken for its first slot",
+                FORMULA),
+        Suspect("place-missing", lambda: blocks * block_size, "the place within the block is missing", FORMULA),
+        Suspect("position-for-place", lambda: blocks * block_size + positions,
+                "the whole position was added, not the place within the block", FORMULA),
+        Suspect("entry-for-block", lambda: entry * block_size + place,
+                "the entry's number was used, not the block that stands there", FORMULA),
+        Suspect("division-and-rest-swapped", [swapped] if swapped else [None],
+                "// and % changed places", FORMULA),
+        Suspect("next-block", [next_one] if next_one else [None], "the entry is one too far",
+                "positions start at 0, and so do entries"),
+        Suspect("multiplied-both", lambda: (blocks + place) * block_size, "the place was multiplied too", FORMULA),
+    ]  # fmt: skip
