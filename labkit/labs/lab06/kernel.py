@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -62,7 +60,6 @@ OTHER_ENTRIES: tuple[tuple[str, Entry, str], ...] = (
      "the row's number was added as it is; a row begins blocks_per_row entries after the one before"),
     ("entry-not-divided", lambda row, start, wide, size: row * wide + start,
      "the first token's position was taken for the entry's number"),
-    ("place-for-entry", lambda row, start, wide, size: row * wide + start % size, "% stands where // belongs"),
     ("always-first-block", lambda row, start, wide, size: row * wide, "every round read the row's first block"),
     ("next-block", lambda row, start, wide, size: row * wide + start // size + 1, "the entry is one too far"),
     ("row-times-block-size", lambda row, start, wide, size: row * size + start // size,
@@ -131,11 +128,18 @@ class PagedDecode(Exercise):
         q, keys, values, table, lengths = case
         told = (f"{str(q.dtype).removeprefix('torch.')}, lengths {lengths.tolist()}, BLOCK_SIZE {keys.shape[1]}, table of "
                 f"{table.shape[1]} entries a row, {q.shape[1]} heads on {keys.shape[2]}{words}")  # fmt: skip
-        memory = Memory({})
-        try:
-            got = self.call(partial(self.launched, answer, memory), *case)
-        except Stray as stray:
-            self.explain_stray(stray, case, told)
+        strays, memory = list[Stray](), Memory({})
+
+        def launched(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+            try:
+                return launch(answer, q, keys, values, block_table, lengths, memory=memory)
+            except Stray as stray:
+                strays.append(stray)
+                return q
+
+        got = self.call(launched, *case)
+        if strays:
+            self.explain_stray(strays[0], memory, case, told)
         own = paged_attention(*case)
         exact = paged_attention(q.double(), keys.double(), values.double(), table, lengths)
         tolerance = budget(own, exact)
@@ -156,26 +160,21 @@ class PagedDecode(Exercise):
                   cause="another block was read, or other slots of it, or a given line was changed",
                   look=f"{LOAD}; {MASK}")  # fmt: skip
 
-    @staticmethod
-    def launched(answer: Callable, memory: Memory, q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor,
-                 lengths: Tensor) -> Tensor:  # fmt: skip
-        """`launch`, which looks at every address."""
-        return launch(answer, q, keys, values, block_table, lengths, memory=memory)
-
-    def explain_stray(self, stray: Stray, case: Arguments, told: str) -> None:
-        """Something was read that is nobody's: by which entry?"""
-        _, keys, _, table, lengths = case
-        seen, size, wide, entries = f"{told}: {stray}", keys.shape[1], table.shape[1], table.flatten().tolist()
-        number = re.match(r"number (-?\d+) of (\w+)", str(stray))
+    def explain_stray(self, stray: Stray, memory: Memory, case: Arguments, told: str) -> None:
+        """Something was read that is nobody's: which other entry explains it, and all entries read before?"""
+        q, keys, _, table, lengths = case
+        read = [int(number) for part in memory.reads.get("table", ()) for number in part.ravel()]
+        size, wide, entries = keys.shape[1], table.shape[1], table.flatten().tolist()
         for name, at, cause in OTHER_ENTRIES:
-            places = [at(row, start, wide, size) for row, n in enumerate(lengths.tolist()) for start in range(0, n, size)]
-            bad = next((place for place in places if not 0 <= place < len(entries) or entries[place] < 0), None)
-            if bad is None or number is None:
+            places = [at(row, start, wide, size) for row, length in enumerate(lengths.tolist())
+                      for _ in range(q.shape[1]) for start in range(0, length, size)]  # fmt: skip
+            end = next((n for n, place in enumerate(places) if not 0 <= place < len(entries) or entries[place] < 0), None)
+            if end is None:
                 continue
-            outside = number[2] == "table" and int(number[1]) == bad
-            padding = number[2] != "table" and 0 <= bad < len(entries)
-            if outside or padding:
-                self.fail(name, seen=f"{seen}{'; the entry that was read is padding, -1' * padding}", cause=cause,
+            padding = 0 <= places[end] < len(entries)
+            outside = f"number {places[end]} of table was read"
+            if read == places[: end + padding] and padding != str(stray).startswith(outside):
+                self.fail(name, seen=f"{told}: {stray}{'; the entry read before is padding, -1' * padding}", cause=cause,
                           look=LOAD)  # fmt: skip
-        self.fail("stray", seen=seen, cause="an address was computed that belongs to none of the tensors; on a GPU it "
-                  "would read another's memory, or stop the process", look=f"{LOAD}; {MASK}")  # fmt: skip
+        self.fail("stray", seen=f"{told}: {stray}", cause="an address was computed that belongs to none of the tensors; "
+                  "on a GPU it would read another's memory, or stop the process", look=f"{LOAD}; {MASK}")  # fmt: skip

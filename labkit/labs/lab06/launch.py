@@ -129,7 +129,8 @@ def interpret(
 
     kernel = getattr(kernel, "fn", kernel)  # decorated with triton.jit all the same
     converted = [interpreter._implicit_cvt(argument) for argument in arguments]
-    with plain_language(interpreter), watched(interpreter.interpreter_builder, memory):
+    silent = np.errstate(all="ignore")  # exp(-inf - -inf) of a row that saw nothing is the kernel's affair
+    with silent, plain_language(interpreter), watched(interpreter.interpreter_builder, memory):
         interpreter.interpreter_builder.set_grid_dim(*grid, 1)
         for row in range(grid[0]):
             for head in range(grid[1]):

@@ -52,7 +52,7 @@ class Slots(Exercise):
     def examine(self, answer: Callable) -> None:
         """Several sizes, a block of one, many blocks, one new token, slots beyond int32."""
         cases = [
-            Case(tables(3, 4, 5, 6)),
+            Case(tables(5, 4, 7, 4)),
             Case(tables(2, 6, 16, 3, seed=1)),
             Case(tables(2, 6, 8, 3, seed=1)),
             Case(tables(5, 3, 1, 2, seed=2)),
@@ -80,8 +80,10 @@ def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Su
         Suspect("overflow", lambda: (blocks.int() * block_size + place.int()).long(),
                 "the product was made in int32, where it does not fit", ".long() before anything is multiplied",
                 "right as long as slots fit into int32, negative or small beyond"),
-        Suspect("rows-picked", [lambda: table[entry] * block_size + place[..., None], lambda: table[entry]]
-                if rows else [None], "block_table[index] picks whole rows of the table",
+        Suspect("rows-picked", [
+                    lambda: table[entry] * block_size + place[..., None],
+                    lambda: table[entry] * block_size + place if place.shape[1] == table.shape[1] else None,
+                    lambda: table[entry]] if rows else [None] * 3, "block_table[index] picks whole rows of the table",
                 "gather(1, ...), or an index for both dimensions"),
         Suspect("first-row", lambda: table[0][entry] * block_size + place, "every row looked into the first row's table",
                 "gather(1, ...): each row its own"),
