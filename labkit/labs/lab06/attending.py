@@ -40,7 +40,7 @@ def taken(keys: Tensor, blocks: Tensor, length: int) -> Tensor:
 def by_rows(arguments: Arguments, rows: Callable[[int, int], tuple[Tensor, int] | None], pad: int = 0) -> Tensor | None:
     """Attention where row and length say which blocks are read, and how many slots; None where they cannot be. pad:
     zeros behind each row, up to so many slots."""
-    q, keys, values, table, lengths = arguments
+    q, keys, values, _, lengths = arguments
     out = []
     for row, length in enumerate(lengths.tolist()):
         chosen = rows(row, length)
@@ -66,7 +66,7 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
         found = blocks(0, length)
         return (found, length) if int(found.min()) >= 0 and len(found) * size >= length else None
 
-    LENGTH = "the slots that are read: lengths[row] of them"  # noqa: N806
+    LENGTH = "the slots that are read: lengths[row] of them"
     listed = [
         Suspect("no-table", lambda: by_rows(case, lambda row, n: (torch.arange(-(-n // size)), n)),
                 "every row read blocks 0, 1, ...: the table was not used", "keys[blocks], blocks from the row's table"),
@@ -122,8 +122,8 @@ class PagedAttention(Exercise):
     )
     hints = (
         "Take one row: which blocks hold its tokens, and how many slots of them?",
-        "keys[blocks] is [blocks, block_size, num_kv_heads, head_dim]. Flatten the first two, cut to the length, bring the "
-        "heads to the front; then it is lab 04's attention.",
+        "keys[blocks] is [blocks, block_size, num_kv_heads, head_dim]. Flatten the first two, cut to the length, bring "
+        "the heads to the front; then it is lab 04's attention.",
         "blocks = block_table[row, : -(-length // block_size)]\n"
         "k = keys[blocks].flatten(0, 1)[:length].transpose(0, 1)\n"
         "grouped = q[row].reshape(num_kv_heads, -1, head_dim)",
@@ -178,8 +178,8 @@ class PagedAttention(Exercise):
         if effort.largest >= keys.nbytes // 4:
             self.fail(
                 "reads-everything",
-                seen=f"rows of 9 and 5 tokens; {len(keys)} blocks in memory: a tensor of {effort.largest:,} bytes is made, "
-                f"{effort.largest / keys.nbytes:.0%} of all keys",
+                seen=f"rows of 9 and 5 tokens; {len(keys)} blocks in memory: a tensor of {effort.largest:,} bytes is "
+                f"made, {effort.largest / keys.nbytes:.0%} of all keys",
                 cause="all blocks are copied, scored or compared, those of other requests too",
                 look="what is gathered: keys[blocks], a row's own",
             )

@@ -147,19 +147,20 @@ class CopyOnWrite(Exercise):
                       cause="no list was returned on the path that was taken",
                       look="the return: a list of pairs, empty when nothing is to be copied")  # fmt: skip
         pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else pair for pair in got]
-        if bool(pairs) == bool(want) and (not pairs or len(pairs) == 1 and pairs[0] == want[0]):
+        if bool(pairs) == bool(want) and (not pairs or (len(pairs) == 1 and pairs[0] == want[0])):
             return
         seen = f"{case}: {pairs} came back"
         if want and not pairs:
             self.fail("no-copy", seen=f"{seen}; the next token would be written into a block that others read",
-                      cause="that others hold the last block was not seen", look="ref_count of the last block")  # fmt: skip
+                      cause="that others hold the last block was not seen",
+                      look="ref_count of the last block")  # fmt: skip
         if not want and table.seq_len % mine.size == 0:
             self.fail("copies-full", seen=f"{seen}; the next token opens a block of its own",
                       cause="a full block, or none, was copied though nothing is written into it",
                       look="the first question: table.seq_len % table.block_size")  # fmt: skip
         if not want:
-            self.fail("copies-own", seen=f"{seen}; nobody else holds it", cause="a block was copied that this table can "
-                      "write", look="ref_count(block) == 1: only this table")  # fmt: skip
+            self.fail("copies-own", seen=f"{seen}; nobody else holds it", cause="a block was copied that this table "
+                      "can write", look="ref_count(block) == 1: only this table")  # fmt: skip
         if len(pairs) == 1 and pairs[0] == want[0][::-1]:
             self.fail("direction", seen=f"{seen}: from the new block to the shared one",
                       cause="the pair is turned round", look="(from, to): the shared block first")  # fmt: skip
@@ -179,7 +180,8 @@ class CopyOnWrite(Exercise):
             if changed == [place] and got[place] == before[place]:
                 self.fail("not-swapped", seen=f"{case}: the table still has {got[place][0]}",
                           cause="the new block was not put into the table", look="table.blocks[-1]")  # fmt: skip
-            self.fail("other-table", seen=f"{case}: table {changed[0]} is {got[changed[0]]} now; {want[changed[0]]} it should be",
+            self.fail("other-table", seen=f"{case}: table {changed[0]} is {got[changed[0]]} now, and should be "
+                      f"{want[changed[0]]}",
                       cause="another place of the table was changed, seq_len, or another table",
                       look="table.blocks[-1], and nothing else")  # fmt: skip
         block = next(i for i, (a, b) in enumerate(zip(got[-1], want[-1], strict=True)) if a != b)

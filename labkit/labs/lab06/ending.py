@@ -48,7 +48,9 @@ class Finish(Exercise):
         for tables, free, ends in scripts:
             tables, free = copy.deepcopy(tables), list(free)
             for place, request in enumerate(ends):
-                case = f"tables {tables}, free {free}, finish({request!r})" if len(tables) < 5 else f"finish({request!r})"
+                case = (
+                    f"tables {tables}, free {free}, finish({request!r})" if len(tables) < 5 else f"finish({request!r})"
+                )
                 right = copy.deepcopy(tables), list(free)
                 finish(*right, request)
                 again = request in ends[:place]
@@ -91,14 +93,16 @@ class Finish(Exercise):
                       seen=f"{seen}: block {missing[0]} is nobody's and not free" if missing else f"{seen}: a block is "
                       "free that somebody holds, or none there is",
                       cause="not all of the request's blocks were added, or to another list than `free`" if missing else
-                      "blocks of another request were given back", look="free.extend: this request's blocks, all of them")  # fmt: skip
+                      "blocks of another request were given back",
+                      look="free.extend: this request's blocks, all of them")  # fmt: skip
         if request in tables:
             self.fail("table-left", seen=f"{seen}: the request still has a table",
                       cause="it goes on running with blocks that are another's soon",
                       look="tables: the request's entry goes away, too")  # fmt: skip
         if tables != right[0]:
             self.fail("other-request", seen=f"{seen}: another request's table changed",
-                      cause="more than this request's table was taken away", look="tables.pop(request, ...)")  # fmt: skip
+                      cause="more than this request's table was taken away",
+                      look="tables.pop(request, ...)")  # fmt: skip
 
 
 def error_of(exercise: type[Exercise], answer: Callable, *arguments: Any) -> None:
@@ -117,7 +121,7 @@ class SetRow(Exercise):
     )
     hints = (
         "A request of three blocks ends, and nobody gets its row. What stands in the row, and where does its token go?",
-        "Every entry of the row has to be written: the new blocks, and -1 behind them. And the length, whatever it was.",
+        "Every entry of the row has to be written: the new blocks, and -1 behind them. And the length.",
         "block_table[row] = -1 first; then the blocks; then lengths[row] = tokens.",
     )
     hints_for: ClassVar = {
@@ -144,7 +148,9 @@ class SetRow(Exercise):
         before = table.clone(), lengths.clone()
         want = table.clone(), lengths.clone()
         set_row(*want, row, blocks, tokens)
-        case = f"row {row} was {before[0][row].tolist()} with {before[1][row]} tokens; set_row({row}, {blocks}, {tokens})"
+        case = (
+            f"row {row} was {before[0][row].tolist()} with {before[1][row]} tokens; set_row({row}, {blocks}, {tokens})"
+        )
         given = list(blocks)
         self.run(lambda: answer(table, lengths, row, given, tokens), told=case)
         self.check_unchanged(blocks, given)
@@ -174,10 +180,12 @@ NAMES = ("reused", "run")
 
 
 def whole_minus_one(prompt: int, found: int, size: int, budget: int) -> int:
+    """All but the last token."""
     return min(found, prompt - 1)
 
 
 def one_block_less(prompt: int, found: int, size: int, budget: int) -> int:
+    """All but the last block found."""
     return max(found - size, 0)
 
 
@@ -204,6 +212,7 @@ def after(reused: Callable[..., int]) -> Callable[..., int]:
 
 
 def right(prompt: int, found: int, size: int, budget: int) -> int:
+    """Whole blocks that end before the last token."""
     return min(found, (prompt - 1) // size * size)
 
 
@@ -229,8 +238,8 @@ class FirstChunk(Exercise):
     needs = ("06.7",)
     reference = staticmethod(first_chunk)
     why = (
-        "Logits come from the last token's run, so it is never reused; and blocks are reused whole, so its block is run "
-        "with it. (prompt_tokens - 1) // block_size blocks end before it."
+        "Logits come from the last token's run, so it is never reused; and blocks are reused whole, so its block is "
+        "run with it. (prompt_tokens - 1) // block_size blocks end before it."
     )
     hints = (
         "Take a prompt of 32 tokens in blocks of 16, all found. How many are left to run? What are logits made of?",
@@ -249,8 +258,9 @@ class FirstChunk(Exercise):
         cases = [
             (32, 32, 16, 512), (32, 16, 16, 512), (32, 0, 16, 512), (33, 32, 16, 512), (31, 16, 16, 512),
             (64, 64, 16, 8), (64, 48, 16, 8), (64, 48, 16, 16), (65, 64, 16, 8), (100, 96, 8, 3), (96, 96, 8, 3),
-            (96, 96, 4, 3), (96, 96, 32, 40), (7, 7, 1, 50), (7, 6, 1, 50), (1, 1, 1, 4), (1, 0, 16, 4), (16, 16, 16, 5),
-            (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1), (48, 48, 16, 512),
+            (96, 96, 4, 3), (96, 96, 32, 40), (7, 7, 1, 50), (7, 6, 1, 50), (1, 1, 1, 4), (1, 0, 16, 4),
+            (16, 16, 16, 5), (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1),
+            (48, 48, 16, 512),
         ]  # fmt: skip
         for place, suspects in enumerate((REUSED, RUN)):
             judge(

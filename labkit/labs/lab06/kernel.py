@@ -103,10 +103,11 @@ class PagedDecode(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Rows of several lengths, grouped heads, blocks of several sizes; then NaN in empty slots; then half floats."""
+        """Rows of several lengths, grouped heads, several block sizes; then NaN in empty slots; then bfloat16."""
         if not available():
             self.fail("no-triton", seen="Triton is not installed here, so no kernel can be run",
-                      cause="it has no build for this system", look="the two lines can be compared with lab.solution('06.8')")  # fmt: skip
+                      cause="it has no build for this system",
+                      look="lab.solution('06.8') shows the two lines")  # fmt: skip
         cases = [
             batch([6, 1, 8], 4, 2, 4, dtype=torch.float32),
             batch([5, 3], 2, 2, 2, head_dim=16, seed=4, dtype=torch.float32),
@@ -126,8 +127,8 @@ class PagedDecode(Exercise):
     def compare(self, answer: Callable, case: Arguments, words: str = "") -> None:
         """One launch beside attention over gathered K and V."""
         q, keys, values, table, lengths = case
-        told = (f"{str(q.dtype).removeprefix('torch.')}, lengths {lengths.tolist()}, BLOCK_SIZE {keys.shape[1]}, table of "
-                f"{table.shape[1]} entries a row, {q.shape[1]} heads on {keys.shape[2]}{words}")  # fmt: skip
+        told = (f"{str(q.dtype).removeprefix('torch.')}, lengths {lengths.tolist()}, BLOCK_SIZE {keys.shape[1]}, table "
+                f"of {table.shape[1]} entries a row, {q.shape[1]} heads on {keys.shape[2]}{words}")  # fmt: skip
         strays, memory = list[Stray](), Memory({})
 
         def launched(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
@@ -168,13 +169,16 @@ class PagedDecode(Exercise):
         for name, at, cause in OTHER_ENTRIES:
             places = [at(row, start, wide, size) for row, length in enumerate(lengths.tolist())
                       for _ in range(q.shape[1]) for start in range(0, length, size)]  # fmt: skip
-            end = next((n for n, place in enumerate(places) if not 0 <= place < len(entries) or entries[place] < 0), None)
+            end = next(
+                (n for n, place in enumerate(places) if not 0 <= place < len(entries) or entries[place] < 0), None
+            )
             if end is None:
                 continue
             padding = 0 <= places[end] < len(entries)
             outside = f"number {places[end]} of table was read"
             if read == places[: end + padding] and padding != str(stray).startswith(outside):
-                self.fail(name, seen=f"{told}: {stray}{'; the entry read before is padding, -1' * padding}", cause=cause,
-                          look=LOAD)  # fmt: skip
-        self.fail("stray", seen=f"{told}: {stray}", cause="an address was computed that belongs to none of the tensors; "
-                  "on a GPU it would read another's memory, or stop the process", look=f"{LOAD}; {MASK}")  # fmt: skip
+                self.fail(name, seen=f"{told}: {stray}{'; the entry read before is padding, -1' * padding}",
+                          cause=cause, look=LOAD)  # fmt: skip
+        self.fail("stray", seen=f"{told}: {stray}", cause="an address was computed that belongs to none of the "
+                  "tensors; on a GPU it would read another's memory, or stop the process",
+                  look=f"{LOAD}; {MASK}")  # fmt: skip

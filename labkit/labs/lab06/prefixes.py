@@ -25,15 +25,19 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
         chained: str | int = before
         for end in range(size, len(tokens) + last - least, size):
             own = tuple(tokens[end - size : end])
-            chained = {"chain": chain(chained, own), "own": chain(before, own), "whole": chain(before, tuple(tokens[:end]))}[key]  # fmt: skip
+            ways = {"chain": (chained, own), "own": (before, own), "whole": (before, tuple(tokens[:end]))}
+            chained = chain(*ways[key])
             one = found.get(chained)
-            fits = one is not None and {
-                "all": one.salt == salt and list(one.tokens) == tokens[:end],
-                "tokens": list(one.tokens) == tokens[:end],
-                "salt": one.salt == salt,
-                "own": one.salt == salt and one.tokens[-size:] == own,
-                "nothing": True,
-            }[check]
+            fits = (
+                one is not None
+                and {
+                    "all": one.salt == salt and list(one.tokens) == tokens[:end],
+                    "tokens": list(one.tokens) == tokens[:end],
+                    "salt": one.salt == salt,
+                    "own": one.salt == salt and one.tokens[-size:] == own,
+                    "nothing": True,
+                }[check]
+            )
             if fits and one is not None:
                 blocks.append(one.block)
             elif not holes:
@@ -63,9 +67,10 @@ SUSPECTS = (
                             other(key="own", check="own", holes=True)],
             "each block's key was made of its own tokens alone", KEYS),
     Suspect("one-long-key", other(key="whole"), "the key was made of all tokens at once, not block by block", KEYS),
-    Suspect("no-salt", [other(salted=False), other(salted=False, check="tokens")], "the keys do not begin with the salt",
-            KEYS),
-    Suspect("one-too-few", [other(least=1), other(least=2)], "a block that ends just before the last token was left out",
+    Suspect("no-salt", [other(salted=False), other(salted=False, check="tokens")],
+            "the keys do not begin with the salt", KEYS),
+    Suspect("one-too-few", [other(least=1), other(least=2)],
+            "a block that ends just before the last token was left out",
             "one token is left to run: a block may end at len(tokens) - 1"),
     Suspect("fixed-size", [other(fixed=16), other(fixed=4)], "a block size was written down", "block_size"),
 )  # fmt: skip
@@ -77,17 +82,17 @@ class Reusable(Exercise):
     id, title, minutes, difficulty = "06.7", "One beginning, many requests", 7, 3
     reference = staticmethod(reusable)
     why = (
-        "A chained key stands for all tokens up to a block's end, as its K and V do; a match is believed only when salt "
-        "and tokens are the same. The range ends before the last token, which must be run for its logits."
+        "A chained key stands for all tokens up to a block's end, as its K and V do; a match is believed only when "
+        "salt and tokens are the same. The range ends before the last token, which must be run for its logits."
     )
     hints = (
         "Where does the first block end, where the second? Which of them end before the last token?",
-        "Walk through the ends, block by block: make the key, look it up, compare, stop at the first that is not there.",
+        "Walk through the ends, block by block: make the key, look it up, compare, stop at the first miss.",
         "key = salt\nfor end in range(block_size, len(tokens), block_size):\n"
         "    key = chain(key, tuple(tokens[end - block_size : end]))\n    written = found.get(key)",
     )
     hints_for: ClassVar = {
-        "last-token-reused": "32 tokens in blocks of 16, both found. What is left to run, and where do logits come from?",
+        "last-token-reused": "32 tokens in blocks of 16, both found. What is left to run? Where do logits come from?",
         "only-own-tokens": "K of token 20 depends on token 3. Which tokens must be equal for it to be of use?",
         "not-chained": "The second block's key begins with the first block's key, not with the salt.",
         "goes-on-after-a-miss": "break, not continue: the tokens of the missing block would have no K and V.",
@@ -100,7 +105,8 @@ class Reusable(Exercise):
         if not wrong:
             return
         (tokens, found, size, salt), came, want = wrong[0]
-        seen = f"tokens {some(tokens)}, blocks of {size}, salt {salt!r}, {len(found)} blocks found: {came} came back, not {want}"
+        case = f"tokens {some(tokens)}, blocks of {size}, salt {salt!r}, {len(found)} blocks found"
+        seen = f"{case}: {came} came back, not {want}"
         accuse(type(self), SUSPECTS, seen, fits=lambda way: all(way(*case) == came for case, came, _ in got))
         self.fail("blocks", seen=seen, cause="another search than that of the docstring: "
                   f"{len(got) - len(wrong)} of {len(got)} cases came out right",
@@ -127,7 +133,7 @@ def cases() -> list[Call]:
     sixteen = written(text, [3, 9, 1, 7], 16, "anna")
     hole = {key: one for key, one in four.items() if one.block != 11}
     zero = written([0] * 24, [2, 0, 5, 1, 4, 3], 4, "")
-    first, second, third = list(four)[:3]
+    second, third = list(four)[1:3]
     swapped = {**four, second: Written(60, "anna", (*text[:3], 999, *text[4:8]))}  # one key, another beginning
     strange = {**four, second: Written(61, "anna", (*text[:4], 1, 2, 3, 4))}
     tenant = {**four, second: Written(62, "berta", tuple(text[:8])), third: Written(63, "berta", tuple(text[:12]))}

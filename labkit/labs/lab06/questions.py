@@ -59,7 +59,7 @@ QUIZZES = (
         "06.q5",
         "Two prompts of 64 tokens differ in their first token only. How much of one serves the other?",
         {"a": "All but the first block", "b": "Nothing", "c": "63 tokens", "d": "It depends on the salt"},
-        {"a": "The tokens of the later blocks are equal, their K and V are not: they were computed from everything before.",
+        {"a": "The tokens of later blocks are equal, their K and V are not: these come from everything before.",
          "b": "K and V depend on all tokens before them, so a block's key is that of everything up to its end.",
          "c": "Blocks are reused whole, and the first difference ends all reuse.",
          "d": "A salt can only forbid reuse. Here there is none to begin with."},
@@ -68,8 +68,8 @@ QUIZZES = (
     Quiz(
         "06.q6",
         "Why not blocks of one token, which waste nothing?",
-        {"a": "The table would be larger than K and V.", "b": "Kernels would read single slots, and each block costs an "
-         "entry, a hash and a lookup.", "c": "Nothing could be shared.", "d": "Slots would not fit into int32."},
+        {"a": "The table would be larger than K and V.", "b": "Kernels would read single slots, and each block costs "
+         "an entry, a hash and a lookup.", "c": "Nothing could be shared.", "d": "Slots would not fit into int32."},
         {"a": "An entry has 4 bytes, a token's K and V some 20,000 in the lab model and 100,000 in larger ones.",
          "b": "Bookkeeping grows with the number of blocks, and reading pieces that are too short is slow. 16 tokens "
          "waste under 2% of the trace and cost a sixteenth of that.",

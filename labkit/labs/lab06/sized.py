@@ -16,14 +16,17 @@ Cost = Callable[[list[int], list[int], int, float, float], float]
 
 
 def blocks(lengths: list[int], size: int) -> int:
+    """Blocks of all requests."""
     return sum(-(-tokens // size) for tokens in lengths)
 
 
 def empty(lengths: list[int], size: int) -> int:
+    """Empty slots of last blocks."""
     return sum(-tokens % size for tokens in lengths)
 
 
 def again(shared: list[int], size: int) -> int:
+    """Shared tokens in no full block."""
     return sum(tokens % size for tokens in shared)
 
 
@@ -38,6 +41,7 @@ def least(cost: Cost, *, largest: bool = False, most: bool = False) -> Callable[
 
 
 def right(lengths: list[int], shared: list[int], size: int, slot: float, block: float) -> float:
+    """The cost as the docstring has it."""
     return slot * (empty(lengths, size) + again(shared, size)) + block * blocks(lengths, size)
 
 

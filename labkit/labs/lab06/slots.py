@@ -34,12 +34,12 @@ class Slots(Exercise):
     id, title, minutes, difficulty = "06.2", "Where a token lies", 4, 2
     reference = staticmethod(slots_of)
     why = (
-        "positions // block_size says which entry of the row's table, positions % block_size which place in that block. "
-        "The table is int32, and block * block_size may be more than int32 holds: widen first."
+        "positions // block_size says which entry of the row's table, positions % block_size which place in it. The "
+        "table is int32, and block * block_size may be more than int32 holds: widen first."
     )
     hints = (
-        "One token first: position 6, blocks of 4, table [7, 2, 5]. Which entry of the table, which place in the block?",
-        "block_table[positions // block_size] picks rows of the table. Each row has to look into its own: gather(1, ...).",
+        "One token first: position 6, blocks of 4, table [7, 2, 5]. Which entry of the table, which place in it?",
+        "block_table[positions // block_size] picks rows. Each row has to look into its own: gather(1, ...).",
         "blocks = block_table.gather(1, positions // block_size).long()\n"
         "return blocks * block_size + positions % block_size",
     )
@@ -52,7 +52,8 @@ class Slots(Exercise):
     def examine(self, answer: Callable) -> None:
         """Several sizes, a block of one, many blocks, one new token, slots beyond int32."""
         cases = [
-            Case(tables(5, 4, 7, 4)),
+            Case(tables(4, 4, 7, 4)),  # square, so that an index on rows comes to a result
+            Case(tables(3, 4, 5, 6)),
             Case(tables(2, 6, 16, 3, seed=1)),
             Case(tables(2, 6, 8, 3, seed=1)),
             Case(tables(5, 3, 1, 2, seed=2)),
@@ -82,11 +83,11 @@ def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Su
                 "right as long as slots fit into int32, negative or small beyond"),
         Suspect("rows-picked", [
                     lambda: table[entry] * block_size + place[..., None],
-                    lambda: table[entry] * block_size + place if place.shape[1] == table.shape[1] else None,
+                    lambda: table[entry] * block_size + place if {*place.shape} == {table.shape[1]} else None,
                     lambda: table[entry]] if rows else [None] * 3, "block_table[index] picks whole rows of the table",
                 "gather(1, ...), or an index for both dimensions"),
-        Suspect("first-row", lambda: table[0][entry] * block_size + place, "every row looked into the first row's table",
-                "gather(1, ...): each row its own"),
+        Suspect("first-row", lambda: table[0][entry] * block_size + place,
+                "every row looked into the first row's table", "gather(1, ...): each row its own"),
         Suspect("no-table", lambda: positions.clone(), "the positions came back: the table was not used", FORMULA),
         Suspect("block-not-multiplied", lambda: blocks + place, "the block's number was taken for its first slot",
                 FORMULA),

@@ -25,15 +25,18 @@ class Watched(BlockAllocator):
         self.done: list[tuple[str, int]] = []
 
     def take(self) -> int:
+        """Noted."""
         block = super().take()
         self.done.append(("take", block))
         return block
 
     def hold(self, block: int) -> None:
+        """Noted."""
         super().hold(block)
         self.done.append(("hold", block))
 
     def drop(self, block: int, *, keep: bool = False) -> bool:
+        """Noted."""
         free = super().drop(block, keep=keep)
         self.done.append(("drop", block))
         return free
@@ -68,7 +71,8 @@ class Beside:
         seq_len = self.exercise.run(lambda: self.table.seq_len)
         if callable(seq_len):
             self.exercise.fail("seq-len-is-a-method", seen="table.seq_len is a method, not a number",
-                               cause="@property is missing above it", look="seq_len: an attribute or a property")  # fmt: skip
+                               cause="@property is missing above it",
+                               look="seq_len: an attribute or a property")  # fmt: skip
         return blocks, seq_len
 
     def check_methods(self) -> None:
@@ -108,7 +112,9 @@ class Beside:
                 )  # fmt: skip
             taken = self.allocator.since("take", mark)
             if not_yet.finding.diagnosis == "raised" and len(taken) != needed:
-                self.explain_taken(len(taken), needed, new_tokens, 0, f", and then {not_yet.finding.seen.split(' (')[0]}")
+                self.explain_taken(
+                    len(taken), needed, new_tokens, 0, f", and then {not_yet.finding.seen.split(' (')[0]}"
+                )
             raise
         before = self.when
         self.log.append(f"append({new_tokens})")
@@ -138,8 +144,8 @@ class Beside:
         if got is None or not hasattr(got, "__iter__"):
             self.exercise.fail(
                 "no-list", seen=f"{self.when}: {'nothing' if got is None else f'a {type(got).__name__}'} came back",
-                cause="the slots are not returned, or one of them only", look="the return of append: a list, one slot for "
-                "each new token",
+                cause="the slots are not returned, or one of them only", look="the return of append: a list, one slot "
+                "for each new token",
             )  # fmt: skip
         slots = self.exercise.run(lambda: list(map(int, got)))
         if slots == want:
@@ -151,7 +157,8 @@ class Beside:
             ("all-slots", [blocks[p // size] * size + p % size for p in range(self.seq_len)],
              "the slots of all tokens came back, not of the new ones", "positions from the old seq_len on"),
             ("begins-anew", [new[min(p // size, len(new) - 1)] * size + p % size for p in range(len(want))],
-             "the new tokens' places were counted from 0, as if nothing were held", "positions: seq_len, seq_len + 1, ..."),
+             "the new tokens' places were counted from 0, as if nothing were held",
+             "positions: seq_len, seq_len + 1, ..."),
             ("begins-anew", [blocks[p // size] * size + p % size for p in range(len(want))],
              "the new tokens got the slots of the first ones", "positions: seq_len, seq_len + 1, ..."),
             ("entry-for-block", list(places), "positions came back: as if blocks lay one after the other",
@@ -168,14 +175,16 @@ class Beside:
         for diagnosis, value, cause, look in ways:
             if value is not None and slots == value:
                 self.exercise.fail(diagnosis, seen=seen, cause=cause, look=look)
-        self.exercise.fail("slots", seen=seen, cause="a position, a block or a place is another one",
-                           look="slot = blocks[position // block_size] * block_size + position % block_size")  # fmt: skip
+        self.exercise.fail(
+            "slots", seen=seen, cause="a position, a block or a place is another one",
+            look="slot = blocks[position // block_size] * block_size + position % block_size",
+        )  # fmt: skip
 
     def explain_taken(self, taken: int, needed: int, new_tokens: int, dropped: int, then: str = "") -> None:
         """Name why another number of blocks was taken than is needed."""
         size, held, before = self.block_size, self.seq_len, len(self.blocks)
-        seen = (f"{self.when}: {taken} blocks were taken{f', {dropped} dropped' * bool(dropped)}; {held + new_tokens} tokens "
-                f"need {needed} more than the {before} that there were{then}")  # fmt: skip
+        seen = (f"{self.when}: {taken} blocks were taken{f', {dropped} dropped' * bool(dropped)}; {held + new_tokens} "
+                f"tokens need {needed} more than the {before} that there were{then}")  # fmt: skip
         if taken == needed and dropped:
             self.exercise.fail("drops-in-append", seen=seen, cause="append let go of blocks",
                                look="append: nothing is let go of")  # fmt: skip
@@ -219,8 +228,9 @@ class Beside:
             )  # fmt: skip
         after = self.read()
         if after != before or self.allocator.num_free != free:
-            changed = (f"{free - self.allocator.num_free} blocks were taken all the same" if self.allocator.num_free != free
-                       else f"blocks and seq_len were {before}, they are {after}")  # fmt: skip
+            taken = free - self.allocator.num_free
+            moved = f"blocks and seq_len were {before}, they are {after}"
+            changed = f"{taken} blocks were taken all the same" if taken else moved
             self.exercise.fail(
                 "half-done", seen=f"{case}: refused, but {changed}",
                 cause="blocks were taken, or attributes changed, before it was known whether there are enough",
@@ -271,15 +281,15 @@ class Beside:
         if dropped != self.blocks[::-1]:
             self.exercise.fail(
                 "first-block-first", seen=f"{self.when}: blocks were {self.blocks}, dropped in the order {dropped}",
-                cause="blocks that are dropped first are taken first, and a beginning is wanted again more often than an "
-                "end", look="release: the last block first, reversed(self.blocks)",
+                cause="blocks that are dropped first are taken first, and a beginning is wanted again more often "
+                "than an end", look="release: the last block first, reversed(self.blocks)",
             )  # fmt: skip
         self.blocks, self.seq_len = [], 0
         if self.read() != ([], 0):
             blocks, seq_len = self.read()
             self.exercise.fail(
                 "still-there", seen=f"{self.when}: blocks are {blocks}, seq_len is {seq_len}",
-                cause="the blocks are free and the table still names them: whoever uses it writes into another's memory",
+                cause="the blocks are free and the table still names them: who uses it writes into another's memory",
                 look="release: no block and no token afterwards",
             )  # fmt: skip
 
@@ -289,8 +299,8 @@ class Beside:
         if (blocks, seq_len) != (self.blocks, self.seq_len):
             self.exercise.fail(
                 "changed-by-another",
-                seen=f"{self.when}: blocks are {blocks} and seq_len is {seq_len}; {self.blocks} and {self.seq_len} they "
-                "should be, since it was not touched",
+                seen=f"{self.when}: blocks are {blocks} and seq_len is {seq_len}; it was not touched, and should have "
+                f"{self.blocks} and {self.seq_len}",
                 cause="two tables share a list: the fork got the parent's own, or it is kept on the class",
                 look="list(self.blocks) makes a second list; everything that a table keeps belongs on self",
             )

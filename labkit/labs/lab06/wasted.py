@@ -17,18 +17,22 @@ LAST = "one request by hand: 5 tokens in blocks of 4 take 2 blocks"
 
 
 def reserved(held: list[int], final: list[int], room: int, size: int) -> int:
+    """Slots for tokens to come."""
     return sum(final) - sum(held)
 
 
 def never(held: list[int], final: list[int], room: int, size: int) -> int:
+    """Slots behind the requests' ends."""
     return room * len(final) - sum(final)
 
 
 def both(held: list[int], final: list[int], room: int, size: int) -> int:
+    """Every slot without a token."""
     return room * len(held) - sum(held)
 
 
 def in_blocks(held: list[int], final: list[int], room: int, size: int) -> int:
+    """Empty slots of last blocks."""
     return sum(-tokens % size for tokens in held)
 
 
@@ -86,8 +90,8 @@ class Waste(Exercise):
     id, title, minutes, difficulty = "06.1", "What reserving wastes", 4, 1
     reference = staticmethod(waste)
     why = (
-        "A request's room has three parts: tokens, what it will still fill, what it never will. Of blocks only the last "
-        "one has empty slots, and -tokens % block_size are missing to the next multiple."
+        "A request's room has three parts: tokens, what it will still fill, what it never will. Of blocks only the "
+        "last one has empty slots, and -tokens % block_size are missing to the next multiple."
     )
     hints = (
         "Draw one request: held[i], final[i] and room are three marks on a line.",

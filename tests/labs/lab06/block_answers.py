@@ -315,7 +315,9 @@ class RoundedDown(BlockTable):
             raise OutOfBlocks
         self.blocks += [self.allocator.take() for _ in range(more)]
         first, self.seq_len = self.seq_len, end
-        return [self.blocks[p // self.block_size - 1] * self.block_size + p % self.block_size for p in range(first, end)]
+        return [
+            self.blocks[p // self.block_size - 1] * self.block_size + p % self.block_size for p in range(first, end)
+        ]
 
 
 class RoomNotUsed(BlockTable):

@@ -130,6 +130,7 @@ def online(q, keys, values, block_table, lengths):
 SOURCE = source_of(paged_decode)
 BLOCK = "block = tl.load(table_ptr + row * blocks_per_row + start // BLOCK_SIZE)"
 HERE = "here = start + place < length"
+ENTRY = "block = tl.load(table_ptr + {})"
 
 
 def kernel(**lines: str) -> Callable:
@@ -150,7 +151,8 @@ WRONG = [
                 if int(table[0, min(count, table.shape[1]) - 1]) >= 0 else table[row, :count].long())),
     Wrong("06.5", "empty-slots-read", "whole blocks", paged(see=lambda length, size: -(-length // size) * size)),
     Wrong("06.5", "empty-slots-weigh", "scores of empty slots are 0", padded_zero_scores),
-    Wrong("06.5", "newest-left-out", "the newest token is left out", paged(see=lambda length, size: max(length - 1, 1))),
+    Wrong("06.5", "newest-left-out", "the newest token is left out",
+          paged(see=lambda length, size: max(length - 1, 1))),
     Wrong("06.5", "blocks-reversed", "the last block first",
           paged(slots=lambda table, row, count: table[row, :count].long().flip(0))),
     Wrong("06.5", "reads-stale", "padded and masked: 0 times NaN", padded_and_masked, "paged attention with padding"),
@@ -159,15 +161,17 @@ WRONG = [
     Wrong("06.5", "no-scale", "no scale", paged(scale=1.0)),
     Wrong("06.5", "no-softmax", "no softmax", paged(weigh=lambda scores: scores)),
     Wrong("06.5", "reads-everything", "scores with every slot there is", dense_memory),
-    Wrong("06.8", "no-table", "the table is not asked", kernel(block="block = tl.full([1], start // BLOCK_SIZE, tl.int32)")),
-    Wrong("06.8", "first-row", "the first row's entries", kernel(block="block = tl.load(table_ptr + start // BLOCK_SIZE)")),
-    Wrong("06.8", "row-not-multiplied", "row + entry", kernel(block="block = tl.load(table_ptr + row + start // BLOCK_SIZE)")),
+    Wrong("06.8", "no-table", "the table is not asked",
+          kernel(block="block = tl.full([1], start // BLOCK_SIZE, tl.int32)")),
+    Wrong("06.8", "first-row", "the first row's entries", kernel(block=ENTRY.format("start // BLOCK_SIZE"))),
+    Wrong("06.8", "row-not-multiplied", "row + entry",
+          kernel(block=ENTRY.format("row + start // BLOCK_SIZE"))),
     Wrong("06.8", "entry-not-divided", "a position for an entry",
-          kernel(block="block = tl.load(table_ptr + row * blocks_per_row + start)")),
+          kernel(block=ENTRY.format("row * blocks_per_row + start"))),
     Wrong("06.8", "always-first-block", "the row's first block, each time",
-          kernel(block="block = tl.load(table_ptr + row * blocks_per_row)")),
+          kernel(block=ENTRY.format("row * blocks_per_row"))),
     Wrong("06.8", "next-block", "one entry too far",
-          kernel(block="block = tl.load(table_ptr + row * blocks_per_row + start // BLOCK_SIZE + 1)")),
+          kernel(block=ENTRY.format("row * blocks_per_row + start // BLOCK_SIZE + 1"))),
     Wrong("06.8", "no-mask", "no mask", kernel(here="here = place >= 0")),
     Wrong("06.8", "mask-by-place", "the place against the whole length", kernel(here="here = place < length")),
     Wrong("06.8", "one-too-many", "<= for <", kernel(here="here = start + place <= length")),
@@ -175,7 +179,7 @@ WRONG = [
           kernel(here="here = start + place < tl.maximum(length - 1, 1)")),
     Wrong("06.8", "rest-of-length", "every block as full as the last one",
           kernel(here="here = place < (length - 1) % BLOCK_SIZE + 1")),
-    Wrong("06.8", "stray", "an address of its own", kernel(block="block = tl.load(table_ptr + 1000)")),
+    Wrong("06.8", "stray", "an address of its own", kernel(block=ENTRY.format("1000"))),
     Wrong("06.8", "not-finite", "nothing is a token", kernel(here="here = place < 0")),
     Wrong("06.8", "raised", "an index on a pointer",
           kernel(block="block = table_ptr[row * blocks_per_row + start // BLOCK_SIZE]")),
@@ -191,6 +195,6 @@ RIGHT = [
     ("06.8", kernel()),
     ("06.8", kernel(here="here = place < length - start")),
     ("06.8", kernel(here="here = (start + tl.arange(0, BLOCK_SIZE)) < length")),
-    ("06.8", kernel(block="block = tl.load(table_ptr + start // BLOCK_SIZE + blocks_per_row * row, mask=start < length)")),
-    ("06.8", kernel(block="block = tl.load(table_ptr + row * blocks_per_row + tl.cdiv(start, BLOCK_SIZE))")),
+    ("06.8", kernel(block=ENTRY.format("start // BLOCK_SIZE + blocks_per_row * row, mask=start < length"))),
+    ("06.8", kernel(block=ENTRY.format("row * blocks_per_row + tl.cdiv(start, BLOCK_SIZE)"))),
 ]  # fmt: skip
