@@ -87,7 +87,11 @@ class BlockAllocator:
 
 
 class BlockTable:
-    """One request's blocks, in order of its tokens. `blocks`: a list of numbers. `seq_len`: tokens with a slot."""
+    """One request's blocks, in order of its tokens.
+
+    Attributes that others read: allocator and block_size, as given; blocks, a list of numbers; seq_len, how many tokens
+    have a slot.
+    """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.allocator, self.block_size = allocator, block_size

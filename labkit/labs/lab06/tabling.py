@@ -84,6 +84,16 @@ class Beside:
                 cause="it was removed or renamed, or it is no table", look="the names in the blank, indented alike",
             )  # fmt: skip
 
+    def check_attributes(self) -> None:
+        """It has what 06.6 and the engine read."""
+        for name, want in (("allocator", self.allocator), ("block_size", self.block_size)):
+            if getattr(self.table, name, None) is not want:
+                self.exercise.fail(
+                    "missing-attribute", seen=f"table.{name} is not what the table was made with",
+                    cause="it is kept under another name, or not at all",
+                    look=f"__init__: self.{name} = {name}; 06.6 and the engine read it",
+                )  # fmt: skip
+
     def append(self, new_tokens: int) -> None:
         """Append so many tokens; compare slots, blocks and what was taken."""
         needed = -(-(self.seq_len + new_tokens) // self.block_size) - len(self.blocks)
@@ -251,6 +261,7 @@ class Beside:
                 cause="a fork is a table of its own", look="the return of fork",
             )  # fmt: skip
         other.check_methods()
+        other.check_attributes()
         held, taken = self.allocator.since("hold", mark), self.allocator.since("take", mark)
         if taken:
             self.exercise.fail(
@@ -347,6 +358,7 @@ class Table(Exercise):
         table = self.run(lambda: answer(allocator, size), told=f"with an allocator and block_size {size}")
         beside = Beside(type(self), table, allocator, size, name)
         beside.check_methods()
+        beside.check_attributes()
         beside.compare()
         return beside
 

@@ -448,11 +448,20 @@ class WrongError(BlockTable):
             raise ValueError from error
 
 
+class OtherNames(BlockTable):
+    def __init__(self, allocator, block_size):
+        self.pool, self.block_size, self.blocks, self.seq_len = allocator, block_size, [], 0
+
+    allocator = property(lambda self: None)
+
+
 class RollsBack:
     """Takes one by one, gives back when it fails; a length that is computed."""
 
     def __init__(self, allocator, block_size):
-        self.pool, self.size, self.blocks, self.last = allocator, block_size, [], block_size
+        self.allocator = self.pool = allocator
+        self.block_size = self.size = block_size
+        self.blocks, self.last = [], block_size
 
     @property
     def seq_len(self):
@@ -668,6 +677,7 @@ WRONG = [
     Wrong("06.4", "not-dropped", "blocks are lost", NotDropped),
     Wrong("06.4", "changed-by-another", "a list on the class", SharedBlocks),
     Wrong("06.4", "other-error", "ValueError", WrongError),
+    Wrong("06.4", "missing-attribute", "the allocator under another name", OtherNames),
     Wrong("06.6", "empty-table", "always copies", always_copies),
     Wrong("06.6", "copies-own", "copies whatever is begun", begun_copies),
     Wrong("06.6", "copies-full", "copies a full block", shared_copies),
