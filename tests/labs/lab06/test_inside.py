@@ -36,7 +36,7 @@ def test_eight_ragged_requests_get_the_tokens_of_one_at_a_time(written, num_bloc
 @pytest.mark.parametrize("allocator", [BlockAllocator, TwoDicts, AHeap])
 def test_a_learners_allocator_serves_the_engines_own_tables(allocator) -> None:
     model = tiny.model()
-    beginning = list(range(1, 20))
+    beginning = [n % tiny.VOCAB for n in range(19)]
     requests = [Request(str(n), [*beginning, n], 6) for n in range(4)]
     engine = Engine(model, num_blocks=32, block_size=4, allocator=allocator(32))
     answers = {}
