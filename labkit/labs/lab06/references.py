@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -112,9 +113,9 @@ class BlockTable:
         self.seq_len = end
         return [self.blocks[p // self.block_size] * self.block_size + p % self.block_size for p in positions]
 
-    def fork(self) -> BlockTable:
+    def fork(self) -> Self:
         """A second table of the same tokens in the same blocks, each held once more. From then on both go their way."""
-        child = BlockTable(self.allocator, self.block_size)
+        child = type(self)(self.allocator, self.block_size)
         for block in self.blocks:
             self.allocator.hold(block)
         child.blocks, child.seq_len = list(self.blocks), self.seq_len
