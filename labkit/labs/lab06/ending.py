@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -35,79 +36,87 @@ class Finish(Exercise):
     hints_for: ClassVar = {
         "table-left": "get looks; pop looks and takes away.",
         "raises-when-gone": "A request that has ended is no error: pop(request, []).",
+        "freed-while-held": "Two requests with one beginning have the same blocks. When is such a block nobody's?",
     }
 
     def examine(self, answer: Callable) -> None:
-        """Ends once, ends twice, ends unknown; a request without blocks; others beside it; in any order."""
-        scripts = [
-            ({"anna": [3, 5], "berta": [1]}, [0, 2, 4], ["anna", "anna", "berta", "anna"]),
-            ({"a": [7], "b": [2, 9, 4], "c": []}, [], ["c", "b", "nobody", "b", "c", "a"]),
-            ({"x": [0]}, [1], ["nobody", "x", "x"]),
-            ({str(n): [3 * n, 3 * n + 1, 3 * n + 2] for n in range(20)}, [60], [str(n % 20) for n in range(0, 70, 7)]),
+        """Ends once, ends twice, ends unknown; no blocks; blocks of one, two and three requests; in any order."""
+        scripts: list[tuple[dict[str, list[int]], list[str]]] = [
+            ({"anna": [3, 5], "berta": [1]}, ["anna", "anna", "berta", "anna"]),
+            ({"a": [7], "b": [2, 9, 4], "c": []}, ["c", "b", "nobody", "b", "c", "a"]),
+            ({"x": [0]}, ["nobody", "x", "x"]),
+            ({"x": [6, 2, 0], "y": [6, 2, 8], "z": [6, 1]}, ["y", "y", "x", "y", "x", "z", "z"]),
+            ({str(n): [0, 3 * n + 1, 3 * n + 2] for n in range(20)}, [str(n % 20) for n in range(0, 147, 7)]),
         ]
-        for tables, free, ends in scripts:
-            tables, free = copy.deepcopy(tables), list(free)
-            for place, request in enumerate(ends):
-                case = (
-                    f"tables {tables}, free {free}, finish({request!r})" if len(tables) < 5 else f"finish({request!r})"
-                )
-                right = copy.deepcopy(tables), list(free)
-                finish(*right, request)
-                again = request in ends[:place]
-                try:
-                    answer(tables, free, request)
-                except KeyError as error:
-                    self.fail("raises-when-gone", seen=f"{case}: KeyError {error}",
-                              cause="a request that has ended already, or was never there, is no error",
-                              look="what happens without a table: nothing")  # fmt: skip
-                except Exception:
-                    error_of(type(self), answer, tables, free, request)
-                    raise
-                if request in tables and not again:
-                    self.explain_left(answer, tables, free, request, case)
-                self.judge(tables, free, right, case, request)
+        for running, ends in scripts:
+            tables = copy.deepcopy(running)
+            most = max((block for blocks in tables.values() for block in blocks), default=0) + 3
+            count = Counter(block for blocks in tables.values() for block in blocks)
+            holders = [count[block] for block in range(most)]
+            free = [block for block in range(most) if not count[block]]
+            for request in ends:
+                self.step(answer, tables, holders, free, request)
 
-    def explain_left(self, answer: Callable, tables: dict, free: list, request: str, case: str) -> None:
-        """The request still has a table: what does a second call do with it?"""
-        tables, free = copy.deepcopy(tables), list(free)
+    def step(self, answer: Callable, tables: dict, holders: list, free: list, request: str) -> None:
+        """One end, beside the reference's."""
+        few = f"tables {tables}, holders {holders}, free {free}; " if len(tables) < 5 else ""
+        case, right, there = f"{few}finish {request!r}", copy.deepcopy((tables, holders, free)), request in tables
+        finish(*right, request)
         try:
-            answer(tables, free, request)
-        except Exception:
-            return
-        if twice := [block for block, count in Counter(free).items() if count > 1]:
-            self.fail("freed-twice", seen=f"{case}, and once more: block {twice[0]} is in free twice, and two requests "
+            answer(tables, holders, free, request)
+        except KeyError as error:
+            if not there:
+                self.fail("raises-when-gone", seen=f"{case}: KeyError {error}",
+                          cause="a request that has ended already, or was never there, is no error",
+                          look="what happens without a table: nothing")  # fmt: skip
+            raise
+        if there and request in tables:
+            self.explain_left(answer, tables, holders, free, request, case)
+        self.judge((tables, holders, free), right, case, request)
+
+    def explain_left(self, answer: Callable, *state: Any) -> None:
+        """The request still has a table: what does a second call do with it?"""
+        *arguments, case = state
+        tables, holders, free, request = copy.deepcopy(arguments)
+        with suppress(Exception):
+            answer(tables, holders, free, request)
+        if wrong := [block for block, count in Counter(free).items() if count > 1]:
+            self.fail("freed-twice", seen=f"{case}, and once more: block {wrong[0]} is in free twice, and two requests "
                       "will get it", cause="the first call leaves the request's table for the second to find",
                       look="where the blocks are read: pop gives them and takes the table away")  # fmt: skip
 
-    def judge(self, tables: Any, free: Any, right: tuple[dict, list], case: str, request: str) -> None:
-        """Both afterwards."""
-        seen = f"{case}: tables {tables}, free {free}" if len(tables) < 5 else case
-        twice = [block for block, count in Counter(free).items() if count > 1]
-        if twice:
-            self.fail("freed-twice", seen=f"{seen}: block {twice[0]} is free twice, and two requests will get it",
-                      cause="the request ended before, and its blocks were given back again",
-                      look="what the first call leaves behind for the second to find")  # fmt: skip
-        if Counter(free) != Counter(right[1]):
-            missing = [block for block in right[1] if block not in free]
-            self.fail("not-freed" if missing else "freed-too-much",
-                      seen=f"{seen}: block {missing[0]} is nobody's and not free" if missing else f"{seen}: a block is "
-                      "free that somebody holds, or none there is",
-                      cause="not all of the request's blocks were added, or to another list than `free`" if missing else
-                      "blocks of another request were given back",
-                      look="free.extend: this request's blocks, all of them")  # fmt: skip
+    def judge(self, got: tuple[dict, list, list], right: tuple[dict, list, list], case: str, request: str) -> None:
+        """All three afterwards."""
+        (tables, holders, free), (want_tables, want_holders, want_free) = got, right
+        small = len(tables) < 5
+        seen = f"{case}: tables {tables}, holders {holders}, free {free}" if small else case
+        for block, count in Counter(free).items():
+            if count > 1:
+                self.fail("freed-twice", seen=f"{seen}: block {block} is free twice, and two requests will get it",
+                          cause="a block that was free already was given back again",
+                          look="what the first call leaves behind for the second to find")  # fmt: skip
+            if block not in want_free:
+                self.fail("freed-while-held", seen=f"{seen}: block {block} is free, and another request still reads it",
+                          cause="a block was given back while others hold it",
+                          look="holders[block]: only the last one frees it")  # fmt: skip
+        for block in want_free:
+            if block not in free:
+                self.fail("not-freed", seen=f"{seen}: block {block} is nobody's and not free",
+                          cause="not all of the request's blocks were given back, or not to this list",
+                          look="each block of the request, and `free` in place")  # fmt: skip
+        if holders != want_holders:
+            block = next(n for n, (a, b) in enumerate(zip(holders, want_holders, strict=False)) if a != b)
+            self.fail("holders", seen=f"{seen}: {holders[block]} hold block {block}, it says; {want_holders[block]} do",
+                      cause="the request is still counted, or was taken off twice",
+                      look="holders[block] -= 1, once for each block of the table")  # fmt: skip
         if request in tables:
             self.fail("table-left", seen=f"{seen}: the request still has a table",
                       cause="it goes on running with blocks that are another's soon",
                       look="tables: the request's entry goes away, too")  # fmt: skip
-        if tables != right[0]:
+        if tables != want_tables:
             self.fail("other-request", seen=f"{seen}: another request's table changed",
                       cause="more than this request's table was taken away",
                       look="tables.pop(request, ...)")  # fmt: skip
-
-
-def error_of(exercise: type[Exercise], answer: Callable, *arguments: Any) -> None:
-    """Say what a call raises, as `run` does."""
-    exercise.run(lambda: answer(*copy.deepcopy(arguments)))
 
 
 class SetRow(Exercise):

@@ -237,13 +237,16 @@ def best_block_size(
     return min(sorted(sizes), key=cost)
 
 
-def finish(tables: dict[str, list[int]], free: list[int], request: str) -> None:
-    """A request has ended, whatever ended it: its blocks are free, once, and it has no table any more.
+def finish(tables: dict[str, list[int]], holders: list[int], free: list[int], request: str) -> None:
+    """A request has ended, whatever ended it: its blocks have one holder fewer, and it has no table any more.
 
-    tables: the blocks of each running request. free: blocks that nobody holds. Both are changed in place. A request
-    that has no table any more changes nothing.
+    tables: the blocks of each running request. holders: of each block, how many running requests have it. free: blocks
+    that nobody holds, each once. All three are changed in place. A request without a table changes nothing.
     """
-    free.extend(tables.pop(request, []))
+    for block in tables.pop(request, []):
+        holders[block] -= 1
+        if holders[block] == 0:
+            free.append(block)
 
 
 def set_row(block_table: Tensor, lengths: Tensor, row: int, blocks: list[int], tokens: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from labkit.labs.lab06.chains import chain
 from labkit.labs.lab06.prefixes import other
-from labkit.labs.lab06.references import best_block_size, first_chunk, reusable, slots_of, waste
+from labkit.labs.lab06.references import best_block_size, finish, first_chunk, reusable, slots_of, waste
 from tests.labs.answer import Wrong
 
 # 06.1
@@ -267,55 +267,87 @@ def best_by_loop(lengths, shared, sizes, slot_cost, block_cost):
 # 06.d1
 
 
-def finish_get(tables, free, request):
-    free.extend(tables.get(request, []))
+def finish_get(tables, holders, free, request):
+    for block in tables.get(request, []):
+        holders[block] -= 1
+        if holders[block] <= 0:
+            free.append(block)
 
 
-def finish_del(tables, free, request):
-    free.extend(tables[request])
+def finish_del(tables, holders, free, request):
+    for block in tables[request]:
+        holders[block] -= 1
+        if not holders[block]:
+            free.append(block)
     del tables[request]
 
 
-def finish_emptied(tables, free, request):
+def finish_emptied(tables, holders, free, request):
     if request in tables:
-        free.extend(tables[request])
+        for block in tables[request]:
+            holders[block] -= 1
+            if not holders[block]:
+                free.append(block)
         tables[request] = []
 
 
-def finish_new_list(tables, free, request):
-    free = free + tables.pop(request, [])
+def finish_new_list(tables, holders, free, request):
+    for block in tables.pop(request, []):
+        holders[block] -= 1
+        if not holders[block]:
+            free = [*free, block]
 
 
-def finish_only_table(tables, free, request):
+def finish_only_table(tables, holders, free, request):
     tables.pop(request, None)
 
 
-def finish_clear(tables, free, request):
-    free.extend(tables.pop(request, []))
+def finish_clear(tables, holders, free, request):
+    finish(tables, holders, free, request)
     tables.clear()
 
 
-def finish_first(tables, free, request):
-    free.extend(tables.pop(request, [])[:1])
+def finish_all_free(tables, holders, free, request):
+    for block in tables.pop(request, []):
+        holders[block] -= 1
+        free.append(block)
 
 
-def finish_by_if(tables, free, request):
+def finish_uncounted(tables, holders, free, request):
+    for block in tables.pop(request, []):
+        if holders[block] == 1:
+            free.append(block)
+
+
+def finish_first(tables, holders, free, request):
+    blocks = tables.pop(request, [])
+    finish({request: blocks[:1]}, holders, free, request)
+
+
+def finish_by_if(tables, holders, free, request):
     if request not in tables:
         return
     for block in reversed(tables.pop(request)):
-        free.insert(0, block)
+        if holders[block] == 1:
+            free.insert(0, block)
+        holders[block] = holders[block] - 1
 
 
-def finish_plus(tables, free, request):
-    free += tables.pop(request, ())
+def finish_plus(tables, holders, free, request):
+    blocks = tables.pop(request, ())
+    for block in blocks:
+        holders[block] -= 1
+    free += [block for block in blocks if not holders[block]]
 
 
-def finish_checked(tables, free, request):
+def finish_checked(tables, holders, free, request):
     try:
         blocks = tables.pop(request)
     except KeyError:
         blocks = []
-    free[len(free) :] = blocks
+    while blocks:
+        holders[block := blocks.pop()] += -1
+        free[len(free) :] = [block] * (holders[block] < 1)
     return free
 
 
@@ -484,6 +516,8 @@ WRONG = [
     Wrong("06.d1", "not-freed", "a new list, not in place", finish_new_list),
     Wrong("06.d1", "not-freed", "the blocks are lost", finish_only_table),
     Wrong("06.d1", "not-freed", "the first block only", finish_first),
+    Wrong("06.d1", "freed-while-held", "free whoever holds it", finish_all_free),
+    Wrong("06.d1", "holders", "freed at one holder, never counted", finish_uncounted),
     Wrong("06.d1", "other-request", "every table goes", finish_clear),
     Wrong("06.d2", "old-blocks-left", "only the new entries are written", row_slice, "vllm#7018"),
     Wrong("06.d2", "old-blocks-left", "an empty row is left as it is", row_if),
