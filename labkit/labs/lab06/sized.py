@@ -63,6 +63,9 @@ SUSPECTS = (
     Suspect("full-blocks-only", least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))
                                       + block * sum(tokens // size for tokens in n)),
             "blocks were rounded down: the last one costs too", "blocks of a request: its tokens rounded up"),
+    Suspect("blocks-not-rounded", least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))
+                                        + block * sum(tokens / size for tokens in n)),
+            "5 tokens were given one and a quarter blocks of 4", "blocks of a request: its tokens rounded up"),
     Suspect("full-block-empty", least(lambda n, s, size, slot, block: slot * (
                 sum(size - tokens % size for tokens in n) + again(s, size)) + block * blocks(n, size)),
             "where tokens fill their last block, a whole empty block was counted", "-tokens % size is 0 there"),
@@ -119,6 +122,7 @@ class BestBlockSize(Exercise):
             ([40, 40, 40, 40], [40, 0, 0, 0], [20, 30, 16], 1.0, 4.0),
             ([5, 5, 5, 5], [0, 0, 0, 0], [4, 5, 10, 20], 1.0, 4.0),
             ([12, 12], [0, 0], [4, 5], 1.0, 5.0),
+            ([5, 5], [0, 0], [3, 4], 1.0, 6.0),
             ([], [], [32, 16], 1.0, 1.0),
         ]  # fmt: skip
         judge(

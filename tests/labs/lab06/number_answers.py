@@ -241,6 +241,11 @@ def rounded_down(lengths, shared, size, slot_cost, block_cost):
     return slot_cost * (empty + sum(s % size for s in shared)) + block_cost * sum(n // size for n in lengths)
 
 
+def not_rounded(lengths, shared, size, slot_cost, block_cost):
+    empty = sum(-n % size for n in lengths)
+    return slot_cost * (empty + sum(s % size for s in shared)) + block_cost * sum(n / size for n in lengths)
+
+
 def whole_empty_block(lengths, shared, size, slot_cost, block_cost):
     empty = sum(size - n % size for n in lengths)
     return slot_cost * (empty + sum(s % size for s in shared)) + block_cost * sum(-(-n // size) for n in lengths)
@@ -503,6 +508,7 @@ WRONG = [
     Wrong("06.9", "no-shared", "shared tokens are left out", named(best(without_shared))),
     Wrong("06.9", "no-empty", "empty slots are left out", named(best(without_empty))),
     Wrong("06.9", "full-blocks-only", "blocks are rounded down", named(best(rounded_down))),
+    Wrong("06.9", "blocks-not-rounded", "n / size blocks", named(best(not_rounded))),
     Wrong("06.9", "full-block-empty", "a full block has an empty one behind it", named(best(whole_empty_block))),
     Wrong("06.9", "order-of-sizes", "the first of equals as they come", named(best(full_cost, order=list))),
     Wrong("06.9", "largest-of-equals", "the largest of equals",
