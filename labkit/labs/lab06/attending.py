@@ -142,7 +142,8 @@ class PagedAttention(Exercise):
             Case(batch([5, 8], 4, 4, 3, head_dim=12, seed=3)),
             Case(batch([7, 7, 2, 16], 6, 1, 16, head_dim=5, seed=6)),
             Case(batch([3, 4], 2, 2, 1, seed=9)),
-            Case(batch([300], 8, 2, 32, head_dim=20, seed=12)),
+            Case(batch([301], 8, 2, 32, head_dim=20, seed=12)),
+            Case(batch([2051, 3], 2, 1, 1, head_dim=4, spare=300, seed=15)),
         ]
         known: dict[int, list[Suspect]] = {}
 

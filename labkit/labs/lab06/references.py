@@ -133,7 +133,7 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor
 
     q: [rows, num_heads, head_dim]. keys, values: [num_blocks, block_size, num_kv_heads, head_dim], the memory of all
     rows. block_table: int32 [rows, blocks], padded with -1. lengths: int64 [rows], tokens of each row, at least 1.
-    Only a row's own blocks are read; slots behind its last token may hold anything, NaN too.
+    The memory as a whole is not copied. Slots behind a row's last token may hold anything, NaN too.
     """
     block_size, num_kv_heads = keys.shape[1:3]
     out = torch.empty_like(q)
