@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from labkit.cache import OutOfBlocks
-from labkit.engine import Engine, Request
+from labkit.course.examine import examine
+from labkit.engine import Allocator, Engine, Request
 from labkit.engine.blocks import BlockManager
+from labkit.labs.lab06.allocating import Allocate
 from labkit.labs.lab06.inside import OwnBlocks
 from labkit.labs.lab06.references import BlockAllocator, BlockTable, copy_on_write
 from tests.engine import tiny
@@ -85,3 +87,8 @@ def test_a_table_that_writes_never_writes_into_a_block_of_another() -> None:
     with pytest.raises(NotImplementedError):
         manager.shorten("a", 2)
     assert torch.tensor(manager.slots("a", 0, 7)).unique().numel() == 7
+
+
+def test_the_engines_own_allocator_passes_the_learners_check() -> None:
+    verdict = examine(Allocate(), Allocator)
+    assert verdict.status == "pass", verdict.finding
