@@ -70,20 +70,41 @@ def test_triton_is_as_it_was_afterwards() -> None:
     assert tl is language
 
 
+def a_fresh_python(code: str, **environment: str) -> str:
+    """What it prints."""
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+    return told.stdout.strip() or told.stderr
+
+
 @pytest.mark.parametrize("setting", ["0", "1"])
 def test_whether_triton_was_imported_for_the_interpreter_makes_no_difference(setting: str) -> None:
     code = (
         "from tests.labs.lab06.test_launch import case, launch, paged_attention, paged_decode as kernel\n"
         "print(bool((launch(kernel, *case()) - paged_attention(*case())).abs().max() < 1e-5))"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": setting},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[3],
-    )
-    assert told.stdout.strip() == "True", told.stderr
+    assert a_fresh_python(code, TRITON_INTERPRET=setting) == "True"
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from labkit.labs.lab06.references import paged_decode
+types = ["*fp16"] * 3 + ["*i32", "*i64", "*fp16", "fp32", "i32", "i32", "i32", "constexpr", "constexpr"]
+kernel = triton.jit(paged_decode)
+source = ASTSource(kernel, dict(zip(kernel.arg_names, types)), {(10,): 64, (11,): 16})
+print("ptx" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm)
+"""
+
+
+def test_it_compiles_for_a_gpu_also_where_there_is_none(tmp_path: Path) -> None:
+    assert a_fresh_python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "True"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
