@@ -239,6 +239,7 @@ class Allocate(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """By hand what goes wrong most, then long scripts on several in turn, then the time of each operation."""
+        self.check_isolation(answer)
         for num_blocks in (3, 1):
             self.by_hand(answer, num_blocks)
         self.kept_ones(answer)
@@ -249,6 +250,23 @@ class Allocate(Exercise):
             self.alone(answer, not_yet)
             raise
         self.time(answer)
+
+    def check_isolation(self, answer: Callable) -> None:
+        """A new allocator has all its blocks, whatever others gave away."""
+        try:
+            answer(4).take()
+            fresh = answer(4).num_free
+        except NotImplementedError:
+            raise
+        except Exception:  # what follows says it better
+            return
+        if not callable(fresh) and fresh != 4:
+            self.fail(
+                "shared",
+                seen="a new allocator of 4 blocks has other than 4 free ones when another one was used before it",
+                cause="free blocks or counts are kept on the class, in a default argument or in a global",
+                look="__init__: everything that an allocator keeps belongs on self",
+            )
 
     def by_hand(self, answer: Callable, num_blocks: int) -> None:
         """Take all, share one, give back, give back too often."""
@@ -327,8 +345,7 @@ class Allocate(Exercise):
             if seconds > SLOWER * few[name] + NOISE:
                 self.fail(
                     "not-constant",
-                    seen=f"{name} takes {seconds / max(few[name], 1e-9):,.0f} times as long with {MANY:,} blocks as "
-                    f"with {FEW}",
+                    seen=f"{name} takes over {SLOWER} times as long with {MANY:,} blocks as with {FEW}",
                     cause="it looks at all blocks: list.pop(0), remove or `in` on a list, a sum, a search",
                     look=f"{name}: what does it go through?",
                 )

@@ -2,7 +2,7 @@
 
 The interpreter runs a kernel's lines in NumPy, and reads whatever address they come to: one that is nobody's ends the
 process. So here every load and store is compared with the tensors that the kernel was given, before it happens, and
-`Stray` says which of them was meant. Whether `TRITON_INTERPRET` was set when Triton was imported makes no difference.
+`Stray` says what was meant. Whether `TRITON_INTERPRET` was set when Triton was imported makes no difference.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ except ImportError:  # macOS: a kernel can be defined, and not run
     triton, tl = None, SimpleNamespace(constexpr=int)
 
 OUT = "out"
+MARGIN = 2**20  # bytes around each tensor that belong to no other: what is read there was meant to be in it
 
 
 class Stray(IndexError):
@@ -45,9 +46,10 @@ class Memory:
         ].astype(np.int64)
         if not wanted.size:
             return
-        name, index = self.nearest(wanted)
-        held = self.tensors[name].numel()
-        verb = "written" if write else "read"
+        verb, name = "written" if write else "read", self.nearest(int(np.median(wanted)))
+        if not name:
+            raise Stray(f"an address was {verb} that is far from every tensor")
+        held, index = self.tensors[name].numel(), (wanted - self.span(name)[0]) // self.tensors[name].element_size()
         if (index < 0).any() or (index >= held).any():
             worst = index[(index < 0) | (index >= held)][0]
             raise Stray(f"number {worst} of {name} was {verb}, which has {held}")
@@ -55,16 +57,13 @@ class Memory:
             raise Stray(f"{name} was written, not {OUT}")
         self.reads.setdefault(name, []).append(index)
 
-    def nearest(self, addresses: np.ndarray) -> tuple[str, np.ndarray]:
-        """The tensor that most of the addresses are in, or the nearest, and the elements of it that they would be."""
-        middle = int(np.median(addresses))
-
-        def distance(name: str) -> int:
+    def nearest(self, address: int) -> str:
+        """The tensor that an address is in, or in whose margins; "" when there is none."""
+        for name in self.tensors:
             start, end = self.span(name)
-            return max(start - middle, middle - end + 1, 0)
-
-        name = min(self.tensors, key=distance)
-        return name, (addresses - self.span(name)[0]) // self.tensors[name].element_size()
+            if start - MARGIN <= address < end + MARGIN:
+                return name
+        return ""
 
     def span(self, name: str) -> tuple[int, int]:
         """First and last address + 1."""
@@ -110,9 +109,15 @@ def launch(
         compiled(kernel)[rows, num_heads](*tensors.values(), out, *numbers, HEAD_DIM=head_dim, BLOCK_SIZE=block_size)
         return out
     memory = Memory({}) if memory is None else memory
-    memory.tensors = {**tensors, OUT: out}
-    interpret(kernel, (rows, num_heads), (*tensors.values(), out, *numbers), (head_dim, block_size), memory)
-    return out
+    memory.tensors = {name: apart(x) for name, x in {**tensors, OUT: out}.items()}
+    interpret(kernel, (rows, num_heads), (*memory.tensors.values(), *numbers), (head_dim, block_size), memory)
+    return memory.tensors[OUT].clone()
+
+
+def apart(x: Tensor) -> Tensor:
+    """A copy with nothing else within MARGIN bytes. What is not written takes no memory."""
+    room = torch.empty(2 * MARGIN + x.nbytes, dtype=torch.uint8)
+    return room[MARGIN : MARGIN + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 @cache

@@ -69,6 +69,8 @@ SUSPECTS = (
     Suspect("one-long-key", other(key="whole"), "the key was made of all tokens at once, not block by block", KEYS),
     Suspect("no-salt", [other(salted=False), other(salted=False, check="tokens")],
             "the keys do not begin with the salt", KEYS),
+    Suspect("nothing-found", lambda *case: [], "in no case was anything found: a tuple equals no list, or keys are "
+            "made in another way", COMPARE),
     Suspect("one-too-few", [other(least=1), other(least=2)],
             "a block that ends just before the last token was left out",
             "one token is left to run: a block may end at len(tokens) - 1"),

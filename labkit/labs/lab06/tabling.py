@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import isgenerator
 from typing import Any, ClassVar
 
 from labkit.cache import OutOfBlocks
@@ -128,6 +129,10 @@ class Beside:
             raise
         before = self.when
         self.log.append(f"append({new_tokens})")
+        if isgenerator(got):
+            self.exercise.fail("no-list", seen=f"{self.when}: a generator came back, which has done nothing yet",
+                               cause="`yield` makes a function that runs when its result is looped over",
+                               look="the return of append: a list")  # fmt: skip
         taken, dropped = self.allocator.since("take", mark), self.allocator.since("drop", mark)
         if room - self.allocator.num_free != needed or dropped:
             self.explain_taken(len(taken), needed, new_tokens, len(dropped))
@@ -345,13 +350,28 @@ class Table(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Block boundaries by hand, a fork, the end, too few blocks; then scripts on several tables in turn."""
-        for size, counts in ((4, (2, 1, 1, 1, 7, 4, 0, 1)), (1, (1, 3)), (16, (33, 15, 1, 40)), (5, (5, 5, 0, 11))):
+        self.check_isolation(answer)
+        for size, counts in ((4, (9, 2, 1, 1, 7, 4, 0, 1)), (1, (1, 3)), (16, (33, 15, 1, 40)), (5, (5, 5, 0, 11))):
             table = self.made(answer, Watched(40), size)
             for count in counts:
                 table.append(count)
         self.too_few(answer)
         self.forks(answer)
         self.script(answer)
+
+    def check_isolation(self, answer: Callable) -> None:
+        """A new table is empty, whatever others hold."""
+        try:
+            answer(Watched(8), 4).append(3)
+            fresh = answer(Watched(8), 4)
+        except NotImplementedError:
+            raise
+        except Exception:  # what follows says it better
+            return
+        if getattr(fresh, "blocks", None) or getattr(fresh, "seq_len", 0) not in (0, None):
+            self.fail("shared", seen="a new table is not empty when another one was used before it",
+                      cause="blocks or the length are kept on the class, in a default argument or in a global",
+                      look="__init__: everything that a table keeps belongs on self")  # fmt: skip
 
     def made(self, answer: Callable, allocator: Watched, size: int, name: str = "the table") -> Beside:
         """A new table."""

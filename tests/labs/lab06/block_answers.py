@@ -147,6 +147,22 @@ class OnTheClass(BlockAllocator):
         self.holders = kept
 
 
+class ClassFree(BlockAllocator):
+    free: dict = {}  # noqa: RUF012
+
+    def __init__(self, num_blocks):
+        self.free.update((block, None) for block in range(num_blocks) if not self.free)
+        self.holders = [0] * num_blocks
+
+    def take(self):
+        if not self.free:
+            raise OutOfBlocks
+        block = next(iter(self.free))
+        del self.free[block]
+        self.holders[block] = 1
+        return block
+
+
 class Empty(BlockAllocator):
     def take(self):
         block, _ = self.free.popitem(last=False)
@@ -440,6 +456,20 @@ class SharedBlocks(BlockTable):
         self.allocator, self.block_size, self.seq_len = allocator, block_size, 0
 
 
+class Yields(BlockTable):
+    def append(self, new_tokens):
+        yield from super().append(new_tokens)
+
+
+class OneBlock(BlockTable):
+    def append(self, new_tokens):
+        if self.seq_len + new_tokens > len(self.blocks) * self.block_size:
+            self.blocks.append(self.allocator.take())
+        first, self.seq_len = self.seq_len, self.seq_len + new_tokens
+        return [self.blocks[p // self.block_size] * self.block_size + p % self.block_size
+                for p in range(first, self.seq_len)]  # fmt: skip
+
+
 class WrongError(BlockTable):
     def append(self, new_tokens):
         try:
@@ -649,6 +679,7 @@ WRONG = [
     Wrong("06.3", "not-constant", "num_free counts every block", CountsAll),
     Wrong("06.3", "num-free-counts-holders", "holders are subtracted, not blocks", CountsHolders),
     Wrong("06.3", "shared", "a list on the class", OnTheClass),
+    Wrong("06.3", "shared", "a dict on the class", ClassFree),
     Wrong("06.3", "other-error", "no test for an empty pool", Empty),
     Wrong("06.3", "took-from-none", "None when nothing is free", NoneWhenEmpty),
     Wrong("06.3", "half-done", "counted down before the test", HalfDropped),
@@ -675,8 +706,10 @@ WRONG = [
     Wrong("06.4", "first-block-first", "released from the first on", ReleasedForwards),
     Wrong("06.4", "still-there", "blocks are still named", StillThere),
     Wrong("06.4", "not-dropped", "blocks are lost", NotDropped),
-    Wrong("06.4", "changed-by-another", "a list on the class", SharedBlocks),
+    Wrong("06.4", "shared", "a list on the class", SharedBlocks),
     Wrong("06.4", "other-error", "ValueError", WrongError),
+    Wrong("06.4", "no-list", "a generator", Yields),
+    Wrong("06.4", "one-block", "one block for a whole prompt", OneBlock),
     Wrong("06.4", "missing-attribute", "the allocator under another name", OtherNames),
     Wrong("06.6", "empty-table", "always copies", always_copies),
     Wrong("06.6", "copies-own", "copies whatever is begun", begun_copies),

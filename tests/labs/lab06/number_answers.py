@@ -168,6 +168,16 @@ def gives_keys(tokens, found, block_size, salt):
     return [key for key, one in found.items() if one.block in blocks]
 
 
+def tuple_and_list(tokens, found, block_size, salt):
+    blocks, key = [], salt
+    for end in range(block_size, len(tokens), block_size):
+        key = chain(key, tuple(tokens[end - block_size : end]))
+        if key not in found or found[key].salt != salt or found[key].tokens != tokens[:end]:
+            break
+        blocks.append(found[key].block)
+    return blocks
+
+
 def last_block_dropped(tokens, found, block_size, salt):
     return reusable(tokens, found, block_size, salt)[:-1]
 
@@ -501,6 +511,7 @@ WRONG = [
     Wrong("06.7", "no-salt", "keys without salt", other(salted=False)),
     Wrong("06.7", "one-too-few", "a block before the last token is left out", other(least=1)),
     Wrong("06.7", "fixed-size", "blocks of 16", other(fixed=16)),
+    Wrong("06.7", "nothing-found", "a tuple compared with a list", tuple_and_list),
     Wrong("06.7", "not-a-list", "tokens are counted", counts_tokens),
     Wrong("06.7", "not-blocks", "keys come back", gives_keys),
     Wrong("06.7", "blocks", "always a block less", last_block_dropped),
