@@ -103,7 +103,7 @@ class PagedDecode(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Rows of several lengths, grouped heads, several block sizes; then NaN in empty slots; then bfloat16."""
+        """Rows of several lengths, grouped heads, several block sizes; low scores; NaN in empty slots; bfloat16."""
         if not available():
             self.fail("no-triton", seen="Triton is not installed here, so no kernel can be run",
                       cause="it has no build for this system",
@@ -115,13 +115,15 @@ class PagedDecode(Exercise):
         ]
         for case in cases:
             self.compare(answer, case)
+        low = [x.abs() * size for x, size in zip(cases[1][:2], (1.0, -3e4), strict=True)]
+        self.compare(answer, (*low, *cases[1][2:]), ", scores near -100,000")  # type: ignore[arg-type]
         q, keys, values, table, lengths = batch([3, 6], 2, 1, 4, seed=11, dtype=torch.float32)
         empty = torch.ones(keys.shape[:2], dtype=torch.bool)
         for row, length in enumerate(lengths.tolist()):
             for place in range(length):
                 empty[table[row, place // 4], place % 4] = False
         stale = [x.masked_fill(empty[..., None, None], float("nan")) for x in (keys, values)]
-        self.compare(answer, (q, stale[0], stale[1], table, lengths), " with NaN in slots that hold no token")
+        self.compare(answer, (q, stale[0], stale[1], table, lengths), ", NaN in slots that hold no token")
         self.compare(answer, tuple(x.bfloat16() if x.is_floating_point() else x for x in cases[0]))  # type: ignore[arg-type]
 
     def compare(self, answer: Callable, case: Arguments, words: str = "") -> None:
