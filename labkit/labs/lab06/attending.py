@@ -19,12 +19,17 @@ from labkit.labs.lab06.references import paged_attention
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def batch(lengths: list[int], num_heads: int, num_kv_heads: int, size: int, *, head_dim: int = 8, spare: int = 3,
-          seed: int = 0, dtype: torch.dtype = torch.float64) -> Arguments:  # fmt: skip
-    """Random rows of these lengths whose blocks lie anywhere; every slot holds numbers, empty ones too."""
+def batch(
+    lengths: list[int], num_heads: int, num_kv_heads: int, size: int, *, head_dim: int = 8, spare: int = 3,
+    padding: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64,
+) -> Arguments:  # fmt: skip
+    """Random rows of these lengths whose blocks lie anywhere; every slot holds numbers, empty ones too.
+
+    padding: entries of the table behind the last block of the longest row.
+    """
     counts = [-(-length // size) for length in lengths]
     order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(seed)).int()
-    table = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+    table = torch.full((len(lengths), max(counts) + padding), -1, dtype=torch.int32)
     for row, (blocks, count) in enumerate(zip(order[: sum(counts)].split(counts), counts, strict=True)):
         table[row, :count] = blocks
     q = draw(len(lengths), num_heads, head_dim, seed=seed, dtype=dtype)

@@ -110,7 +110,7 @@ class PagedDecode(Exercise):
                       look="lab.solution('06.8') shows the two lines")  # fmt: skip
         cases = [
             batch([6, 1, 8], 4, 2, 4, dtype=torch.float32),
-            batch([5, 3], 2, 2, 2, head_dim=16, seed=4, dtype=torch.float32),
+            batch([5, 6], 2, 2, 2, head_dim=16, padding=0, seed=4, dtype=torch.float32),
             batch([9, 19], 3, 1, 16, head_dim=4, seed=8, dtype=torch.float32),
         ]
         for case in cases:
