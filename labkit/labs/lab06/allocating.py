@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from labkit.cache import OutOfBlocks
@@ -66,7 +67,7 @@ class Beside:
             return
         block = self.exercise.run(self.allocator.take, told=f"take(); {self.when}")
         self.log.append(f"take() -> {block}")
-        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= block < self.num_blocks:
+        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= int(block) < self.num_blocks:
             self.exercise.fail(
                 "no-block", seen=f"{self.when}: that is no block's number",
                 cause="something else than a block was returned, such as the pair that popitem() gives, or numbers do "
@@ -372,7 +373,7 @@ class Allocate(Exercise):
             self.run(lambda: allocator.drop(block, keep=True))  # noqa: B023
         middle = taken[len(taken) // 2 :][:6]
         timed("ref_count()", [lambda: allocator.ref_count(middle[0])] * 6)
-        timed("hold() of a free block", [lambda block=block: allocator.hold(block) for block in middle])
-        timed("drop()", [lambda block=block: allocator.drop(block) for block in middle])
+        timed("hold() of a free block", [partial(allocator.hold, block) for block in middle])
+        timed("drop()", [partial(allocator.drop, block) for block in middle])
         timed("take()", [allocator.take] * 6)
         return found
