@@ -96,10 +96,10 @@ class Judge:
             self.seen.append((case, got, own))
         try:
             same_kind(self.exercise, got, own, self.what, self.told(case))
-        except NotYet:
+        except NotYet as not_yet:
             if plain:
                 self.call_the_others()
-                self.accuse(case)
+                self.accuse(case, not_yet.finding.seen)
             raise
         exact, single = (
             (own, own) if self.exact else (self.reference(*cast(case.args), **cast(case.by_name)) for cast in CASTS)
@@ -115,7 +115,7 @@ class Judge:
             if kind == "precision":
                 self.fail_precision(case, name, a, c, tolerance)
             self.call_the_others()
-            self.accuse(case)
+            self.accuse(case, f"{self.told(case)}: {name}: {first_place(a, c, tolerance)}")
             self.recall(case, got, own)
             self.accuse_rounding(case, got, own)
             self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
@@ -129,13 +129,12 @@ class Judge:
                     got = self.exercise.call(self.answer, *case.args, **case.by_name)
                     self.seen.append((case, got, self.reference(*case.args, **case.by_name)))
 
-    def accuse(self, case: Case) -> None:
-        """Name the suspect that gives what came back in this case and in every other."""
+    def accuse(self, case: Case, seen: str) -> None:
+        """Name the suspect that gives what came back in this case and in every other. seen: where it differs from what
+        is right, for a suspect that has no words of its own."""
         for place, suspect in enumerate(self.suspects(*case.args)):
             if any(self.always(place, variant) for variant in range(len(suspect.variants))):
-                self.exercise.fail(
-                    suspect.diagnosis, seen=suspect.seen or self.told(case), cause=suspect.cause, look=suspect.look
-                )
+                self.exercise.fail(suspect.diagnosis, seen=suspect.seen or seen, cause=suspect.cause, look=suspect.look)
 
     def recall(self, case: Case, got: Any, own: Any) -> None:
         """Name a result that is an earlier call's, where the right one is another."""

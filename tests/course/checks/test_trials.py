@@ -123,6 +123,19 @@ def test_a_finding_shows_sizes_and_the_first_place_that_differs_with_digits_enou
     assert "of 288 entries differ" in finding.seen
 
 
+def test_a_suspect_without_words_of_its_own_shows_the_first_place_that_differs() -> None:
+    class Silent(Attend):
+        def examine(self, answer) -> None:
+            doubled = lambda q, k, v: [Suspect("doubled", [lambda: 2 * attend(q, k, v)], "twice", "once")]  # noqa: E731
+            compare(type(self), answer, attend, [tuple(heads(6, 2, 3, 4))], suspects=doubled, what="the output")
+
+    finding = examine(Silent(), lambda q, k, v: 2 * right(q, k, v)).finding
+    assert finding is not None
+    assert finding.diagnosis == "doubled"
+    assert "q [2, 6, 3, 8]" in finding.seen
+    assert "the output: at [0, 0, 0, 0] it holds " in finding.seen
+
+
 def test_what_raises_is_told_with_its_sizes() -> None:
     finding = examine(Attend(), lambda q, k, v: right(q, k, v).view(7, 7)).finding
     assert finding is not None
