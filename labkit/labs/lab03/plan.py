@@ -11,7 +11,7 @@ from labkit.course.checks.numbers import check_number, judge, shown
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import capacity, request_bytes
-from labkit.labs.lab03.slips import Slip, remembered, suspects_of
+from labkit.labs.lab03.slips import Slip, remembered, shape, suspects_of
 from labkit.specs import ModelSpec
 
 
@@ -129,19 +129,11 @@ class Capacity(Exercise):
         judge(type(self), answer, capacity, cases, (), what=what, whole=True)
 
 
-def shaped(name: str, layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int) -> ModelSpec:
-    """A spec with these sizes."""
-    return ModelSpec(
-        name=name, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden,
-        intermediate_size=64, vocab_size=64, max_seq_len=64,
-    )  # fmt: skip
-
-
-COINCIDENCE = shaped("the coincidence", 80, 64, 8, 128, 8192)
-FEW = shaped("few KV heads", 28, 28, 4, 128, 3584)
-MANY = shaped("groups of four", 32, 32, 8, 128, 4096)
-ALL = shaped("no groups", 40, 40, 40, 128, 5120)
-ONE = shaped("one KV head", 32, 71, 1, 64, 4096)
+COINCIDENCE = shape("the coincidence", (80, 64, 8, 128, 8192))
+FEW = shape("few KV heads", (28, 28, 4, 128, 3584))
+MANY = shape("groups of four", (32, 32, 8, 128, 4096))
+ALL = shape("no groups", (40, 40, 40, 128, 5120))
+ONE = shape("one KV head", (32, 71, 1, 64, 4096))
 
 
 def planned(

@@ -99,4 +99,4 @@ def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: f
     fit = capacity(gpu.memory_bytes, weights, request, 0.15)
     if fit < users:
         return "cache" if fit else "weights"
-    return "time" if tpot_floor(weights, request // context, context, users, gpu.bytes_per_s) > tpot else "fits"
+    return "time" if (weights + users * request) / gpu.bytes_per_s > tpot else "fits"

@@ -11,29 +11,19 @@ from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, count_weights
-from labkit.labs.lab03.slips import Slip, remembered, suspects_of
+from labkit.labs.lab03.slips import Slip, remembered, shape, suspects_of
 from labkit.llama import Llama
 from labkit.specs import Layer, LayerGroup, ModelSpec
 
-FULL = ModelSpec(
-    name="all layers keep everything",
-    num_layers=11, num_heads=35, num_kv_heads=7, head_dim=22, hidden_size=221, intermediate_size=13,
-    vocab_size=17, max_seq_len=19,
-)  # fmt: skip
-MIXED = ModelSpec(
-    name="windows of 37 and 23, or none",
-    num_layers=13, num_heads=30, num_kv_heads=3, head_dim=26, hidden_size=190, intermediate_size=13,
-    vocab_size=17, max_seq_len=19, window=37, v_head_dim=11,
+FULL = shape("all layers keep everything", (11, 35, 7, 22, 221), trained=19)
+MIXED = shape(
+    "windows of 37 and 23, or none", (13, 30, 3, 26, 190), trained=19, window=37, v_head_dim=11,
     layers=[
         LayerGroup("window", 3), LayerGroup("full", 1, num_kv_heads=5, head_dim=34, v_head_dim=15),
         LayerGroup("window", 1, window=23),
     ],
 )  # fmt: skip
-WINDOWED = ModelSpec(
-    name="a window of 4,096 in every layer",
-    num_layers=5, num_heads=8, num_kv_heads=2, head_dim=46, hidden_size=370, intermediate_size=13,
-    vocab_size=17, max_seq_len=19, window=4096,
-)  # fmt: skip
+WINDOWED = shape("a window of 4,096 in every layer", (5, 8, 2, 46, 370), trained=19, window=4096)
 
 
 def layers_bytes(
@@ -211,33 +201,32 @@ class CacheBytes(Exercise):
             judge(type(self), answer, cache_bytes, others, known, what="the cache in bytes", whole=True)
 
 
-TINY = ModelSpec(
-    name="MLP 46, vocabulary 97, head of its own, no biases",
-    num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, hidden_size=28, intermediate_size=46,
-    vocab_size=97, max_seq_len=64,
-)  # fmt: skip
-BIASED = ModelSpec(
-    name="MLP 34, vocabulary 53, tied head, biases",
-    num_layers=5, num_heads=4, num_kv_heads=1, head_dim=6, hidden_size=22, intermediate_size=34,
-    vocab_size=53, max_seq_len=64, qkv_bias=True, tied_head=True, model_type="qwen2",
-)  # fmt: skip
-ROUNDED = ModelSpec(
-    name="MLP 26, vocabulary 61, head of its own, biases",
-    num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8, hidden_size=38, intermediate_size=26,
-    vocab_size=61, max_seq_len=64, qkv_bias=True, parameters=30_000,
-)  # fmt: skip
-
-
-SQUARE = ModelSpec(
-    name="MLP 58, vocabulary 71, tied head, no biases",
-    num_layers=7, num_heads=3, num_kv_heads=3, head_dim=14, hidden_size=42, intermediate_size=58,
-    vocab_size=71, max_seq_len=64, tied_head=True,
-)  # fmt: skip
-LARGER = ModelSpec(
-    name="MLP 1,030, vocabulary 2,003, head of its own, biases",
-    num_layers=11, num_heads=10, num_kv_heads=5, head_dim=38, hidden_size=390, intermediate_size=1_030,
-    vocab_size=2_003, max_seq_len=64, qkv_bias=True,
-)  # fmt: skip
+TINY = shape("MLP 46, vocabulary 97, head of its own, no biases", (3, 6, 2, 10, 28), mlp=46, vocabulary=97)
+BIASED = shape(
+    "MLP 34, vocabulary 53, tied head, biases",
+    (5, 4, 1, 6, 22),
+    mlp=34,
+    vocabulary=53,
+    qkv_bias=True,
+    tied_head=True,
+    model_type="qwen2",
+)
+ROUNDED = shape(
+    "MLP 26, vocabulary 61, head of its own, biases",
+    (2, 6, 3, 8, 38),
+    mlp=26,
+    vocabulary=61,
+    qkv_bias=True,
+    parameters=30_000,
+)
+SQUARE = shape("MLP 58, vocabulary 71, tied head, no biases", (7, 3, 3, 14, 42), mlp=58, vocabulary=71, tied_head=True)
+LARGER = shape(
+    "MLP 1,030, vocabulary 2,003, head of its own, biases",
+    (11, 10, 5, 38, 390),
+    mlp=1_030,
+    vocabulary=2_003,
+    qkv_bias=True,
+)
 
 
 @cache
@@ -401,6 +390,9 @@ class CountWeights(Exercise):
     suspects: ClassVar = (
         Suspect("published", lambda spec: spec.num_parameters, "the figure in the spec was handed on",
                 "the sizes in the docstring: a published figure may be rounded, and here it is"),
+        Suspect("head-dim", counted(more=lambda spec: spec.num_layers * spec.hidden_size * (
+            spec.hidden_size - spec.num_heads * spec.head_dim)),
+            "q, or attention's output, was taken as hidden_size squared", CHOSEN),
         Suspect("head-dim", counted(q_width=lambda spec: spec.hidden_size, bias_width=lambda spec: (
             (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)),
             "q and the output were taken as hidden_size squared", CHOSEN),

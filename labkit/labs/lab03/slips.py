@@ -41,6 +41,24 @@ def suspects_of(formula: Callable[..., Callable], slips: Mapping[str, Sequence[S
     return [*alone, *pairs]
 
 
+def shape(
+    name: str,
+    sizes: tuple[int, int, int, int, int],
+    *,
+    mlp: int = 13,
+    vocabulary: int = 17,
+    trained: int = 64,
+    **more: Any,
+) -> ModelSpec:
+    """A small model to count. sizes: layers, query heads, KV heads, head_dim, hidden_size. mlp: intermediate_size.
+    trained: max_seq_len. more: what else its spec says."""
+    layers, heads, kv_heads, head_dim, hidden = sizes
+    return ModelSpec(
+        name, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden,
+        intermediate_size=mlp, vocab_size=vocabulary, max_seq_len=trained, **more,
+    )  # fmt: skip
+
+
 def remembered(formula: Callable[..., float], first: ModelSpec) -> Suspect:
     """What `formula` gives when whatever model comes is taken for `first`, as code does that knows a model by name."""
     return Suspect(

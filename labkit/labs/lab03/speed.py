@@ -143,7 +143,8 @@ class TpotFloor(Exercise):
         "read. All bytes come through the same memory, so they add up before they are divided by its rate."
     )
     hints = (
-        "One step gives each request one token. Which bytes must come from memory for it, and which of them twice?",
+        "One step gives each request one token. Which bytes must come from memory for it, once for all or "
+        "anew for each?",
         "The weights are read once for the whole batch. Each request's K and V are its own. Then bytes over bytes per "
         "second.",
         "return (weight_bytes + batch * context * bytes_per_token) / bytes_per_s",

@@ -47,7 +47,8 @@ class GroupedAttention(Exercise):
         "enable-gqa": "Take enable_gqa out. What shape must q have for its number of heads to be that of k?",
         "head-mapping": "With 6 query heads and 2 KV heads, heads 0, 1, 2 read KV head 0. Which function of h is that?",
         "mask-over-stacked-rows": "After stacking, row 0 of the second head follows the last row of the first. Undo "
-        "the stacking before you mask, or repeat the mask's rows.",
+        "the stacking before you mask, or repeat the whole mask, once for each head of the group.",
+        "made-anew": "The scale may meet q, or the scores, before it meets k. Which of the three is large?",
         "mask-inverted": "masked_fill writes where its mask is True. Which keys should get -inf?",
         "mask-offset": "With 7 tokens held, how many keys does the first new token see?",
         "reads-again": "Loop over KV heads, or better over nothing: one product per group serves all its queries.",

@@ -83,7 +83,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tens
     """Causal attention of new tokens over all that the layer's cache holds, their own K and V included.
 
     q: [batch, num_heads, new_tokens, head_dim]. k, v: the new tokens', [batch, num_kv_heads, new_tokens, head_dim].
-    cache.append(k, v) keeps them; cache.read() gives (k, v) of all tokens so far. K and V are never repeated.
+    cache.append(k, v) keeps them; cache.read() gives (k, v) of all tokens so far. K and V are never repeated; a cast
+    does not count as a copy, as in 04.1.
     """
     cache.append(k, v)
     keys, values = cache.read()

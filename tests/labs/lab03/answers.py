@@ -354,9 +354,47 @@ def by_the_token(spec, gpu, users, context, tpot):
 
 
 def bytes_of_a_request_per_token(spec, gpu, users, context, tpot):
-    early = first_limit(spec, gpu, users, context, math.inf)
     step = tpot_floor(2 * count_weights(spec), cache_bytes(spec, context, 1, 2), context, users, gpu.bytes_per_s)
-    return "time" if early == "fits" and step > tpot else early
+    return "time" if (said := early(spec, gpu, users, context)) == "fits" and step > tpot else said
+
+
+def early(*sizes):
+    """What `first_limit` says but for the time."""
+    return first_limit(*sizes[:4], math.inf)
+
+
+def every_token_read(spec, gpu, users, context, tpot):
+    step = tpot_floor(2 * count_weights(spec), cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s)
+    return "time" if (said := early(spec, gpu, users, context)) == "fits" and step > tpot else said
+
+
+def per_token_of_a_request(spec, gpu, users, context, tpot):
+    """Right: what a token takes on average, so that tpot_floor serves."""
+    each = cache_bytes(spec, context, 1, 2) // context
+    step = tpot_floor(2 * count_weights(spec), each, context, users, gpu.bytes_per_s)
+    return "time" if (said := early(spec, gpu, users, context)) == "fits" and step > tpot else said
+
+
+def without_the_embedding(spec, gpu, users, context, tpot, *, tied=True):
+    table = 2 * spec.vocab_size * spec.hidden_size * (tied or not spec.tied_head)
+    step = (2 * count_weights(spec) - table + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s
+    return "time" if (said := early(spec, gpu, users, context)) == "fits" and step > tpot else said
+
+
+def time_before_the_cache(spec, gpu, users, context, tpot):
+    said = first_limit(spec, gpu, 1, context, math.inf)
+    step = (2 * count_weights(spec) + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s
+    return said if said != "fits" else "time" if step > tpot else early(spec, gpu, users, context)
+
+
+def sixteen_bytes_a_number(spec, gpu, users, context, tpot):
+    weights, request = 2 * count_weights(spec), cache_bytes(spec, context, 1, 16)
+    fit = capacity(gpu.memory_bytes, weights, request, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if fit < users:
+        return "cache" if fit else "weights"
+    return "time" if (weights + users * request) / gpu.bytes_per_s > tpot else "fits"
 
 
 def words_exchanged(*sizes):
@@ -482,6 +520,8 @@ WRONG = [
     Wrong("03.2", "head-dim", "hidden_size / num_heads",
            weights(head_dim=lambda spec: spec.hidden_size / spec.num_heads)),
     Wrong("03.2", "head-dim", "q and the output hidden_size squared", q_of_hidden_size),
+    Wrong("03.2", "head-dim", "attention's output hidden_size squared", lambda spec: count_weights(spec)
+           + spec.num_layers * spec.hidden_size * (spec.hidden_size - spec.num_heads * spec.head_dim)),
     Wrong("03.2", "output-missing", "no output matrix", weights(output=False)),
     Wrong("03.2", "norms", "two norms in all", weights(norms=0, last=3)),
     Wrong("03.2", "mlp", "four matrices in the MLP", weights(mlp=4)),
@@ -636,6 +676,14 @@ WRONG = [
            limit_by(seconds=lambda weights, request, users, gpu: users * (weights + request) / gpu.bytes_per_s)),
     Wrong("03.8", "cache-left-out", "weights read alone",
            limit_by(seconds=lambda weights, request, users, gpu: weights / gpu.bytes_per_s)),
+    Wrong("03.8", "window-read", "one token's bytes times the context, in the step alone", every_token_read),
+    Wrong("03.8", "embedding-left-out", "read without the embedding", without_the_embedding),
+    Wrong("03.8", "embedding-left-out", "read without an embedding that is not the head",
+           lambda *sizes: without_the_embedding(*sizes, tied=False)),
+    Wrong("03.8", "order", "time asked before the cache", time_before_the_cache),
+    Wrong("03.8", "cache-bytes", "16 for the bytes of a number", sixteen_bytes_a_number),
+    Wrong("03.8", "per-request", "the step's time shared by the users",
+           limit_by(seconds=lambda weights, request, users, gpu: (weights / users + request) / gpu.bytes_per_s)),
     Wrong("03.8", "inverted", "tokens per second against seconds",
            limit_by(seconds=lambda weights, request, users, gpu: gpu.bytes_per_s / (weights + users * request))),
     Wrong("03.8", "not-an-answer", "None for what fits as text", lambda *sizes: str(None)),
@@ -674,6 +722,7 @@ RIGHT: list[tuple[str, Callable]] = [
         [2, spec.num_layers, spec.num_kv_heads, spec.head_dim, context, size], dtype=np.int64)),
     ("03.7", by_the_group),
     ("03.7", lambda spec, context, size: cache_bytes(spec, context, 1, size)),
+    ("03.8", per_token_of_a_request),
     ("03.8", with_a_list),
     ("03.8", step_by_step),
     ("03.8", limit_by()),

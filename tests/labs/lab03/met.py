@@ -12,8 +12,9 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from labkit.labs.lab03 import references
 from labkit.labs.lab03.references import cache_bytes as earlier_cache_bytes
-from labkit.specs import ModelSpec
+from labkit.specs import GpuSpec, ModelSpec
 
 WRONG = []  # (exercise id, the mistake in words, what a fitting message would have to say in one line, function)
 RIGHT = []  # (exercise id, the style in words, function)
@@ -1266,3 +1267,650 @@ def request_bytes(spec: ModelSpec, context: int, bytes_per_element: int) -> int:
 
 
 RIGHT.append(("03.7", "attrgetter, prod and a shift", request_bytes))
+
+# ---------------------------------------------------------------------------------------------------- 03.8 wrong
+
+# What a notebook has by then: the answers before.
+cache_bytes, count_weights, capacity = references.cache_bytes, references.count_weights, references.capacity
+tpot_floor, request_bytes = references.tpot_floor, references.request_bytes
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if tpot_floor(w, cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s) > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    (
+        "03.8",
+        "K and V of every token read, windows or not",
+        "a layer with a window reads what it holds, not every token",
+        first_limit,
+    )
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = context * cache_bytes(spec, 1, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    (
+        "03.8",
+        "the bytes of one token times the context, windows or not",
+        "a layer with a window keeps no more than its window",
+        first_limit,
+    )
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "the number of weights for their bytes", "16 bits are two bytes per weight", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if w > gpu.memory_bytes:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    (
+        "03.8",
+        "weights compared with the memory alone",
+        "not one request fitting is what counts, reserve kept",
+        first_limit,
+    )
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context * users > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "tokens of all users for one request's length", "a request is one user's", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context >= spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "max_seq_len itself refused", "exactly the trained length is not longer", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n <= users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "as many as fit taken for too few", "exactly as many as users is enough", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "nothing kept free", "0.15 of what the weights leave stays free", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    room = 0.85 * gpu.memory_bytes - w
+    one = cache_bytes(spec, context, 1, 2)
+    if context > spec.max_seq_len:
+        return "length"
+    if room < one:
+        return "weights"
+    if room < one * users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    ("03.8", "the reserve off the whole memory", "the reserve is a share of what the weights leave", first_limit)
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.85)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "0.85 for the reserve", "capacity takes the share that stays free", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "a step of one user", "each user's K and V are read", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if users * one / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "K and V read, the weights not", "the weights are read once a step", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + n * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "a step of as many users as fit", "the users are given", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s * 1000 > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "milliseconds against seconds", "tpot is in seconds", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    if n < users:
+        return "cache"
+    return "fits"
+
+
+WRONG.append(("03.8", "the time asked before the cache", "the cache is asked about before the time", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w - 2 * spec.vocab_size * spec.hidden_size + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    ("03.8", "the embedding left out of what is read, as in section 4", "all weights count as read here", first_limit)
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s / users > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "the step's time divided by the users", "a step gives everybody a token at its end", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if users * (w + one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "the weights read once per user", "the weights are read once for all", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "any length", "max_seq_len limits a request", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    if context > spec.max_seq_len:
+        return "length"
+    return "fits"
+
+
+WRONG.append(("03.8", "the length asked about last", "the first that applies, in the docstring's order", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+
+
+WRONG.append(("03.8", "nothing comes back where all fits", "a return for the last case", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bandwidth_gb_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "GB/s for bytes per second", "gpu.bytes_per_s is in bytes", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 16)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "16 for the bytes of a number", "16 bits are two bytes", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    room = (gpu.memory_bytes - w) * 0.85
+    if context > spec.max_seq_len:
+        return "length"
+    if room <= 0:
+        return "weights"
+    if room < users * one:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    ("03.8", "weights only where nothing at all remains", "not one request fitting is what counts", first_limit)
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * spec.parameters
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(
+    ("03.8", "the published number of weights, which some specs lack", "count the weights from the sizes", first_limit)
+)
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    all_ = cache_bytes(spec, context, users, 2)
+    n = capacity(gpu.memory_bytes, w, all_, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + all_) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "all users' cache as one request's", "capacity is told what one request takes", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_gib * 1e9, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "GiB for GB", "gpu.memory_bytes is in bytes", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    one = request_bytes(spec, context, 2)
+    n = capacity(gpu.memory_bytes, w, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if n == 0:
+        return "weights"
+    if n < users:
+        return "cache"
+    if (w + users * one) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+WRONG.append(("03.8", "03.7's formula, for layers that are alike", "layers may have windows", first_limit))
+
+# ---------------------------------------------------------------------------------------------------- 03.8 right
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    weights = 2 * count_weights(spec)
+    one = cache_bytes(spec, context, 1, 2)
+    fit = capacity(gpu.memory_bytes, weights, one, 0.15)
+    if context > spec.max_seq_len:
+        return "length"
+    if fit == 0:
+        return "weights"
+    if fit < users:
+        return "cache"
+    if (weights + cache_bytes(spec, context, users, 2)) / gpu.bytes_per_s > tpot:
+        return "time"
+    return "fits"
+
+
+RIGHT.append(("03.8", "four ifs, weights and cache by the earlier blanks", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w, kv = 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+    checks = {
+        "length": context > spec.max_seq_len,
+        "weights": capacity(gpu.memory_bytes, w, kv, 0.15) < 1,
+        "cache": capacity(gpu.memory_bytes, w, kv, 0.15) < users,
+        "time": tpot_floor(w, kv, 1, users, gpu.bytes_per_s) > tpot,
+        "fits": True,
+    }
+    return next(name for name, hit in checks.items() if hit)
+
+
+RIGHT.append(("03.8", "a dict of conditions; a request as one token for tpot_floor", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = count_weights(spec) * 2
+    room = 0.85 * (gpu.memory_bytes - w)
+    kv = cache_bytes(spec, context, users, 2)
+    return (
+        "length"
+        if spec.max_seq_len < context
+        else "weights"
+        if cache_bytes(spec, context, 1, 2) > room
+        else "cache"
+        if kv > room
+        else "time"
+        if w + kv > tpot * gpu.bytes_per_s
+        else "fits"
+    )
+
+
+RIGHT.append(("03.8", "one conditional expression, the room by hand", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    w = 2 * count_weights(spec)
+    n = capacity(gpu.memory_bytes, w, cache_bytes(spec, context, 1, 2), 0.15)
+    bad = [
+        context > spec.max_seq_len,
+        not n,
+        users > n,
+        w + cache_bytes(spec, context, users, 2) > gpu.bytes_per_s * tpot,
+        True,
+    ]
+    return ["length", "weights", "cache", "time", "fits"][bad.index(True)]
+
+
+RIGHT.append(("03.8", "the index of the first true condition", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    def requests():
+        return capacity(
+            memory_bytes=gpu.memory_bytes,
+            weight_bytes=count_weights(spec) * 2,
+            request_bytes=cache_bytes(spec, context, 1, 2),
+            reserve=0.15,
+        )
+
+    rules = (
+        ("length", lambda: context > spec.max_seq_len),
+        ("weights", lambda: requests() < 1),
+        ("cache", lambda: requests() < users),
+        (
+            "time",
+            lambda: (
+                tpot_floor(2 * count_weights(spec), cache_bytes(spec, context, 1, 2), 1, users, gpu.bytes_per_s) > tpot
+            ),
+        ),
+    )
+    for name, broken in rules:
+        if broken():
+            return name
+    else:
+        return "fits"
+
+
+RIGHT.append(("03.8", "conditions asked lazily, in a loop", first_limit))
+
+
+def first_limit(spec: ModelSpec, gpu: GpuSpec, users: int, context: int, tpot: float) -> str:
+    answer = "fits"
+    w, kv = 2 * count_weights(spec), cache_bytes(spec, context, 1, 2)
+    n = capacity(gpu.memory_bytes, w, kv, 0.15)
+    if (w + users * kv) / gpu.bytes_per_s > tpot:
+        answer = "time"
+    if n < users:
+        answer = "cache"
+    if n == 0:
+        answer = "weights"
+    if context > spec.max_seq_len:
+        answer = "length"
+    return answer
+
+
+RIGHT.append(("03.8", "the last question first, overwritten", first_limit))

@@ -233,6 +233,16 @@ def request_by_request(q, k, v):
     return torch.cat([grouped_attention(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)])
 
 
+def scales_the_keys(q, k, v):
+    root = k.shape[3] ** 0.5
+    return grouped_attention(q * root, k * (1 / root), v)
+
+
+def divides_the_keys(q, k, v):
+    root = k.shape[3] ** 0.5
+    return grouped_attention(q * root, (k.mT / root).mT, v)
+
+
 def in_float64(q, k, v):
     """Right: float64 inside, cast back."""
     return grouped_attention(q.double(), k.double(), v.double()).to(q.dtype)
@@ -796,8 +806,14 @@ def mended_by_query_head(q, k, v, cache):
 
 
 def casts_what_it_reads(q, k, v, cache):
+    """Right: the softmax of bfloat16 in float32."""
     cache.append(k, v)
     return grouped_attention(*(x.float() if x.dtype == torch.bfloat16 else x for x in (q, *cache.read()))).to(q.dtype)
+
+
+def reads_the_newest(q, k, v, cache):
+    cache.append(k, v)
+    return grouped_attention(q, *(x[:, :, -128:] for x in cache.read()))
 
 
 def appends_the_newest(q, k, v, cache):
@@ -841,6 +857,8 @@ WRONG = [
     Wrong("04.1", "expanded", "groups the keys and repeats the values", only_values_repeated),
     Wrong("04.1", "broadcast-copies", "lets matmul broadcast K and V", by_broadcast),
     Wrong("04.1", "broadcast-copies", "multiplies by hand over a broadcast", by_elementwise_products),
+    Wrong("04.1", "made-anew", "scales the keys, not the queries", scales_the_keys),
+    Wrong("04.1", "made-anew", "divides the keys, turned around", divides_the_keys),
     Wrong("04.1", "reads-again", "loops over query heads", by_query_head),
     Wrong("04.1", "head-mapping", "sends head h to h % num_kv_heads, by repeat", by_modulo),
     Wrong("04.1", "head-mapping", "splits heads as [group, num_kv_heads]", groups_first),
@@ -1027,7 +1045,7 @@ WRONG = [
     Wrong("04.6", "mask-offset", "lets is_causal mask a chunk", causal_from_the_top),
     Wrong("04.6", "returned-none", "forgets to return", forgets_to_return),
     Wrong("04.6", "reads-again", "one query head after the other", mended_by_query_head),
-    Wrong("04.6", "cast-whole", "casts all that it reads to float32", casts_what_it_reads),
+    Wrong("04.6", "values", "reads the newest 128 tokens", reads_the_newest),
     Wrong("04.6", "not-appended", "appends the newest of several tokens", appends_the_newest),
     Wrong("04.6", "mask-offset", "lets is_causal mask a chunk, and no mask for one token", causal_for_several),
     Wrong("04.1", "mask-offset", "lets is_causal mask a chunk, and no mask for one token",
@@ -1067,6 +1085,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.6", mended_by_fused),
     ("04.6", mended_by_einsum),
     ("04.6", mended_with_an_earlier_answer),
+    ("04.6", casts_what_it_reads),
     ("04.6", mended_token_by_token),
     ("04.6", lambda q, k, v, cache: cache.append(k, v) or attention(q, *cache.read())),
 ]
