@@ -43,7 +43,7 @@ def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], publ
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="GiB (2³⁰ bytes)", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), markerscale=0.5)
     return fig
 
 

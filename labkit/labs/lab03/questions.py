@@ -19,8 +19,8 @@ PREDICTIONS = (
 QUIZZES = (
     Quiz(
         "03.q1",
-        "A model has 40 layers, 40 query heads, 10 KV heads and head_dim 128. Its K and V go from float16 to float8, "
-        "without scales. How many bytes does a token add then?",
+        "40 layers, 40 query heads, 10 KV heads, head_dim 128; K and V go from float16 to float8, without scales. How "
+        "many bytes does a token add then?",
         {"a": "51,200", "b": "102,400", "c": "204,800", "d": "409,600"},
         {"a": "That is K alone. V is kept as well.",
          "b": "2 x 40 layers x 10 KV heads x 128 x 1 byte.",
@@ -30,7 +30,7 @@ QUIZZES = (
     ),
     Quiz(
         "03.q2",
-        "A text gives 40 GB for 128K tokens of Llama 3 70B, and 131,072 x 327,680 bytes are 42.9 GB. What happened?",
+        "A text gives 40 GB for 128K tokens of Llama 3 70B; 131,072 x 327,680 bytes are 42.9 GB. What happened?",
         {"a": "It left out one layer in sixteen.", "b": "Its cache was quantized.",
          "c": "It counted in GiB and wrote GB.", "d": "It took 128,000 for 128K."},
         {"a": "All 80 are in: 80 x 4,096 bytes are 327,680.",
@@ -54,7 +54,7 @@ QUIZZES = (
     ),
     Quiz(
         "03.q4",
-        "Decode of 8 users with short contexts waits for memory. What does a ninth user do to the time of a step?",
+        "Decode of 8 users with short contexts waits for memory. What does a ninth do to a step's time?",
         {"a": "One eighth more", "b": "Almost nothing", "c": "It halves it", "d": "It doubles it"},
         {"a": "That would be so if each user needed a reading of the weights of their own.",
          "b": "The weights are read once for all nine; only a short K and V come on top.",
@@ -65,8 +65,8 @@ QUIZZES = (
     Quiz(
         "03.q5",
         "At a context of 100,000 tokens, more and more users join a batch. Where does the intensity of decode go?",
-        {"a": "It grows with the users, without end.", "b": "It falls to nothing.",
-         "c": "To the ridge of the device, and stays there.", "d": "To a level that model and context set."},
+        {"a": "Up, without end", "b": "To nothing", "c": "To the device's ridge",
+         "d": "To a level that model and context set"},
         {"a": "Only the weights are shared. Each user brings K and V, and the operations for them.",
          "b": "Operations and bytes both grow; their ratio settles.",
          "c": "The ridge belongs to the device. The model and its context know nothing of it.",

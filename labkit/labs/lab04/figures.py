@@ -108,13 +108,13 @@ def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float
         axes.plot(value, place, "o", markersize=8, color=color, zorder=3)
         axes.errorbar(value, place, xerr=whiskers(value, low, high), color="black", capsize=3, linewidth=1, zorder=2)
         left = high < guessing < 20 * high  # the dashed line would cross the number
-        axes.text(low / 1.3 if left else high * 1.3, place, f"{value:,.0f}", va="center",
+        axes.text(low / 1.3 if left else high * 1.3, place, f"{float(f'{value:.3g}'):,.0f}", va="center",
                   ha="right" if left else "left", fontsize=8)  # fmt: skip
     axes.axvline(guessing, color=COLORS["theory"], linestyle="--", linewidth=1, label=f"guessing: {guessing:,.0f}")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xscale="log", xlabel="perplexity (log scale; whiskers: one standard error of the difference)")
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(10, max(max(high for *_, high in rows.values()), guessing) * 6))
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(10, max(max(high for *_, high in rows.values()), guessing) * 40))
     axes.grid(False, axis="y")
     return fig
 
