@@ -445,7 +445,7 @@ def step_by_step(spec, gpu, users, context, tpot):
         return "weights"
     if fit < users:
         return "cache"
-    step = tpot_floor(weights, cache_bytes(spec, 1, 1, 2), context, users, gpu.bytes_per_s)
+    step = tpot_floor(weights, cache_bytes(spec, context, 1, 2), 1, users, gpu.bytes_per_s)
     if step > tpot:
         return "time"
     return "fits"
