@@ -34,8 +34,9 @@ def test_a_right_answer_is_accepted(id: str, style: str, answer) -> None:
 
 def test_the_published_counts_are_of_these_answers() -> None:
     counts = [count for count in json.loads(MEETINGS.read_text(encoding="utf-8")) if count["checks"] == 2]
+    alone = {count["lab"] for count in counts}  # a check that was made later met its strangers alone: "03.8"
     for kind, listed in (("wrong", WRONG), ("right", RIGHT)):
-        there = Counter(id[:2] for id, *_ in listed)
+        there = Counter(id if id in alone else id[:2] for id, *_ in listed)
         assert {count["lab"]: count[kind] for count in counts} == dict(there)
 
 
