@@ -108,7 +108,7 @@ def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float
         axes.plot(value, place, "o", markersize=8, color=color, zorder=3)
         axes.errorbar(value, place, xerr=whiskers(value, low, high), color="black", capsize=3, linewidth=1, zorder=2)
         left = high < guessing < 20 * high  # the dashed line would cross the number
-        axes.text(low / 1.3 if left else high * 1.3, place, f"{float(f'{value:.3g}'):,.0f}", va="center",
+        axes.text(low / 1.5 if left else high * 1.5, place, f"{float(f'{value:.3g}'):,.0f}", va="center",
                   ha="right" if left else "left", fontsize=8)  # fmt: skip
     axes.axvline(guessing, color=COLORS["theory"], linestyle="--", linewidth=1, label=f"guessing: {guessing:,.0f}")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
