@@ -108,6 +108,9 @@ def reveal(prediction: Prediction, guess: float | None, value: float) -> str:
     ratio, side = max(guess / value, value / guess), "high" if guess > value else "low"
     if ratio <= prediction.within:
         return f"{lead}{said}: close."
+    if prediction.unit == "%" and ratio < 2:  # a percentage of a percentage could be either
+        points = f"{abs(guess - value):.2g}"
+        return f"{lead}{said}: {points} {'point' if points == '1' else 'points'} too {side}."
     if ratio < 2:
         return f"{lead}{said}: {abs(guess - value) / value:.0%} too {side}."
     return f"{lead}{said}: {number(float(f'{ratio:.2g}'))} times too {side}."

@@ -205,8 +205,8 @@ class Exercise:
             cls.fail(
                 "not-finite",
                 seen=f"{what} holds NaN or infinity",
-                cause="a row of scores that is -inf throughout, 0/0, or an overflow",
-                look="what softmax gets: at least one score of each row must be finite",
+                cause="a row of scores that is -inf throughout, a score of +inf, 0/0, or an overflow",
+                look="what softmax gets: in each row at least one finite score, and none that is +inf",
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from labkit import course
+from labkit.course import cards
 from labkit.course.catalogue import contents
 from labkit.course.contents import LabContents, Prediction, Quiz
 from labkit.course.hints import GENERAL, for_failure
@@ -142,6 +143,15 @@ def test_a_guess_is_set_beside_the_figure(lab: Lab, capsys, guess, said) -> None
     capsys.readouterr()
     lab.reveal("00.p1", 8)
     assert capsys.readouterr().out.strip() == f"00.p1 · it is 8 tokens. {said}"
+
+
+@pytest.mark.parametrize(
+    ("guess", "said"),
+    [(30, "17 points too low."), (48.4, "close."), (80, "33 points too high."), (10, "4.7 times too low.")],
+)
+def test_a_guessed_percentage_is_off_by_points(guess: float, said: str) -> None:
+    prediction = Prediction("00.p1", "How much?", "%", within=1.1)
+    assert cards.reveal(prediction, guess, 47) == f"00.p1 · it is 47 %. You said {guess} %: {said}"
 
 
 @pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3, 4], 10**400, None.__class__])

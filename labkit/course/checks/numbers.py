@@ -109,8 +109,8 @@ def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence
             exercise.fail(
                 "units",
                 seen=seen,
-                cause=f"every result is {figure(max(scale, 1 / scale))} times too {'large' if scale > 1 else 'small'}: "
-                f"it is in another unit",
+                cause=f"every result is {round(max(scale, 1 / scale)):,} times too "
+                f"{'large' if scale > 1 else 'small'}: it is in another unit",
                 look="the unit in the first line of the blank",
             )
 

@@ -89,6 +89,12 @@ def test_an_answer_is_told_apart_by_the_formula_it_agrees_with_in_every_case(ans
     assert diagnosis(answer) == said
 
 
+def test_another_unit_is_named_by_a_whole_number() -> None:
+    with pytest.raises(NotYet) as raised:
+        judge(Double, lambda w, h: w * h / 1e9, area, CASES, [], what="the area")
+    assert raised.value.finding.cause == "every result is 1,000,000,000 times too small: it is in another unit"
+
+
 def test_a_number_that_decides_now_and_then_is_not_said_to_be_ignored() -> None:
     assert diagnosis(lambda w, h: 5 * w if h < 40 else w * h) == "values"
     assert diagnosis(lambda w, h: 5 * w) == "ignored"
