@@ -97,9 +97,10 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
             [h * tokens + (tokens - 1) / 2 for h in range(num_heads)], [f"head {h}" for h in range(num_heads)]
         )
         axes.set_yticks([])
-        axes.set_xlabel(f"in each head, left to right: rows 0 to {tokens - 1}")
+        axes.set_xlabel(f"in each head, from left to right: rows 0 to {tokens - 1}")
         axes.set_title(title, fontsize=10)
-    panels[0].set_ylabel(f"head_dim: 0 to {head_dim - 1}")
+    panels[0].set_ylabel(f"a row's {head_dim} numbers")
+    fig.get_layout_engine().set(wspace=0.06)
     return fig
 
 

@@ -21,10 +21,6 @@ class Split(Exercise):
     id = "01.3"
     title = "Split into heads"
     minutes = 2
-    why = (
-        "A view cuts the last dimension into heads without moving a number; the transpose puts heads before tokens, "
-        "so that one product serves every head. The other order of the two would mix tokens."
-    )
     hints = (
         "Cut first, move second: which dimension is cut into heads, and where must the heads stand afterwards?",
         "Cut the last dimension in two, [batch, tokens, num_heads, head_dim], then swap tokens and heads.",
@@ -43,8 +39,8 @@ class Split(Exercise):
     def examine(self, answer: Callable) -> None:
         """Sizes of every kind; numbers only move, so they come back to the bit."""
         cases = [Case((draw(*shape), num_heads)) for *shape, num_heads in SHAPES]
-        with saying_why_view_refuses(self):
-            compare(type(self), answer, split_heads, cases, suspects=cuts, what="the heads", exact=True)
+        with saying_why_view_refuses(self, "cut first and transpose afterwards"):
+            compare(type(self), answer, split_heads, cases, suspects=cuts, what="the result", exact=True)
 
 
 class Merge(Exercise):
@@ -54,10 +50,6 @@ class Merge(Exercise):
     title = "Merge the heads"
     minutes = 1
     needs = ("01.3",)
-    why = (
-        "The transpose undoes split_heads' and leaves the numbers out of order in memory; only reshape, which copies "
-        "when it must, can lay the heads of a token side by side."
-    )
     hints = (
         "Undo split_heads step by step, the last step first.",
         "Swap heads and tokens back, then join the last two dimensions into one.",
@@ -72,8 +64,8 @@ class Merge(Exercise):
     def examine(self, answer: Callable) -> None:
         """The same sizes, backwards."""
         cases = [Case((split_heads(draw(*shape), num_heads).contiguous(),)) for *shape, num_heads in SHAPES]
-        with saying_why_view_refuses(self):
-            compare(type(self), answer, merge_heads, cases, suspects=joins, what="the vectors", exact=True)
+        with saying_why_view_refuses(self, "reshape() or flatten(), which copy where they must"):
+            compare(type(self), answer, merge_heads, cases, suspects=joins, what="the result", exact=True)
 
 
 # batch, tokens, num_heads * head_dim; num_heads. Pairwise distinct, then one of each, then equal ones, then many.
@@ -81,8 +73,8 @@ SHAPES = ((2, 5, 18, 3), (3, 7, 20, 2), (2, 1, 12, 4), (1, 6, 5, 1), (4, 3, 6, 6
 
 
 @contextmanager
-def saying_why_view_refuses(exercise: Exercise) -> Iterator[None]:
-    """What PyTorch says about strides, in words."""
+def saying_why_view_refuses(exercise: Exercise, otherwise: str) -> Iterator[None]:
+    """What PyTorch says about strides, in words. otherwise: the way out."""
     try:
         yield
     except NotYet as not_yet:
@@ -92,7 +84,7 @@ def saying_why_view_refuses(exercise: Exercise) -> Iterator[None]:
                 "view-of-a-transpose",
                 seen="view() refused: the tensor's numbers are not in memory order",
                 cause="transpose only changes labels; view needs numbers in a row",
-                look="reshape(), which copies where it must; or cut first and transpose afterwards",
+                look=otherwise,
             )
         raise
 

@@ -26,10 +26,6 @@ class LastRow(Exercise):
     title = "Only the last row"
     minutes = 3
     needs = ("01.1",)
-    why = (
-        "A row of attention needs its own query and all keys, and no other row. Cutting q before the product computes "
-        "one row of scores; cutting the result would compute them all and throw the rest away."
-    )
     hints = (
         "Which query asks, and which keys may it see? Is there anything left to hide?",
         "Cut q before the product, not the result after it; keep the dimension of length 1.",

@@ -5,17 +5,25 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.attention import MASK
 from labkit.course.checks.attention import suspects as shared
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import draw
 from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab01.references import attend, causal_mask, leaky_attend
+
+ROW = "the mask: row i sees the keys 0 to i, its own among them"
+DIAGONALS = {  # nothing is held here, so what is wrong with a triangle is its diagonal
+    "blind-to-itself": "the diagonal is one too far to the left, or `<` stands for `<=`",
+    "mask-offset-too-large": "the diagonal is one too far to the right",
+}
 
 
 class Leak(Exercise):
@@ -27,10 +35,6 @@ class Leak(Exercise):
     difficulty = 3
     needs = ("01.1", "01.2")
     starting_point = inspect.getsource(leaky_attend).replace("leaky_attend", "attend")
-    why = (
-        "The mask works before softmax: exp(-inf) is 0, so what is hidden takes no part in the sum, and each row "
-        "still sums to 1. Hidden after softmax, a future token has already changed every other weight."
-    )
     hints = (
         "No weight on a later token is left. So what else in the output depends on the later tokens?",
         "Softmax divides by a sum over all keys. Which keys are in that sum when the mask comes afterwards?",
@@ -90,6 +94,10 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
                 "0 times -inf is NaN: a mask of numbers was multiplied by -inf",
                 "scores.masked_fill(~mask, -inf), or torch.where: they choose and do not multiply",
                 "every score is NaN"),
+        Suspect("times-infinity", [lambda: torch.softmax(torch.where(hidden, scores * infinite, scores), -1) @ v],
+                "hidden scores were multiplied by -inf: a negative one becomes +inf, and softmax of that is NaN",
+                "scores.masked_fill(~mask, -inf), or torch.where: they choose and do not multiply",
+                "rows with a negative hidden score are NaN"),
         Suspect("renormalised", [lambda: left / total @ v, lambda: (left / total).nan_to_num(0.0) @ v],
                 "softmax ran over all keys, and what the mask left was scaled up afterwards: by then it is 0",
                 "mask the scores, before softmax",
@@ -125,7 +133,8 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
         Suspect("naive", [lambda: naive_softmax(scores.masked_fill(hidden, infinite)) @ v],
                 "exp() of a large score is infinity, and a row of very low ones is 0 throughout", "torch.softmax",
                 "right for ordinary numbers; NaN where scores are large"),
-        *shared(q, k, v),
+        *(replace(suspect, cause=DIAGONALS.get(suspect.diagnosis, suspect.cause),
+                  look=ROW if suspect.look == MASK else suspect.look) for suspect in shared(q, k, v)),
     ]  # fmt: skip
 
 

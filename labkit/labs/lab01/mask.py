@@ -23,10 +23,6 @@ class Mask(Exercise):
     id = "01.2"
     title = "A causal mask, with what came before"
     minutes = 3
-    why = (
-        "Row i stands at position past + i, so the comparison of two ranges of positions is the whole mask. It holds "
-        "for a prompt (past 0), a decode step (one row, all True) and any chunk between."
-    )
     hints = (
         "Row i is the i-th *new* token. At which position of the whole text does it stand?",
         "With `past` tokens held, new token i stands at past + i and may see the positions 0 to past + i.",

@@ -23,10 +23,6 @@ class Rope(Exercise):
     title = "Rotary positions"
     minutes = 5
     difficulty = 3
-    why = (
-        "Both halves are computed from the old pair, so each pair only turns and keeps its length. Angles stay in "
-        "float32, since at position 8,191 a bfloat16 angle is off by whole radians; only cos and sin take x's dtype."
-    )
     hints = (
         "How many angles are there for one token? What is the shape of all angles?",
         "Angles are positions[:, None] * frequencies, [tokens, head_dim / 2]. Cut x into its two halves: a and b.",
@@ -67,9 +63,9 @@ class Rope(Exercise):
                 look="take every position from the argument; keep nothing between calls",
             )
         # frequencies are float32 whatever x is, so dtypes are tried by hand, below
-        compare(type(self), answer, apply_rope, CALLS, suspects=suspects, what="the turned vectors", dtypes=())
+        compare(type(self), answer, apply_rope, CALLS, suspects=suspects, what="the result", dtypes=())
         # so far on, float32 rounds two right ways to an angle differently: no wrong one could be told by its numbers
-        compare(type(self), answer, apply_rope, FAR_ON, what="the turned vectors", dtypes=(), layouts=False)
+        compare(type(self), answer, apply_rope, FAR_ON, what="the result", dtypes=(), layouts=False)
         for x, positions, frequencies in (case.args for case in (FAR, *CALLS[:2])):
             self.dtypes_of_models(answer, x, positions, frequencies)
 
@@ -87,7 +83,7 @@ class Rope(Exercise):
                     cause="a product with float32 cos and sin is float32: a cache of such keys is twice as large",
                     look="bring cos and sin, or the result, to x.dtype",
                 )
-            self.like(got, want.to(dtype), what=f"{told}: the turned vectors")
+            self.like(got, want.to(dtype), what=f"{told}: the result")
             # Angles in float32 are off by half an eps of the largest, an answer's own product by as much again; then
             # cos, sin, two products and a sum are rounded, each by `rounding` of what stays below the largest number.
             angles = 4 * (want - exact).abs().max() + 2**-22 * x.abs().max()
@@ -101,7 +97,7 @@ class Rope(Exercise):
                         "8,192",
                         look="positions * frequencies in float32; only cos and sin go to x.dtype",
                     )
-                self.explain_values(got, exact, what=f"{told}: the turned vectors", tolerance=tolerance)
+                self.explain_values(got, exact, what=f"{told}: the result", tolerance=tolerance)
 
 
 def powers(base: float, head_dim: int) -> Tensor:
@@ -168,7 +164,8 @@ def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
         Suspect("unchanged", [x], "the turned halves are not in what is returned",
                 "the last line: join the two new halves and return them", "x came back as it was"),
         Suspect("interleaved-pairs", [torch.stack((one, two), dim=-1).flatten(-2), joined(one, two)],
-                "the pairing of the original paper; Llama's weights pair dimension i with i + head_dim / 2",
+                "neighbours were paired, as in Meta's own code; here, as in Hugging Face's weights, i goes with "
+                "i + head_dim / 2",
                 "x.chunk(2, dim=-1) gives the two halves", "dimension 0 was turned together with dimension 1"),
         Suspect("two-pairings", [x * repeated.cos() + swapped * repeated.sin(),
                                  x * doubled.cos() + paired * doubled.sin()],

@@ -28,10 +28,6 @@ class Weights(Exercise):
     title = "Scores and weights"
     minutes = 3
     difficulty = 1
-    why = (
-        "A dot product of head_dim numbers spreads like sqrt(head_dim); dividing by it keeps softmax out of its flat "
-        "ends, whatever the width. Softmax runs along the keys, because each query shares out one unit of attention."
-    )
     hints = (
         "A score is the dot product of one query and one key. Which matrix product gives all of them at once?",
         "q times k with its last two dimensions swapped, divided by sqrt(head_dim); then softmax along the keys.",

@@ -234,6 +234,14 @@ class GenerateWithCache(Exercise):
                 else "the prompt was fed in parts: right, but each call reads every weight again",
                 look="the first call: the whole prompt at once",
             )
+        part = first.shape[1]
+        if part < total and any(same(first, tokens) for tokens in (prompt[:, :part], prompt[:, total - part :])):
+            self.fail(
+                "prompt-cut",
+                seen=f"the first call ran {part} of the prompt's {total} tokens, and no call ran the others",
+                cause="the prompt was cut before it was fed, so the cache never gets the K and V of the rest",
+                look="the first call: `tokens`, whole",
+            )
         if len(fed) < 2 or fed[1].dim() != 2:
             return
         second, cause = fed[1], ""
@@ -281,6 +289,13 @@ class GenerateWithCache(Exercise):
                 seen=f"{many} tokens came back; {count} are new",
                 cause="the prompt was returned with them",
                 look="the docstring's first line: the new tokens only",
+            )
+        if many > count and same(got[:, : count + 1], want):
+            self.fail(
+                "too-many",
+                seen=f"{many} tokens came back; {count} were asked for",
+                cause="the loop makes a turn too many, or a token is kept that nobody asked for",
+                look="the first and the last turn of your loop",
             )
         if many == count and same(got, want[:, 1:]) and not same(got, want[:, :count]):
             self.fail(

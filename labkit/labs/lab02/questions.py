@@ -6,12 +6,12 @@ from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
     Prediction("02.p1", "Tokens whose K and V a layer computes in 16 passes without a cache", "tokens", 1.05),
-    Prediction("02.p2", "Tokens whose K and V, in bfloat16, fill 1 GB", "tokens", 1.1),
-    Prediction("02.p3", "How much faster 200 new tokens are with the cache", "times", 1.3),
+    Prediction("02.p2", "How much faster 200 new tokens are with the cache", "times", 1.3),
+    Prediction("02.p3", "Prefill's tokens per second over decode's", "times", 1.5),
     Prediction("02.p4", "Tokens that a growing cache moves on the way to 200", "tokens", 1.1),
-    Prediction("02.p5", "Prefill's tokens per second over decode's", "times", 1.5),
-    Prediction("02.p6", "Tokens that a stateless server runs for each one that a stateful server runs", "times", 1.2),
-    Prediction("02.p7", "Layers whose keys change when the first token changes", "layers", 1.0),
+    Prediction("02.p5", "Tokens that a stateless server runs for each one that a stateful server runs", "times", 1.2),
+    Prediction("02.p6", "Layers whose keys change when the first token changes", "layers", 1.0),
+    Prediction("02.p7", "Tokens whose K and V, in bfloat16, fill 1 GB", "tokens", 1.1),
 )  # fmt: skip
 
 QUIZZES = (
@@ -64,7 +64,7 @@ QUIZZES = (
         {"a": "Those before the time", "b": "All but the time's own", "c": "Those behind the time", "d": "None"},
         {"a": "Only what stands before the first difference. At the end of the prompt, the time would cost little.",
          "b": "What stands behind the time has read it: above layer 0 those keys and values change too.",
-         "c": "They read the time, and they alone must be run again, together with it.",
+         "c": "They read the time, so they must be run again, and so must the time.",
          "d": "Line 1 is the same in both requests, and nothing in it has read the time."},
         "a",
     ),

@@ -112,13 +112,14 @@ MASK = [
         "mask-offset",
         "row i taken for position i",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril().bool(),
-        source="rasbt/LLMs-from-scratch#697",
+        source="hyprstream/hyprstream#1521",
     ),
     Wrong(
         "01.2",
         "no-past-columns",
         "a square mask of the new tokens",
         lambda new_tokens, past: torch.ones(new_tokens, new_tokens).tril().bool(),
+        source="rasbt/LLMs-from-scratch#697",
     ),
     Wrong(
         "01.2",
@@ -696,6 +697,18 @@ MORE = [
         "zero-times-infinity",
         "0 times -inf",
         lambda q, k, v: blend(scores(q, k) + (~causal_mask(q.shape[-2], 0)).float() * float("-inf"), v),
+    ),
+    Wrong(
+        "01.6",
+        "times-infinity",
+        "hidden scores times -inf",
+        lambda q, k, v: blend(scores(q, k) * torch.where(causal_mask(q.shape[-2], 0), 1.0, -torch.inf), v),
+    ),
+    Wrong(
+        "01.6",
+        "blind-to-itself",
+        "the diagonal hidden too",
+        lambda q, k, v: blend(scores(q, k).masked_fill(~causal_mask(q.shape[-2], 0).tril(-1), -torch.inf), v),
     ),
     Wrong("01.6", "mask-added", "scores + mask", lambda q, k, v: blend(scores(q, k) + causal_mask(q.shape[-2], 0), v)),
     Wrong(

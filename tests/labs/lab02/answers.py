@@ -806,6 +806,11 @@ def by_is_causal(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
+def new_columns_left_false(new: int, kv: int) -> torch.Tensor:
+    """What is held may be seen, and nothing else."""
+    return torch.arange(kv) < torch.full((new, 1), kv - new)
+
+
 def triangle_of_the_new(new: int, kv: int) -> torch.Tensor:
     """The cached columns are left False."""
     mask = torch.zeros(new, kv, dtype=torch.bool)
@@ -1036,6 +1041,15 @@ def loop_with(pick=lambda logits: logits[:, -1:].argmax(dim=-1), ends=lambda fed
         return torch.cat(new, dim=1)
 
     return generate
+
+
+def all_but_the_last(tokens):
+    """A prompt whose last token is kept for a decode step that never comes."""
+    return tokens[:, :-1] if tokens.shape[1] > 1 else tokens
+
+
+def one_too_many(model, tokens, max_new_tokens, cache):
+    return loop_with()(model, tokens, max_new_tokens + 1, cache)
 
 
 def newest_without_cache(model, tokens, max_new_tokens, cache):
@@ -1294,6 +1308,9 @@ WRONG = [
     Wrong("02.3", "prefill-in-steps", "feeds the prompt token by token", prompt_in_steps),
     Wrong("02.3", "other-cache", "makes a cache of its own", own_cache),
     Wrong("02.3", "cache-emptied", "resets the cache it was given", cache_emptied),
+    Wrong("02.3", "prompt-cut", "feeds the prompt's last token only", loop_with(first=lambda tokens: tokens[:, -1:])),
+    Wrong("02.3", "prompt-cut", "feeds all but the prompt's last token", loop_with(first=all_but_the_last)),
+    Wrong("02.3", "too-many", "keeps one token more", one_too_many),
     Wrong("02.3", "several-fed", "feeds the likeliest token of every row", all_rows),
     Wrong("02.3", "tokens", "takes the first row's logits", first_row),
     Wrong("02.3", "cache-not-empty", "slices the prompt by the cache's length", sliced_by_the_cache),
@@ -1349,7 +1366,7 @@ WRONG = [
     Wrong("02.6", "not-whole", "divides with /", bytes_through_gigabytes),
     Wrong("02.6", "factor", "counts the layers twice", bytes_with(kinds=lambda spec: 2 * spec.num_layers)),
     Wrong("02.7", "mask-offset", "the mask without offset, as it stands in the blank", as_it_stands,
-           "ml-explore/mlx-examples#911"),
+           "hyprstream/hyprstream#1521"),
     Wrong("02.7", "mask-offset", "is_causal, whose triangle starts top left", by_is_causal, "executorch#21749"),
     Wrong("02.7", "mask-offset-too-large", "an offset that is one too large",
            chunk_with(lambda new, kv: ones(new, kv).tril(kv - new + 1))),
@@ -1364,6 +1381,7 @@ WRONG = [
     Wrong("02.7", "mask-added", "a float mask without offset", chunk_with(lambda new, kv: torch.ones(new, kv).tril())),
     Wrong("02.7", "mask-inverted", "triu for tril", chunk_with(lambda new, kv: ones(new, kv).triu(kv - new))),
     Wrong("02.7", "mask-inverted", "True taken for hidden", chunk_with(lambda new, kv: ~causal_mask(new, kv))),
+    Wrong("02.7", "new-hidden", "the new columns left False", chunk_with(new_columns_left_false)),
     Wrong("02.7", "cache-hidden", "the cached columns left False", chunk_with(triangle_of_the_new)),
     Wrong("02.1", "first-only", "does not keep what torch.cat returns", KeepsTheFirst),
     Wrong("02.1", "nothing-stored", "joins from the first append on, where nothing is held", StoresNothingAtFirst),
