@@ -139,7 +139,8 @@ def summary(contents: LabContents, verdicts: Mapping[str, Verdict], progress: Pr
         exercise.id: verdicts[exercise.id].status if exercise.id in verdicts else "not run"
         for exercise in contents.exercises
     }
-    lines = [f"{exercise.id}  {status[exercise.id]:<8}  {exercise.title}" for exercise in contents.exercises]
+    wide = max((len(id) for id in status), default=0)
+    lines = [f"{exercise.id:<{wide}}  {status[exercise.id]:<8}  {exercise.title}" for exercise in contents.exercises]
     passed = sum(state == "pass" for state in status.values())
     return "\n".join([
         *lines, f"{passed} of {len(lines)} passed in this session.",

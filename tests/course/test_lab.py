@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -324,6 +325,13 @@ def test_a_lab_may_be_named_by_its_number() -> None:
     assert contents(1) is contents("01")
     with pytest.raises(ValueError, match="there is no lab 'True'"):
         contents(True)
+
+
+def test_the_summary_puts_states_in_one_column_whatever_the_ids(lab: Lab) -> None:
+    longer = type("Longer", (Double,), {"id": "00.10b"})()
+    both = replace(CONTENTS, exercises=(Double(), longer), predictions=(), quizzes=())
+    lines = cards.summary(both, {}, lab.progress).splitlines()[:2]
+    assert [line.index("not run") for line in lines] == [8, 8]
 
 
 def test_the_summary_counts_blanks_guesses_and_questions(lab: Lab, capsys) -> None:
