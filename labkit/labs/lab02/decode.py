@@ -270,7 +270,7 @@ class DecodeStep(Exercise):
         if (again and found != right) or (prompt.start and found == list(range(count))):
             self.fail(
                 "state-kept",
-                seen=f"the first prompt was right, this one is not. {seen}; they should be at {right[0]}, ...",
+                seen=f"the first prompt was right, this one is not; {seen}; they should be at {right[0]}, ...",
                 cause="positions are counted outside the cache: by a global, or an attribute of the function",
                 look="where the position comes from: cache.seq_len, and nothing else",
             )

@@ -114,3 +114,17 @@ def test_a_list_is_said_to_be_ignored_only_where_no_other_list_gives_another_res
 def test_a_formula_that_fits_one_case_only_is_not_named() -> None:
     assert diagnosis(lambda w, h: w + h if w == 3 and h == 5 else 0) == "values"
     assert diagnosis(lambda w, h: 1, otherwise="count") in ("count", "ignored")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda width, height: 2 * width * height, "every result is 2 times what it should be; with width 3, height 5"),
+        (lambda width, height: 100 * height, "the result is the same whatever `width` is; with width 3, height 5"),
+    ],
+    ids=["factor", "ignored"],
+)
+def test_what_all_cases_show_and_one_case_are_one_sentence(answer, said: str) -> None:
+    with pytest.raises(NotYet) as caught:
+        judge(Double, answer, area, CASES, SUSPECTS, what="the area")
+    assert caught.value.finding.seen.startswith(said)
