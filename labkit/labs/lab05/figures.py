@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -54,7 +53,8 @@ def rounding(x: Sequence[float], nbits: Sequence[int]) -> Figure:
             values, [row - 0.5] * len(values), "o", markersize=6, color=COLORS["key"], label=None if row else "numbers"
         )
         axes.plot([], [], color=COLORS["query"], label=None if row else "comes back as")
-        names.append(f"{count} bits: {top + 1} levels\nscale {scale:.3g}\nlargest error {abs(back - values).max():.2g}")
+        error = abs(back - values).max()
+        names.append(f"{count} bits: {top + 1} levels\nscale {scale:.3g}\nlargest error {error:#.2g}")
     axes.set_yticks(np.arange(len(nbits)) - 0.25, names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel="value of the number", ylim=(len(nbits) - 0.65, -0.75))
@@ -123,7 +123,7 @@ def axis_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
         heights = [group.get(way, float("nan")) for group in errors.values()]
         color = AXES.get(way) or CYCLE[index % len(CYCLE)]
         bars = axes.bar(places, heights, 0.92 * width, color=color, label=way)
-        axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="{:#.2g}", padding=2, fontsize=8)
     axes.set_xticks(range(len(errors)), list(errors))
     axes.set(ylabel="relative RMS error")
     axes.margins(y=0.12)
@@ -149,9 +149,12 @@ def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]
     most = max(high for *_, high in points.values())
     room = max(most / least, 1.02) ** 0.06
     axes.set(xscale="log", yscale="log", xlabel="bits per element, with metadata", ylabel="perplexity / full cache's")
-    axes.set(xlim=(min(2, *(nbits for nbits, *_ in points.values())) * 0.94, 17.5))
+    bits = [nbits for nbits, *_ in points.values()]
+    sides = min(2, *bits) * 0.94, max(bits) * 1.1
     axes.set(ylim=(min(least, 1) / room, max(most, 1) * room))
-    axes.set_xticks([2, 3, 4, 5, 6, 8, 10, 16], ["2", "3", "4", "5", "6", "8", "10", "16"])
+    shown = [nbits for nbits in (2, 3, 4, 5, 6, 8, 10, 16) if nbits <= sides[1]]
+    axes.set_xticks(shown, [str(nbits) for nbits in shown])
+    axes.set(xlim=sides)
     plain_ticks(axes.yaxis)
     if most < 20:  # too few of 1, 2, 5
         axes.yaxis.set_major_locator(MaxNLocator(6) if most < 1.6 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -196,36 +199,12 @@ def bytes_parts(rows: Mapping[str, Mapping[str, float]], unit: str = "bits per e
         axes.barh(range(len(rows)), sizes, 0.6, start, color=PARTS[part], edgecolor="white", linewidth=0.8, label=part)
         start = start + sizes
     for place, total in enumerate(start):
-        axes.text(total + 0.01 * start.max(), place, f"{total:,.4g}" if total < 1e4 else f"{total:,.0f}", va="center",
+        axes.text(total + 0.01 * start.max(), place, f"{total:#.3g}" if total < 100 else f"{total:,.0f}", va="center",
                   fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.1 * start.max()))
     axes.grid(False, axis="y")
     axes.legend(**BESIDE)
-    return fig
-
-
-def disagreement(rows: Mapping[str, tuple[float, float]]) -> Figure:
-    """Two figures of merit side by side, less is better in both, and in each the best setting in another colour.
-
-    rows: name -> (relative RMS error of K, KL in nats per token).
-    """
-    fig, panels = row_of(2, 8.6, 0.9 + 0.42 * len(rows))
-    titles = ("how exactly K comes back", "how the answers change")
-    labels = ("relative RMS error of K", "KL to the full cache, nats per token")
-    for which, axes in enumerate(panels):
-        values = [pair[which] for pair in rows.values()]
-        colors = [COLORS["with cache"] if value == min(values) else COLORS["reserve"] for value in values]
-        bars = axes.barh(range(len(rows)), values, 0.6, color=colors)
-        axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=8)
-        axes.set_yticks(range(len(rows)), list(rows) if which == 0 else [""] * len(rows))
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=labels[which], ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.18 * max(values)))
-        axes.set_title(titles[which], fontsize=10)
-        axes.grid(False, axis="y")
-    fig.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=COLORS["with cache"])], ["least"], loc="outside lower center", fontsize=8
-    )
     return fig
 
 

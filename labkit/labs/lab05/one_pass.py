@@ -86,9 +86,8 @@ class MeanSurprise(Exercise):
             self.fail(
                 "one-pass",
                 seen=f"one pass over {count} tokens{figure if isinstance(got, float) else ''}",
-                cause="the pass began with an empty cache, and attention saw K and V as they were computed: nothing "
-                "quantized was ever read",
-                look="the call of the model: parts of 32 tokens, one after another, with the same cache",
+                cause="the K and V that attention saw in this pass are not those that a user's next tokens meet",
+                look="what attention reads during the pass, and where that comes from; then the docstring",
             )
         if any(each.cache is not cache for each in model.passes):
             self.fail(

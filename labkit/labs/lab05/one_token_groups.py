@@ -26,8 +26,8 @@ def split(tokens: int, size: int, *, rest: bool = False) -> list[int]:
 # How many tokens the groups have, from (waiting, new, group_size), under what people write.
 RULES: tuple[tuple[str, tuple[Rule, ...], str, str], ...] = (
     ("one-token-groups", (lambda w, n, g: [w + n], lambda w, n, g: [n], lambda w, n, g: [1] * n),
-     "whatever comes is a group. Of one token min = max: it comes back exactly, and its scale and zero take 32 bits a "
-     "number", "the condition under which tokens form a group: group_size of them, or they wait"),
+     "something is quantized that is no whole group yet: its scale and zero point take 32 bits, however few tokens "
+     "share them", "how many tokens each group holds here, and how many the docstring asks for"),
     ("groups-as-they-came",
      (lambda w, n, g: [w + n] if w + n >= g else [], lambda w, n, g: [(w + n) // g * g] if w + n >= g else []),
      "all that may be quantized was made one group", "cut the joined tensor every group_size tokens"),

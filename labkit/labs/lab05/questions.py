@@ -15,7 +15,7 @@ PREDICTIONS = (
 QUIZZES = (
     Quiz(
         "05.q1",
-        "A group of numbers reaches from -3 to 4.5 and is quantized to 4 bits. By how much can a number be wrong?",
+        "A group of numbers from -3 to 4.5 is quantized to 4 bits. By how much can a number be wrong?",
         {"a": "0.5", "b": "0.25", "c": "About 0.23", "d": "0.03"},
         {"a": "That is the scale, 7.5 / 15: the distance of two levels. The nearest level is never that far away.",
          "b": "16 levels leave 15 steps: the scale is 7.5 / 15 = 0.5, and the nearest level at most half of it away.",
@@ -37,7 +37,7 @@ QUIZZES = (
     Quiz(
         "05.q3",
         "Why are keys quantized per channel?",
-        {"a": "Some channels of keys are large in every token: in a group across channels they set everybody's scale.",
+        {"a": "Else channels that are large in every token set everybody's scale.",
          "b": "Scores are computed one channel at a time.",
          "c": "Then a new token can be quantized as soon as it comes.",
          "d": "Groups along tokens need fewer scales."},
@@ -49,8 +49,8 @@ QUIZZES = (
     ),
     Quiz(
         "05.q4",
-        "An engine announces a 4-bit cache. Answers change a little, and as many tokens fit into the GPU's memory as "
-        "before. What is likeliest?",
+        "With an engine's new 4-bit cache answers change a little, and as many tokens fit as before. What is "
+        "likeliest?",
         {"a": "4 bits are rounded up to a byte.", "b": "The scales take the rest.",
          "c": "Weights were quantized by mistake.", "d": "Numbers are rounded and stored as float16 again."},
         {"a": "With a byte a code, still twice as many would fit.",
@@ -83,7 +83,7 @@ QUIZZES = (
     ),
     Quiz(
         "05.q7",
-        "A chat of 300 tokens with Qwen2.5-7B, one user. A 4-bit cache replaces float16. How much less does a decode "
+        "One user, a chat of 300 tokens with Qwen2.5-7B: a 4-bit cache replaces float16. How much less does a decode "
         "step read?",
         {"a": "Under 1%", "b": "About 28%", "c": "About 72%", "d": "A quarter"},
         {"a": "15 GB of weights are read either way; the cache is 0.02 GB. 4 bits pay where many tokens are held.",

@@ -59,7 +59,7 @@ class PackedScores(Exercise):
         ]
         self.check_shape(answer, cases[0])
         try:
-            compare(type(self), answer, packed_scores, cases, suspects=suspects, what="the scores",
+            compare(type(self), answer, packed_scores, cases, suspects=suspects, what="the result",
                     dtypes=(torch.float64, torch.bfloat16))  # fmt: skip
         except NotYet as not_yet:
             self.explain_dtypes(not_yet.finding.seen)

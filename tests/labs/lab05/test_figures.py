@@ -25,7 +25,7 @@ def test_rounding_ties_each_number_to_its_nearest_level_and_says_the_scale() -> 
     ties = [list(line.get_xdata()) for line in axes.lines if line.get_color() == plots.COLORS["query"]]
     assert [tie for tie in ties if tie] == [[-1, -1], [0.4, 0], [2, 2], [-1, -1], [0.4, -1], [2, 2]]
     first, second = (label.get_text() for label in axes.get_yticklabels())
-    assert first == "2 bits: 4 levels\nscale 1\nlargest error 0.4"
+    assert first == "2 bits: 4 levels\nscale 1\nlargest error 0.40"
     assert second == "1 bits: 2 levels\nscale 3\nlargest error 1.4"
 
 
@@ -103,6 +103,7 @@ def test_axis_errors_draw_a_bar_for_each_way_in_its_group() -> None:
     (axes,) = figures.axis_errors(errors).axes
     drawn = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
     assert drawn == {"per channel": [0.07, 0.11], "per token": [0.13, 0.09]}
+    assert [text.get_text() for text in axes.texts] == ["0.070", "0.11", "0.13", "0.090"]
     middles = [[bar.get_x() + bar.get_width() / 2 for bar in bars] for bars in axes.containers]
     np.testing.assert_allclose(middles, [[-0.2, 0.8], [0.2, 1.2]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["keys", "values"]
@@ -124,6 +125,12 @@ def test_quality_against_bits_draws_points_with_their_ends_over_a_line_at_one() 
     assert axes.get_ylim()[0] < 1 < 4000 < axes.get_ylim()[1]
     assert axes.get_xlim()[0] < 2.5 < 16 < axes.get_xlim()[1]
     assert "bits per element" in axes.get_xlabel()
+
+
+def test_quality_against_bits_leaves_no_room_beyond_its_last_point() -> None:
+    (axes,) = figures.quality_against_bits({"int8": (9.0, 1.0, 1.0, 1.0), "int2": (3.0, 1.2, 1.1, 1.3)}).axes
+    assert 9 < axes.get_xlim()[1] < 10
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "3", "4", "5", "6", "8"]
 
 
 @pytest.mark.parametrize("most", [1.001, 1.3, 3.0, 15.0, 800.0])
@@ -181,7 +188,7 @@ def test_bytes_parts_stack_in_the_order_given_and_write_the_sum() -> None:
         "metadata": [(0, 0), (3.5, 0.5)],
         "full-precision tokens": [(0, 16), (4, 1)],
     }
-    assert [text.get_text() for text in axes.texts] == ["16", "5"]
+    assert [text.get_text() for text in axes.texts] == ["16.0", "5.00"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["float16", "int4"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row on top
     assert axes.get_xlabel() == "bits per element"
@@ -193,14 +200,3 @@ def test_bytes_parts_say_another_unit_and_refuse_a_part_without_a_colour() -> No
     assert [text.get_text() for text in axes.texts] == ["11,520"]
     with pytest.raises(KeyError):
         figures.bytes_parts({"int4": {"another part": 1.0}})
-
-
-def test_disagreement_puts_error_left_and_kl_right_and_marks_the_least_of_each() -> None:
-    left, right = figures.disagreement({"per token": (0.08, 0.06), "per channel": (0.09, 0.01)}).axes
-    assert [bar.get_width() for bar in left.patches] == [0.08, 0.09]
-    assert [bar.get_width() for bar in right.patches] == [0.06, 0.01]
-    best = plots.COLORS["with cache"].lower()
-    assert [to_hex(bar.get_facecolor()) == best for bar in left.patches] == [True, False]
-    assert [to_hex(bar.get_facecolor()) == best for bar in right.patches] == [False, True]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["per token", "per channel"]
-    assert "nats" in right.get_xlabel()
