@@ -143,7 +143,7 @@ def explain_ignored(
         if same and not any(matters(answer, case, place, result) for case, result in zip(cases, got, strict=True)):
             exercise.fail(
                 "ignored",
-                seen=f"{seen}; the result is the same whatever `{name}` is",
+                seen=f"the result is the same whatever `{name}` is; {seen}",
                 cause=f"`{name}` does not occur in the formula, it cancels, or a number stands where it belongs",
                 look=f"`{name}`: what does it stand for, and what does it multiply?",
             )
@@ -188,7 +188,7 @@ def explain_quantities(
         if found := explain(want, cases, got, wanted):
             exercise.fail(
                 diagnosis,
-                seen=f"{seen}: {found.words}",
+                seen=f"{found.words}; {seen}",
                 cause=found.cause,
                 look="the units: what does each factor count, and per what?",
             )

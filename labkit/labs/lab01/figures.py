@@ -100,7 +100,7 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
         axes.set_xlabel(f"in each head, from left to right: rows 0 to {tokens - 1}")
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel(f"a row's {head_dim} numbers")
-    fig.get_layout_engine().set(wspace=0.06)
+    fig.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
     return fig
 
 

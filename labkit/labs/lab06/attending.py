@@ -12,7 +12,7 @@ from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import agree, draw
-from labkit.course.checks.trials import Case, compare, variants
+from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab06.references import paged_attention
 
@@ -99,7 +99,7 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
     dense = [[taken(x, blocks(row, n), n)[None] for x in (keys, values)] for row, n in enumerate(lengths.tolist())]
     by_row = [attention_suspects(q[row][None, :, None], k, v, causal=False) for row, (k, v) in enumerate(dense)]
     for same in zip(*by_row, strict=True):
-        count = min(len(variants(suspect)) for suspect in same)
+        count = min(len(suspect.variants) for suspect in same)
         listed.append(Suspect(
             same[0].diagnosis, [lambda same=same, place=place: stacked(same, place) for place in range(count)],
             same[0].cause, same[0].look, same[0].seen,
@@ -110,7 +110,7 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
 def stacked(same: tuple[Suspect, ...], place: int) -> Tensor | None:
     """What one variant of a suspect gives in every row; None where its shapes do not fit together."""
     try:
-        return torch.stack([variants(suspect)[place]()[0, :, 0] for suspect in same])
+        return torch.stack([suspect.variants[place]()[0, :, 0] for suspect in same])
     except (RuntimeError, IndexError):
         return None
 

@@ -217,7 +217,8 @@ class Server:
 
     def run(self, requests: Sequence[Asks], timeout: float = 300.0) -> Run:
         """Send all requests at once, and say what the server's metrics made of it."""
-        before, peaks, over = self.metrics(), {}, threading.Event()
+        before, over = self.metrics(), threading.Event()
+        peaks: dict[str, float] = {}
 
         def watch() -> None:
             while not over.wait(2 * EVERY):  # each look costs the server a few milliseconds
