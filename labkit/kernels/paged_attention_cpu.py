@@ -60,7 +60,8 @@ def paged_decode_attention_cpu(
         )
     batch, _, _, head_dim = q.shape
     heads = k.shape[2]
-    rows = q.detach().reshape(batch, heads, queries, head_dim).float() * constants.scale_for(head_dim)
+    rows = q.detach().float().numpy().reshape(batch, heads, queries, head_dim)
+    rows = np.multiply(rows, float32(constants.scale_for(head_dim)), order="C")
     bounds = [x.numpy() for x in visible.bounds(constants, batch, "cpu")]
     table = block_table.int().contiguous().numpy()
     loops, parts_of, merged = warm_up()
@@ -75,7 +76,7 @@ def paged_decode_attention_cpu(
     sums = np.empty((len(parts), heads, queries, 2), np.float32)
     share_out(
         functools.partial(
-            loops, rows.numpy(), *as_words(k), *as_words(v), table, parts, DTYPES.index(k.dtype),
+            loops, rows, *as_words(k), *as_words(v), table, parts, DTYPES.index(k.dtype),
             float32(constants.soft_cap or 0.0), at_once, blended, sums,
         ),
         threads,
@@ -93,9 +94,9 @@ def as_words(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
     Numba has no 16-bit floats on a CPU, and so one compilation serves all dtypes.
     """
-    wide = x.dtype == torch.float32
-    words = x.detach().view(torch.int32 if wide else torch.int16).numpy()
-    return (words.view(np.uint32), NO_HALVES) if wide else (NO_WORDS, words.view(np.uint16))
+    if x.dtype == torch.float32:
+        return x.detach().numpy().view(np.uint32), NO_HALVES
+    return NO_WORDS, x.detach().view(torch.int16).numpy().view(np.uint16)
 
 
 NO_WORDS, NO_HALVES = np.empty((0, 0, 0, 0), np.uint32), np.empty((0, 0, 0, 0), np.uint16)
