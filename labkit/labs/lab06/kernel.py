@@ -111,13 +111,13 @@ class PagedDecode(Exercise):
         cases = [
             batch([6, 1, 8], 4, 2, 4, dtype=torch.float32),
             batch([5, 6], 2, 2, 2, head_dim=16, padding=0, seed=4, dtype=torch.float32),
-            batch([9, 19], 3, 1, 16, head_dim=4, seed=8, dtype=torch.float32),
+            batch([9, 19], 3, 1, 16, head_dim=4, padding=5, seed=8, dtype=torch.float32),
         ]
         for case in cases:
             self.compare(answer, case)
         low = [x.abs() * size for x, size in zip(cases[1][:2], (1.0, -3e4), strict=True)]
         self.compare(answer, (*low, *cases[1][2:]), ", scores near -100,000")  # type: ignore[arg-type]
-        q, keys, values, table, lengths = batch([3, 6], 2, 1, 4, seed=11, dtype=torch.float32)
+        q, keys, values, table, lengths = batch([3, 6], 2, 1, 4, padding=2, seed=11, dtype=torch.float32)
         empty = torch.ones(keys.shape[:2], dtype=torch.bool)
         for row, length in enumerate(lengths.tolist()):
             for place in range(length):
