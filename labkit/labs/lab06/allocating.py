@@ -33,6 +33,7 @@ class Beside:
     known: set[int] = field(default_factory=set)
     revived: set[int] = field(default_factory=set)
     log: list[str] = field(default_factory=list)
+    latest: str = ""
 
     def __post_init__(self) -> None:
         self.allocator = self.exercise.run(lambda: self.make(self.num_blocks), told=f"with {self.num_blocks} blocks")
@@ -88,7 +89,7 @@ class Beside:
                 look="take and drop: where does a block leave the free ones, when does it return?",
             )  # fmt: skip
         self.check_order(block)
-        self.holders[block] = 1
+        self.holders[block], self.latest = 1, "taken"
         self.kept = [other for other in self.kept if other != block]
         self.revived.discard(block)
 
@@ -116,6 +117,7 @@ class Beside:
         """One holder more."""
         self.exercise.run(lambda: self.allocator.hold(block), told=f"hold({block}); {self.when}")
         self.log.append(f"hold({block})")
+        self.latest = "held"
         if not self.holders[block]:
             self.revived.add(block)
         self.kept = [other for other in self.kept if other != block]
@@ -134,13 +136,14 @@ class Beside:
         self.log.append(f"{words} -> {got}")
         self.holders[block] -= 1
         freed = not self.holders[block]
+        self.latest = "freed" if freed else "still held"
         if freed and keep:
             self.kept.append(block)
         self.revived.discard(block) if freed else None
         if got is None or bool(got) != freed:
             self.exercise.fail(
                 "drop-says-otherwise",
-                seen=f"{self.when}: {self.holders[block]} hold block {block} now",
+                seen=f"{self.when}: block {block} is held by {self.holders[block]} now",
                 cause="nothing was returned" if got is None else "it returned something else than whether the block is "
                 "free now", look="the return of drop: True when nobody holds the block now, else False",
             )  # fmt: skip
@@ -187,7 +190,7 @@ class Beside:
         if wrong:
             self.exercise.fail(
                 "ref-count",
-                seen=f"{self.when}: ref_count({wrong[0]}) is {counts[wrong[0]]!r}; {self.holders[wrong[0]]} hold it",
+                seen=f"{self.when}: ref_count({wrong[0]}) is {counts[wrong[0]]!r}; held by {self.holders[wrong[0]]}",
                 cause="an operation does not count its holder, or another block's was changed",
                 look="take: 1. hold: one more. drop: one fewer",
             )
@@ -199,6 +202,20 @@ class Beside:
                     seen=f"{self.when}: num_free is {got}; nobody holds {free}",
                     cause="hold() counts the holder of a free block and leaves the block among the free ones",
                     look="hold: a block that is held by one is not free any more",
+                )
+            if got == free + 1 and self.latest == "taken":
+                self.exercise.fail(
+                    "not-taken",
+                    seen=f"{self.when}: num_free is {got} as before, {free} it should be",
+                    cause="the block was looked at, and stays among the free ones",
+                    look="take: the block leaves the free ones",
+                )
+            if got == free + 1 and self.latest == "still held":
+                self.exercise.fail(
+                    "freed-while-held",
+                    seen=f"{self.when}: others hold it still, and num_free is {got}, {free} it should be",
+                    cause="a block comes back to the free ones at every drop, not at its last holder's",
+                    look="drop: only the last holder's frees the block",
                 )
             by_holder = got == self.num_blocks - sum(self.holders) and sum(self.holders) != self.num_blocks - free
             self.exercise.fail(

@@ -74,27 +74,34 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
     LENGTH = "the slots that are read: lengths[row] of them"
     listed = [
         Suspect("no-table", lambda: by_rows(case, lambda row, n: (torch.arange(-(-n // size)), n)),
-                "every row read blocks 0, 1, ...: the table was not used", "keys[blocks], blocks from the row's table"),
+                "every row read blocks 0, 1, ...: the table was not used", "keys[blocks], blocks from the row's table",
+                "what came back is attention over the first blocks of the memory"),
         Suspect("first-row", [lambda: by_rows(case, first)], "every row was answered with the first row's blocks",
-                "block_table[row]"),
+                "block_table[row]",
+                "all rows answered from the first row's tokens"),
         Suspect("empty-slots-read", [
                     lambda: by_rows(case, lambda row, n: (blocks(row, n), -(-n // size) * size)),
                     lambda: by_rows(case, lambda row, n: (block_table[row], block_table.shape[1] * size)),
                     lambda: by_rows(case, lambda row, n: (block_table[row], most))],
-                "slots behind the row's last token were read", LENGTH),
+                "slots behind the row's last token were read", LENGTH,
+                "what lies in empty slots takes part in the answer"),
         Suspect("empty-slots-weigh", [
                     lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=most),
                     lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=-(-most // size) * size),
                     lambda: by_rows(case, lambda row, n: (blocks(row, n), n), pad=block_table.shape[1] * size)],
                 "empty slots were set to 0, and a score of 0 gets weight: exp(0) is 1",
-                "what softmax gets for a slot that holds no token: nothing, or -inf"),
+                "what softmax gets for a slot that holds no token: nothing, or -inf",
+                "the weights of a row's own tokens sum to less than 1"),
         Suspect("newest-left-out", lambda: by_rows(case, lambda row, n: (blocks(row, n), max(n - 1, 1))),
-                "the newest token was not read", "lengths counts it too: it sees itself"),
+                "the newest token was not read", "lengths counts it too: it sees itself",
+                "each row answered without its newest token"),
         Suspect("full-blocks-only", lambda: by_rows(case, lambda row, n: (
                     blocks(row, n), max(n // size * size, min(n, size)))),
-                "the tokens of the last block were left out", "how many blocks: rounded up"),
+                "the tokens of the last block were left out", "how many blocks: rounded up",
+                "tokens of a block that is not full take no part"),
         Suspect("blocks-reversed", lambda: by_rows(case, lambda row, n: (blocks(row, n).flip(0), n)),
-                "the blocks were read from the last to the first", "the order of the table is that of the tokens"),
+                "the blocks were read from the last to the first", "the order of the table is that of the tokens",
+                "the blocks were read from the last to the first, the empty slots in the middle"),
     ]  # fmt: skip
     dense = [[taken(x, blocks(row, n), n)[None] for x in (keys, values)] for row, n in enumerate(lengths.tolist())]
     by_row = [attention_suspects(q[row][None, :, None], k, v, causal=False) for row, (k, v) in enumerate(dense)]

@@ -188,7 +188,7 @@ class CopyOnWrite(Exercise):
         more = got[-1][block] > want[-1][block]
         self.fail(
             "not-released" if more else "released-too-often",
-            seen=f"{case}: {got[-1][block]} hold block {block} now; {want[-1][block]} of the tables have it",
+            seen=f"{case}: block {block} is held by {got[-1][block]} now; tables that have it: {want[-1][block]}",
             cause="the shared block was not let go of, or one was taken that nobody has" if more else
             "a block was let go of that the tables still have",
             look="allocator.drop(the shared block), once, and take() only when a copy is due",

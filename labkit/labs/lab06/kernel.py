@@ -154,12 +154,13 @@ class PagedDecode(Exercise):
                     "blocks 0, 1, ... were read: the table was not asked", LOAD),
             *(Suspect(name, twin(case, mask=mask), cause, MASK) for name, mask, cause in OTHER_MASKS),
         ]  # fmt: skip
-        recognise(type(self), got, [one for one in listed if one.gives is not None], told, tolerance=tolerance + 1e-5)
+        seen = f"{told}: {first_place(got, exact, tolerance)}"
+        recognise(type(self), got, [one for one in listed if one.gives is not None], seen, tolerance=tolerance + 1e-5)
         if got.isnan().any():
             self.fail("not-finite", seen=f"{told}: the output holds NaN",
                       cause="slots that hold no token were read, or a block of which none is taken for one",
                       look=MASK)  # fmt: skip
-        self.fail("values", seen=f"{told}: {first_place(got, exact, tolerance)}",
+        self.fail("values", seen=seen,
                   cause="another block was read, or other slots of it, or a given line was changed",
                   look=f"{LOAD}; {MASK}")  # fmt: skip
 

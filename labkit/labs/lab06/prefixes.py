@@ -118,7 +118,8 @@ class Reusable(Exercise):
         """What came back, as a list of blocks."""
         got = self.call(answer, *case)
         if not isinstance(got, (list, tuple)):
-            self.fail("not-a-list", seen=f"a {type(got).__name__} came back", cause="tokens or blocks were counted",
+            self.fail("not-a-list", seen=f"what came back is no list: {type(got).__name__}",
+                      cause="tokens or blocks were counted",
                       look="the return: the blocks themselves, in order")  # fmt: skip
         known: Any = {one.block for one in case[1].values()}
         if strange := [one for one in got if isinstance(one, tuple) or one not in known]:

@@ -165,7 +165,8 @@ class Beside:
         slots = self.exercise.run(lambda: list(map(int, got)))
         if slots == want:
             return
-        seen = f"{before}; append({len(want)}) gave {slots[:8]}; blocks are {blocks}, so it should give {want[:8]}"
+        gave = f"{before}; append({len(want)}) gave {shortly(slots)}"
+        seen = f"{gave}; blocks are {blocks}, so it should give {shortly(want)}"
         new = blocks[first // size :] or blocks
         ways = (
             ("last-slot-only", want[-1:], "the last token's slot came back alone", "a slot for each new token"),
@@ -198,8 +199,8 @@ class Beside:
     def explain_taken(self, taken: int, needed: int, new_tokens: int, dropped: int, then: str = "") -> None:
         """Name why another number of blocks was taken than is needed."""
         size, held, before = self.block_size, self.seq_len, len(self.blocks)
-        seen = (f"{self.when}: {taken} blocks were taken{f', {dropped} dropped' * bool(dropped)}; {held + new_tokens} "
-                f"tokens need {needed} more than the {before} that there were{then}")  # fmt: skip
+        seen = (f"{self.when}: blocks taken: {taken}{f', dropped: {dropped}' * bool(dropped)}; {held + new_tokens} "
+                f"tokens need {needed} more beside the {before} that there were{then}")  # fmt: skip
         if taken == needed and dropped:
             self.exercise.fail("drops-in-append", seen=seen, cause="append let go of blocks",
                                look="append: nothing is let go of")  # fmt: skip
@@ -320,6 +321,11 @@ class Beside:
                 cause="two tables share a list: the fork got the parent's own, or it is kept on the class",
                 look="list(self.blocks) makes a second list; everything that a table keeps belongs on self",
             )
+
+
+def shortly(slots: list[int]) -> str:
+    """A list, or its beginning."""
+    return str(slots) if len(slots) <= 9 else f"[{', '.join(map(str, slots[:8]))}, ...]"
 
 
 class Table(Exercise):
