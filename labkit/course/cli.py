@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-class Closed(io.TextIOBase):
+class Closed(io.StringIO):
     """In the place of an output that was closed before the command began: nothing can be written to it."""
 
     def write(self, text: str) -> int:
