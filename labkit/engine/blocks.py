@@ -106,6 +106,10 @@ class BlockManager:
         """How many requests hold this block."""
         return self.allocator.ref_count(block)
 
+    def findable(self) -> frozenset[int]:
+        """Blocks whose content can be found, whether or not somebody holds them."""
+        return frozenset(self._content)
+
     def table(self, request: str) -> Table:
         """The table of a request; ValueError when there is none."""
         if request not in self.tables:
