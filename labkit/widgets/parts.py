@@ -15,6 +15,11 @@ def wide() -> dict[str, Any]:
     return {"layout": ipywidgets.Layout(width="640px"), "style": {"description_width": "80px"}}
 
 
+def picture(name: str, **layout: Any) -> ipywidgets.Image:
+    """A picture of the CSS class `name` that keeps its own size: a column of widgets would stretch it to its width."""
+    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", **layout)).add_class(name)
+
+
 def png(fig: Figure) -> bytes:
     """A figure as PNG bytes; the figure is closed."""
     file = io.BytesIO()

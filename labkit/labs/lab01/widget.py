@@ -13,7 +13,7 @@ from labkit.cache.recording import RecordingCache
 from labkit.labs.lab01 import figures
 from labkit.labs.lab01.sentence import MOST, labels
 from labkit.llama import Llama
-from labkit.widgets import png, wide
+from labkit.widgets import picture, png, wide
 
 
 def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = MOST) -> tuple[list[str], Tensor]:
@@ -50,7 +50,7 @@ class AttentionExplorer(ipywidgets.VBox):
         self.head = ipywidgets.Dropdown(options=heads, value=-1, description="head", **wide())
         self.query = ipywidgets.Dropdown(options=[("", 0)], description="query word", **wide())
         self.label = ipywidgets.HTML().add_class("labkit-label")
-        self.image = ipywidgets.Image(format="png").add_class("attention-explorer-image")
+        self.image = picture("attention-explorer-image")
         super().__init__([self.sentence, self.layer, self.head, self.query, self.label, self.image])
         self.add_class("attention-explorer")
         self.read(query=query)

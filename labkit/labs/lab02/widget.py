@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ipywidgets
 
 from labkit.labs.lab02 import figures
-from labkit.widgets import png, wide
+from labkit.widgets import picture, png, wide
 
 
 class CacheStepper(ipywidgets.VBox):
@@ -27,7 +27,7 @@ class CacheStepper(ipywidgets.VBox):
             num_layers, 0, num_layers, description="layers run", continuous_update=False, **wide()
         )
         self.label = ipywidgets.HTML().add_class("labkit-label")
-        self.image = ipywidgets.Image(format="png").add_class("cache-stepper-image")
+        self.image = picture("cache-stepper-image")
         super().__init__([self.step, self.layer, self.label, self.image])
         self.add_class("cache-stepper")
         self.draw()

@@ -12,7 +12,7 @@ from labkit.sizing import SizeError, gigabytes
 from labkit.sizing.links import link_between
 from labkit.sizing.report import count_users
 from labkit.specs import SpecError
-from labkit.widgets import choice, png, wide, with_value
+from labkit.widgets import choice, picture, png, wide, with_value
 
 CONTEXTS = [2**power for power in range(10, 21)]
 USERS = [2**power for power in range(13)]
@@ -52,7 +52,7 @@ class Planner(ipywidgets.VBox):
         self.context = slider("context", CONTEXTS, context)
         self.users = slider("users", USERS, users)
         self.label = ipywidgets.HTML().add_class("labkit-label")
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none")).add_class("planner-image")
+        self.image = picture("planner-image", display="none")
         self.controls = [
             self.model, self.gpu, self.ranks, self.kv_dtype, self.weight_dtype, self.context, self.users,
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from labkit.labs.lab05 import figures
 from labkit.llama import Llama
 from labkit.quality import Quality
 from labkit.sizing import Quantized, SizeError
-from labkit.widgets import choice, png, wide, with_value
+from labkit.widgets import choice, picture, png, wide, with_value
 
 NBITS = [8, 4, 2]
 KEY_AXES = ["channel", "token"]
@@ -67,7 +67,7 @@ class Quantizing(ipywidgets.VBox):
         self.residual_length = steps("residual", RESIDUAL_LENGTHS, residual_length)
         self.sink_length = steps("sinks", SINK_LENGTHS, sink_length)
         self.label = ipywidgets.HTML().add_class("labkit-label")
-        self.image = ipywidgets.Image(format="png").add_class("quantizing-image")
+        self.image = picture("quantizing-image")
         self.quality = ipywidgets.HTML().add_class("quantizing-quality")
         self.controls = [self.nbits, self.key_axis, self.group_size, self.residual_length, self.sink_length]
         super().__init__([*self.controls, self.label, self.image, self.quality])
