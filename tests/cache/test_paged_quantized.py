@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from labkit.cache import Cache, OutOfBlocks, PagedQuantizedCache, Pages, QuantizedCache, Step
 from labkit.cache.paged import Layout
 from labkit.course.checks.effort import effort_of
+from labkit.engine import Engine, Request
 from labkit.engine import blocks as engine
 from labkit.generation import generate
 from labkit.ledger import ledger
@@ -26,11 +27,17 @@ from labkit.sizing import PagedQuantized
 from labkit.specs import decoder_spec
 from tests.bounds import attention_bound
 from tests.cache.test_paged import joined, prompt
+from tests.engine import tiny
 from tests.tiny import hf_model
 
 KV_HEADS, PER_KV, HEAD_DIM = 2, 3, 16
 CODES = [8, 4, 2, *FLOAT8]
 BLOCKS = [8, 16]
+
+
+def prompt_of(tokens, seed):
+    """A prompt for the engine's small model."""
+    return tuple(random.Random(seed).choices(range(1, tiny.VOCAB), k=tokens))
 
 
 def new_tokens(counts, seed, dtype=torch.float32, size=1.0):
@@ -559,6 +566,43 @@ class TestTablesFromOutside:
                     del texts[name], alone[name]
         assert manager.counts.hits > 0
         assert manager.counts.copied > 0
+
+
+class TestInTheEngine:
+    def requests(self, count, longer=0):
+        return [Request(str(n), prompt_of(3 + 5 * n % 17, n), 4 + 3 * n % 13 + longer) for n in range(count)]
+
+    def test_it_answers_as_quantized_caches_do_one_at_a_time(self):
+        """Exact: in float64 no two logits are within a rounding. Prompts come whole and nothing is reused."""
+        made = tiny.model()
+        cache = Cache.paged(2, 24, 8, nbits=8)
+        engine = Engine(made, 24, 8, reuse=False, max_rows=3, cache=cache)
+        requests = self.requests(9)
+        answers = engine.run(requests)
+        for request in requests:
+            kept = Cache.quantized(2, 8, group_size=8, residual_length=0)
+            alone = generate(made, torch.tensor([request.tokens]), request.max_new_tokens, cache=kept)
+            assert answers[request.id] == alone.tokens[0].tolist()
+        assert engine.blocks.num_free == 24
+        assert len(cache[0].open) <= 9  # at most one of each request, until its number is handed out again
+
+    def test_chunks_prefixes_preemptions_and_cancelled_requests_leave_every_block_free(self):
+        made, cache = tiny.model(), Cache.paged(2, 6, 8, nbits=4)
+        engine = Engine(made, 6, 8, token_budget=7, max_rows=4, cache=cache)
+        requests = self.requests(9, longer=14)
+        requests += [Request(f"{r.id} again", r.tokens, r.max_new_tokens) for r in requests]
+        for request in requests:
+            engine.add(request)
+        got = {request.id: [] for request in requests}
+        for turn, token in enumerate(engine.stream()):
+            if token.token is not None:
+                got[token.id].append(token.token)
+            if turn == 20:
+                engine.cancel(next(iter(engine.flights)))
+        assert sum(len(got[r.id]) == r.max_new_tokens for r in requests) == len(requests) - 1
+        assert engine.blocks.num_free == 6
+        assert engine.metrics()["vllm:num_preemptions"] > 0
+        assert all(x.isfinite().all() for layer in cache.layers for x in layer.waiting)
 
 
 class TestInAModel:
