@@ -15,7 +15,7 @@ def part(exercise: type[Exercise], function: Callable, place: int, names: Sequen
     def one(*args: Any) -> Any:
         result = function(*args)
         if result is not None and (not isinstance(result, (tuple, list)) or len(result) != len(names)):
-            came = f"{len(result)} of them" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"
+            came = f"{len(result)} of them" if isinstance(result, (tuple, list)) else type(result).__name__
             exercise.fail(
                 "not-a-tuple",
                 seen=f"{came} came back; {len(names)} numbers are asked for: {', '.join(names)}",
