@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ class CachedAttention(Exercise):
             check_step(type(self), run, k, v, when, once=new == 1, enable_gqa=True, look=AS_READ)
 
 
-def with_cache(answer: Callable, cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def with_cache(answer: Callable, cache: LayerCache | WrittenInPlace, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One call, whose cache is meant to change."""
     return answer(q, k, v, cache)
 
