@@ -22,7 +22,9 @@ def test_reserved_rooms_add_up_and_every_token_of_every_answer_takes_a_step(trac
 
 
 @given(TRACES, st.integers(80, 400), st.integers(1, 16))
-def test_blocks_never_exceed_memory_leave_less_than_one_block_each_and_end_every_request(trace, slots, block_size) -> None:
+def test_blocks_never_exceed_memory_leave_less_than_one_block_each_and_end_every_request(
+    trace, slots, block_size
+) -> None:
     prompts, answers = zip(*trace, strict=True)
     slots = max(slots, 80 + block_size)
     moments = material.paging(prompts, answers, slots, block_size)
@@ -40,7 +42,9 @@ def test_with_memory_for_all_both_ways_take_the_longest_answers_steps() -> None:
         assert moments[0].running == 3
 
 
-@pytest.mark.parametrize("way", [lambda *a: material.reserving(*a, room=32), lambda *a: material.paging(*a, block_size=4)])
+@pytest.mark.parametrize(
+    "way", [lambda *a: material.reserving(*a, room=32), lambda *a: material.paging(*a, block_size=4)]
+)
 def test_a_request_without_any_room_is_refused(way) -> None:
     with pytest.raises(ValueError, match="every request must fit"):
         way((30,), (10,), 36)
