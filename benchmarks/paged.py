@@ -215,9 +215,8 @@ def transformers_runs(dtype: torch.dtype) -> Runs:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     theirs = AutoModelForCausalLM.from_pretrained(models.folder(), dtype=dtype).eval()
-    greedy = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
-    )
+    theirs.generation_config.eos_token_id = theirs.config.eos_token_id = None  # nobody stops early
+    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
 
     def alone(prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
         start, answers = time.perf_counter(), []

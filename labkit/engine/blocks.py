@@ -8,8 +8,7 @@
     blocks.release("a")
 
 Nothing here holds a tensor: a block is a number, its slots are `block * block_size` to `(block + 1) * block_size - 1`.
-Every operation takes constant time per block that it touches, however many there are, and either happens or raises and
-changes nothing.
+Every operation takes constant time per block that it touches, and either happens or raises and changes nothing.
 
 Prefix reuse as in vLLM: a *full* block whose K and V are written is found again by the chain of tokens up to its end
 and by a salt (a tenant's name, say), never across salts. The tokens themselves are compared, so that no collision of

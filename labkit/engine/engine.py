@@ -6,10 +6,10 @@
         ...
     answers = engine.run([Request("b", other, 64), Request("c", third, 64)])
 
-A greedy answer is the one that its request would get alone, whatever runs beside it, in which chunks its prompt comes,
-what is reused and how often it is preempted: the same numbers enter every K, V and logit. All that a mix changes is in
-which order a product adds them, roundings of about 1e-6 of a logit in float32: where the two likeliest tokens are
-closer than that, either is a right answer.
+A greedy answer is the one that its request gets alone, whatever runs beside it, in whatever chunks its prompt comes,
+whatever is reused and however often it is preempted: the same numbers enter every K, V and logit. A mix changes the
+order in which a product adds them, and with it the last bits of a float32 logit, about 1e-6 of it: where the two
+likeliest tokens are closer than that, either is right. A cache that packs K and V rounds by what a pass brings.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Engine:
     `Cache.paged` makes it, unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
     `finished`: the `Timing` of each request that ended. Raises ValueError for what does not fit.
 
-    Requests may be added and cancelled at any moment, from other threads as well. Whatever is raised in a step, every
-    request and block is accounted for, and the next step goes on.
+    Requests may be added and cancelled at any moment, from other threads too. Whatever a step raises, the next goes on.
     """
 
     def __init__(

@@ -57,10 +57,10 @@ class Token:
 
 @dataclass
 class Timing:
-    """Seconds that a request took, NaN where it never came so far; and what was done for it, in tokens.
+    """Seconds that a request took, NaN where it never came so far, and what was done for it, in tokens.
 
-    queue_time: from `arrived` (as `time.perf_counter` tells it) to its first pass. ttft: to its first token. tpot: per
-    token behind the first. reused: prompt tokens whose K and V were there at its first pass. finished: why it ended.
+    queue_time: from `arrived` (`time.perf_counter`) to its first pass. ttft: to its first token. tpot: per token behind
+    the first. reused: prompt tokens whose K and V were there at its first pass. finished: why it ended.
     """
 
     arrived: float

@@ -200,6 +200,15 @@ class TestMemory:
         assert engine.finished["0"].preemptions == 0
         assert sum(timing.preemptions for timing in engine.finished.values()) > 0
 
+    def test_who_was_preempted_waits_in_front_of_those_that_came_later(self) -> None:
+        engine = Engine(tiny.model(), 8, 2, max_rows=2)
+        for i in range(4):
+            engine.add(Request(str(i), [1, i], 12))
+        while not engine.scheduler.preemptions:
+            engine.step()
+        assert [flight.id for flight in engine.scheduler.running] == ["0"]
+        assert [flight.id for flight in engine.scheduler.waiting] == ["1", "2", "3"]
+
     def test_no_tenant_finds_what_another_wrote(self) -> None:
         engine = Engine(tiny.model(), 64, 3)
         for id, salt, reused in (("a", "one", 0), ("b", "another", 0), ("c", "", 0), ("d", "one", 6)):
@@ -587,4 +596,4 @@ class Served(RuleBasedStateMachine):
 
 
 TestServed = Served.TestCase
-TestServed.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestServed.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
