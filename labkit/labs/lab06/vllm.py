@@ -363,13 +363,17 @@ def last_words(log: str) -> str:
 def run(requests: Sequence[Asks], record: str = "eight requests", **settings: Any) -> Run:
     """The requests' run in a server of its own (`settings` are `serving`'s); where that fails, the recorded run.
 
-    Says in a line why it is the recorded one, on what machine that was, and whether it was of other requests.
+    Says in a line why it is the recorded one, on what machine that was, and whether it was of other requests. VllmError
+    where no run of that name was recorded either.
     """
     try:
         with serving(**settings) as server:
             return server.run(requests)
     except VllmError as error:
-        kept = recorded(record)
+        try:
+            kept = recorded(record)
+        except LookupError:  # then why there is no server is all that can be said
+            raise error from None
         same = [plain(request) for request in requests] == [plain(request) for request in eight_requests()]
         of = "" if same else " of other requests, those of `vllm.eight_requests()`"
         print(f"{error}\nIn its place, a recorded run{of}: {kept.recorded}.")

@@ -354,6 +354,11 @@ def test_a_record_that_is_not_there_is_named(tmp_path: Path) -> None:
         vllm.recorded(folder=tmp_path)
 
 
+def test_without_vllm_and_without_a_record_there_is_one_error_that_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(VllmError, match="vLLM is not installed"):
+        vllm.run(TWO, record="nine requests", environment=tmp_path / "nowhere")
+
+
 def test_the_record_names_no_place_and_no_host() -> None:
     for path in (ROOT / "data" / "results").glob("*_vllm.json"):
         text = path.read_text(encoding="utf-8")
