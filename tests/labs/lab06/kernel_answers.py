@@ -125,6 +125,10 @@ def online(q, keys, values, block_table, lengths):
     return out
 
 
+def in_float32(q, keys, values, block_table, lengths):
+    return paged_attention(q.float(), keys.float(), values.float(), block_table, lengths).to(q.dtype)
+
+
 # 06.8: the reference with lines in other words, run from its source as a cell of a notebook is.
 
 SOURCE = source_of(paged_decode)
@@ -190,6 +194,7 @@ RIGHT = [
     ("06.5", by_fused),
     ("06.5", by_einsum),
     ("06.5", online),
+    ("06.5", in_float32),
     ("06.5", paged()),
     ("06.5", lambda q, keys, values, block_table, lengths: paged_attention(q, keys, values, block_table, lengths)),
     ("06.8", kernel()),

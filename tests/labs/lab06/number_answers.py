@@ -178,6 +178,16 @@ def tuple_and_list(tokens, found, block_size, salt):
     return blocks
 
 
+def whole_prefixes(tokens, found, block_size, salt):
+    blocks, key = [], salt
+    for end in range(block_size, len(tokens), block_size):
+        key = chain(key, tuple(tokens[:end]))
+        if key not in found or found[key].salt != salt or list(found[key].tokens) != tokens[:end]:
+            break
+        blocks.append(found[key].block)
+    return blocks
+
+
 def last_block_dropped(tokens, found, block_size, salt):
     return reusable(tokens, found, block_size, salt)[:-1]
 
@@ -508,6 +518,7 @@ WRONG = [
     Wrong("06.7", "goes-on-after-a-miss", "continue for break", other(holes=True)),
     Wrong("06.7", "not-chained", "a key of the block's own tokens", other(key="own", check="own", holes=True)),
     Wrong("06.7", "not-chained", "a key of the block's own tokens, not compared", other(key="own", check="nothing")),
+    Wrong("06.7", "not-chained", "all tokens so far in every key", whole_prefixes),
     Wrong("06.7", "no-salt", "keys without salt", other(salted=False)),
     Wrong("06.7", "one-too-few", "a block before the last token is left out", other(least=1)),
     Wrong("06.7", "fixed-size", "blocks of 16", other(fixed=16)),
