@@ -16,9 +16,12 @@ Call = tuple[list[int], dict[int, Written], int, str]
 
 def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = False, key: str = "chain",
           salted: bool = True, fixed: int = 0) -> Callable[..., list[int]]:  # fmt: skip
-    """The search with one thing done in another way. last: tokens that may be reused of the last one; least: fewer than
-    that. check: what is compared. holes: go on behind a miss. key: "own" is made of the salt and the block alone. salted: whether keys begin with the salt.
-    fixed: a block size written down."""
+    """The search with one thing done in another way.
+
+    last: tokens that may be reused of the last one; least: fewer than that. check: what is compared. holes: go on behind
+    a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt. fixed: a
+    block size written down.
+    """
 
     def search(tokens: list[int], found: dict[int, Written], block_size: int, salt: str) -> list[int]:
         size, blocks, before = fixed or block_size, [], salt if salted else ""
