@@ -18,8 +18,8 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
           salted: bool = True, fixed: int = 0) -> Callable[..., list[int]]:  # fmt: skip
     """The search with one thing done in another way.
 
-    last: tokens that may be reused of the last one; least: fewer than that. check: what is compared. holes: go on behind
-    a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt. fixed: a
+    last: tokens that may be reused of the last one; least: fewer than that. check: what is compared. holes: go on
+    behind a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt. fixed: a
     block size written down.
     """
 
