@@ -19,8 +19,8 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
     """The search with one thing done in another way.
 
     last: tokens that may be reused of the last one; least: fewer than that. check: what is compared. holes: go on
-    behind a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt. fixed: a
-    block size written down.
+    behind a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt.
+    fixed: a block size written down.
     """
 
     def search(tokens: list[int], found: dict[int, Written], block_size: int, salt: str) -> list[int]:
