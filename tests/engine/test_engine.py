@@ -390,9 +390,11 @@ class TestFailures:
             def drop(self, block: int, *, keep: bool = False) -> bool:
                 return False
 
-        engine = Engine(tiny.model(), 8, 3, allocator=Leaking(8))
-        with pytest.raises(OutOfBlocks):
-            engine.run([Request(str(i), [1, i], 6) for i in range(5)])
+        for tokens, count in (2, 6), (10, 1):  # there is no block for the next token, or for the next request
+            engine = Engine(tiny.model(), 8, 3, allocator=Leaking(8))
+            with pytest.raises(OutOfBlocks):
+                engine.run([Request(str(i), [1 + i] * tokens, count) for i in range(5)])
+            assert not engine.flights
 
 
 class TestBadInput:
