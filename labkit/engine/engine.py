@@ -29,7 +29,7 @@ from labkit.engine.blocks import BlockManager, Counts
 from labkit.engine.metrics import Snapshot, metrics, snapshot
 from labkit.engine.request import InFlight, Request, Timing, Token
 from labkit.engine.scheduler import Chunk, Scheduler
-from labkit.generation import choose
+from labkit.generation import choose, likeliest
 from labkit.interrupts import uninterrupted
 from labkit.llama import Llama
 
@@ -183,8 +183,9 @@ class Engine:
 
     def _pass(self, chunks: list[Chunk]) -> Tensor:
         """Logits behind each chunk, `[chunks, vocab_size]`. K and V are written, to slots that nobody reads yet."""
+        lengths = tuple(chunk.start for chunk in chunks)
         for layer in self.cache.layers:
-            layer.place([chunk.start for chunk in chunks])  # type: ignore[attr-defined]
+            layer.place(lengths)  # type: ignore[attr-defined]
         rows = [torch.tensor(chunk.flight.tokens[chunk.start : chunk.end]) for chunk in chunks]
         with torch.inference_mode():
             return self.model(rows, self.cache, last_only=True)[:, 0]
@@ -192,8 +193,9 @@ class Engine:
     def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[tuple[int, torch.Generator] | None]:
         """The next token of each request whose last chunk this was, and where its draws stand then."""
         picked: list[tuple[int, torch.Generator] | None] = []
-        highest, likeliest = (found.tolist() for found in logits.max(dim=-1))
-        for row, (chunk, logit, token) in enumerate(zip(chunks, highest, likeliest, strict=True)):
+        greatest = likeliest(logits)
+        values = logits.gather(1, greatest[:, None])[:, 0].tolist()
+        for row, (chunk, token, logit) in enumerate(zip(chunks, greatest.tolist(), values, strict=True)):
             if not math.isfinite(logit):
                 raise FloatingPointError(f"the logits of request {chunk.flight.id!r} are no finite numbers")
             draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
