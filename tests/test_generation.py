@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.cache import Cache
-from labkit.generation import generate, pad_left, stream
+from labkit.generation import generate, likeliest, pad_left, stream
 from labkit.llama import Llama
 from labkit.models import random
 from tests.shapes import TINY as SPEC
@@ -181,6 +181,18 @@ def test_a_temperature_near_zero_takes_the_likeliest(model: Llama) -> None:
         assert torch.equal(
             generate(model, tokens, 5, temperature=temperature).tokens, generate(model, tokens, 5).tokens
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inference", [True, False])
+def test_the_likeliest_token_is_pytorchs_argmax_in_every_dtype_ties_and_nan_included(dtype, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        logits = torch.randn(4, 1, 300, generator=torch.Generator().manual_seed(0)).to(dtype)[:, -1]
+        logits[1, 7] = logits[1, 3] = 9
+        logits[2, 5] = float("nan")
+        found = likeliest(logits)
+        assert (found.dtype, found.tolist()) == (torch.int64, logits.argmax(dim=-1).tolist())
+        assert found.tolist()[1:3] == [3, 5]
 
 
 def test_a_batch_with_an_empty_prompt_is_refused() -> None:
