@@ -343,8 +343,8 @@ def one_at_a_time(request: Prompt) -> list[int]:
     from labkit.generation import generate
 
     model = models.load(dtype=torch.float32, device="cpu")
-    tokens = generate(model, torch.tensor([list(request.tokens)]), request.max_new_tokens)
-    return tokens[0, -request.max_new_tokens :].tolist()
+    made = generate(model, torch.tensor([list(request.tokens)]), request.max_new_tokens, cache=model.cache())
+    return made.tokens[0].tolist()
 
 
 def test_a_record_that_is_not_there_is_named(tmp_path: Path) -> None:
