@@ -295,8 +295,11 @@ class BlockCache(LayerCache):
 
     def held(self) -> tuple[Tensor, Tensor] | None:
         """K and V gathered by the table, zeros behind the ends of shorter rows; None when empty."""
-        if self._like is None or not self.seq_len:
+        if self._like is None or not self.lengths:
             return None
+        if not self.seq_len:  # rows are there, as yet without tokens
+            none = self._like.new_empty(len(self.lengths), *self._like.shape[1:])
+            return none, none
         step = Step(tuple(min(1, length) for length in self.lengths), tuple(max(0, n - 1) for n in self.lengths))
         layout = self.pages.layout(self.rows, step)
         shape = len(self.lengths), self._like.shape[1], self.seq_len, self._like.shape[3]

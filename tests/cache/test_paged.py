@@ -640,6 +640,18 @@ class TestInAModel:
         assert paged[0].bytes_copied < paged[0].bytes_written if mode == "beams" else paged[0].bytes_copied == 0
 
 
+def test_a_row_without_tokens_is_held_as_one():
+    for nbits in (None, 4):
+        paged, dense = Cache.paged(1, 9, 8, nbits=nbits), Cache.growing(1)
+        for cache in (paged, dense):
+            run(cache, [0, 3], 1)
+            cache.select_rows(torch.tensor([0]))
+        assert [x.shape for x in paged[0].held()] == [x.shape for x in dense[0].held()]
+        mine, other = (run(cache, [2], 2) for cache in (paged, dense))
+        assert_close(mine, other, dense, [2], 2)
+        assert_holds_the_same(paged, dense)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "4"])
 def test_sizes_that_cannot_be(size):
     for sizes in ((size, 4), (4, size)):
