@@ -21,7 +21,7 @@ from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_att
 from labkit.ledger import ledger
 from labkit.quantization import Packed
 from tests.bounds import attention_bound
-from tests.kernels.test_packed_attention import CODES, DEVICE, DTYPES, quantizers
+from tests.kernels.test_packed_attention import CODES, DEVICE, DTYPES, in_a_process, quantizers
 from tests.kernels.test_paged_attention import visible_of
 
 ON_CPU = [paged_packed_decode_attention_cpu] if DEVICE == "cpu" else []
@@ -326,3 +326,42 @@ class TestErrors:
         other = self.arguments(8)[2]
         with pytest.raises(ValueError, match="K and V of one format"):
             paged_packed_decode_attention(q, k, other, waiting, table, visible)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from labkit.kernels.decode_attention import _decode_kernel
+from labkit.kernels.packed_decode_attention import _packed_decode_kernel
+from labkit.kernels.paged_decode_attention import _paged_decode_kernel
+from labkit.kernels.paged_packed_decode_attention import _paged_packed_decode_kernel
+
+POINTERS = {"first_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "parts_ptr": "*fp32", "lse_ptr": "*fp32"}
+SHAPE = {"QUERIES": 3, "HEAD_DIM": 80, "QUERY_BLOCK": 16, "DIM_BLOCK": 128, "PRECISION": "tf32x3"}
+BITS = {"GROUP": 16, "NBITS": 4, "MIDDLE": 0, "HAS_ZERO": True, "ROW_BYTES": 12}
+BITS |= {"K_PER_CHANNEL": True, "V_PER_CHANNEL": False}
+
+def kind(name, q):
+    if name.endswith("_ptr"):
+        ends = {"_codes_ptr": "*u8", "_scale_ptr": "*fp16"}
+        found = next((told for end, told in ends.items() if name.endswith(end)), q if name == "q_ptr" else "*bf16")
+        return POINTERS.get(name, found)
+    return "constexpr" if name.isupper() else "fp32" if name == "scale" else "i32"
+
+for kernel, q, sizes in (
+    (_decode_kernel, "*bf16", {"BLOCK": 64}),
+    (_paged_decode_kernel, "*bf16", {"BLOCK_SIZE": 5, "TILE": 64}),
+    (_packed_decode_kernel, "*fp32", {"BLOCK": 32, **BITS}),
+    (_paged_packed_decode_kernel, "*bf16", {"TILE": 32, **BITS}),
+):
+    source = ASTSource(kernel, {name: kind(name, q) for name in kernel.arg_names}, SHAPE | sizes)
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+"""
+
+
+@needs_triton
+def test_the_kernels_compile_for_a_gpu_also_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    in_a_process(COMPILE)
