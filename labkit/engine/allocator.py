@@ -19,7 +19,8 @@ class Allocator:
             raise ValueError(f"num_blocks is a whole number, at least 1; got {num_blocks!r}")
         self.num_blocks = int(num_blocks)
         self._fresh = 0  # blocks from here on were never handed out
-        self._free: OrderedDict[int, None] = OrderedDict()  # let go by all, the next to be taken in front
+        self._free: OrderedDict[int, None] = OrderedDict()  # let go by all, of no use: the next to be taken at the end
+        self._kept: OrderedDict[int, None] = OrderedDict()  # let go by all, may be wanted: the oldest in front
         self._holders: dict[int, int] = {}
 
     @property
@@ -32,11 +33,16 @@ class Allocator:
         return self._holders.get(block, 0)
 
     def take(self) -> int:
-        """A free block, held by one: one never used, else the one let go first. OutOfBlocks when there is none."""
-        if self._fresh < self.num_blocks:
+        """A free block, held by one: one of no use, else one never used, else the one kept longest.
+
+        OutOfBlocks when there is none.
+        """
+        if self._free:
+            block, _ = self._free.popitem()
+        elif self._fresh < self.num_blocks:
             block, self._fresh = self._fresh, self._fresh + 1
-        elif self._free:
-            block, _ = self._free.popitem(last=False)
+        elif self._kept:
+            block, _ = self._kept.popitem(last=False)
         else:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are held")
         self._holders[block] = 1
@@ -44,15 +50,16 @@ class Allocator:
 
     def hold(self, block: int) -> None:
         """One holder more, of a block that is held, or that was let go and not taken since."""
-        if block not in self._holders and block not in self._free:
+        if block not in self._holders and block not in self._kept and block not in self._free:
             raise ValueError(f"block {block!r} was never taken: there is nothing in it to share")
+        self._kept.pop(block, None)
         self._free.pop(block, None)
         self._holders[block] = self.ref_count(block) + 1
 
     def drop(self, block: int, *, keep: bool = False) -> bool:
         """One holder fewer; True when that was the last, and the block is free.
 
-        keep: its content may be wanted again, so it is taken after all that are free; else before them.
+        keep: its content may be wanted again, so it is taken after all that are free; else it is the next to be taken.
         """
         holders = self.ref_count(block)
         if not holders:
@@ -61,6 +68,5 @@ class Allocator:
             self._holders[block] = holders - 1
             return False
         del self._holders[block]
-        self._free[block] = None
-        self._free.move_to_end(block, last=keep)
+        (self._kept if keep else self._free)[block] = None
         return True

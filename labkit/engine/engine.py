@@ -100,6 +100,8 @@ class Engine:
         with self._lock, uninterrupted():
             if request.id in self.flights:
                 raise ValueError(f"there is a request {request.id!r} already")
+            if any(token.id == request.id for token in self._out):
+                raise ValueError(f"tokens of an earlier request {request.id!r} wait to be read: stream() gives them")
             self.flights[request.id] = flight = InFlight(request, time.perf_counter())
             self.scheduler.waiting.append(flight)
             self._timings.append(flight.timing)
@@ -197,7 +199,9 @@ class Engine:
         values = logits.gather(1, greatest[:, None])[:, 0].tolist()
         for row, (chunk, token, logit) in enumerate(zip(chunks, greatest.tolist(), values, strict=True)):
             if not math.isfinite(logit):
-                raise FloatingPointError(f"the logits of request {chunk.flight.id!r} are no finite numbers")
+                raise FloatingPointError(
+                    f"the logits of request {chunk.flight.id!r} are no finite numbers: cancel() it, the others go on"
+                )
             draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
             if chunk.ends and temperature:
                 draws = draws.clone_state()  # a step that fails has drawn nothing
@@ -217,6 +221,8 @@ class Engine:
             token, flight.generator = pick
             if not timing.new_tokens:
                 timing.ttft = time.perf_counter() - timing.arrived
+            if token not in flight.request.stop:
+                timing.latest = time.perf_counter()
             if token in flight.request.stop:
                 self._end(flight, token, "stop")
                 continue
@@ -234,7 +240,7 @@ class Engine:
         timing = flight.timing
         timing.finished = why
         if timing.new_tokens > 1:
-            timing.tpot = (time.perf_counter() - timing.arrived - timing.ttft) / (timing.new_tokens - 1)
+            timing.tpot = (timing.latest - timing.arrived - timing.ttft) / (timing.new_tokens - 1)
         self.finished[flight.id] = timing
         self._out.append(Token(flight.id, token, timing.new_tokens - (why == "length"), why))
         del self.flights[flight.id]

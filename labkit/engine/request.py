@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 
@@ -34,14 +35,18 @@ class Request:
         object.__setattr__(self, "stop", frozenset(checked(self.stop)))
         if not isinstance(self.id, str) or not isinstance(self.salt, str):
             raise ValueError(f"a request's id and salt are strings; got {self.id!r} and {self.salt!r}")
+        try:
+            self.salt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the salt {self.salt!r} is no text that UTF-8 can write") from None
         if not self.tokens:
             raise ValueError(f"request {self.id!r} has no tokens")
         if not is_count(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is a whole number, at least 1; got {self.max_new_tokens!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is 0 or more, and finite; got {self.temperature}")
-        if self.seed is not None and not is_count(self.seed):
-            raise ValueError(f"seed is a whole number or None; got {self.seed!r}")
+        if not isinstance(self.temperature, numbers.Real) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is a number, 0 or more, and finite; got {self.temperature!r}")
+        if self.seed is not None and (not is_count(self.seed) or not -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed is a whole number of 64 bits or None; got {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Timing:
     """Seconds that a request took, NaN where it never came so far, and what was done for it, in tokens.
 
     queue_time: from `arrived` (`time.perf_counter`) to its first pass. ttft: to its first token. tpot: per token behind
-    the first. reused: prompt tokens whose K and V were there at its first pass. finished: why it ended.
+    the first. latest: `time.perf_counter` of its newest token. reused: prompt tokens whose K and V were there at its
+    first pass. finished: why it ended.
     """
 
     arrived: float
@@ -71,6 +77,7 @@ class Timing:
     queue_time: float = float("nan")
     ttft: float = float("nan")
     tpot: float = float("nan")
+    latest: float = float("nan")
     finished: str | None = None
 
 

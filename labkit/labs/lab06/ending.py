@@ -175,7 +175,8 @@ class SetRow(Exercise):
         if got != want[0][row].tolist():
             old = before[0][row].tolist()[len(blocks) :]
             self.fail("old-blocks-left" if got[len(blocks) :] == old else "not-padded", seen=seen,
-                      cause="behind the new blocks stand those of the request before, which are another's by now"
+                      cause=("behind the new blocks stand those of the request before, which are another's by now"
+                             if blocks else "nobody has the row, and it still names the blocks of the one before")
                       if got[len(blocks) :] == old else "behind the new blocks stands something else than -1",
                       look="every entry of the row, also when there are no blocks")  # fmt: skip
         if int(lengths[row]) != tokens:

@@ -128,7 +128,7 @@ def story(allocator: Callable[[int], Any] | None = None, num_blocks: int = 16, b
     manager.fork("berta", "berta 2")
     look("a second answer for berta: a fork shares every block")
     ((old, new),) = grow("berta 2", 1)
-    look(f"it writes into a block that is shared: block {old} is copied to {new} first")
+    look(f"berta 2 writes into a block that is shared: block {old} is copied to {new} first")
     grow("berta", 1)
     look("berta writes too: her block is hers alone now, so nothing is copied")
     manager.release("anna")

@@ -37,6 +37,12 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
                     "tokens": list(one.tokens) == tokens[:end],
                     "salt": one.salt == salt,
                     "own": one.salt == salt and one.tokens[-size:] == own,
+                    "same set": one.salt == salt and set(one.tokens) == set(tokens[:end]),
+                    "sorted": one.salt == salt and sorted(one.tokens) == sorted(tokens[:end]),
+                    "sum": one.salt == salt and sum(one.tokens) == sum(tokens[:end]),
+                    "beginning": one.salt == salt and list(one.tokens[:end]) == tokens[:end],
+                    "as far as it goes": one.salt == salt and list(one.tokens) == tokens[: len(one.tokens)],
+                    "pairs": one.salt == salt and all(a == b for a, b in zip(one.tokens, tokens, strict=False)),
                     "nothing": True,
                 }[check]
             )
@@ -61,6 +67,10 @@ SUSPECTS = (
     Suspect("tokens-not-compared", other(check="salt"), "what was found was written for other tokens", COMPARE),
     Suspect("only-own-tokens", other(check="own"), "the block's own tokens were compared, not those before them: its K "
             "and V depend on all", COMPARE),
+    Suspect("order-not-compared", [other(check="same set"), other(check="sorted"), other(check="sum")],
+            "the same tokens in another order were taken for the same text", COMPARE),
+    Suspect("length-not-compared", [other(check="beginning"), other(check="as far as it goes"), other(check="pairs")],
+            "a text that is longer or shorter was taken for this one: the block holds other tokens", COMPARE),
     Suspect("goes-on-after-a-miss", [other(holes=True), other(holes=True, check="nothing")],
             "blocks behind one that was not found were reused: a table has no holes",
             "the loop: it ends with the first block that is not found"),
@@ -72,8 +82,8 @@ SUSPECTS = (
             "each block's key was made of its own tokens alone", KEYS),
     Suspect("no-salt", [other(salted=False), other(salted=False, check="tokens")],
             "the keys do not begin with the salt", KEYS),
-    Suspect("nothing-found", lambda *case: [], "in no case was anything found: a tuple equals no list, or keys are "
-            "made in another way", COMPARE),
+    Suspect("nothing-found", lambda *case: [], "in no case was anything found: keys are made in another way, or a "
+            "tuple was compared with a list, which it never equals", f"{KEYS}; {COMPARE}"),
     Suspect("one-too-few", [other(least=1), other(least=2)],
             "a block that ends just before the last token was left out",
             "one token is left to run: a block may end at len(tokens) - 1"),
@@ -143,6 +153,9 @@ def cases() -> list[Call]:
     swapped = {**four, second: Written(60, "anna", (*text[:3], 999, *text[4:8]))}  # one key, another beginning
     strange = {**four, second: Written(61, "anna", (*text[:4], 1, 2, 3, 4))}
     tenant = {**four, second: Written(62, "berta", tuple(text[:8])), third: Written(63, "berta", tuple(text[:12]))}
+    turned = {**four, second: Written(64, "anna", (*text[4:8], *text[:4]))}  # the same tokens in another order
+    longer = {**four, second: Written(65, "anna", tuple(text[:12]))}
+    shorter = {**four, second: Written(66, "anna", tuple(text[:4]))}
     late = {chain("anna", tuple(text[start : start + 4])): Written(70 + start, "anna", tuple(text[start : start + 4]))
             for start in range(0, 24, 4)}  # fmt: skip
     return [
@@ -168,6 +181,9 @@ def cases() -> list[Call]:
         (text[:20], swapped, 4, "anna"),
         (text[:20], strange, 4, "anna"),
         (text[:20], tenant, 4, "anna"),
+        (text[:20], turned, 4, "anna"),
+        (text[:20], longer, 4, "anna"),
+        (text[:20], shorter, 4, "anna"),
         (text[:24], late, 4, "anna"),
         (text[:13], written(text[:13], [8, 6, 7], 4, "anna"), 4, "anna"),
         (text[:13], written(text[:13], [8, 6], 6, "anna"), 6, "anna"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from labkit.course.contents import Prediction, Quiz
 
 PREDICTIONS = (
-    Prediction("06.p1", "Share of the reserved memory that holds a token", "per cent", 1.15),
+    Prediction("06.p1", "Share of the reserved memory that holds a token", "%", 1.15),
     Prediction("06.p2", "Prompt tokens that are run for eight requests with one beginning", "tokens", 1.05),
     Prediction("06.p3", "Requests at once in blocks of 16, over requests with room for 2,048 each", "times", 1.15),
     Prediction("06.p4", "The block size that costs least when a block costs as much as three slots", "tokens", 1.0),
@@ -70,9 +70,9 @@ QUIZZES = (
         "Why not blocks of one token, which waste nothing?",
         {"a": "The table would be larger than K and V.", "b": "Kernels would read single slots, and each block costs "
          "an entry, a hash and a lookup.", "c": "Nothing could be shared.", "d": "Slots would not fit into int32."},
-        {"a": "An entry has 4 bytes, a token's K and V some 20,000 in the lab model and 100,000 in larger ones.",
-         "b": "Bookkeeping grows with the number of blocks, and reading pieces that are too short is slow. 16 tokens "
-         "waste under 2% of the trace and cost a sixteenth of that.",
+        {"a": "An entry has 4 bytes, a token's K and V 46,080 in the lab model and more in larger ones.",
+         "b": "Bookkeeping grows with the number of blocks, and reading pieces that are too short is slow. With 16 "
+         "tokens there are a sixteenth of the blocks, and under 1% of the trace's slots stay empty.",
          "c": "More could: every common token instead of every full block of them.",
          "d": "There are as many slots as before, however they are grouped."},
         "b",

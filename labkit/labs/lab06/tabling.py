@@ -224,6 +224,7 @@ class Beside:
     def refused(self, new_tokens: int, needed: int) -> None:
         """Too few blocks: OutOfBlocks, and nothing changed."""
         before, free = (list(self.blocks), self.seq_len), self.allocator.num_free
+        mark = len(self.allocator.done)
         case = f"{self.when}; append({new_tokens}), {needed} blocks needed, {free} free"
         try:
             self.table.append(new_tokens)
@@ -250,6 +251,12 @@ class Beside:
             self.exercise.fail(
                 "half-done", seen=f"{case}: refused, but {changed}",
                 cause="blocks were taken, or attributes changed, before it was known whether there are enough",
+                look="the order in append: compare with allocator.num_free first, then take",
+            )  # fmt: skip
+        if given_back := self.allocator.since("take", mark):
+            self.exercise.fail(
+                "taken-and-given-back", seen=f"{case}: refused, but {len(given_back)} blocks were taken and given back",
+                cause="what a free block held may have been of use; whoever takes it and gives it back has lost that",
                 look="the order in append: compare with allocator.num_free first, then take",
             )  # fmt: skip
         self.log.append(f"append({new_tokens}) refused")
@@ -306,13 +313,21 @@ class Beside:
             blocks, seq_len = self.read()
             self.exercise.fail(
                 "still-there", seen=f"{self.when}: blocks are {blocks}, seq_len is {seq_len}",
-                cause="the blocks are free and the table still names them: who uses it writes into another's memory",
+                cause="the blocks are free and the table still names them: who uses it writes into another's memory"
+                if blocks
+                else "no block is left, and the length still counts tokens",
                 look="release: no block and no token afterwards",
             )  # fmt: skip
 
     def compare(self) -> None:
         """Fail unless it holds what it should."""
         blocks, seq_len = self.read()
+        if blocks == self.blocks and seq_len != self.seq_len:
+            self.exercise.fail(
+                "length-lost", seen=f"{self.when}: blocks are right, seq_len is {seq_len} and should be {self.seq_len}",
+                cause="a fork did not take over the length, or two tables share one",
+                look="fork: the child's seq_len is its parent's; afterwards each has its own",
+            )  # fmt: skip
         if (blocks, seq_len) != (self.blocks, self.seq_len):
             self.exercise.fail(
                 "changed-by-another",

@@ -6,11 +6,10 @@ import html
 from collections.abc import Sequence
 
 import ipywidgets
-import matplotlib.pyplot as plt
 
 from labkit.labs.lab06 import figures
 from labkit.labs.lab06.material import Scene, names_in
-from labkit.widgets import png, wide
+from labkit.widgets import picture, png, wide
 
 
 class BlockStory(ipywidgets.VBox):
@@ -23,7 +22,7 @@ class BlockStory(ipywidgets.VBox):
             moment, 0, len(self.scenes) - 1, description="moment", continuous_update=False, **wide()
         )
         self.label = ipywidgets.HTML().add_class("labkit-label")
-        self.image = ipywidgets.Image(format="png")
+        self.image = picture("block-story-image")
         super().__init__([self.moment, self.label, self.image])
         self.draw()
         self.moment.observe(self.draw, "value")
@@ -31,9 +30,7 @@ class BlockStory(ipywidgets.VBox):
     def draw(self, change: object = None) -> None:
         """Bring picture and label up to date."""
         scene = self.scenes[self.moment.value]
-        picture = figures.blocks_of(scene, self.num_blocks, self.block_size, self.names)
-        self.image.value = png(picture)
-        plt.close(picture)
+        self.image.value = png(figures.blocks_of(scene, self.num_blocks, self.block_size, self.names))
         shared = sum(len(owners) > 1 for owners in scene.owners.values())
         free = self.num_blocks - len(scene.owners)
         self.label.value = (

@@ -702,7 +702,8 @@ WRONG = [
     Wrong("06.4", "changed-by-another", "a fork with the parent's list", ForkShares),
     Wrong("06.4", "not-held", "a fork that holds nothing", ForkNotHeld),
     Wrong("06.4", "fork-copies", "a fork with blocks of its own", ForkCopies),
-    Wrong("06.4", "changed-by-another", "a fork without a length", ForkLengthless),
+    Wrong("06.4", "length-lost", "a fork without a length", ForkLengthless),
+    Wrong("06.4", "taken-and-given-back", "takes first, gives back", RollsBack),
     Wrong("06.4", "first-block-first", "released from the first on", ReleasedForwards),
     Wrong("06.4", "still-there", "blocks are still named", StillThere),
     Wrong("06.4", "not-dropped", "blocks are lost", NotDropped),
@@ -731,7 +732,6 @@ WRONG = [
 RIGHT = [
     ("06.3", TwoDicts),
     ("06.3", AHeap),
-    ("06.4", RollsBack),
     ("06.4", ByDivmod),
     ("06.6", by_index),
     ("06.6", by_generator),
