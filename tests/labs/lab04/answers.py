@@ -1054,6 +1054,25 @@ WRONG = [
            stacked_triangle),
 ]  # fmt: skip
 
+
+def reads_before_it_appends(q, k, v, cache):
+    """Held and new tokens apart, their scores joined; nothing is copied."""
+    batch, heads, new, head_dim = q.shape
+    kv_heads = k.shape[1]
+    rows = q.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+    late = torch.ones(new, new, dtype=torch.bool, device=q.device).triu(1).repeat(heads // kv_heads, 1)
+    scores = (rows @ k.mT).masked_fill(late, float("-inf"))
+    if cache.seq_len == 0:
+        out = scores.softmax(-1) @ v
+    else:
+        held_k, held_v = cache.read()
+        held = held_k.shape[2]
+        weights = torch.cat((rows @ held_k.mT, scores), dim=-1).softmax(-1)
+        out = weights[..., :held] @ held_v + weights[..., held:] @ v
+    cache.append(k, v)
+    return out.reshape(batch, heads, new, head_dim)
+
+
 RIGHT: list[tuple[str, Callable]] = [
     ("04.1", by_einsum),
     ("04.1", fused_rows),
@@ -1087,5 +1106,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.6", mended_with_an_earlier_answer),
     ("04.6", casts_what_it_reads),
     ("04.6", mended_token_by_token),
+    ("04.6", reads_before_it_appends),
     ("04.6", lambda q, k, v, cache: cache.append(k, v) or attention(q, *cache.read())),
 ]
