@@ -105,6 +105,13 @@ class BlockManager:
         """How many requests hold this block."""
         return self.allocator.ref_count(block)
 
+    def owners(self) -> dict[int, tuple[str, ...]]:
+        """Who holds each block that is held, in order of arrival."""
+        found: dict[int, tuple[str, ...]] = {}
+        for name, table in self.tables.items():
+            found |= {block: (*found.get(block, ()), name) for block in table.blocks}
+        return found
+
     def findable(self) -> frozenset[int]:
         """Blocks whose content can be found, whether or not somebody holds them."""
         return frozenset(self._content)
@@ -141,8 +148,7 @@ class BlockManager:
         free. ValueError for an id that is taken or a prompt without tokens; OutOfBlocks when not all of it fits.
         """
         tokens = checked(tokens)
-        if request in self.tables:
-            raise ValueError(f"there is a request {request!r} already")
+        self._check_new(request)
         if not tokens:
             raise ValueError(f"request {request!r} has no tokens")
         table = Table(root(salt))
@@ -204,8 +210,7 @@ class BlockManager:
     def fork(self, request: str, child: str) -> None:
         """A second request with the same tokens, in the same blocks, until one of the two writes."""
         table = self.table(request)
-        if child in self.tables:
-            raise ValueError(f"there is a request {child!r} already")
+        self._check_new(child)
         blocks = self._gather(table.blocks, 0)
         self.tables[child] = Table(table.root, list(table.tokens), blocks, list(table.chains), table.computed)
 
@@ -245,6 +250,10 @@ class BlockManager:
             found.append(block)
             chain = content.chain
         return found
+
+    def _check_new(self, request: str) -> None:
+        if request in self.tables:
+            raise ValueError(f"there is a request {request!r} already")
 
     def _check_room(self, blocks: int, request: str, spare: int = 0) -> None:
         if blocks + spare > self.num_free:
@@ -293,6 +302,6 @@ def checked(tokens: Iterable[int]) -> list[int]:
     """Token ids as numbers; ValueError for anything else."""
     listed = list(tokens)
     for token in listed:
-        if not (type(token) is int or is_count(token)) or not 0 <= token < 2**63:
+        if not is_count(token) or not 0 <= token < 2**63:
             raise ValueError(f"tokens are whole numbers, 0 or more; got {token!r}")
     return [*map(int, listed)]

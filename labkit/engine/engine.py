@@ -221,11 +221,10 @@ class Engine:
             token, flight.generator = pick
             if not timing.new_tokens:
                 timing.ttft = time.perf_counter() - timing.arrived
-            if token not in flight.request.stop:
-                timing.latest = time.perf_counter()
             if token in flight.request.stop:
                 self._end(flight, token, "stop")
                 continue
+            timing.latest = time.perf_counter()
             flight.tokens.append(token)
             timing.new_tokens += 1
             if timing.new_tokens == flight.request.max_new_tokens:

@@ -46,8 +46,5 @@ class Snapshot:
 def snapshot(blocks: BlockManager, scheduler: Scheduler) -> Snapshot:
     """An engine's blocks as they are."""
     tables = {flight.id: blocks.table(flight.id) for flight in scheduler.running}
-    owners: dict[int, tuple[str, ...]] = {}
-    for name, table in tables.items():
-        owners |= {block: (*owners.get(block, ()), name) for block in table.blocks}
     running = {name: (len(table.tokens), table.computed) for name, table in tables.items()}
-    return Snapshot(owners, running, tuple(flight.id for flight in scheduler.waiting), scheduler.preemptions)
+    return Snapshot(blocks.owners(), running, tuple(flight.id for flight in scheduler.waiting), scheduler.preemptions)

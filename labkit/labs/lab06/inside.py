@@ -36,8 +36,7 @@ class OwnBlocks(BlockManager):
     def admit(self, request: str, tokens: Iterable[int], salt: str = "", *, spare: int = 0) -> int:
         """A table of the learner's for a new request."""
         tokens = checked(tokens)
-        if request in self.tables:
-            raise ValueError(f"there is a request {request!r} already")
+        self._check_new(request)
         if not tokens:
             raise ValueError(f"request {request!r} has no tokens")
         self._check_room(self.blocks_for(len(tokens)), request, spare)
@@ -68,8 +67,7 @@ class OwnBlocks(BlockManager):
     def fork(self, request: str, child: str) -> None:
         """The learner's fork."""
         table = self.table(request)
-        if child in self.tables:
-            raise ValueError(f"there is a request {child!r} already")
+        self._check_new(child)
         self.own[child] = self.own[request].fork()
         self.tables[child] = Table(table.root, list(table.tokens), self.own[child].blocks, [], table.computed)
 

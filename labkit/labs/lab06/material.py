@@ -93,9 +93,7 @@ def story(allocator: Callable[[int], Any] | None = None, num_blocks: int = 16, b
     anna, berta = list(range(100, 110)), list(range(200, 207))
 
     def look(text: str) -> None:
-        owners: dict[int, tuple[str, ...]] = {}
-        for name, table in manager.tables.items():
-            owners |= {block: (*owners.get(block, ()), name) for block in table.blocks}
+        owners = manager.owners()
         tables = {name: (tuple(table.blocks), len(table.tokens)) for name, table in manager.tables.items()}
         scenes.append(Scene(text, owners, manager.findable() - owners.keys(), tables))
 
