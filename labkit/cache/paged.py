@@ -347,8 +347,15 @@ class BlockCache(LayerCache):
         self.copy_blocks(copies)
 
     @abstractmethod
+    def blocks(self) -> tuple[Tensor, ...]:
+        """What the blocks lie in, `[num_blocks, ...]` each; nothing before the first append."""
+
     def copy_blocks(self, copies: Copies) -> None:
         """Copy whole blocks, each (from, to)."""
+        for x in self.blocks() if copies else ():
+            sources, targets = (torch.tensor(side, device=x.device) for side in zip(*copies, strict=True))
+            x.index_copy_(0, targets, x.index_select(0, sources))
+            self.bytes_copied += size_of(x) // len(x) * len(copies)
 
     def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Causal attention of the newest tokens' queries over all that is held.
@@ -424,14 +431,9 @@ class PagedCache(BlockCache):
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
             return like.new_zeros(self.pages.num_blocks, self.pages.block_size, like.shape[1], like.shape[3])
 
-    def copy_blocks(self, copies: Copies) -> None:
-        """Copy whole blocks, each (from, to)."""
-        if not copies or self.k is None or self.v is None:
-            return
-        sources, targets = (torch.tensor(side, device=self.k.device) for side in zip(*copies, strict=True))
-        for x in (self.k, self.v):
-            x.index_copy_(0, targets, x.index_select(0, sources))
-            self.bytes_copied += size_of(x) // len(x) * len(copies)
+    def blocks(self) -> tuple[Tensor, ...]:
+        """K and V."""
+        return () if self.k is None or self.v is None else (self.k, self.v)
 
     def forget(self) -> None:
         """Hold nothing."""

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit import kernels
 from labkit.attention import Visibility
 from labkit.cache.layer import size_of
 from labkit.cache.paged import BlockCache, Copies, Layout, Pages, Rows
-from labkit.cache.quantized import Pair, both, check_device_has, check_format
+from labkit.cache.quantized import Pair, both, check_device_has, check_format, gpu_reads
 from labkit.cache.step import Step
 from labkit.kernels.packed_attention import wants_gradient
 from labkit.kernels.paged_packed_attention import paged_packed_attention, what_is_read
@@ -257,14 +256,9 @@ class PagedQuantizedCache(BlockCache):
         stays = set(self.open) - sources.keys()
         self.wait_for({*self.last_blocks(self.rows, lengths), *stays}, sources)
 
-    def copy_blocks(self, copies: Copies) -> None:
-        """Copy packed blocks, each (from, to)."""
-        if not copies or self.packed is None:
-            return
-        sources, targets = (torch.tensor(side, device=self.packed[0].rows.device) for side in zip(*copies, strict=True))
-        for x in self.packed:
-            x.rows.index_copy_(0, targets, x.rows.index_select(0, sources))
-            self.bytes_copied += x.nbytes // len(x.rows) * len(copies)
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The packed rows."""
+        return tuple(x.rows for x in self.packed or ())
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -344,8 +338,7 @@ class PagedQuantizedCache(BlockCache):
         if q.dtype == torch.float64 or wants_gradient(q, *self.waiting):
             return None
         if q.is_cuda:
-            whole = isinstance(self.quantizers[0].nbits, int)
-            there = kernels.available(q.device) and (whole or torch.cuda.get_device_capability(q.device) >= (8, 9))
+            there = gpu_reads(self.quantizers[0].nbits, q.device)
             return paged_packed_decode_attention if there and self.constants.soft_cap is None else None
         if q.device.type == "cpu":
             from labkit.kernels import paged_packed_attention_cpu as on_cpu  # Numba takes a while to import

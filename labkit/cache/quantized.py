@@ -250,9 +250,7 @@ class QuantizedCache(LayerCache):
         if wants_gradient(q, *(self.sinks or ()), *(self.recent or ())):
             return None
         if q.is_cuda:
-            whole = isinstance(self.quantize_keys.nbits, int)
-            there = kernels.available(q.device) and (whole or torch.cuda.get_device_capability(q.device) >= (8, 9))
-            return packed_decode_attention if there else None
+            return packed_decode_attention if gpu_reads(self.quantize_keys.nbits, q.device) else None
         if q.device.type == "cpu" and self.k is not None and self.v is not None:
             from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
 
@@ -316,6 +314,11 @@ def both(change: Callable[[Tensor], Tensor], pair: Pair) -> Pair:
 def own(x: Tensor) -> Tensor:
     """A copy: a view would keep all of its owner's memory, and change when the owner changes."""
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def gpu_reads(nbits: int | torch.dtype, device: torch.device) -> bool:
+    """Whether Triton kernels read these codes on a GPU: float8 needs compute capability 8.9."""
+    return kernels.available(device) and (isinstance(nbits, int) or torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def check_device_has(nbits: int | torch.dtype, device: torch.device) -> None:
