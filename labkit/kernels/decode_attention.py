@@ -14,13 +14,23 @@ import torch
 from torch import Tensor
 
 from labkit.attention import PLAIN, Constants, Visibility, check_shapes, visible_to
-from labkit.kernels.split import DTYPES, check_can_run, how_to_multiply, merge, query_blocks, split_sequence
+from labkit.kernels.split import (
+    DTYPES,
+    LOG2_E,
+    capability,
+    check_can_run,
+    how_to_multiply,
+    make_parts,
+    merged,
+    query_blocks,
+    split_sequence,
+)
 
 try:
     import triton
     import triton.language as tl
 
-    from labkit.kernels.split import begin, blend, store_part
+    from labkit.kernels.split import blend, load_queries, reach, store_part
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
@@ -31,51 +41,110 @@ def decode_attention(
     v: Tensor,
     constants: Constants = PLAIN,
     visible: Visibility | None = None,
-    *,
-    block_size: int = 64,
-    num_splits: int | None = None,
+    **launch: int | None,
 ) -> Tensor:
     """softmax(q k^T * scale) v for one query per head: `[batch, num_heads, 1, head_dim]`, in q's dtype.
 
     q: `[batch, num_heads, 1, head_dim]`. k, v: `[batch, num_kv_heads, kv_len, head_dim]`, with any strides, such as
     the part in use of a preallocated buffer. float32, float16 or bfloat16; sums are kept in float32.
     constants: without a soft cap. visible: who may see whom, rows of different lengths and padding included; a row that
-    sees nothing gives zeros.
-    block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on in parallel.
+    sees nothing gives zeros. launch: keywords of `decode_between`, with None as it would choose.
 
     Raises ValueError when shapes, dtypes or sizes do not fit, RuntimeError where Triton cannot run.
     """
-    queries_per_kv = check_inputs(q, k, v, constants)
-    check_can_run(q, block_size, "labkit.attention.attention")
-    batch, num_heads, _, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    first, end = visible_to(q, k, visible).bounds(constants, batch, q.device)
-    num_splits, split_len = split_sequence(kv_len, num_splits, block_size)
+    check_inputs(q, k, v, constants)
+    first, end = visible_to(q, k, visible).bounds(constants, len(q), q.device)
+    return decode_between(q, k, v, first, end, constants, **launch)
 
-    grouped = q.reshape(batch, num_kv_heads, queries_per_kv, head_dim)
-    shape = (batch, num_kv_heads, num_splits, queries_per_kv)
-    parts = q.new_empty(*shape, head_dim, dtype=torch.float32)
-    lse = q.new_empty(shape, dtype=torch.float32)
-    _decode_kernel[(batch * num_kv_heads, num_splits)](
-        grouped,
+
+def decode_between(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    constants: Constants = PLAIN,
+    *,
+    block_size: int | None = None,
+    num_splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> Tensor:
+    """`decode_attention` of the keys from `first` up to `end`, int32 `[batch]` on the device: nothing waits for them.
+
+    What is launched depends on the shapes alone, so that a CUDA graph of it serves every step over one buffer.
+    block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on in parallel.
+    num_warps, num_stages: Triton's. By default what suits the device.
+    """
+    queries_per_kv = check_inputs(q, k, v, constants)
+    batch, num_heads, _, head_dim = q.shape
+    check_can_run(q, "labkit.attention.attention", 16 if block_size is None else block_size)
+    sizes = sizes_for(q.device, q.dtype, head_dim, block_size, num_warps, num_stages)
+    grouped = q.reshape(batch, k.shape[1], queries_per_kv, head_dim)
+    parts = split_sequence(k.shape[2], num_splits, sizes["BLOCK"], batch * k.shape[1], q.device)
+    room = make_parts(grouped, parts[0], q.dtype)
+    launch_dense(grouped, k, v, first, end, constants.scale_for(head_dim), room, 0, parts, sizes)
+    return merged(*room, q.dtype).view(batch, num_heads, 1, head_dim)
+
+
+def launch_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    room: tuple[Tensor, Tensor],
+    first_part: int,
+    parts: tuple[int, int],
+    sizes: dict[str, int],
+) -> None:
+    """Write outputs and log-sum-exps of `parts`, how many and of how many tokens, into `room` from `first_part` on.
+
+    q: `[batch, num_kv_heads, queries_per_kv, head_dim]`. room: as `make_parts` makes it.
+    """
+    batch, num_kv_heads, queries_per_kv, head_dim = q.shape
+    _decode_kernel[(batch * num_kv_heads, parts[0])](
+        q,
         k,
         v,
         first,
         end,
-        parts,
-        lse,
-        constants.scale_for(head_dim),
+        *room,
+        scale * LOG2_E,
         num_kv_heads,
-        split_len,
-        *grouped.stride(),
+        parts[1],
+        first_part,
+        room[1].shape[2],
+        *q.stride(),
         *k.stride(),
         *v.stride(),
-        BLOCK=block_size,
         **query_blocks(queries_per_kv, head_dim),
-        **how_to_multiply(q.device, head_dim),
-        num_stages=2,  # more would not fit the shared memory of smaller GPUs in float32
+        **how_to_multiply(q.device, k.dtype),
+        **sizes,
     )
-    return merge(parts, lse).to(q.dtype).view(batch, num_heads, 1, head_dim)
+
+
+def sizes_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> dict[str, int]:
+    """Keys read at a time, warps, and blocks in flight, where a call does not say.
+
+    K and V of the blocks in flight lie in shared memory: 72 KB of it for 16-bit heads of 128, of the 99 KB that the
+    smallest GPU with asynchronous copies has, and 90 KB in float32. Older ones, with 64 KB, read one block at a time.
+    """
+    old, wide = capability(device) < (8, 0), dtype == torch.float32
+    fits = max(16, min(64, (4096 if old else 8192) // triton.next_power_of_2(head_dim)))
+    return {
+        "BLOCK": fits if block_size is None else block_size,
+        "num_warps": (8 if (old or wide) and head_dim > 64 else 4) if num_warps is None else num_warps,
+        "num_stages": (2 if old or wide else 3) if num_stages is None else num_stages,
+    }
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, constants: Constants) -> int:
@@ -96,7 +165,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, constants: Constants) -> int:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["split_len"])
+    @triton.jit(do_not_specialize=["split_len", "first_part", "num_parts"])
     def _decode_kernel(
         q_ptr,
         k_ptr,
@@ -108,6 +177,8 @@ if triton is not None:
         scale,
         num_kv_heads,
         split_len,
+        first_part,
+        num_parts,
         q_batch,
         q_head,
         q_query,
@@ -125,23 +196,32 @@ if triton is not None:
         QUERY_BLOCK: tl.constexpr,
         DIM_BLOCK: tl.constexpr,
         BLOCK: tl.constexpr,
+        NATIVE: tl.constexpr,
         PRECISION: tl.constexpr,
+        SHIFT: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the sequence (axis 1)."""
-        row, head, dim, q, start, end, top, total, out = begin(
-            q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
-            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK,
-        )  # fmt: skip
+        row, head, start, end = reach(first_ptr, end_ptr, num_kv_heads, split_len)
+        dim = tl.arange(0, DIM_BLOCK)
+        q = load_queries(q_ptr, row, head, dim, dim < HEAD_DIM, q_batch, q_head, q_query, q_dim, QUERIES, QUERY_BLOCK)
+        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
+        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
+        place = tl.arange(0, BLOCK)
+        at = (start + place).to(tl.int64)[:, None]
+        k_at = k_ptr + row * k_batch + head * k_head + at * k_token + dim[None, :] * k_dim
+        v_at = v_ptr + row * v_batch + head * v_head + at * v_token + dim[None, :] * v_dim
         for block in range(start, end, BLOCK):
-            token = block + tl.arange(0, BLOCK)
-            seen = token < end
-            wanted = seen[:, None] & (dim[None, :] < HEAD_DIM)
-            at = token[:, None].to(tl.int64)
-            k_at = k_ptr + row * k_batch + head * k_head + at * k_token + dim[None, :] * k_dim
-            v_at = v_ptr + row * v_batch + head * v_head + at * v_token + dim[None, :] * v_dim
-            k = tl.load(k_at, mask=wanted, other=0.0).to(tl.float32)
-            v = tl.load(v_at, mask=wanted, other=0.0).to(tl.float32)
-
-            top, total, out = blend(q, k, v, seen, scale, top, total, out, PRECISION)
-
-        store_part(parts_ptr, lse_ptr, top, total, out, QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK)
+            seen = block + place < end
+            wanted = seen[:, None]
+            if HEAD_DIM < DIM_BLOCK:
+                wanted = wanted & (dim < HEAD_DIM)[None, :]
+            k = tl.load(k_at, mask=wanted, other=0.0)
+            v = tl.load(v_at, mask=wanted, other=0.0)
+            k_at += BLOCK * k_token
+            v_at += BLOCK * v_token
+            top, total, out = blend(q, k, v, seen, scale, top, total, out, NATIVE, PRECISION, SHIFT)
+        store_part(
+            parts_ptr, lse_ptr, first_part, num_parts, top, total, out,
+            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK, SHIFT,
+        )  # fmt: skip

@@ -1,12 +1,17 @@
 """`packed_attention` of one new token per row as a Triton kernel.
 
-Dequantization is part of the decode loop, query heads that share a KV head are answered together, and the sequence is
-split over programs whose results are merged. Tokens in full precision, before the packed ones and after them, are few:
-PyTorch answers them, as one more part.
+A program reads a tile at a time, one group of tokens, and multiplies its codes as they are: tensor cores take whole
+numbers up to 255 as bfloat16, exactly. Scales and zero points never meet the codes. With `code * scale + zero` for a
+number, scales along the tokens belong to a channel and are multiplied into the queries, zero points are a number that
+is added to a query's scores; scales along the channels belong to a token and are multiplied into its weights. What is
+multiplied into is float32 and becomes a sum of bfloat16 numbers, so many that nothing is lost that matters.
+
+Tokens in full precision, before the packed ones and after them, are one more part each, of the dense kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +20,25 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import PLAIN, Constants, Visibility
+from labkit.kernels.decode_attention import launch_dense, sizes_for
 from labkit.kernels.packed_attention import Dense, check_packed
-from labkit.kernels.split import DTYPES, check_can_run, how_to_multiply, merge, query_blocks, split_sequence
-from labkit.quantization import Packed
+from labkit.kernels.split import (
+    DTYPES,
+    LOG2_E,
+    capability,
+    check_can_run,
+    make_parts,
+    merged,
+    query_blocks,
+    split_sequence,
+)
+from labkit.quantization import Packed, Quantizer
 
 try:
     import triton
     import triton.language as tl
 
-    from labkit.kernels.split import begin, blend, store_part
+    from labkit.kernels.split import load_queries, part_of, reach, store_lse, weigh
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
@@ -38,19 +53,20 @@ def packed_decode_attention(
     before: Dense | None = None,
     after: Dense | None = None,
     rotation: Tensor | None = None,
-    block_size: int | None = None,
     num_splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> Tensor:
     """`packed_attention` of one new token per row; its twin's arguments, but for a soft cap.
 
-    block_size: keys read at a time, a power of 2, at least 16; by default as many as fit the shared memory of small
-    GPUs. num_splits: parts of the packed sequence worked on in parallel. Raises ValueError when shapes, dtypes, formats
-    or sizes do not fit, RuntimeError where Triton cannot run. It has no backward pass.
+    num_splits: parts of the packed sequence worked on in parallel, each of whole groups. num_warps, num_stages:
+    Triton's. By default what suits the device. Raises ValueError when shapes, dtypes, formats or sizes do not fit,
+    RuntimeError where Triton cannot run. It has no backward pass.
     """
     if has_torch_function((q,)):
         return handle_torch_function(
             packed_decode_attention, (q,), q, k, v, constants, visible, before=before, after=after, rotation=rotation,
-            block_size=block_size, num_splits=num_splits,
+            num_splits=num_splits, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     visible = check_packed(q, k, v, before, after, visible)
     if replace(v.quantizer, axis=k.quantizer.axis) != k.quantizer:
@@ -61,126 +77,416 @@ def packed_decode_attention(
         raise ValueError(f"q must be float32, float16 or bfloat16; got {q.dtype}")
     if constants.soft_cap is not None:
         raise ValueError("packed_decode_attention has no soft cap: packed_attention has")
-    batch, _, _, head_dim = q.shape
-    block_size = tokens_at_once(head_dim) if block_size is None else block_size
-    check_can_run(q, block_size, "packed_attention")
+    batch, num_heads, _, head_dim = q.shape
+    check_can_run(q, "packed_attention")
+    num_kv_heads, group = k.rows.shape[2], k.quantizer.group_size
     scale = constants.scale_for(head_dim)
-    rows = q.reshape(batch, k.rows.shape[2], -1, head_dim).float()
-    first, _ = visible.bounds(constants, batch, q.device)
+    grouped = q.reshape(batch, num_kv_heads, -1, head_dim)
+    first, end = visible.bounds(constants, batch, q.device)
     start = 0 if before is None else before[0].shape[2]
-    turned = rows if rotation is None else rows @ rotation
-    parts = [launch(turned, k, v, first - start, scale, block_size, num_splits)]
-    for place, dense in ((0, before), (start + k.num_tokens, after)):
-        if dense is not None and dense[0].shape[2]:
-            parts.append(dense_part(rows, *dense, first - place, scale))
-    out = merge(torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2))
-    return out.to(q.dtype).view(q.shape)
-
-
-def dense_part(rows: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the few tokens in full precision, shaped as the kernel's parts, with one split."""
-    scores = (rows @ k.float().mT) * scale
-    hidden = torch.arange(k.shape[2], device=k.device) < first[:, None, None, None]
-    scores = scores.masked_fill(hidden, float("-inf"))
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min))
-    return (weights @ v.float()).unsqueeze(2), lse.squeeze(3).unsqueeze(2)
+    dense = [(at, x) for at, x in ((0, before), (start + k.num_tokens, after)) if x is not None and x[0].shape[2]]
+    parts = split_sequence(k.num_tokens, num_splits, group, batch * num_kv_heads, q.device)
+    room = make_parts(grouped, parts[0] + len(dense), q.dtype)
+    turned = grouped if rotation is None else (grouped.float() @ rotation)
+    launch(
+        turned, k, v, first - start, (end - start).clamp(max=k.num_tokens), scale, room, parts, num_warps, num_stages
+    )
+    for part, (at, (keys, values)) in enumerate(dense, parts[0]):
+        sizes = sizes_for(q.device, keys.dtype, head_dim)
+        one = 1, keys.shape[2]
+        launch_dense(grouped, keys, values, first - at, (end - at).clamp(max=one[1]), scale, room, part, one, sizes)
+    return merged(*room, q.dtype).view(batch, num_heads, 1, head_dim)
 
 
 def launch(
-    rows: Tensor, k: Packed, v: Packed, first: Tensor, scale: float, block_size: int, num_splits: int | None
-) -> tuple[Tensor, Tensor]:
-    """The kernel over all packed tokens: outputs and log-sum-exps, with a split dimension, as `merge` takes them."""
-    batch, num_kv_heads, queries, head_dim = rows.shape
-    tokens = k.num_tokens
-    num_splits, split_len = split_sequence(tokens, num_splits, block_size)
-    parts = rows.new_empty(batch, num_kv_heads, num_splits, queries, head_dim)
-    lse = rows.new_empty(batch, num_kv_heads, num_splits, queries)
-    rows, first = rows.contiguous(), first.int().contiguous()
-    _packed_decode_kernel[(batch * num_kv_heads, num_splits)](
-        rows,
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    room: tuple[Tensor, Tensor],
+    parts: tuple[int, int],
+    num_warps: int | None,
+    num_stages: int | None,
+) -> None:
+    """Write outputs and log-sum-exps of all packed tokens into the first `parts` of `room`.
+
+    q: `[batch, num_kv_heads, queries_per_kv, head_dim]`. parts: how many, and of how many tokens.
+    """
+    batch, num_kv_heads, queries, head_dim = q.shape
+    _packed_decode_kernel[(batch * num_kv_heads, parts[0])](
+        q,
         *memory_of(k),
         *memory_of(v),
         first,
-        torch.full_like(first, tokens),
-        parts,
-        lse,
-        scale,
+        end,
+        *room,
+        scale * LOG2_E,
         num_kv_heads,
-        split_len,
-        *rows.stride(),
+        parts[1],
+        room[1].shape[2],
+        *q.stride(),
         **query_blocks(queries, head_dim),
-        BLOCK=block_size,
         **format_of(k, v),
-        **how_to_multiply(rows.device, head_dim),
-        num_stages=1,  # the numbers are made in registers: there is nothing to fetch ahead into shared memory
+        **terms(q, exact=k.quantizer.axis == "token"),
+        **how_to_run(q.device, num_warps, num_stages),
     )
-    return parts, lse
 
 
-def tokens_at_once(head_dim: int) -> int:
-    """Tokens that a program makes numbers of: 32 KiB for K and V together, as float32, which a T4 has for one."""
-    return max(16, min(64, 4096 // (1 << (head_dim - 1).bit_length())))
+def how_to_run(device: torch.device, num_warps: int | None, num_stages: int | None) -> dict[str, int]:
+    """Warps of a program, tiles in flight, and how many registers a thread may have: three programs fit so."""
+    sizes = {"num_warps": 4 if num_warps is None else num_warps, "num_stages": 3 if num_stages is None else num_stages}
+    return sizes | ({"maxnreg": 168} if capability(device) >= (8, 0) and sizes["num_warps"] == 4 else {})
 
 
 def memory_of(x: Packed) -> tuple[Tensor, Tensor]:
-    """One memory, seen as codes and as scales."""
+    """One memory, seen as codes, in words as large as rows are made of, and as scales."""
     rows = x.rows.contiguous()
-    codes = rows if isinstance(x.quantizer.nbits, int) else rows.view(x.quantizer.nbits)
-    return codes, rows.view(x.quantizer.metadata)
+    if not isinstance(x.quantizer.nbits, int):
+        return rows.view(x.quantizer.nbits), rows.view(x.quantizer.metadata)
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[word_bytes(x.quantizer)]
+    return rows.view(word), rows.view(x.quantizer.metadata)
+
+
+def word_bytes(quantizer: Quantizer) -> int:
+    """The largest word of up to 4 bytes that codes, and whole rows, are made of."""
+    if not isinstance(quantizer.nbits, int):
+        return 1
+    return next(size for size in (4, 2, 1) if not (quantizer.code_bytes % size or quantizer.row_bytes % size))
 
 
 def format_of(k: Packed, v: Packed) -> dict[str, Any]:
     """What a kernel must know of a format at compile time."""
     quantizer = k.quantizer
+    word = word_bytes(quantizer)
     return {
         "GROUP": quantizer.group_size,
         "NBITS": quantizer.nbits if isinstance(quantizer.nbits, int) else 0,
         "MIDDLE": quantizer.middle,
         "HAS_ZERO": quantizer.has_zero,
-        "ROW_BYTES": k.rows.shape[4],
+        "ROW_BYTES": quantizer.row_bytes,
+        "WORD_BYTES": word,
+        "WORDS": group_block(quantizer) * quantizer.code_bytes // quantizer.group_size // word,
+        "GROUP_BLOCK": group_block(quantizer),
         "K_PER_CHANNEL": quantizer.axis == "channel",
         "V_PER_CHANNEL": v.quantizer.axis == "channel",
+        "UNPACK": unpack_assembly(quantizer) if capability(k.rows.device) >= (8, 0) else "",
     }
+
+
+@functools.cache
+def unpack_assembly(quantizer: Quantizer) -> str:
+    """PTX that makes bfloat16 numbers of the codes in a 32-bit word, two at a time; "" where rows are no such words.
+
+    Codes half a word apart stand in the halves of a register after one shift. Under the exponent of 128, whose last
+    digit is worth 1, a code is 128 more than itself: one subtraction gives it. The eighth bit of a code has no place
+    there: times 0x86 it is the number 128 by itself.
+    """
+    if not isinstance(quantizer.nbits, int) or word_bytes(quantizer) < 4:
+        return ""
+    nbits, count = quantizer.nbits, 32 // quantizer.nbits
+    kept = 2 ** min(nbits, 7) - 1
+    less = 0xC380 if quantizer.middle == 128 else 0xC300 + quantizer.middle  # -256, or 128 and the middle less
+    one, mask, base, minus = (f"0x{half:04X}{half:04X}" for half in (0x3F80, kept, 0x4300, less))
+    lines = [".reg .b32 word, low, high, one, minus;", f"mov.b32 one, {one};", f"mov.b32 minus, {minus};"]
+    for code in range(count // 2):
+        lines.append(f"shr.u32 word, ${count}, {code * nbits};")
+        lines.append(f"lop3.b32 low, word, {mask}, {base}, 0xEA;")
+        if nbits == 8:
+            lines += ["and.b32 high, word, 0x00800080;", "mul.lo.u32 high, high, 0x86;"]
+            lines.append("fma.rn.bf16x2 high, high, one, minus;")
+        lines.append(f"fma.rn.bf16x2 low, low, one, {'high' if nbits == 8 else 'minus'};")
+        lines.append(f"mov.b32 {{${code}, ${code + count // 2}}}, low;")
+    return "{ " + " ".join(lines) + " }"
+
+
+def group_block(quantizer: Quantizer) -> int:
+    """Tokens, or channels, of a tile of one group: a power of 2, and 16 the least that tl.dot takes."""
+    return max(16, triton.next_power_of_2(quantizer.group_size))
+
+
+def terms(q: Tensor, exact: bool) -> dict[str, int]:
+    """How many bfloat16 numbers stand for one that is multiplied by codes; 0 where float32 is multiplied itself.
+
+    Two lose 2**-17 of a score's terms, three nothing that float32 holds. Weights are rounded as in FlashAttention,
+    for queries of 16 bits, whose answers are rounded so themselves. exact: queries reach the product as they came.
+    """
+    if capability(q.device) < (8, 0):
+        return {"SCORE_TERMS": 0, "WEIGHT_TERMS": 0}
+    if q.dtype == torch.float32:
+        return {"SCORE_TERMS": 3, "WEIGHT_TERMS": 3}
+    return {"SCORE_TERMS": 1 if exact and q.dtype == torch.bfloat16 else 2, "WEIGHT_TERMS": 1}
 
 
 if triton is not None:
 
     @triton.jit
-    def numbers_in_tiles(
-        codes_ptr, scale_ptr, tile, place, dim, wanted,
-        HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, NBITS: tl.constexpr, MIDDLE: tl.constexpr,
-        HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    def dot_codes(a, codes, TERMS: tl.constexpr):
+        """a times codes, float32: a as a sum of `TERMS` bfloat16 numbers, or, of none, as it is."""
+        if TERMS == 0:
+            out = tl.dot(a, codes.to(tl.float32), input_precision="ieee")
+        else:
+            high = a.to(tl.bfloat16)
+            out = tl.dot(high, codes)
+            if TERMS > 1:
+                rest = a - high.to(tl.float32)
+                middle = rest.to(tl.bfloat16)
+                out = tl.dot(middle, codes, out)
+                if TERMS > 2:
+                    out = tl.dot((rest - middle.to(tl.float32)).to(tl.bfloat16), codes, out)
+        return out
+
+    @triton.jit
+    def load_codes(
+        words_ptr, tile, row, there, NBITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr,
+        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, UNPACK: tl.constexpr,
     ):  # fmt: skip
-        """Dequantized numbers of some tokens, float32 `[tokens, dims]`; NBITS 0: codes are float8.
+        """Codes of some groups of a tile as bfloat16, `[groups, codes]`; there: which groups are wanted.
 
-        tile, place: of each token, `[tokens, 1]`: which tile of all that lie in memory, and which token of it.
+        tile: its first row of all. row: each group's, in the tile. NBITS 0: codes are float8.
         """
-        column = dim[None, :]
-        if PER_CHANNEL:
-            row, code = tile * HEAD_DIM + column, place + column * 0
-        else:
-            row = tile * HEAD_DIM + place * (HEAD_DIM // GROUP) + column // GROUP
-            code = column % GROUP + place * 0
         CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
+        word = tl.arange(0, WORDS)
+        wanted = there[:, None]
+        if WORDS * WORD_BYTES > CODE_BYTES:
+            wanted = wanted & (word < CODE_BYTES // WORD_BYTES)[None, :]
+        STEP: tl.constexpr = ROW_BYTES // WORD_BYTES
+        at = (words_ptr + tile * STEP) + (row[:, None] * STEP + word[None, :])
         if NBITS == 0:
-            numbers = tl.load(codes_ptr + row * ROW_BYTES + code, mask=wanted, other=0.0).to(tl.float32)
+            codes = tl.load(at, mask=wanted, other=0.0).to(tl.float32).to(tl.bfloat16)
         else:
-            byte = tl.load(codes_ptr + row * ROW_BYTES + code * NBITS // 8, mask=wanted, other=0).to(tl.int32)
-            shift = (code * NBITS % 8).to(tl.int32)
-            numbers = (((byte >> shift) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32)
-        metadata = scale_ptr + (row * ROW_BYTES + CODE_BYTES) // 2
-        numbers *= tl.load(metadata, mask=wanted, other=0.0).to(tl.float32)
-        if HAS_ZERO:
-            numbers += tl.load(metadata + 1, mask=wanted, other=0.0).to(tl.float32)
-        return numbers
+            words = tl.load(at, mask=wanted, other=0).to(tl.int32)
+            PER_WORD: tl.constexpr = WORD_BYTES * 8 // NBITS
+            if UNPACK == "":
+                codes = one_by_one(words, 0, PER_WORD, 1, NBITS, MIDDLE)
+            elif NBITS == 8:
+                codes = four_codes(words, UNPACK)
+            elif NBITS == 4:
+                codes = eight_codes(words, UNPACK)
+            else:
+                codes = sixteen_codes(words, UNPACK)
+            # Seen through to a `join`, Triton would lay out the other factor for half the loads: a sum of one hides it.
+            codes = tl.reduce(tl.reshape(codes, [row.shape[0], WORDS * PER_WORD, 1]), 2, either)
+        return codes
 
-    @triton.jit(do_not_specialize=["split_len"])
+    @triton.jit
+    def either(a, b):
+        """One of two."""
+        return a
+
+    @triton.jit
+    def one_by_one(
+        words, FIRST: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, NBITS: tl.constexpr, MIDDLE: tl.constexpr
+    ):
+        """`COUNT` codes of each word, the first and each `STEP` behind, in a last dimension: halves, joined again."""
+        if COUNT == 1:
+            codes = (((words >> (FIRST * NBITS)) & ((1 << NBITS) - 1)) - MIDDLE).to(tl.float32).to(tl.bfloat16)
+        else:
+            even = one_by_one(words, FIRST, COUNT // 2, STEP * 2, NBITS, MIDDLE)
+            odd = one_by_one(words, FIRST + STEP, COUNT // 2, STEP * 2, NBITS, MIDDLE)
+            codes = tl.reshape(tl.join(even, odd), [words.shape[0], words.shape[1], COUNT])
+        return codes
+
+    @triton.jit
+    def four_codes(words, UNPACK: tl.constexpr):
+        """What `one_by_one` gives of 32-bit words of 8-bit codes, by `unpack_assembly`."""
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            UNPACK, "=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+        return tl.join(tl.join(c0, c2), tl.join(c1, c3))
+
+    @triton.jit
+    def eight_codes(words, UNPACK: tl.constexpr):
+        """The same of 4-bit codes."""
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            UNPACK, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 8, is_pure=True, pack=1
+        )
+        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+        odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+        return tl.join(even, odd)
+
+    @triton.jit
+    def sixteen_codes(words, UNPACK: tl.constexpr):
+        """The same of 2-bit codes."""
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15 = tl.inline_asm_elementwise(
+            UNPACK, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 16,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        even = tl.join(tl.join(tl.join(c0, c8), tl.join(c4, c12)), tl.join(tl.join(c2, c10), tl.join(c6, c14)))
+        odd = tl.join(tl.join(tl.join(c1, c9), tl.join(c5, c13)), tl.join(tl.join(c3, c11), tl.join(c7, c15)))
+        return tl.join(even, odd)
+
+    @triton.jit
+    def load_scale(
+        words_ptr, scale_ptr, tile, row, there, NBITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
+        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr,
+    ):  # fmt: skip
+        """Scales and zero points of some groups of a tile, float32 `[groups]`; zeros where there are none."""
+        CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
+        if HAS_ZERO and WORD_BYTES == 4:
+            at = (words_ptr + tile * (ROW_BYTES // 4)) + (row * (ROW_BYTES // 4) + CODE_BYTES // 4)
+            both = tl.load(at, mask=there, other=0)
+            if scale_ptr.dtype.element_ty == tl.bfloat16:
+                scale = (both << 16).to(tl.float32, bitcast=True)
+                zero = (both & -65536).to(tl.float32, bitcast=True)
+            else:
+                scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            at = (scale_ptr + tile * (ROW_BYTES // 2)) + (row * (ROW_BYTES // 2) + CODE_BYTES // 2)
+            scale = tl.load(at, mask=there, other=0.0).to(tl.float32)
+            zero = scale * 0.0
+            if HAS_ZERO:
+                zero = tl.load(at + 1, mask=there, other=0.0).to(tl.float32)
+        return scale, zero
+
+    @triton.jit
+    def queries_by_group(
+        q_ptr, row, head, q_batch, q_head, q_query, q_dim, QUERIES: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+        HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+        PER_CHANNEL: tl.constexpr,
+    ):  # fmt: skip
+        """Queries as float32, all channels in one where keys are scaled by channel, else one for each group of them."""
+        if PER_CHANNEL:
+            dim = tl.arange(0, DIM_BLOCK)
+            q = load_queries(
+                q_ptr, row, head, dim, dim < HEAD_DIM, q_batch, q_head, q_query, q_dim, QUERIES, QUERY_BLOCK
+            )
+            some = (q.to(tl.float32),)
+        else:
+            dim = tl.arange(0, GROUP_BLOCK)
+            some = ()
+            for group in tl.static_range(HEAD_DIM // GROUP):
+                q = load_queries(
+                    q_ptr, row, head, group * GROUP + dim, dim < GROUP, q_batch, q_head, q_query, q_dim, QUERIES,
+                    QUERY_BLOCK,
+                )  # fmt: skip
+                some = some + (q.to(tl.float32),)
+        return some
+
+    @triton.jit
+    def nothing_yet(
+        QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
+        GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ):  # fmt: skip
+        """Outputs before anything is read, all channels in one where values are scaled by channel, else by group.
+
+        And what is added to all channels of each, `[queries, tokens]`: each token of a tile has a sum of its own.
+        """
+        offsets = (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
+        if PER_CHANNEL:
+            outs = (tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32),)
+        else:
+            outs = (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
+            for _ in tl.static_range(1, HEAD_DIM // GROUP):
+                outs = outs + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
+                offsets = offsets + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
+        return outs, offsets
+
+    @triton.jit
+    def scores_of_tile(
+        q, words_ptr, scale_ptr, tile, seen, NBITS: tl.constexpr, MIDDLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+        DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr,
+        WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
+        UNPACK: tl.constexpr, TERMS: tl.constexpr,
+    ):  # fmt: skip
+        """Products of queries and the keys of one tile, float32 `[queries, tokens]`; tile: its first row of all."""
+        if PER_CHANNEL:
+            channel = tl.arange(0, DIM_BLOCK)
+            there = channel < HEAD_DIM
+            codes = load_codes(
+                words_ptr, tile, channel, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
+            )
+            scale, zero = load_scale(
+                words_ptr, scale_ptr, tile, channel, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
+            )
+            scores = dot_codes(q[0] * scale[None, :], codes, TERMS)
+            if HAS_ZERO:
+                scores += tl.sum(q[0] * zero[None, :], axis=1)[:, None]
+        else:
+            token = tl.arange(0, GROUP_BLOCK)
+            there = seen & (token < GROUP)
+            GROUPS: tl.constexpr = HEAD_DIM // GROUP
+            scores = tl.zeros([q[0].shape[0], GROUP_BLOCK], tl.float32)
+            for group in tl.static_range(GROUPS):
+                at = token * GROUPS + group
+                codes = load_codes(
+                    words_ptr, tile, at, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
+                )
+                scale, zero = load_scale(
+                    words_ptr, scale_ptr, tile, at, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
+                )
+                scores += dot_codes(q[group], tl.trans(codes), TERMS) * scale[None, :]
+                if HAS_ZERO:
+                    scores += tl.sum(q[group], axis=1)[:, None] * zero[None, :]
+        return scores
+
+    @triton.jit
+    def values_of_tile(
+        weights, shrink, outs, offsets, words_ptr, scale_ptr, tile, seen, NBITS: tl.constexpr, MIDDLE: tl.constexpr,
+        HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
+        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+        PER_CHANNEL: tl.constexpr, UNPACK: tl.constexpr, TERMS: tl.constexpr,
+    ):  # fmt: skip
+        """Outputs after the values of one more tile: what they were, shrunk, and `weights` times the values."""
+        if PER_CHANNEL:
+            channel = tl.arange(0, DIM_BLOCK)
+            there = channel < HEAD_DIM
+            codes = load_codes(
+                words_ptr, tile, channel, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
+            )
+            scale, zero = load_scale(
+                words_ptr, scale_ptr, tile, channel, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
+            )
+            out = outs[0] * shrink[:, None] + dot_codes(weights, tl.trans(codes), TERMS) * scale[None, :]
+            if HAS_ZERO:
+                out += tl.sum(weights, axis=1)[:, None] * zero[None, :]
+            found, added = (out,), offsets
+        else:
+            token = tl.arange(0, GROUP_BLOCK)
+            there = seen & (token < GROUP)
+            GROUPS: tl.constexpr = HEAD_DIM // GROUP
+            found, added = (), ()
+            for group in tl.static_range(GROUPS):
+                at = token * GROUPS + group
+                codes = load_codes(
+                    words_ptr, tile, at, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
+                )
+                scale, zero = load_scale(
+                    words_ptr, scale_ptr, tile, at, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
+                )
+                out = outs[group] * shrink[:, None] + dot_codes(weights * scale[None, :], codes, TERMS)
+                found = found + (out,)
+                if HAS_ZERO:
+                    added = added + (offsets[group] * shrink[:, None] + weights * zero[None, :],)
+                else:
+                    added = added + (offsets[group],)
+        return found, added
+
+    @triton.jit
+    def store_by_group(
+        parts_ptr, lse_ptr, first_part, num_parts, top, total, outs, offsets, QUERIES: tl.constexpr,
+        QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
+        GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ):  # fmt: skip
+        """`store_part` of outputs that may lie group by group."""
+        at = part_of(first_part, num_parts, QUERIES, QUERY_BLOCK)
+        some = store_lse(lse_ptr, at, top, total, QUERIES, QUERY_BLOCK, 0.0)
+        WIDE: tl.constexpr = HEAD_DIM if PER_CHANNEL else GROUP
+        dim = tl.arange(0, DIM_BLOCK if PER_CHANNEL else GROUP_BLOCK)
+        here = (tl.arange(0, QUERY_BLOCK)[:, None] < QUERIES) & (dim[None, :] < WIDE)
+        for group in tl.static_range(HEAD_DIM // WIDE):
+            to = parts_ptr + at[:, None] * HEAD_DIM + group * WIDE + dim[None, :]
+            out = outs[group] + tl.sum(offsets[group], axis=1)[:, None]
+            tl.store(to, out / some[:, None], mask=here)
+
+    @triton.jit(do_not_specialize=["split_len", "num_parts"])
     def _packed_decode_kernel(
         q_ptr,
-        k_codes_ptr,
+        k_words_ptr,
         k_scale_ptr,
-        v_codes_ptr,
+        v_words_ptr,
         v_scale_ptr,
         first_ptr,
         end_ptr,
@@ -189,6 +495,7 @@ if triton is not None:
         scale,
         num_kv_heads,
         split_len,
+        num_parts,
         q_batch,
         q_head,
         q_query,
@@ -197,35 +504,46 @@ if triton is not None:
         HEAD_DIM: tl.constexpr,
         QUERY_BLOCK: tl.constexpr,
         DIM_BLOCK: tl.constexpr,
-        BLOCK: tl.constexpr,
         GROUP: tl.constexpr,
         NBITS: tl.constexpr,
         MIDDLE: tl.constexpr,
         HAS_ZERO: tl.constexpr,
         ROW_BYTES: tl.constexpr,
+        WORD_BYTES: tl.constexpr,
+        WORDS: tl.constexpr,
+        GROUP_BLOCK: tl.constexpr,
         K_PER_CHANNEL: tl.constexpr,
         V_PER_CHANNEL: tl.constexpr,
-        PRECISION: tl.constexpr,
+        UNPACK: tl.constexpr,
+        SCORE_TERMS: tl.constexpr,
+        WEIGHT_TERMS: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the packed sequence (axis 1)."""
-        row, head, dim, q, start, end, top, total, out = begin(
-            q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
-            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK,
+        row, head, start, end = reach(first_ptr, end_ptr, num_kv_heads, split_len)
+        q = queries_by_group(
+            q_ptr, row, head, q_batch, q_head, q_query, q_dim,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, K_PER_CHANNEL,
         )  # fmt: skip
-        for block in range(start, end, BLOCK):
-            token = block + tl.arange(0, BLOCK)
-            seen = token < end
-            wanted = seen[:, None] & (dim[None, :] < HEAD_DIM)
-            at = token[:, None].to(tl.int64)
-            tile, place = at // GROUP * tl.num_programs(0) + row * num_kv_heads + head, at % GROUP
-            k = numbers_in_tiles(
-                k_codes_ptr, k_scale_ptr, tile, place, dim, wanted,
-                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, K_PER_CHANNEL,
+        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32)
+        outs, offsets = nothing_yet(QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL)
+        place = tl.arange(0, GROUP_BLOCK)
+        tiles, head_row = tl.num_programs(0), row * num_kv_heads + head
+        for index in range(start // GROUP, tl.cdiv(end, GROUP)):
+            token = index * GROUP + place
+            seen = (token >= start) & (token < end) & (place < GROUP)
+            tile = (head_row + tiles * index) * HEAD_DIM
+            scores = scores_of_tile(
+                q, k_words_ptr, k_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO,
+                ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, K_PER_CHANNEL, UNPACK, SCORE_TERMS,
             )  # fmt: skip
-            v = numbers_in_tiles(
-                v_codes_ptr, v_scale_ptr, tile, place, dim, wanted,
-                HEAD_DIM, GROUP, NBITS, MIDDLE, HAS_ZERO, ROW_BYTES, V_PER_CHANNEL,
+            weights, shrink, top, total = weigh(scores * scale, seen, top, total, 0.0)
+            outs, offsets = values_of_tile(
+                weights, shrink, outs, offsets, v_words_ptr, v_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM,
+                DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, V_PER_CHANNEL, UNPACK,
+                WEIGHT_TERMS,
             )  # fmt: skip
-            top, total, out = blend(q, k, v, seen, scale, top, total, out, PRECISION)
-
-        store_part(parts_ptr, lse_ptr, top, total, out, QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK)
+        store_by_group(
+            parts_ptr, lse_ptr, 0, num_parts, top, total, outs, offsets,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL,
+        )  # fmt: skip

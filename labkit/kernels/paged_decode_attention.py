@@ -6,19 +6,28 @@ the sequence. What is new is one load: where a token lies is looked up in the bl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import PLAIN, Constants, Visibility
+from labkit.kernels.decode_attention import sizes_for
 from labkit.kernels.paged_attention import check_paged
-from labkit.kernels.split import DTYPES, check_can_run, how_to_multiply, merge, query_blocks, split_sequence
+from labkit.kernels.split import (
+    DTYPES,
+    LOG2_E,
+    check_can_run,
+    how_to_multiply,
+    make_parts,
+    merged,
+    query_blocks,
+    split_sequence,
+)
 
 try:
     import triton
     import triton.language as tl
 
-    from labkit.kernels.split import begin, blend, store_part
+    from labkit.kernels.split import blend, load_queries, reach, store_part
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
@@ -31,21 +40,23 @@ def paged_decode_attention(
     visible: Visibility,
     constants: Constants = PLAIN,
     *,
-    tile_size: int = 64,
+    tile_size: int | None = None,
     num_splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> Tensor:
     """`paged_attention` of one new token per row; its twin's arguments, but for a soft cap.
 
     float32, float16 or bfloat16; sums are kept in float32. Blocks may have any size, K and V any strides. The table's
     numbers are not checked: each that is read must be a block.
     tile_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on in parallel.
-    Raises ValueError when shapes, dtypes or sizes do not fit, RuntimeError where Triton cannot run. It has no backward
-    pass.
+    num_warps, num_stages: Triton's. By default what suits the device. Raises ValueError when shapes, dtypes or sizes do
+    not fit, RuntimeError where Triton cannot run. It has no backward pass.
     """
     if has_torch_function((q,)):
         return handle_torch_function(
             paged_decode_attention, (q,), q, k, v, block_table, visible, constants, tile_size=tile_size,
-            num_splits=num_splits,
+            num_splits=num_splits, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     queries_per_kv = check_paged(q, k, v, block_table, visible)
     if q.shape[2] != 1:
@@ -54,39 +65,36 @@ def paged_decode_attention(
         raise ValueError(f"q must be float32, float16 or bfloat16; got {q.dtype}")
     if constants.soft_cap is not None or not constants.causal:
         raise ValueError(f"the kernel has no soft cap and is causal; got {constants}. paged_attention takes all")
-    check_can_run(q, tile_size, "paged_attention")
+    check_can_run(q, "paged_attention", 16 if tile_size is None else tile_size)
     batch, num_heads, _, head_dim = q.shape
     block_size, num_kv_heads = k.shape[1:3]
     first, end = visible.bounds(constants, batch, q.device)
-    num_splits, split_len = split_sequence(visible.kv_len, num_splits, tile_size)
-
+    sizes = sizes_for(q.device, q.dtype, head_dim, tile_size, num_warps, num_stages)
+    parts = split_sequence(visible.kv_len, num_splits, sizes["BLOCK"], batch * num_kv_heads, q.device)
     grouped = q.reshape(batch, num_kv_heads, queries_per_kv, head_dim)
-    shape = (batch, num_kv_heads, num_splits, queries_per_kv)
-    parts = q.new_empty(*shape, head_dim, dtype=torch.float32)
-    lse = q.new_empty(shape, dtype=torch.float32)
-    _paged_decode_kernel[(batch * num_kv_heads, num_splits)](
+    room = make_parts(grouped, parts[0], q.dtype)
+    _paged_decode_kernel[(batch * num_kv_heads, parts[0])](
         grouped,
         k,
         v,
         block_table,
         first,
         end,
-        parts,
-        lse,
-        constants.scale_for(head_dim),
+        *room,
+        constants.scale_for(head_dim) * LOG2_E,
         num_kv_heads,
-        split_len,
+        parts[1],
+        parts[0],
         *block_table.stride(),
         *grouped.stride(),
         *k.stride(),
         *v.stride(),
         BLOCK_SIZE=block_size,
-        TILE=tile_size,
         **query_blocks(queries_per_kv, head_dim),
-        **how_to_multiply(q.device, head_dim),
-        num_stages=2,  # more would not fit the shared memory of smaller GPUs in float32
+        **how_to_multiply(q.device, q.dtype),
+        **sizes,
     )
-    return merge(parts, lse).to(q.dtype).view(batch, num_heads, 1, head_dim)
+    return merged(*room, q.dtype).view(batch, num_heads, 1, head_dim)
 
 
 def paged_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -104,7 +112,7 @@ def paged_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tenso
         raise ValueError("new K and V and their blocks have one dtype, and the blocks are contiguous")
     if slots.shape != (batch * new_tokens,):
         raise ValueError(f"{batch * new_tokens} new tokens need as many slots; got {list(slots.shape)}")
-    check_can_run(k, 16, "paged_attention.store")
+    check_can_run(k, "paged_attention.store")
     _store_kernel[(batch * new_tokens,)](
         k,
         v,
@@ -122,7 +130,7 @@ def paged_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tenso
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["split_len", "table_row"])
+    @triton.jit(do_not_specialize=["split_len", "num_parts", "table_row"])
     def _paged_decode_kernel(
         q_ptr,
         k_ptr,
@@ -135,6 +143,7 @@ if triton is not None:
         scale,
         num_kv_heads,
         split_len,
+        num_parts,
         table_row,
         table_place,
         q_batch,
@@ -154,29 +163,37 @@ if triton is not None:
         QUERY_BLOCK: tl.constexpr,
         DIM_BLOCK: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-        TILE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        NATIVE: tl.constexpr,
         PRECISION: tl.constexpr,
+        SHIFT: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the sequence (axis 1)."""
-        row, head, dim, q, start, end, top, total, out = begin(
-            q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
-            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK,
-        )  # fmt: skip
-        for tile in range(start, end, TILE):
-            token = tile + tl.arange(0, TILE)
+        row, head, start, end = reach(first_ptr, end_ptr, num_kv_heads, split_len)
+        dim = tl.arange(0, DIM_BLOCK)
+        q = load_queries(q_ptr, row, head, dim, dim < HEAD_DIM, q_batch, q_head, q_query, q_dim, QUERIES, QUERY_BLOCK)
+        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
+        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
+        place = tl.arange(0, BLOCK)
+        table = table_ptr + row * table_row
+        k_head_at = k_ptr + head * k_head + dim[None, :] * k_dim
+        v_head_at = v_ptr + head * v_head + dim[None, :] * v_dim
+        for tile in range(start, end, BLOCK):
+            token = tile + place
             seen = token < end
-            wanted = seen[:, None] & (dim[None, :] < HEAD_DIM)
-            entry = table_ptr + row * table_row + token // BLOCK_SIZE * table_place
-            block = tl.load(entry, mask=seen, other=0).to(tl.int64)[:, None]
-            at = (token % BLOCK_SIZE)[:, None]
-            k_at = k_ptr + block * k_block + at * k_token + head * k_head + dim[None, :] * k_dim
-            v_at = v_ptr + block * v_block + at * v_token + head * v_head + dim[None, :] * v_dim
-            k = tl.load(k_at, mask=wanted, other=0.0).to(tl.float32)
-            v = tl.load(v_at, mask=wanted, other=0.0).to(tl.float32)
-
-            top, total, out = blend(q, k, v, seen, scale, top, total, out, PRECISION)
-
-        store_part(parts_ptr, lse_ptr, top, total, out, QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK)
+            wanted = seen[:, None]
+            if HEAD_DIM < DIM_BLOCK:
+                wanted = wanted & (dim < HEAD_DIM)[None, :]
+            block = tl.load(table + token // BLOCK_SIZE * table_place, mask=seen, other=0).to(tl.int64)
+            at = token % BLOCK_SIZE
+            k = tl.load(k_head_at + (block * k_block + at * k_token)[:, None], mask=wanted, other=0.0)
+            v = tl.load(v_head_at + (block * v_block + at * v_token)[:, None], mask=wanted, other=0.0)
+            top, total, out = blend(q, k, v, seen, scale, top, total, out, NATIVE, PRECISION, SHIFT)
+        store_part(
+            parts_ptr, lse_ptr, 0, num_parts, top, total, out,
+            QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK, SHIFT,
+        )  # fmt: skip
 
     @triton.jit(do_not_specialize=["new_tokens"])
     def _store_kernel(

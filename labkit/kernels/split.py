@@ -1,11 +1,13 @@
 """What kernels share that split the sequence: how a program begins, its step over some keys, its end, the merge.
 
 Each part of the sequence gives an output and a log-sum-exp, and these are merged at the end (Flash-Decoding, as in
-FlashAttention 2's split-KV kernel, arXiv:2307.08691).
+FlashAttention 2's split-KV kernel, arXiv:2307.08691). Where there is one part, it writes the answer itself.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -18,13 +20,18 @@ except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_PART = 256
+"""Tokens that a part has at least: its output is written and read again, 2 KB of float32 for four heads of 128."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+LOG2_E = math.log2(math.e)
 
 
 def merge(parts: Tensor, lse: Tensor) -> Tensor:
     """The attention over all parts, `[batch, num_kv_heads, queries, head_dim]`, from what each part gave.
 
-    parts: outputs, `[batch, num_kv_heads, num_splits, queries, head_dim]`. lse: log-sum-exps, without head_dim; -inf
-    for a part in which a query saw no key. A query that saw none in any part gives zeros.
+    parts: outputs, `[batch, num_kv_heads, num_parts, queries, head_dim]`. lse: log-sum-exps, without head_dim; -inf
+    for a part in which a query saw no key. A query that saw none in any part gives zeros. `merged` is the same as a
+    kernel.
     """
     top = lse.amax(dim=2, keepdim=True)
     weights = torch.exp(lse - top.masked_fill(top == float("-inf"), 0.0))
@@ -33,28 +40,82 @@ def merge(parts: Tensor, lse: Tensor) -> Tensor:
     return out / total.masked_fill(total == 0, 1.0)[..., None]
 
 
-def split_sequence(kv_len: int, num_splits: int | None, block_size: int) -> tuple[int, int]:
-    """How many parts there are, and how many tokens each has, in whole blocks; None for as many as `default_splits`."""
-    num_splits = default_splits(kv_len) if num_splits is None else max(1, min(num_splits, kv_len))
+def make_parts(q: Tensor, num_parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for the outputs and log-sum-exps of parts, shaped as `merge` takes them.
+
+    q: `[batch, num_kv_heads, queries, head_dim]`. dtype: of the answer, in which a single part is kept.
+    """
+    batch, num_kv_heads, queries, head_dim = q.shape
+    shape = batch, num_kv_heads, num_parts, queries
+    parts = q.new_empty(*shape, head_dim, dtype=torch.float32 if num_parts > 1 else dtype)
+    return parts, q.new_empty(shape, dtype=torch.float32)
+
+
+def merged(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """`merge` as a kernel, with one rounding to `dtype`; a single part is the answer already."""
+    batch, num_kv_heads, num_parts, queries, head_dim = parts.shape
+    if num_parts == 1:
+        return parts.squeeze(2)
+    out = parts.new_empty(batch, num_kv_heads, queries, head_dim, dtype=dtype)
+    _merge_kernel[(batch * num_kv_heads, queries)](
+        parts,
+        lse,
+        out,
+        num_parts,
+        QUERIES=queries,
+        HEAD_DIM=head_dim,
+        DIM_BLOCK=triton.next_power_of_2(head_dim),
+        AT_ONCE=16,
+        num_warps=4,
+    )
+    return out
+
+
+def split_sequence(
+    kv_len: int, num_splits: int | None, block_size: int, pairs: int, device: torch.device
+) -> tuple[int, int]:
+    """How many parts there are, and how many tokens each has, in whole blocks; None for as many as `default_splits`.
+
+    pairs: rows times KV heads, each of which is split so.
+    """
+    num_splits = default_splits(kv_len, pairs, device) if num_splits is None else max(1, min(num_splits, kv_len))
     split_len = triton.cdiv(triton.cdiv(kv_len, num_splits), block_size) * block_size
     return triton.cdiv(kv_len, split_len), split_len
 
 
-def default_splits(kv_len: int) -> int:
-    """Parts of at least 256 tokens, 32 at most. A plain guess, not tuned on any GPU."""
-    return max(1, min(32, kv_len // 256))
+def default_splits(kv_len: int, pairs: int, device: torch.device) -> int:
+    """Parts for four programs per multiprocessor, of at least 256 tokens each."""
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // pairs)
+    return max(1, min(wanted, kv_len // LEAST_PART))
 
 
-def how_to_multiply(device: torch.device, head_dim: int) -> dict[str, Any]:
-    """PRECISION and warps of a program that multiplies float32.
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    From NVIDIA's compute capability 8.0 on, tensor cores do it, as three tf32 products whose sum is as exact as
-    float32's: on an H200, for K and V of 32,768 tokens with heads of 128, in 0.11 ms instead of 2.3. Without them, 4
-    warps have too few registers for large heads.
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's compute capability; (0, 0) for everything else, the interpreter's CPU and other makers' GPUs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)
+
+
+def how_to_multiply(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """How a program multiplies numbers of `dtype`: NATIVE, or as float32 with PRECISION; SHIFT of the weights.
+
+    From compute capability 8.0 on tensor cores multiply 16-bit numbers exactly and add in float32, and they multiply
+    float32, as three tf32 products whose sum is as exact as float32's.
+    The weights of a softmax, at most 1, are rounded to the dtype of V as in FlashAttention; float16, whose smallest
+    numbers are not small, gets them times 2**SHIFT.
     """
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
-        return {"PRECISION": "tf32x3", "num_warps": 4}
-    return {"PRECISION": "ieee", "num_warps": 8 if head_dim > 64 else 4}
+    cores = capability(device) >= (8, 0)
+    native = cores and dtype != torch.float32
+    return {
+        "NATIVE": native,
+        "PRECISION": "tf32x3" if cores else "ieee",
+        "SHIFT": 8.0 if native and dtype == torch.float16 else 0.0,
+    }
 
 
 def query_blocks(queries: int, head_dim: int) -> dict[str, int]:
@@ -67,7 +128,7 @@ def query_blocks(queries: int, head_dim: int) -> dict[str, int]:
     }
 
 
-def check_can_run(q: Tensor, block_size: int, twin: str) -> None:
+def check_can_run(q: Tensor, twin: str, block_size: int = 16) -> None:
     """ValueError for a block size that cannot be; RuntimeError where Triton cannot run. `twin` gives the same."""
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of 2, at least 16; got {block_size}")
@@ -83,50 +144,111 @@ def is_interpreted() -> bool:
 
 
 if triton is not None:
+    LN_2 = tl.constexpr(math.log(2.0))
 
     @triton.jit
-    def begin(
-        q_ptr, first_ptr, end_ptr, num_kv_heads, split_len, q_batch, q_head, q_query, q_dim,
-        QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One row's KV head (program axis 0) over one part of the sequence (axis 1): its queries, from where to where
-        it reads, and the running maximum, sum and output before anything is read."""
+    def reach(first_ptr, end_ptr, num_kv_heads, split_len):
+        """A program's row and KV head (program axis 0), and the tokens of its part of the sequence (axis 1).
+
+        What is not read: padding, and what left the window.
+        """
         row_head = tl.program_id(0).to(tl.int64)  # offsets into a large cache overflow 32 bits
         split = tl.program_id(1)
         row, head = row_head // num_kv_heads, row_head % num_kv_heads
-        query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
-        here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
-        q_at = q_ptr + row * q_batch + head * q_head + query[:, None] * q_query + dim[None, :] * q_dim
-        q = tl.load(q_at, mask=here, other=0.0).to(tl.float32)
-        start = tl.maximum(split * split_len, tl.load(first_ptr + row))  # padding is not read, nor what left the window
+        start = tl.maximum(split * split_len, tl.load(first_ptr + row))
         end = tl.minimum((split + 1) * split_len, tl.load(end_ptr + row))
-        top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([QUERY_BLOCK], tl.float32)
-        out = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
-        return row, head, dim, q, start, end, top, total, out
+        return row, head, start, end
 
     @triton.jit
-    def blend(q, k, v, seen, scale, top, total, out, PRECISION: tl.constexpr):
-        """The running maximum, sum and output of some queries after one more block of keys, all float32."""
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    def load_queries(
+        q_ptr, row, head, dim, wanted, q_batch, q_head, q_query, q_dim,
+        QUERIES: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The queries of one row's KV head, `[QUERY_BLOCK, dims]`; zeros below the last."""
+        query = tl.arange(0, QUERY_BLOCK)
+        here = (query[:, None] < QUERIES) & wanted[None, :]
+        q_at = q_ptr + row * q_batch + head * q_head + query[:, None] * q_query + dim[None, :] * q_dim
+        return tl.load(q_at, mask=here, other=0.0)
+
+    @triton.jit
+    def weigh(scores, seen, top, total, SHIFT: tl.constexpr):
+        """Weights of some more keys, by how much what was summed before shrinks, the running maximum and the sums.
+
+        Scores are logarithms to base 2. The sums, `[queries, keys]`, are one per key of a block, added up at the end.
+        """
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: keep exp(-inf) = 0
-        shrink = tl.exp(top - safe_top)
-        weights = tl.exp(scores - safe_top[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = out * shrink[:, None] + tl.dot(weights, v, input_precision=PRECISION)
-        return new_top, total, out
+        shrink = tl.exp2(top - safe_top)
+        weights = tl.exp2(scores - (safe_top - SHIFT)[:, None])
+        return weights, shrink, new_top, total * shrink[:, None] + weights
+
+    @triton.jit
+    def blend(
+        q, k, v, seen, scale, top, total, out,
+        NATIVE: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
+    ):  # fmt: skip
+        """The running maximum, sum and output of some queries after one more block of keys; scale is to base 2."""
+        if NATIVE:
+            scores = tl.dot(q, tl.trans(k)) * scale
+            weights, shrink, top, total = weigh(scores, seen, top, total, SHIFT)
+            out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None])
+        else:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+            scores = tl.dot(q.to(tl.float32), tl.trans(k), input_precision=PRECISION) * scale
+            weights, shrink, top, total = weigh(scores, seen, top, total, SHIFT)
+            out = tl.dot(weights, v, out * shrink[:, None], input_precision=PRECISION)
+        return top, total, out
+
+    @triton.jit
+    def part_of(first_part, num_parts, QUERIES: tl.constexpr, QUERY_BLOCK: tl.constexpr):
+        """Where a program's part lies among all, by query: the first of its splits is part `first_part`."""
+        part = tl.program_id(0).to(tl.int64) * num_parts + first_part + tl.program_id(1)
+        return part * QUERIES + tl.arange(0, QUERY_BLOCK)
+
+    @triton.jit
+    def store_lse(lse_ptr, at, top, total, QUERIES: tl.constexpr, QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+        """Write the log-sum-exps where `merge` expects them; returns what outputs are divided by."""
+        total = tl.sum(total, axis=1)
+        some = tl.where(total == 0.0, 1.0, total)
+        tl.store(lse_ptr + at, (top - SHIFT + tl.log2(some)) * LN_2, mask=tl.arange(0, QUERY_BLOCK) < QUERIES)
+        return some
 
     @triton.jit
     def store_part(
-        parts_ptr, lse_ptr, top, total, out,
+        parts_ptr, lse_ptr, first_part, num_parts, top, total, out,
         QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+        SHIFT: tl.constexpr,
     ):  # fmt: skip
         """Write one part's output and log-sum-exp where `merge` expects them."""
         query, dim = tl.arange(0, QUERY_BLOCK), tl.arange(0, DIM_BLOCK)
+        at = part_of(first_part, num_parts, QUERIES, QUERY_BLOCK)
+        some = store_lse(lse_ptr, at, top, total, QUERIES, QUERY_BLOCK, SHIFT)
         here = (query[:, None] < QUERIES) & (dim[None, :] < HEAD_DIM)
-        some = tl.where(total == 0.0, 1.0, total)
-        part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * QUERIES + query
-        tl.store(parts_ptr + part[:, None] * HEAD_DIM + dim[None, :], out / some[:, None], mask=here)
-        tl.store(lse_ptr + part, top + tl.log(some), mask=query < QUERIES)
+        tl.store(parts_ptr + at[:, None] * HEAD_DIM + dim[None, :], out / some[:, None], mask=here)
+
+    @triton.jit(do_not_specialize=["num_parts"])
+    def _merge_kernel(
+        parts_ptr, lse_ptr, out_ptr, num_parts,
+        QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    ):  # fmt: skip
+        """All parts of one query (program axis 1) of one row's KV head (axis 0), `AT_ONCE` at a time."""
+        pair, query = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        dim = tl.arange(0, DIM_BLOCK)
+        top = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        out = tl.zeros([DIM_BLOCK], tl.float32)
+        for first in range(0, num_parts, AT_ONCE):
+            part = first + tl.arange(0, AT_ONCE)
+            at = (pair * num_parts + part) * QUERIES + query
+            lse = tl.load(lse_ptr + at, mask=part < num_parts, other=float("-inf"))
+            wanted = (part < num_parts)[:, None] & (dim < HEAD_DIM)[None, :]
+            outs = tl.load(parts_ptr + at[:, None] * HEAD_DIM + dim[None, :], mask=wanted, other=0.0)
+            new_top = tl.maximum(top, tl.max(lse, axis=0))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            shrink, weights = tl.exp(top - safe_top), tl.exp(lse - safe_top)
+            total = total * shrink + tl.sum(weights, axis=0)
+            out = out * shrink + tl.sum(outs * weights[:, None], axis=0)
+            top = new_top
+        out = out / tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + (pair * QUERIES + query) * HEAD_DIM + dim, out, mask=dim < HEAD_DIM)

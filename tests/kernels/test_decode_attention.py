@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from labkit import kernels
 from labkit.attention import PLAIN, Constants, Visibility, attention
+from labkit.kernels import split
 from labkit.kernels.decode_attention import decode_attention
-from labkit.kernels.split import default_splits, merge
+from labkit.kernels.split import merge
 from tests.attending import how
 from tests.bounds import attention_bound
 
@@ -139,13 +140,41 @@ def test_parts_merge_by_their_log_sum_exps_and_an_empty_part_weighs_nothing():
     torch.testing.assert_close(got.view(1), expected, rtol=0, atol=16 * 4 * torch.finfo(torch.float64).eps)
 
 
-@pytest.mark.parametrize(("kv_len", "splits"), [(1, 1), (511, 1), (512, 2), (10**6, 32)])
-def test_the_default_number_of_parts(kv_len, splits):
-    assert default_splits(kv_len) == splits
+@pytest.mark.parametrize(
+    ("kv_len", "pairs", "splits"),
+    [(1, 1, 1), (511, 1, 1), (512, 1, 2), (10**6, 1, 528), (10**6, 8, 66), (10**6, 900, 1)],
+)
+def test_the_default_number_of_parts_fills_the_multiprocessors(kv_len, pairs, splits, monkeypatch):
+    monkeypatch.setattr(split, "multiprocessors", lambda device: 132)
+    assert split.default_splits(kv_len, pairs, torch.device("cuda")) == splits
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies so by itself")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_numbers_are_multiplied_as_tensor_cores_do(dtype, monkeypatch):
+    monkeypatch.setattr(split, "capability", lambda device: (9, 0))
+    q, k, v = tensors(2, 2, 3, 300, 64, dtype)
+    assert_agrees(q, k, v, num_splits=2)
+    out = decode_attention(q * 40, k, v * 0 + 1)  # one key has nearly all weight: the others' are small
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=torch.finfo(dtype).eps)  # bounded: one rounding
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_parts_are_merged_as_by_their_twin(dtype):
+    parts, lse = torch.randn(2, 3, 37, 5, 24, device=DEVICE), torch.randn(2, 3, 37, 5, device=DEVICE) * 3
+    lse[0, 1, ::2], lse[1, 2] = float("-inf"), float("-inf")
+    expected = merge(parts.double(), lse.double())
+    bound = 64 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps  # bounded: sums of 37, one rounding
+    got = split.merged(parts, lse, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound * parts.abs().max().item())
 
 
 CALL = """
 import torch
+from labkit.kernels import split
 from labkit.kernels.decode_attention import decode_attention
 x = torch.zeros(1, 1, 1, 16)
 try:

@@ -16,6 +16,7 @@ from labkit import kernels
 from labkit.attention import Constants, Visibility, attention
 from labkit.cache import QuantizedCache
 from labkit.kernels import packed_attention_cpu
+from labkit.kernels import packed_decode_attention as kernel
 from labkit.kernels.packed_attention import packed_attention
 from labkit.kernels.packed_decode_attention import packed_decode_attention
 from labkit.ledger import ledger
@@ -77,7 +78,7 @@ def assert_agrees(q, k, v, options, wide, **more):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("nbits", CODES, ids=str)
 def test_any_head_dim_and_dtype(nbits, head_dim, dtype):
-    assert_agrees(*case(1, 2, 3, 75, head_dim, dtype, quantizers(nbits), before=2), block_size=32)
+    assert_agrees(*case(1, 2, 3, 75, head_dim, dtype, quantizers(nbits), before=2))
 
 
 @needs_triton
@@ -91,7 +92,7 @@ def test_lengths_that_divide_nothing(nbits, tokens):
 @pytest.mark.parametrize("per_kv", range(1, 9))
 @pytest.mark.parametrize("nbits", [4, 2])
 def test_any_number_of_queries_per_kv_head(nbits, per_kv):
-    assert_agrees(*case(1, 2, per_kv, 50, 32, torch.float32, quantizers(nbits)), block_size=16)
+    assert_agrees(*case(1, 2, per_kv, 50, 32, torch.float32, quantizers(nbits)))
 
 
 @needs_triton
@@ -115,15 +116,43 @@ def test_any_structure(data):
         padding=padding,
         window=draw(st.none() | st.integers(1, tokens + 3)),
         scale=draw(st.none() | st.floats(0.05, 1.0)),
-        block_size=draw(st.sampled_from([16, 32, 64])),
         num_splits=draw(st.none() | st.integers(1, 9)),
     )  # fmt: skip
 
 
 @needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies so by itself")
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nbits", [8, 4])
+def test_codes_are_multiplied_by_sums_of_bfloat16_as_tensor_cores_do(nbits, dtype, axis, monkeypatch):
+    monkeypatch.setattr(kernel, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel, "unpack_assembly", lambda quantizer: "")  # the interpreter reads no PTX
+    assert_agrees(*case(2, 1, 3, 200, 64, dtype, quantizers(nbits, 32, axis), before=1), num_splits=2)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("nbits", [8, 4, 2])
+def test_codes_become_bfloat16_two_at_a_time_exactly(nbits, symmetric):
+    """The assembly's arithmetic, every code there is, done here on 16-bit halves as it does it in registers."""
+    quantizer = Quantizer(nbits, 64, symmetric=symmetric)
+    text = kernel.unpack_assembly(quantizer)
+    if symmetric:
+        assert text == ""  # its rows are no 32-bit words
+        return
+    assert text.count("mov.b32 {") == 16 // nbits
+    code = torch.arange(2**nbits, dtype=torch.int32)
+    low = ((code & min(2**nbits - 1, 0x7F)) | 0x4300).to(torch.int16).view(torch.bfloat16)
+    high = ((code & 0x80) * 0x86).to(torch.int16).view(torch.bfloat16) - 128
+    assert torch.equal((low + high).int(), code)  # exact
+    assert "0x43004300" in text
+    assert "0xC300C300" in text
+
+
+@needs_triton
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 1000])
 def test_any_split_of_the_sequence_gives_the_same(num_splits):
-    assert_agrees(*case(1, 2, 3, 200, 32, torch.float32, quantizers(4)), num_splits=num_splits, block_size=16)
+    assert_agrees(*case(1, 2, 3, 200, 32, torch.float32, quantizers(4)), num_splits=num_splits)
 
 
 @needs_triton
@@ -295,11 +324,6 @@ class TestErrors:
     def test_a_dtype_it_does_not_take(self):
         with pytest.raises(ValueError, match=r"float32, float16 or bfloat16; got torch\.float64"):
             packed_decode_attention(**self.arguments(q=torch.zeros(2, 6, 1, 16, device=DEVICE).double()))
-
-    @pytest.mark.parametrize("block_size", [8, 24])
-    def test_a_block_size_that_is_no_power_of_two_or_too_small(self, block_size):
-        with pytest.raises(ValueError, match="power of 2, at least 16"):
-            packed_decode_attention(**self.arguments(), block_size=block_size)
 
     def test_keys_and_values_of_two_formats(self):
         q, k, _, _, _ = case(2, 2, 3, 48, 16, torch.float32, quantizers(8))

@@ -149,7 +149,7 @@ def test_any_structure(data):
             draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
             shared=draw(st.integers(0, min(lengths) // group)), new_tokens=new_tokens,
         ),
-        constants, padding, tile_size=draw(st.sampled_from([None, 16, 64])),
+        constants, padding,
         num_splits=draw(st.none() | st.integers(1, 9)),
     )  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_any_structure(data):
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 1000])
 def test_any_split_of_the_sequence_gives_the_same(num_splits):
     arguments = case([200, 1, 64], 1, 3, 32, quantizers(4, 16), torch.float32)
-    assert_agrees(*arguments, num_splits=num_splits, tile_size=16)
+    assert_agrees(*arguments, num_splits=num_splits)
 
 
 @settings(max_examples=40, deadline=None)
@@ -321,42 +321,49 @@ class TestErrors:
         wide = tuple(x.double() for x in waiting)
         with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
             paged_packed_decode_attention(q.double(), k, v, wide, table, visible)
-        with pytest.raises(ValueError, match="power of 2, at least 16"):
-            paged_packed_decode_attention(q, k, v, waiting, table, visible, tile_size=24)
         other = self.arguments(8)[2]
         with pytest.raises(ValueError, match="K and V of one format"):
             paged_packed_decode_attention(q, k, other, waiting, table, visible)
 
 
 COMPILE = """
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from labkit.kernels.decode_attention import _decode_kernel
-from labkit.kernels.packed_decode_attention import _packed_decode_kernel
+from labkit.kernels.packed_decode_attention import _packed_decode_kernel, format_of, unpack_assembly, word_bytes
 from labkit.kernels.paged_decode_attention import _paged_decode_kernel
 from labkit.kernels.paged_packed_decode_attention import _paged_packed_decode_kernel
+from labkit.kernels.split import _merge_kernel
+from labkit.quantization import FLOAT8, Packed, Quantizer
 
 POINTERS = {"first_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-SHAPE = {"QUERIES": 3, "HEAD_DIM": 80, "QUERY_BLOCK": 16, "DIM_BLOCK": 128, "PRECISION": "tf32x3"}
-BITS = {"GROUP": 16, "NBITS": 4, "MIDDLE": 0, "HAS_ZERO": True, "ROW_BYTES": 12}
-BITS |= {"K_PER_CHANNEL": True, "V_PER_CHANNEL": False}
+SHAPE = {"QUERIES": 3, "HEAD_DIM": 80, "QUERY_BLOCK": 16, "DIM_BLOCK": 128}
+DENSE = {"BLOCK": 64, "NATIVE": True, "PRECISION": "tf32x3", "SHIFT": 0.0}
+TERMS = {"SCORE_TERMS": 2, "WEIGHT_TERMS": 1}
 
-def kind(name, q):
+def kind(name, words):
     if name.endswith("_ptr"):
-        ends = {"_codes_ptr": "*u8", "_scale_ptr": "*fp16"}
-        found = next((told for end, told in ends.items() if name.endswith(end)), q if name == "q_ptr" else "*bf16")
-        return POINTERS.get(name, found)
+        return POINTERS.get(name, words if "words" in name else "*fp16" if "scale" in name else "*bf16")
     return "constexpr" if name.isupper() else "fp32" if name == "scale" else "i32"
 
-for kernel, q, sizes in (
-    (_decode_kernel, "*bf16", {"BLOCK": 64}),
-    (_paged_decode_kernel, "*bf16", {"BLOCK_SIZE": 5, "TILE": 64}),
-    (_packed_decode_kernel, "*fp32", {"BLOCK": 32, **BITS}),
-    (_paged_packed_decode_kernel, "*bf16", {"TILE": 32, **BITS}),
-):
-    source = ASTSource(kernel, {name: kind(name, q) for name in kernel.arg_names}, SHAPE | sizes)
+def build(kernel, sizes, words=""):
+    source = ASTSource(kernel, {name: kind(name, words) for name in kernel.arg_names}, sizes)
     assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+
+build(_decode_kernel, SHAPE | DENSE)
+build(_paged_decode_kernel, SHAPE | DENSE | {"BLOCK_SIZE": 5})
+build(_merge_kernel, {"QUERIES": 3, "HEAD_DIM": 80, "DIM_BLOCK": 128, "AT_ONCE": 16})
+FORMATS = (8, "channel", True), (4, "channel", False), (2, "token", False), (FLOAT8[1], "token", True)
+for nbits, axis, symmetric in FORMATS:
+    keys, values = (Quantizer(nbits, 16, along, symmetric) for along in (axis, "token"))
+    rows = torch.empty(1, 1, 1, 80, keys.row_bytes, dtype=torch.uint8, device="meta")
+    bits = format_of(Packed(keys, rows), Packed(values, rows)) | {"UNPACK": unpack_assembly(keys)}
+    words = {1: "*u8", 2: "*i16", 4: "*i32"}[word_bytes(keys)] if isinstance(nbits, int) else "*fp8e5"
+    build(_packed_decode_kernel, SHAPE | TERMS | bits, words)
+    if nbits == 4:
+        build(_paged_packed_decode_kernel, SHAPE | TERMS | bits | {"NATIVE": True, "PRECISION": "tf32x3"}, words)
 """
 
 
