@@ -356,13 +356,13 @@ if triton is not None:
             some = (q.to(tl.float32),)
         else:
             dim = tl.arange(0, GROUP_BLOCK)
-            some = ()
+            some = ()  # type: ignore
             for group in tl.static_range(HEAD_DIM // GROUP):
                 q = load_queries(
                     q_ptr, row, head, group * GROUP + dim, dim < GROUP, q_batch, q_head, q_query, q_dim, QUERIES,
                     QUERY_BLOCK,
                 )  # fmt: skip
-                some = some + (q.to(tl.float32),)
+                some = some + (q.to(tl.float32),)  # type: ignore
         return some
 
     @triton.jit
@@ -380,8 +380,8 @@ if triton is not None:
         else:
             outs = (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
             for _ in tl.static_range(1, HEAD_DIM // GROUP):
-                outs = outs + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
-                offsets = offsets + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)
+                outs = outs + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)  # type: ignore
+                offsets = offsets + (tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32),)  # type: ignore
         return outs, offsets
 
     @triton.jit
@@ -447,7 +447,7 @@ if triton is not None:
             token = tl.arange(0, GROUP_BLOCK)
             there = seen & (token < GROUP)
             GROUPS: tl.constexpr = HEAD_DIM // GROUP
-            found, added = (), ()
+            found, added = (), ()  # type: ignore
             for group in tl.static_range(GROUPS):
                 at = token * GROUPS + group
                 codes = load_codes(
@@ -457,7 +457,7 @@ if triton is not None:
                     words_ptr, scale_ptr, tile, at, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
                 )
                 out = outs[group] * shrink[:, None] + dot_codes(weights * scale[None, :], codes, TERMS)
-                found = found + (out,)
+                found = found + (out,)  # type: ignore
                 if HAS_ZERO:
                     added = added + (offsets[group] * shrink[:, None] + weights * zero[None, :],)
                 else:

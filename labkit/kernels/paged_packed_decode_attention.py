@@ -212,8 +212,8 @@ if triton is not None:
                     out = tl.dot(weights.to(v.dtype), v, outs[group] * shrink[:, None])
                 else:
                     out = tl.dot(weights, v.to(tl.float32), outs[group] * shrink[:, None], input_precision=PRECISION)
-                found = found + (out,)
-                shrunk = shrunk + (offsets[group] * shrink[:, None],)
+                found = found + (out,)  # type: ignore
+                shrunk = shrunk + (offsets[group] * shrink[:, None],)  # type: ignore
             outs, offsets = found, shrunk
 
         store_by_group(

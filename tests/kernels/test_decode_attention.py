@@ -151,8 +151,8 @@ def test_the_default_number_of_parts_fills_the_multiprocessors(kv_len, pairs, sp
 
 @needs_triton
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies so by itself")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_numbers_are_multiplied_as_tensor_cores_do(dtype, monkeypatch):
+def test_float16_is_multiplied_as_tensor_cores_do(monkeypatch):
+    dtype = torch.float16  # in bfloat16 the interpreter cannot multiply
     monkeypatch.setattr(split, "capability", lambda device: (9, 0))
     q, k, v = tensors(2, 2, 3, 300, 64, dtype)
     assert_agrees(q, k, v, num_splits=2)

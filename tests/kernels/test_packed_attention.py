@@ -120,17 +120,6 @@ def test_any_structure(data):
     )  # fmt: skip
 
 
-@needs_triton
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies so by itself")
-@pytest.mark.parametrize("axis", ["channel", "token"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("nbits", [8, 4])
-def test_codes_are_multiplied_by_sums_of_bfloat16_as_tensor_cores_do(nbits, dtype, axis, monkeypatch):
-    monkeypatch.setattr(kernel, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernel, "unpack_assembly", lambda quantizer: "")  # the interpreter reads no PTX
-    assert_agrees(*case(2, 1, 3, 200, 64, dtype, quantizers(nbits, 32, axis), before=1), num_splits=2)
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("nbits", [8, 4, 2])
 def test_codes_become_bfloat16_two_at_a_time_exactly(nbits, symmetric):
