@@ -27,7 +27,7 @@ FLOORS = (
     ("kernels",),
     ("cache", "ledger"),
     ("llama", "measure"),
-    ("generation", "models"),
+    ("generation", "graphs", "models"),
     ("engine", "hf", "quality", "claims", "plots", "widgets", "results"),
     ("course",),
     ("labs",),
