@@ -23,6 +23,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -162,7 +163,8 @@ def large(budget: Budget, bandwidth: float, figures: dict[str, float], bars: lis
                 continue
             best[context] = min(ms, best.get(context, ms))
             print(
-                f"  {context:>6} tokens, {name:<18} {ms:7.3f} ms ± {spread:.3f}; floor {floor:.3f}; MBU {floor / ms:.3f}"
+                f"  {context:>6} tokens, {name:<18} {ms:7.3f} ms ± {spread:.3f}; floor {floor:.3f}; "
+                f"MBU {floor / ms:.3f}"
             )
             figures[f"{SHAPE} {context} tokens, {name}: ms per token"] = round(ms, 4)
             figures[f"{SHAPE} {context} tokens, {name}: spread ms"] = round(spread, 4)
@@ -173,6 +175,41 @@ def large(budget: Budget, bandwidth: float, figures: dict[str, float], bars: lis
             bars.append(bar(f"{SHAPE} {context} tokens: MBU, weights and KV", floor / best[context], ">=", MBU_BAR))
         cache = None
     guarded(parts, model, budget, bandwidth, figures)
+
+
+OWN_SIZES = ((2, 1024, 4), (4, 512, 4), (4, 1024, 8), (8, 512, 8), (1, 2048, 4), (2, 512, 2))
+
+
+def product_times(name: str, weights: Sequence[Tensor], gated: bool, budget: Budget) -> dict[str, float]:
+    """us of one product of this shape: PyTorch's (without the gate), our own as it is, and with other sizes."""
+    x = torch.randn(1, weights[0].shape[1], device="cuda", dtype=weights[0].dtype)
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "PyTorch": lambda w: F.linear(x, w),
+        "own": lambda w: matvec(x, w, gated=gated),
+    }
+    for rows, block_size, num_warps in OWN_SIZES:
+        sizes = {"rows": rows, "block_size": block_size, "num_warps": num_warps}
+        calls[f"{rows}x{block_size} {num_warps}w"] = partial(matvec, x, gated=gated, **sizes)
+    tried: dict[str, float] = {}
+    for what, call in calls.items():
+        if budget.left < 3:
+            print(f"  left out for lack of time: {name}, {what}")
+            continue
+        try:
+            tried[what] = graphed_ms([partial(call, w) for w in weights]) * 1e3
+        except Exception:
+            traceback.print_exc()
+    return tried
+
+
+def attention_us(spec: ModelSpec, context: int, dtype: torch.dtype) -> float:
+    """us of one layer's attention, over copies of K and V that no cache holds together."""
+    one = 2 * spec.num_kv_heads * context * spec.head_dim * dtype.itemsize
+    shape = (1, spec.num_kv_heads, context, spec.head_dim)
+    kv = [[torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2)] for _ in range(min(64, int(L2 / one) + 2))]
+    q = torch.randn(1, spec.num_heads, 1, spec.head_dim, device="cuda", dtype=dtype)
+    first, end = (torch.full((1,), x, dtype=torch.int32, device="cuda") for x in (0, context))
+    return graphed_ms([partial(decode_between, q, k, v, first, end) for k, v in kv]) * 1e3
 
 
 def parts(model: Llama, budget: Budget, bandwidth: float, figures: dict[str, float]) -> None:
@@ -187,38 +224,14 @@ def parts(model: Llama, budget: Budget, bandwidth: float, figures: dict[str, flo
     }
     total = {"PyTorch": 0.0, "own": 0.0, "best own": 0.0}
     for name, weights in products.items():
-        gated, x = name == "gate and up", torch.randn(1, weights[0].shape[1], device="cuda", dtype=model.dtype)
         floor = weights[0].nbytes / bandwidth * 1e6
-        tried: dict[str, float] = {}
+        tried = product_times(name, weights, name == "gate and up", budget)
         times = 1 if name == "head" else spec.num_layers
-
-        def timed(what: str, call: Callable[[Tensor], object]) -> None:
-            if budget.left < 3:
-                print(f"  left out for lack of time: {name}, {what}")
-                return
-            try:
-                tried[what] = graphed_ms([lambda w=w: call(w) for w in weights]) * 1e3
-            except Exception:
-                traceback.print_exc()
-
-        timed("PyTorch", lambda w: F.linear(x, w))
-        timed("own", lambda w: matvec(x, w, gated=gated))
-        for rows, block_size, warps in (
-            (2, 1024, 4),
-            (4, 512, 4),
-            (4, 1024, 8),
-            (8, 512, 8),
-            (1, 2048, 4),
-            (2, 512, 2),
-        ):
-            timed(
-                f"{rows}x{block_size} {warps}w",
-                lambda w: matvec(x, w, gated=gated, rows=rows, block_size=block_size, num_warps=warps),
-            )
         own = {what: us for what, us in tried.items() if what != "PyTorch"}
         for what, us in tried.items():
             print(
-                f"  {name:<12} {list(weights[0].shape)!s:<16} {what:<12} {us:8.2f} us; floor {floor:.2f}; {floor / us:.3f}"
+                f"  {name:<12} {list(weights[0].shape)!s:<16} {what:<12} {us:8.2f} us; "
+                f"floor {floor:.2f}; {floor / us:.3f}"
             )
             figures[f"{name}, {what}: us"] = round(us, 3)
         if own and "PyTorch" in tried:
@@ -232,17 +245,10 @@ def parts(model: Llama, budget: Budget, bandwidth: float, figures: dict[str, flo
         if budget.left < 2:
             print(f"  left out for lack of time: attention alone at {context}")
             continue
-        one = 2 * spec.num_kv_heads * context * spec.head_dim * 2
-        copies = max(2, min(64, int(L2 / one) + 1))
-        shape = (1, spec.num_kv_heads, context, spec.head_dim)
-        kv = [[torch.randn(shape, device="cuda", dtype=model.dtype) for _ in range(2)] for _ in range(copies)]
-        q = torch.randn(1, spec.num_heads, 1, spec.head_dim, device="cuda", dtype=model.dtype)
-        first, end = (torch.full((1,), x, dtype=torch.int32, device="cuda") for x in (0, context))
-        us = graphed_ms([lambda k=k, v=v: decode_between(q, k, v, first, end) for k, v in kv]) * 1e3
+        us = attention_us(spec, context, model.dtype)
+        least = 2 * spec.num_kv_heads * context * spec.head_dim * model.dtype.itemsize / bandwidth * 1e6
         whole = us * spec.num_layers / 1e3
-        print(
-            f"  attention of a layer, {context:>6} tokens: {us:8.2f} us; floor {one / bandwidth * 1e6:.2f}; {whole:.3f} ms a step"
-        )
+        print(f"  attention of a layer, {context:>6} tokens: {us:8.2f} us; floor {least:.2f}; {whole:.3f} ms a step")
         figures[f"attention of a layer, {context} tokens: us"] = round(us, 3)
 
 
@@ -277,7 +283,8 @@ def theirs_of(ours: Llama) -> torch.nn.Module:
         bos_token_id=1,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).to(ours.dtype).to("cuda").eval()
+    with ours.device:
+        model = LlamaForCausalLM(config).to(ours.dtype).eval()
     weights: dict[str, Tensor] = {}
     for name, parameter in ours.named_parameters():
         names = hf_names(name)
@@ -436,7 +443,8 @@ def main() -> int:
     figures["copy bandwidth, read and written, GB/s"] = round(bandwidth / 1e9, 1)
     figures["read bandwidth GB/s"] = round(read_bandwidth("cuda", nbytes=2 * 2**30) / 1e9, 1)
     print(
-        f"{device_name('cuda')}; copy {bandwidth / 1e12:.3f} TB/s (read and written), read {figures['read bandwidth GB/s'] / 1e3} TB/s"
+        f"{device_name('cuda')}; copy {bandwidth / 1e12:.3f} TB/s (read and written), "
+        f"read {figures['read bandwidth GB/s'] / 1e3} TB/s"
     )
     guarded(kernels_are_right)
     guarded(small, arguments.model, budget, bandwidth, figures, bars)

@@ -102,9 +102,10 @@ class DecodeGraph:
         self.weights = [parameter.data for parameter in model.parameters()]  # held, so that none is freed
         self.buffers = [buffers(layer) for layer in cache.layers]
         with torch.inference_mode(False), torch.no_grad():
-            whole = {"dtype": torch.int32, "device": model.device}
             self.tokens = torch.zeros(self.batch, dtype=torch.int64, device=model.device)
-            self.place, self.end, self.first, self.skipped = (torch.zeros(self.batch, **whole) for _ in range(4))
+            self.place, self.end, self.first, self.skipped = torch.zeros(
+                4, self.batch, dtype=torch.int32, device=model.device
+            )
             self.step_number = torch.zeros(1, dtype=torch.int64, device=model.device)
             self.answer = torch.zeros(self.capacity, self.batch, dtype=torch.int64, device=model.device)
             angles = model.angles(torch.arange(self.capacity, device=model.device)[None])
@@ -149,7 +150,7 @@ class DecodeGraph:
             x, normed = parts.add_norm(x, out, *norm_of(block.mlp_norm))
             hidden = parts.gate(F.linear(normed, block.mlp.gate_up.weight))
             x, normed = parts.add_norm(x, F.linear(hidden, block.mlp.down.weight), *norm_of(following))
-        head = model.embedding.weight if model.head is None else model.head.weight
+        head: Any = model.embedding.weight if model.head is None else model.head.weight
         if self.fused:
             logits = matvec(x, head, norm=norm_of(model.norm))
         else:
@@ -220,18 +221,15 @@ class DecodeGraph:
             raise ValueError(f"tokens are int [{self.batch}], one per row; got {tokens.dtype} {list(tokens.shape)}")
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.spec.vocab_size:
             raise ValueError(f"tokens are ids from 0 to {self.model.spec.vocab_size - 1}")
-        if any(
-            layer.k is not k or layer.v is not v for layer, (k, v) in zip(self.cache.layers, self.buffers, strict=True)
-        ):
+        held = zip(map(buffers, self.cache.layers), self.buffers, strict=True)
+        if any(now is not then for pairs in held for now, then in zip(*pairs, strict=True)):
             raise ValueError(
                 "the cache has other memory than when the step was captured (reset() and select_rows() change it): make "
                 "a new DecodeGraph"
             )
         now = [parameter.data_ptr() for parameter in self.model.parameters()]
         if now != [weight.data_ptr() for weight in self.weights]:
-            raise ValueError(
-                "the model's weights lie elsewhere than when the step was captured: make a new DecodeGraph"
-            )
+            raise ValueError("the model's weights lie elsewhere than at the capture: make a new DecodeGraph")
         longest = self.cache.seq_len
         if longest + count > self.capacity:
             raise ValueError(
@@ -268,13 +266,13 @@ def check_can_decode(model: Llama, cache: Cache) -> tuple[int, int]:
         raise ValueError("the cache is empty: run the prompt through the model first, model(prompt, cache)")
     if not cache.knows_padding:
         raise ValueError("the cache does not know which tokens are padding: set cache.padding, or reset() it")
-    capacity = min(layer.capacity for layer in cache.layers)
+    capacity = min(layer.capacity or 0 for layer in cache.layers)
     if max(lengths) >= capacity:
         raise ValueError(
             f"the cache has room for {capacity} tokens and holds {max(lengths)}: none more fits. Make it with a larger "
             f"capacity"
         )
-    k = cache.layers[0].k
+    k, _ = buffers(cache.layers[0])
     if k.dtype != model.dtype or k.device != model.device:
         raise ValueError(f"the cache holds {k.dtype} on {k.device}, the model is {model.dtype} on {model.device}")
     return len(lengths), capacity

@@ -1,4 +1,4 @@
-"""A fixed decode step gives what the model gives, and leaves the cache as the model would; what cannot be is refused."""
+"""A fixed decode step gives what the model gives, and leaves the cache as it would; what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ def test_an_empty_cache_another_model_s_and_a_cpu_are_refused():
         DecodeGraph(model, Cache.preallocated(3, 8), capture=False)
     cache, first = model.cache(8), torch.tensor([1])
     model(first[None], cache)
-    with pytest.raises(ValueError, match="needs a CUDA GPU.*capture=False"):
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU.*capture=False"):
         DecodeGraph(model, cache)
     with pytest.raises(ValueError, match="leave fused out"):
         DecodeGraph(model, cache, capture=False, fused=True)  # float64
     other = model_of(dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match="holds torch.float64.*model is torch.float32"):
+    with pytest.raises(ValueError, match=r"holds torch.float64.*model is torch.float32"):
         DecodeGraph(other, cache, capture=False)
 
 
@@ -229,7 +229,7 @@ def test_memory_that_moved_since_the_capture_is_found_out(capture):
     cache, first = filled(model, prompt_of(2))
     graph = DecodeGraph(model, cache, capture=capture)
     cache.select_rows(torch.tensor([1, 0], device=DEVICE))
-    with pytest.raises(ValueError, match="select_rows.*make a new DecodeGraph"):
+    with pytest.raises(ValueError, match=r"select_rows.*make a new DecodeGraph"):
         graph.run(first, 1)
     graph = DecodeGraph(model, cache, capture=capture)
     model.norm.weight.data = model.norm.weight.data.clone()
