@@ -89,9 +89,10 @@ def time_per_token(
         timed_line(axes, positions, timings, COLORS[name], name)
         expected = [value * 1e3 for value in theory[name]]
         axes.plot(positions, expected, ":", color=COLORS[name], label=f"{name}, theory")
-    for index, (device, name, position, value) in enumerate(recorded):
-        marker = "s" if name == "with cache" else "D"
-        axes.plot(position, value * 1e3, marker, color=COLORS["reference GPU"], label=device if not index else None)
+    for device, name in dict.fromkeys((device, name) for device, name, _, _ in recorded):
+        points = sorted((at, value * 1e3) for where, what, at, value in recorded if (where, what) == (device, name))
+        marker, line = ("s", "-") if name == "with cache" else ("D", "--")
+        axes.plot(*zip(*points, strict=True), marker + line, color=COLORS["reference GPU"], label=f"{device}, {name}")
     axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token (log scale)")
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

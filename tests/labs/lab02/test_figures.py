@@ -9,11 +9,17 @@ from labkit.measure import Timing
 def test_time_per_token_draws_medians_and_theory_in_milliseconds() -> None:
     timings = {"with cache": [Timing((0.01, 0.02, 0.04)), Timing((0.03,))], "without cache": [Timing((0.1,))] * 2}
     theory = {"with cache": [0.005, 0.006], "without cache": [0.05, 0.06]}
-    (axes,) = figures.time_per_token([8, 64], timings, theory, [("a GPU", "with cache", 64, 0.002)]).axes
+    recorded = [
+        ("a GPU", "with cache", 64, 0.002),
+        ("a GPU", "without cache", 8, 0.003),
+        ("a GPU", "with cache", 8, 0.001),
+    ]
+    (axes,) = figures.time_per_token([8, 64], timings, theory, recorded).axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(drawn["with cache, theory"]) == [5.0, 6.0]
     assert list(drawn["without cache, theory"]) == [50.0, 60.0]
-    assert list(drawn["a GPU"]) == [2.0]
+    assert list(drawn["a GPU, with cache"]) == [1.0, 2.0]  # by position
+    assert list(drawn["a GPU, without cache"]) == [3.0]
     measured = {part.get_label(): list(part.lines[0].get_ydata()) for part in axes.containers}
     assert measured == {"with cache": [20.0, 30.0], "without cache": [100.0, 100.0]}
 
