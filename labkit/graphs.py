@@ -224,7 +224,7 @@ class DecodeGraph:
         held = zip(map(buffers, self.cache.layers), self.buffers, strict=True)
         if any(now is not then for pairs in held for now, then in zip(*pairs, strict=True)):
             raise ValueError(
-                "the cache has other memory than when the step was captured (reset() and select_rows() change it): make "
+                "the cache has other memory than at the capture (reset() and select_rows() change it): make "
                 "a new DecodeGraph"
             )
         now = [parameter.data_ptr() for parameter in self.model.parameters()]
