@@ -69,6 +69,15 @@ class Quantizer:
         infinity, or whose range `metadata` cannot hold, comes back as NaN throughout: an error that shows.
         Raises ValueError unless `group_size` divides the tokens and, for axis "token", head_dim.
         """
+        if x.is_cuda:
+            from labkit.kernels.quantize import quantize_tiles, takes  # its codes are these
+
+            if takes(x, self):
+                return quantize_tiles(x, self)
+        return self.quantize_plainly(x)
+
+    def quantize_plainly(self, x: Tensor) -> Packed:
+        """`quantize` in PyTorch's own operations, on any device."""
         groups = self.groups(x).to(torch.promote_types(x.dtype, torch.float32))
         zero = None
         least: float
@@ -77,12 +86,12 @@ class Quantizer:
             least, most = 0, 2**self.nbits - 1
             low, high = torch.aminmax(groups, dim=-1, keepdim=True)
             zero = round_down(low, self.metadata)
-            scale = round_up((high - zero.to(high.dtype)) / most, self.metadata)
+            scale = round_up((high - zero.to(high.dtype)) / on_device(most, groups), self.metadata)
             groups = groups - zero.to(groups.dtype)
         else:
             most = torch.finfo(self.nbits).max if isinstance(self.nbits, torch.dtype) else self.middle - 1
             least = -most
-            scale = round_up(groups.abs().amax(-1, keepdim=True) / most, self.metadata)
+            scale = round_up(groups.abs().amax(-1, keepdim=True) / on_device(most, groups), self.metadata)
         offset = scale * -self.middle if zero is None else zero
         lost = ~(torch.isfinite(scale) & torch.isfinite(offset))
         steps = scale.to(groups.dtype)
@@ -94,6 +103,14 @@ class Quantizer:
         metadata = [scale.masked_fill(lost, float("nan"))] + ([] if zero is None else [zero])
         return Packed(self, torch.cat((packed, *(part.view(torch.uint8) for part in metadata)), dim=-1))
 
+    def check(self, x: Tensor) -> None:
+        """ValueError unless groups divide the tokens of `x` and, for axis "token", its head_dim."""
+        size, tokens, head_dim = self.group_size, x.shape[2], x.shape[3]
+        if tokens % size:
+            raise ValueError(f"groups of {size} do not divide {tokens} tokens")
+        if self.axis == "token" and head_dim % size:
+            raise ValueError(f"groups of {size} do not divide a head_dim of {head_dim}")
+
     def groups(self, x: Tensor) -> Tensor:
         """`[batch, heads, tokens, head_dim]` as groups, `[tiles, batch, heads, head_dim, group_size]`, contiguous.
 
@@ -102,12 +119,9 @@ class Quantizer:
         """
         batch, heads, tokens, head_dim = x.shape
         size = self.group_size
-        if tokens % size:
-            raise ValueError(f"groups of {size} do not divide {tokens} tokens")
+        self.check(x)
         if self.axis == "channel":
             return x.unflatten(2, (-1, size)).permute(2, 0, 1, 4, 3).contiguous()
-        if head_dim % size:
-            raise ValueError(f"groups of {size} do not divide a head_dim of {head_dim}")
         return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).reshape(-1, batch, heads, head_dim, size)
 
     def tokens(self, groups: Tensor) -> Tensor:
@@ -219,6 +233,11 @@ def unpack(packed: Tensor, nbits: int) -> Tensor:
         return packed
     places = [(packed >> shift) & (2**nbits - 1) for shift in range(0, 8, nbits)]
     return torch.stack(places, dim=-1).flatten(-2)
+
+
+def on_device(value: float, like: Tensor) -> Tensor:
+    """A divisor where the numbers are: by one that is not, CUDA divides as by its reciprocal, which rounds twice."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

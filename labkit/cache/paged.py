@@ -32,7 +32,8 @@ from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step, shortened
 from labkit.kernels.packed_attention import wants_gradient
 from labkit.kernels.paged_attention import paged_attention, store
-from labkit.kernels.paged_decode_attention import paged_decode_attention, paged_store
+from labkit.kernels.paged_decode_attention import paged_decode_attention
+from labkit.kernels.paged_store import paged_store
 from labkit.kernels.split import DTYPES
 
 Rows = tuple[tuple[int, ...], ...]

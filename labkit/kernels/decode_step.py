@@ -155,7 +155,7 @@ def check(x: Tensor, twin: str) -> None:
     """ValueError for a dtype that no kernel here has; RuntimeError where Triton cannot run."""
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels take float32, float16 or bfloat16; got {x.dtype}")
-    check_can_run(x, 16, f"labkit.kernels.decode_step.{twin}")
+    check_can_run(x, f"labkit.kernels.decode_step.{twin}")
 
 
 def check_alike(x: Tensor, *others: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`paged_attention` of one new token per row as a Triton kernel, and the kernel that writes new K and V to their slots.
+"""`paged_attention` of one new token per row as a Triton kernel.
 
 As in `decode_attention`, one program takes one row's one KV head, with all query heads that share it, and one part of
 the sequence. What is new is one load: where a token lies is looked up in the block table.
@@ -97,37 +97,6 @@ def paged_decode_attention(
     return merged(*room, q.dtype).view(batch, num_heads, 1, head_dim)
 
 
-def paged_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """`paged_attention.store` as one kernel: new K and V, of any strides, each token's to its slot.
-
-    Raises ValueError when sizes or dtypes do not fit or the blocks are not contiguous, RuntimeError where Triton cannot
-    run.
-    """
-    batch, num_kv_heads, new_tokens, head_dim = k.shape
-    if k.shape != v.shape or keys.shape != values.shape or keys.shape[2:] != (num_kv_heads, head_dim):
-        raise ValueError(
-            f"K {list(k.shape)} and V {list(v.shape)} do not fit blocks {list(keys.shape)} and {list(values.shape)}"
-        )
-    if len({x.dtype for x in (k, v, keys, values)}) > 1 or not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("new K and V and their blocks have one dtype, and the blocks are contiguous")
-    if slots.shape != (batch * new_tokens,):
-        raise ValueError(f"{batch * new_tokens} new tokens need as many slots; got {list(slots.shape)}")
-    check_can_run(k, "paged_attention.store")
-    _store_kernel[(batch * new_tokens,)](
-        k,
-        v,
-        keys,
-        values,
-        slots,
-        new_tokens,
-        *k.stride(),
-        *v.stride(),
-        HEAD_DIM=head_dim,
-        NUMBERS=num_kv_heads * head_dim,
-        BLOCK=triton.next_power_of_2(num_kv_heads * head_dim),
-    )
-
-
 if triton is not None:
 
     @triton.jit(do_not_specialize=["split_len", "num_parts", "table_row"])
@@ -194,34 +163,3 @@ if triton is not None:
             parts_ptr, lse_ptr, 0, num_parts, top, total, out,
             QUERIES, HEAD_DIM, QUERY_BLOCK, DIM_BLOCK, SHIFT,
         )  # fmt: skip
-
-    @triton.jit(do_not_specialize=["new_tokens"])
-    def _store_kernel(
-        k_ptr,
-        v_ptr,
-        keys_ptr,
-        values_ptr,
-        slots_ptr,
-        new_tokens,
-        k_batch,
-        k_head,
-        k_token,
-        k_dim,
-        v_batch,
-        v_head,
-        v_token,
-        v_dim,
-        HEAD_DIM: tl.constexpr,
-        NUMBERS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One token: K and V of all its heads, which lie side by side in a slot."""
-        token = tl.program_id(0).to(tl.int64)
-        row, place = token // new_tokens, token % new_tokens
-        number = tl.arange(0, BLOCK)
-        head, dim, here = number // HEAD_DIM, number % HEAD_DIM, number < NUMBERS
-        to = tl.load(slots_ptr + token).to(tl.int64) * NUMBERS + number
-        k = tl.load(k_ptr + row * k_batch + head * k_head + place * k_token + dim * k_dim, mask=here)
-        v = tl.load(v_ptr + row * v_batch + head * v_head + place * v_token + dim * v_dim, mask=here)
-        tl.store(keys_ptr + to, k, mask=here)
-        tl.store(values_ptr + to, v, mask=here)

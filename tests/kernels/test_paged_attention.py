@@ -16,7 +16,8 @@ from labkit.attention import PLAIN, Constants, Visibility, attention
 from labkit.kernels import paged_attention_cpu
 from labkit.kernels.paged_attention import paged_attention, store
 from labkit.kernels.paged_attention_cpu import paged_decode_attention_cpu
-from labkit.kernels.paged_decode_attention import paged_decode_attention, paged_store
+from labkit.kernels.paged_decode_attention import paged_decode_attention
+from labkit.kernels.paged_store import paged_store
 from labkit.ledger import ledger
 from tests.bounds import attention_bound
 from tests.kernels.test_packed_attention import in_a_process

@@ -1,0 +1,86 @@
+"""The kernel that quantizes, against its plain-PyTorch twin, bit by bit; in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit import kernels
+from labkit.kernels.quantize import quantize_tiles, takes
+from labkit.quantization import FLOAT8, Packed, Quantizer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+needs_triton = pytest.mark.skipif(not kernels.available(DEVICE), reason="Triton is not installed here")
+
+
+def assert_same_bits(x: torch.Tensor, quantizer: Quantizer) -> Packed:
+    """Exact; of a zero point that is 0 or NaN only that it is."""
+    right, got = quantizer.quantize_plainly(x.cpu()), quantize_tiles(x, quantizer)
+    rows = got.rows.cpu()
+    assert rows.shape == right.rows.shape
+    kept = quantizer.code_bytes + 2
+    assert torch.equal(rows[..., :kept], right.rows[..., :kept])
+    if quantizer.has_zero:
+        zero = Packed(quantizer, rows).zero
+        torch.testing.assert_close(zero, right.zero, rtol=0, atol=0, equal_nan=True)
+    return got
+
+
+def numbers(shape, dtype, seed, scale, shift):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale + shift
+    return x.to(dtype)
+
+
+FORMATS = {
+    "nbits": st.sampled_from([8, 4, 2, *FLOAT8]),
+    "axis": st.sampled_from(["channel", "token"]),
+    "symmetric": st.booleans(),
+    "metadata": st.sampled_from([torch.float16, torch.bfloat16]),
+}
+
+
+@needs_triton
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_any_format_shape_and_size_of_numbers(data):
+    nbits, axis, symmetric, metadata = (data.draw(FORMATS[name]) for name in FORMATS)
+    size = data.draw(st.sampled_from([16, 32, 64, 128]))
+    head_dim = data.draw(st.integers(1, 100)) if axis == "channel" else size * data.draw(st.integers(1, 3))
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), size * data.draw(st.integers(1, 3)), head_dim)
+    scale = data.draw(st.sampled_from([0.0, 1e-42, 1e-9, 1e-3, 1.0, 300.0, 6e4, 1e30]))
+    x = numbers(shape, data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 99)), scale, scale * 5)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if data.draw(st.booleans()) else x
+    assert_same_bits(x.to(DEVICE), Quantizer(nbits, size, axis, symmetric, metadata))
+
+
+@needs_triton
+@pytest.mark.parametrize("nbits", [8, 4, 2, *FLOAT8], ids=str)
+@pytest.mark.parametrize("metadata", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_halves_and_numbers_that_are_none(nbits, metadata, symmetric, axis):
+    """Halves of a scale, where rounding decides; groups with NaN, infinities and what the metadata cannot hold."""
+    x = torch.randint(-510, 511, (1, 2, 64, 64), generator=torch.Generator().manual_seed(0)) * 0.25
+    x[..., 0], x[..., 1] = 63.75, -63.75
+    x[0, 0, 3, 5], x[0, 0, 20, 6], x[0, 0, 21, 7] = float("nan"), float("inf"), -float("inf")
+    x[0, 1, 5, 9], x[0, 1, 40, 10], x[0, 1, 41, 40] = 1e5, -7e4, 3.4e38
+    x[0, 1, 20:23, 30] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    x[0, 1, 32:, 20] = float("inf")
+    got = assert_same_bits(x.to(DEVICE), Quantizer(nbits, 32, axis, symmetric, metadata))
+    assert got.scale.isnan().any()
+
+
+@needs_triton
+def test_it_is_what_a_gpu_uses_and_what_it_does_not_take_the_twin_does():
+    quantizer, x = Quantizer(4, 16), torch.randn(1, 1, 32, 8, device=DEVICE)
+    assert takes(x, quantizer)
+    assert torch.equal(quantizer.quantize(x).codes, quantize_tiles(x, quantizer).codes)
+    for other, some in ((quantizer, x.double()), (Quantizer(4, 8), x)):
+        assert not takes(some, other)
+        assert other.quantize(some).num_tokens == 32
+        with pytest.raises(ValueError, match="the kernel takes"):
+            quantize_tiles(some, other)
+    with pytest.raises(ValueError, match="groups of 16 do not divide 24 tokens"):
+        quantize_tiles(x[:, :, :24], quantizer)
+    assert quantize_tiles(x[:, :, :0], quantizer).num_tokens == 0
