@@ -540,14 +540,9 @@ def float32_case(run: Run, dtype: torch.dtype, tokens: int) -> None:
         run.figures[f"{kind}, {tokens} tokens, {form}, MB beside the output"] = round(peak / 1e6, 1)
         run.say(
             f"  {kind}, {tokens} tokens, {form:<40} {taken * 1e3:9.3f} ms, {peak / 1e6:9.1f} MB beside the output, "
-            f"{apart_text(error)} from expanded; K+V {(k.nbytes + v.nbytes) / 1e6:.1f} MB, scores "
+            f"{error:.1e} from expanded; K+V {(k.nbytes + v.nbytes) / 1e6:.1f} MB, scores "
             f"{q.shape[1] * tokens**2 * q.itemsize / 1e6:.0f} MB"
         )
-
-
-def apart_text(error: float) -> str:
-    """A small number."""
-    return f"{error:.1e}"
 
 
 def flex_case(run: Run, batch: int, context: int, per_kv: int, page: int = 128) -> None:
@@ -612,7 +607,7 @@ def tune_one(
     """One kernel's choices for one case, best first."""
     takes = inspect.signature(kernel).parameters
     tile = "block_size" if "block_size" in takes else "tile_size"
-    batch, context, per_kv = case
+    batch, context = case[:2]
     sets, call = inputs(case)
     programs = batch * shapes(run)[0]
     whole = 132 if not run.tiny else 4

@@ -117,9 +117,8 @@ class Quantizer:
         A tile has `head_dim` groups: for axis "channel" one per channel; for "token" head_dim / group_size per token,
         token after token.
         """
-        batch, heads, tokens, head_dim = x.shape
-        size = self.group_size
         self.check(x)
+        (batch, heads, _, head_dim), size = x.shape, self.group_size
         if self.axis == "channel":
             return x.unflatten(2, (-1, size)).permute(2, 0, 1, 4, 3).contiguous()
         return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).reshape(-1, batch, heads, head_dim, size)

@@ -133,7 +133,7 @@ if triton is not None:
         if FLOAT8 == 0:
             code = tl.minimum(tl.maximum(code, least), MOST)
             return _bits(code + 12582912.0) - 0x4B400000 + MIDDLE  # 1.5 * 2**23: its last bit is worth 1
-        sign = (_bits(code) >> 24) & 0x80
+        sign = tl.where(lost, 0, (_bits(x) >> 24) & 0x80)  # of the number: the remainders of -0 add up to 0
         size = _float(_bits(tl.minimum(tl.maximum(code, least), MOST)) & 0x7FFFFFFF)
         bias: tl.constexpr = 7 if FLOAT8 == 3 else 15
         shift: tl.constexpr = 23 - FLOAT8

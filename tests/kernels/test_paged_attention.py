@@ -261,6 +261,19 @@ class TestStore:
         assert torch.equal(values, expected[1])
 
     @needs_triton
+    def test_a_long_chunk_of_which_programs_take_several_tokens(self, monkeypatch):
+        monkeypatch.setattr("labkit.kernels.paged_store.MANY", 50)
+        monkeypatch.setattr("labkit.kernels.paged_store.AT_ONCE", 256)
+        k, v = torch.randn(2, 3, 2, 17, 24, device=DEVICE)  # 51 tokens, 4 a program
+        keys, values = torch.full((2, 9, 8, 2, 24), -7.0, device=DEVICE)
+        slots = torch.randperm(72)[:51].to(DEVICE)
+        paged_store(k, v, keys, values, slots)
+        for new, pool in ((k, keys), (v, values)):
+            right = torch.full((72, 2, 24), -7.0, device=DEVICE)
+            right[slots] = new.transpose(1, 2).flatten(0, 1)
+            assert torch.equal(pool.flatten(0, 1), right)
+
+    @needs_triton
     def test_what_does_not_fit_is_refused(self):
         k, pool, slots = torch.zeros(1, 2, 3, 4), torch.zeros(5, 2, 2, 4), torch.arange(3)
         k, pool, slots = k.to(DEVICE), pool.to(DEVICE), slots.to(DEVICE)

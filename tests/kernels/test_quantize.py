@@ -41,7 +41,7 @@ FORMATS = {
 
 
 @needs_triton
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_format_shape_and_size_of_numbers(data):
     nbits, axis, symmetric, metadata = (data.draw(FORMATS[name]) for name in FORMATS)
@@ -63,6 +63,7 @@ def test_halves_and_numbers_that_are_none(nbits, metadata, symmetric, axis):
     """Halves of a scale, where rounding decides; groups with NaN, infinities and what the metadata cannot hold."""
     x = torch.randint(-510, 511, (1, 2, 64, 64), generator=torch.Generator().manual_seed(0)) * 0.25
     x[..., 0], x[..., 1] = 63.75, -63.75
+    x[:, :, ::7, 50] = -0.0
     x[0, 0, 3, 5], x[0, 0, 20, 6], x[0, 0, 21, 7] = float("nan"), float("inf"), -float("inf")
     x[0, 1, 5, 9], x[0, 1, 40, 10], x[0, 1, 41, 40] = 1e5, -7e4, 3.4e38
     x[0, 1, 20:23, 30] = torch.tensor([float("inf"), -float("inf"), float("nan")])
