@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,12 @@ from labkit.kernels.split import DTYPES
 
 Rows = tuple[tuple[int, ...], ...]
 Copies = tuple[tuple[int, int], ...]
+
+
+def uploaded(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """These numbers on a device. To a GPU they go from pinned memory: nobody waits for what it has yet to do."""
+    made = torch.from_numpy(numbers)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 class OutOfBlocks(RuntimeError):
@@ -62,6 +69,7 @@ class Pages:
         self._counted: tuple[Rows, Counter[int]] = (), Counter()
         self._asked: tuple[Any, tuple[Rows, Copies]] | None = None
         self._layouts: tuple[Layout, ...] = ()
+        self._fitting: tuple[Rows, Sequence[int]] | None = None  # tables from outside that were found long enough
 
     @property
     def rows(self) -> Rows:
@@ -123,6 +131,7 @@ class Pages:
         """`extended`, made anew."""
         if self.given:
             self.check_given(step.after)
+            self.check_written(rows, step)
             return rows, ()
         held, longer, copies = self.holders(rows), list(rows), []
         wanted = [max(0, self.blocks_for(after) - len(row)) for row, after in zip(rows, step.after, strict=True)]
@@ -152,12 +161,27 @@ class Pages:
         return (tuple(longer) if needed else rows), tuple(copies)
 
     def check_given(self, lengths: Sequence[int]) -> None:
-        """ValueError unless the tables from outside have room for rows of these lengths."""
+        """ValueError unless the tables from outside have room for rows of these lengths. Every layer asks the same."""
+        if self._fitting is not None and self._fitting[0] is self._rows and self._fitting[1] is lengths:
+            return
         there, needed = list(map(len, self.rows)), list(map(self.blocks_for, lengths))
         if len(there) != len(needed) or any(has < needs for has, needs in zip(there, needed, strict=True)):
             raise ValueError(
                 f"the tables set from outside have {there} blocks by row; rows of {list(lengths)} tokens need {needed}"
             )
+        self._fitting = self._rows, lengths
+
+    def check_written(self, rows: Rows, step: Step) -> None:
+        """ValueError where a step writes one block for two rows, or at two places of one."""
+        writers: dict[int, int] = {}
+        for index, (row, before, count) in enumerate(zip(rows, step.before, step.counts, strict=True)):
+            for block in row[before // self.block_size : self.blocks_for(before + count)] if count else ():
+                if block in writers:
+                    raise ValueError(
+                        f"rows {writers[block]} and {index} would both write into block {block}: set a table in which "
+                        f"one of them has a copy of its own"
+                    )
+                writers[block] = index
 
     def layout(self, rows: Rows, step: Step) -> Layout:
         """What kernels read of a step over this table: the same for every layer that asks the same."""
@@ -195,27 +219,49 @@ class Layout:
         """Of each new token, row after row, int64 `[all new tokens]`."""
 
         def make() -> Tensor:
-            rows, places = self.step.places(device)
-            blocks = self.block_table(range(self.step.batch), device)[rows, places // self.block_size]
-            return blocks.long() * self.block_size + places % self.block_size
+            counts, before = np.array(self.step.counts), np.array(self.step.before)
+            rows = np.repeat(np.arange(len(counts)), counts)
+            places = np.arange(len(rows)) + np.repeat(before - (np.cumsum(counts) - counts), counts)
+            blocks = self.numbers(range(self.step.batch))[rows, places // self.block_size].astype(np.int64)
+            return uploaded(blocks * self.block_size + places % self.block_size, device)
 
         return self.made(("slots", device), make)
 
     def block_table(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """The blocks of some rows, int32 `[rows, blocks of the longest]`, padded with -1."""
 
-        def make() -> Tensor:
-            tables = [self.rows[row][: -(-self.step.after[row] // self.block_size)] for row in rows]
-            widest = max(map(len, tables))
-            padded = [(*table, *(-1,) * (widest - len(table))) for table in tables]
-            return torch.tensor(padded, dtype=torch.int32, device=device)
+        return self.made(("table", tuple(rows), device), lambda: uploaded(self.numbers(rows), device))
 
-        return self.made(("table", tuple(rows), device), make)
+    def numbers(self, rows: Sequence[int]) -> np.ndarray:
+        """The numbers of `block_table`. Made once."""
+
+        def make() -> np.ndarray:
+            tables = [self.rows[row][: -(-self.step.after[row] // self.block_size)] for row in rows]
+            padded = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
+            for line, table in zip(padded, tables, strict=True):
+                line[: len(table)] = table
+            return padded
+
+        return self.made(("numbers", tuple(rows)), make)
 
     @cached_property
     def singles(self) -> list[int]:
         """Rows with one new token."""
         return [row for row, count in enumerate(self.step.counts) if count == 1]
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, int | None]]:
+        """What lies end to end, in as few pieces as can be answered each in one go: how many new tokens, and of which
+        row; None for successive rows with one new token each."""
+        found: list[tuple[int, int | None]] = []
+        for row, count in enumerate(self.step.counts):
+            if count > 1:
+                found.append((count, row))
+            elif count and found and found[-1][1] is None:
+                found[-1] = found[-1][0] + 1, None
+            elif count:
+                found.append((1, None))
+        return found
 
     @cached_property
     def visible(self) -> Visibility:
@@ -375,15 +421,16 @@ class BlockCache(LayerCache):
             return self.decode(q, layout)
         if step.is_rectangle:
             return torch.cat([self.chunk(some, row, layout) for row, some in enumerate(q.split(1))])
-        outs = list(step.split(q, dim=2))
-        if layout.singles:
-            one = torch.cat([outs[row] for row in layout.singles])
-            for row, out in zip(layout.singles, self.decode(one, layout).split(1), strict=True):
-                outs[row] = out
-        for row, count in enumerate(step.counts):
-            if count > 1:
-                outs[row] = self.chunk(outs[row], row, layout)
-        return torch.cat(outs, dim=2)
+        sizes = [size for size, _ in layout.pieces]
+        asked = list(zip(q.split(sizes, dim=2), (row for _, row in layout.pieces), strict=True))
+        ones = [some for some, row in asked if row is None]
+        answered: Iterator[Tensor] = iter(())
+        if ones:  # hundreds of rows may have one new token: they are never taken apart
+            one = torch.cat(ones, dim=2).transpose(0, 2)
+            answered = iter(self.decode(one, layout).transpose(0, 2).split([x.shape[2] for x in ones], dim=2))
+        return torch.cat(
+            [next(answered) if row is None else self.chunk(some, row, layout) for some, row in asked], dim=2
+        )
 
 
 class PagedCache(BlockCache):
@@ -462,7 +509,7 @@ class PagedCache(BlockCache):
         assert self.k is not None
         assert self.v is not None
         tokens = layout.made(("read", self.constants.window), lambda: layout.visible.keys_read(self.constants, len(q)))
-        self.bytes_read += tokens * (size_of(self.k[0, 0]) + size_of(self.v[0, 0]))
+        self.bytes_read += tokens * 2 * self.k.shape[2] * self.k.shape[3] * self.k.element_size()
         table = layout.block_table(layout.singles, q.device)
         answer = self.kernel_for(q) or paged_attention
         return answer(q, self.k, self.v, table, layout.visible, self.constants)

@@ -14,7 +14,6 @@ likeliest tokens are closer than that, either is right. A cache that packs K and
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -26,21 +25,27 @@ from labkit.attention import is_count
 from labkit.cache import Cache, Pages
 from labkit.engine.allocator import Allocator
 from labkit.engine.blocks import BlockManager, Counts
-from labkit.engine.metrics import Snapshot, metrics, snapshot
+from labkit.engine.metrics import Snapshot, Totals, metrics, snapshot
 from labkit.engine.request import InFlight, Request, Timing, Token
 from labkit.engine.scheduler import Chunk, Scheduler
 from labkit.generation import choose, likeliest
 from labkit.interrupts import uninterrupted
 from labkit.llama import Llama
 
+Pick = tuple[int | None, torch.Generator] | None
+"""A chunk's next token, None for logits that are no finite numbers, and where the draws stand; or no token is due."""
+
 
 class Engine:
-    """Answers many requests at once with one model, in `num_blocks` blocks of `block_size` tokens.
+    """Answers many requests at once with one model, in `num_blocks` (256) blocks of `block_size` (16) tokens.
 
     token_budget: tokens of one pass; a longer prompt comes in chunks. max_rows: requests of one pass. reuse: whether
-    K and V of equal beginnings are shared. allocator, manager, cache: a block allocator, a `BlockManager`, a cache as
-    `Cache.paged` makes it, unused, in place of the engine's own. record: keep a `Snapshot` of each pass in `history`.
-    `finished`: the `Timing` of each request that ended. Raises ValueError for what does not fit.
+    K and V of equal beginnings are shared (they are). allocator, manager, cache: a block allocator, a `BlockManager`,
+    which then says all of the blocks, a cache as `Cache.paged` makes it, unused, in place of the engine's own. record:
+    keep a `Snapshot` of each pass in `history`. `finished`: the `Timing` of the newest `keep` requests that ended.
+    Raises ValueError for what does not fit.
+
+    A request whose logits are no finite numbers ends with "not finite"; the others go on.
 
     Requests may be added and cancelled at any moment, from other threads too. Whatever a step raises, the next goes on.
     """
@@ -48,22 +53,32 @@ class Engine:
     def __init__(
         self,
         model: Llama,
-        num_blocks: int = 256,
-        block_size: int = 16,
+        num_blocks: int | None = None,
+        block_size: int | None = None,
         *,
         token_budget: int = 512,
         max_rows: int = 32,
-        reuse: bool = True,
+        reuse: bool | None = None,
         allocator: Allocator | None = None,
         manager: BlockManager | None = None,
         cache: Cache | None = None,
         record: bool = False,
+        keep: int = 1024,
     ) -> None:
-        for name, size in (("token_budget", token_budget), ("max_rows", max_rows)):
+        for name, size in (("token_budget", token_budget), ("max_rows", max_rows), ("keep", keep)):
             if not is_count(size) or size < 1:
                 raise ValueError(f"{name} is a whole number, at least 1; got {size!r}")
         self.model, self.spec = model, model.spec
-        self.blocks = manager or BlockManager(num_blocks, block_size, reuse=reuse, allocator=allocator)
+        of_blocks = {"num_blocks": num_blocks, "block_size": block_size, "reuse": reuse, "allocator": allocator}
+        said = [name for name, value in of_blocks.items() if value is not None]
+        if manager is not None and said:
+            raise ValueError(f"a block manager has its own {', '.join(said)}: say that where you make it")
+        self.blocks = manager or BlockManager(
+            256 if num_blocks is None else num_blocks,
+            16 if block_size is None else block_size,
+            reuse=True if reuse is None else reuse,
+            allocator=allocator,
+        )
         if self.blocks.counts != Counts():
             raise ValueError("the block manager was used: what it finds is in no cache of this engine")
         sizes = self.blocks.num_blocks, self.blocks.block_size
@@ -80,7 +95,7 @@ class Engine:
         self.flights: dict[str, InFlight] = {}
         self.finished: dict[str, Timing] = {}
         self.history: list[Snapshot] | None = [] if record else None
-        self._timings: list[Timing] = []  # of all requests
+        self._keep, self._totals = keep, Totals()  # of requests that ended, whether or not they are still kept
         self._out: list[Token] = []  # tokens that nobody was handed yet
         self._lock = threading.RLock()
         self._stepping: object = None  # whose step it is
@@ -104,10 +119,12 @@ class Engine:
                 raise ValueError(f"tokens of an earlier request {request.id!r} wait to be read: stream() gives them")
             self.flights[request.id] = flight = InFlight(request, time.perf_counter())
             self.scheduler.waiting.append(flight)
-            self._timings.append(flight.timing)
 
     def cancel(self, id: str) -> bool:
-        """End a request: its blocks are free at once. False when it has ended by itself; ValueError for one unknown."""
+        """End a request: its blocks are free at once. False when it has ended by itself.
+
+        ValueError for one unknown, or that ended so long ago that it is no longer in `finished`.
+        """
         with self._lock, uninterrupted():
             if id in self.flights:
                 self._end(self.flights[id], None, "cancelled")
@@ -151,7 +168,9 @@ class Engine:
 
     def metrics(self) -> dict[str, float]:
         """What vLLM's `/metrics` says, under the same names."""
-        return metrics(self.blocks, self.scheduler, self._timings)
+        with self._lock:
+            timings = [flight.timing for flight in self.flights.values()]
+            return metrics(self.blocks, self.scheduler, self._totals.and_of(timings))
 
     def _advance(self) -> None:
         """One pass of the model, entered in the books as a whole or not at all."""
@@ -188,37 +207,46 @@ class Engine:
         lengths = tuple(chunk.start for chunk in chunks)
         for layer in self.cache.layers:
             layer.place(lengths)  # type: ignore[attr-defined]
-        rows = [torch.tensor(chunk.flight.tokens[chunk.start : chunk.end]) for chunk in chunks]
+        counts = [chunk.end - chunk.start for chunk in chunks]
+        laid = torch.tensor([token for chunk in chunks for token in chunk.flight.tokens[chunk.start : chunk.end]])
+        rows = laid.view(len(chunks), -1) if len(set(counts)) == 1 else laid.split(counts)
         with torch.inference_mode():
             return self.model(rows, self.cache, last_only=True)[:, 0]
 
-    def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[tuple[int, torch.Generator] | None]:
-        """The next token of each request whose last chunk this was, and where its draws stand then."""
-        picked: list[tuple[int, torch.Generator] | None] = []
+    def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[Pick]:
+        """The next token of each request whose last chunk this was, and where its draws stand then.
+
+        What the device found is read once for all: until then nothing waits for it.
+        """
+        picked: list[Pick] = []
         greatest = likeliest(logits)
-        values = logits.gather(1, greatest[:, None])[:, 0].tolist()
-        for row, (chunk, token, logit) in enumerate(zip(chunks, greatest.tolist(), values, strict=True)):
-            if not math.isfinite(logit):
-                raise FloatingPointError(
-                    f"the logits of request {chunk.flight.id!r} are no finite numbers: cancel() it, the others go on"
-                )
+        finite = logits.gather(1, greatest[:, None])[:, 0].isfinite()  # where any is NaN, the greatest is
+        found = torch.where(finite, greatest, -1).tolist()
+        for row, (chunk, token) in enumerate(zip(chunks, found, strict=True)):
             draws, temperature = chunk.flight.generator, chunk.flight.request.temperature
+            if token < 0:
+                picked.append((None, draws))
+                continue
             if chunk.ends and temperature:
                 draws = draws.clone_state()  # a step that fails has drawn nothing
                 token = int(choose(logits[row : row + 1], temperature, draws))
             picked.append((token, draws) if chunk.ends else None)
         return picked
 
-    def _enter(self, chunks: list[Chunk], picked: list[tuple[int, torch.Generator] | None]) -> None:
+    def _enter(self, chunks: list[Chunk], picked: list[Pick]) -> None:
         """Enter what a pass gave. Requests that were cancelled in the meantime are passed over."""
         for chunk, pick in zip(chunks, picked, strict=True):
             flight, timing = chunk.flight, chunk.flight.timing
             if self.flights.get(flight.id) is not flight:
                 continue
+            if pick is not None and pick[0] is None:  # nobody shall find K and V of that pass
+                self._end(flight, None, "not finite")
+                continue
             self.blocks.computed(flight.id, chunk.end)
             if pick is None:
                 continue
             token, flight.generator = pick
+            assert token is not None
             if not timing.new_tokens:
                 timing.ttft = time.perf_counter() - timing.arrived
             if token in flight.request.stop:
@@ -240,7 +268,11 @@ class Engine:
         timing.finished = why
         if timing.new_tokens > 1:
             timing.tpot = (timing.latest - timing.arrived - timing.ttft) / (timing.new_tokens - 1)
+        self._totals.add(timing)
+        self.finished.pop(flight.id, None)
         self.finished[flight.id] = timing
+        while len(self.finished) > self._keep:
+            del self.finished[next(iter(self.finished))]
         self._out.append(Token(flight.id, token, timing.new_tokens - (why == "length"), why))
         del self.flights[flight.id]
         self.scheduler.remove(flight)

@@ -52,7 +52,8 @@ class Request:
 @dataclass(frozen=True)
 class Token:
     """The `index`-th token of an answer, from 0. finished: why it is the last, if it is: "length" (the limit that was
-    asked for), "stop" (a stop token, which is no part of the answer) or "cancelled" (`token` is None)."""
+    asked for), "stop" (a stop token, which is no part of the answer), "cancelled" or "not finite" (its logits were no
+    finite numbers, as of weights with NaN); `token` is None for the last two."""
 
     id: str
     token: int | None

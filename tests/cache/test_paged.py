@@ -373,7 +373,7 @@ class TestDecode:
             run(cache, counts, turn)
             assert len(made) == turn + 1
         for decode in made[1:3]:
-            assert sorted(key[0] for key in decode._made) == ["read", "slots", "table"]
+            assert sorted(key[0] for key in decode._made) == ["numbers", "read", "slots", "table"]
 
     def test_the_slots_are_what_the_tables_say(self):
         pages = Pages(30, 4)
@@ -512,6 +512,21 @@ class TestTablesFromOutside:
         with pytest.raises(ValueError, match="need"):
             run(cache, [9], 2)
         assert (cache[0].rows, cache.lengths) == (((8, 3),), (3,))
+
+    @pytest.mark.parametrize(
+        ("rows", "counts", "said"),
+        [
+            ([[8, 3], [0, 3]], [6, 7], "rows 0 and 1 would both write into block 3"),
+            ([[8, 3], [2, 2]], [1, 6], "rows 1 and 1 would both write into block 2"),
+        ],
+    )
+    def test_one_block_is_written_for_one_row(self, rows, counts, said):
+        cache = Cache.paged(2, 9, 4)
+        cache[0].pages.rows = rows
+        with pytest.raises(ValueError, match=said):
+            run(cache, counts, 1)
+        assert cache.lengths == ()
+        run(cache, [4, 4], 1)  # the blocks that both hold are not written yet
 
     def test_what_cannot_be_is_refused(self):
         pages = Pages(9, 4)

@@ -350,18 +350,41 @@ class TestFailures:
             assert [token.token for token in tokens if token.id == request.id] == tiny.alone(request)
         assert engine.blocks.usage == 0
 
-    def test_logits_that_are_no_numbers_are_an_error_and_name_the_request(self) -> None:
+    def test_a_request_whose_logits_are_no_numbers_ends_alone_and_leaves_nothing_to_be_found(self) -> None:
         model = tiny.model(torch.float32)
         spoiled = type(model)(model.spec)
         spoiled.load_state_dict(model.state_dict())
         spoiled.embedding.weight.data[7] = float("nan")
-        engine = Engine(spoiled, 30, 3)
-        engine.add(Request("fine", [1, 2], 3))
-        engine.add(Request("spoiled", [1, 7], 3))
-        with pytest.raises(FloatingPointError, match="request 'spoiled'"):
-            engine.step()
-        engine.cancel("spoiled")
-        assert [t.token for t in engine.stream() if t.id == "fine"] == tiny.alone(Request("fine", [1, 2], 3), model)
+        engine = Engine(spoiled, 30, 3, token_budget=8)
+        fine = Request("fine", [1, 2], 5)
+        engine.add(fine)
+        engine.add(Request("spoiled", [1, 7, 3, 4, 5, 1, 2, 3, 4, 5], 3))  # in two chunks: the first ends it
+        tokens = list(engine.stream())
+        assert [t.token for t in tokens if t.id == "fine"] == tiny.alone(fine, model)
+        assert [(t.token, t.index, t.finished) for t in tokens if t.id == "spoiled"] == [(None, 0, "not finite")]
+        assert engine.finished["spoiled"].finished == "not finite"
+        assert not engine.cancel("spoiled")
+        assert engine.blocks.reusable([1, 7, 3, 4]) == 0
+        assert engine.blocks.usage == 0
+
+    def test_only_the_newest_that_ended_are_kept_and_all_are_counted(self) -> None:
+        engine = Engine(tiny.model(), 60, 3, keep=3)
+        requests = some_requests(9)
+        answers = engine.run(requests)
+        assert len(engine.finished) == 3
+        said = engine.metrics()
+        assert said["vllm:generation_tokens"] == sum(map(len, answers.values()))
+        assert said["vllm:time_to_first_token_seconds_count"] == 9
+        ended = list(engine.finished)
+        with pytest.raises(ValueError, match="no request"):
+            engine.cancel(next(request.id for request in requests if request.id not in ended))
+
+    @pytest.mark.parametrize(
+        "said", [{"num_blocks": 8}, {"block_size": 4}, {"reuse": False}, {"allocator": Allocator(8)}]
+    )
+    def test_what_a_manager_says_is_not_said_besides(self, said: dict) -> None:
+        with pytest.raises(ValueError, match=f"a block manager has its own {next(iter(said))}"):
+            Engine(tiny.model(), manager=BlockManager(8, 4), **said)
 
     def test_run_leaves_none_of_its_requests_behind(self, inside) -> None:
         engine = Engine(tiny.model(), 30, 3)
