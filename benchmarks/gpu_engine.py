@@ -9,7 +9,7 @@ bfloat16, made on the device.
 
 transformers 5.17 takes one `max_new_tokens` in `generate_batch`; its manager, which that drives, takes one
 for each request, and that is used here. Both engines are told all requests at once and have as many blocks as
-all of them need, so that neither preempts. Where transformers is not done within its share of `--seconds`, the tokens it
+all of them need, so that neither preempts. Where transformers is not done within its share of `--seconds`, what it
 has written until then count, over that time.
 
 nano-vLLM's own README says 1,434 tokens/s on an RTX 4070 laptop for 256 such requests: another machine, a note only.

@@ -202,6 +202,7 @@ class Layout:
     step: Step
     block_size: int
     _made: dict = field(default_factory=dict, init=False, repr=False)
+    _numbers: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def asked(self) -> tuple:
@@ -235,14 +236,14 @@ class Layout:
     def numbers(self, rows: Sequence[int]) -> np.ndarray:
         """The numbers of `block_table`. Made once."""
 
-        def make() -> np.ndarray:
+        key = tuple(rows)
+        if key not in self._numbers:
             tables = [self.rows[row][: -(-self.step.after[row] // self.block_size)] for row in rows]
             padded = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
             for line, table in zip(padded, tables, strict=True):
                 line[: len(table)] = table
-            return padded
-
-        return self.made(("numbers", tuple(rows)), make)
+            self._numbers[key] = padded
+        return self._numbers[key]
 
     @cached_property
     def singles(self) -> list[int]:

@@ -373,7 +373,7 @@ class TestDecode:
             run(cache, counts, turn)
             assert len(made) == turn + 1
         for decode in made[1:3]:
-            assert sorted(key[0] for key in decode._made) == ["numbers", "read", "slots", "table"]
+            assert sorted(key[0] for key in decode._made) == ["read", "slots", "table"]
 
     def test_the_slots_are_what_the_tables_say(self):
         pages = Pages(30, 4)
