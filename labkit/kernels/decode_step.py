@@ -212,17 +212,17 @@ if triton is not None:
             a, b = low.to(tl.float32), high.to(tl.float32)
             low, high = (a * cos - b * sin).to(low.dtype), (b * cos + a * sin).to(high.dtype)
         if head < NUM_HEADS:
-            to = q_ptr + (row * NUM_HEADS + head) * (2 * HALF) + dim
-            tl.store(to, low, mask=here)
-            tl.store(to + HALF, high, mask=here)
+            q_at = q_ptr + (row * NUM_HEADS + head) * (2 * HALF) + dim
+            tl.store(q_at, low, mask=here)
+            tl.store(q_at + HALF, high, mask=here)
         elif head < NUM_HEADS + NUM_KV_HEADS:
-            to = k_ptr + row * k_batch + (head - NUM_HEADS) * k_head + place * k_token
-            tl.store(to + dim * k_dim, low, mask=here)
-            tl.store(to + (dim + HALF) * k_dim, high, mask=here)
+            k_at = k_ptr + row * k_batch + (head - NUM_HEADS) * k_head + place * k_token
+            tl.store(k_at + dim * k_dim, low, mask=here)
+            tl.store(k_at + (dim + HALF) * k_dim, high, mask=here)
         else:
-            to = v_ptr + row * v_batch + (head - NUM_HEADS - NUM_KV_HEADS) * v_head + place * v_token
-            tl.store(to + dim * v_dim, low, mask=here)
-            tl.store(to + (dim + HALF) * v_dim, high, mask=here)
+            v_at = v_ptr + row * v_batch + (head - NUM_HEADS - NUM_KV_HEADS) * v_head + place * v_token
+            tl.store(v_at + dim * v_dim, low, mask=here)
+            tl.store(v_at + (dim + HALF) * v_dim, high, mask=here)
 
     @triton.jit
     def _gate_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):

@@ -88,9 +88,8 @@ def packed_decode_attention(
     parts = split_sequence(k.num_tokens, num_splits, group, batch * num_kv_heads, q.device)
     room = make_parts(grouped, parts[0] + len(dense), q.dtype)
     turned = grouped if rotation is None else (grouped.float() @ rotation)
-    launch(
-        turned, k, v, first - start, (end - start).clamp(max=k.num_tokens), scale, room, parts, num_warps, num_stages
-    )
+    bounds = (first - start if start else first), ((end - start).clamp(max=k.num_tokens) if dense else end)
+    launch(turned, k, v, *bounds, scale, room, parts, num_warps, num_stages)
     for part, (at, (keys, values)) in enumerate(dense, parts[0]):
         sizes = sizes_for(q.device, keys.dtype, head_dim)
         one = 1, keys.shape[2]
@@ -238,28 +237,97 @@ if triton is not None:
         return out
 
     @triton.jit
-    def load_codes(
-        words_ptr, tile, row, there, NBITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr,
-        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, UNPACK: tl.constexpr,
-    ):  # fmt: skip
-        """Codes of some groups of a tile as bfloat16, `[groups, codes]`; there: which groups are wanted.
+    def place_in_group(NBITS: tl.constexpr, WORD_BYTES: tl.constexpr, GROUP_BLOCK: tl.constexpr):
+        """Which number of a group each position stands for: the codes of a word come in pairs, half a word apart."""
+        position = tl.arange(0, GROUP_BLOCK)
+        if NBITS == 0:
+            place = position
+        else:
+            PER_WORD: tl.constexpr = WORD_BYTES * 8 // NBITS
+            HALF: tl.constexpr = PER_WORD // 2
+            within = position % PER_WORD
+            place = position // PER_WORD * PER_WORD + (within // 2 + within % 2 * HALF if HALF > 0 else 0)
+        return place
 
-        tile: its first row of all. row: each group's, in the tile. NBITS 0: codes are float8.
+    @triton.jit
+    def fetch_groups(
+        words_ptr, scale_ptr, tile, row, there, NBITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
+        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr, WORDS: tl.constexpr,
+    ):  # fmt: skip
+        """Words of codes of some groups of a tile, `[groups, words]`, their scales and zero points, as they lie.
+
+        tile: its first row of all. row: each group's, in the tile. there: which groups are wanted. Where scale and zero
+        point are one word, it is given twice.
         """
         CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
-        word = tl.arange(0, WORDS)
+        # 32-bit words are read as halves: words of rows of an odd number Triton would fetch ahead into one bank of 32.
+        HALVES: tl.constexpr = 2 if WORD_BYTES == 4 else 1
+        unit = tl.arange(0, WORDS * HALVES)
         wanted = there[:, None]
         if WORDS * WORD_BYTES > CODE_BYTES:
-            wanted = wanted & (word < CODE_BYTES // WORD_BYTES)[None, :]
-        STEP: tl.constexpr = ROW_BYTES // WORD_BYTES
-        at = (words_ptr + tile * STEP) + (row[:, None] * STEP + word[None, :])
-        if NBITS == 0:
-            codes = tl.load(at, mask=wanted, other=0.0).to(tl.float32).to(tl.bfloat16)
+            wanted = wanted & (unit < CODE_BYTES // WORD_BYTES * HALVES)[None, :]
+        STEP: tl.constexpr = ROW_BYTES // WORD_BYTES * HALVES
+        units_ptr = words_ptr
+        if WORD_BYTES == 4:
+            units_ptr = words_ptr.to(tl.pointer_type(tl.int16))
+        at = (units_ptr + tile * STEP) + (row[:, None] * STEP + unit[None, :])
+        words = tl.load(at, mask=wanted, other=0.0 if NBITS == 0 else 0)
+        if WORD_BYTES == 4:
+            low, high = tl.split(tl.reshape(words, [row.shape[0], WORDS, 2]))
+            words = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+        if HAS_ZERO and WORD_BYTES == 4:
+            at = (words_ptr + tile * (ROW_BYTES // 4)) + (row * (ROW_BYTES // 4) + CODE_BYTES // 4)
+            scale = tl.load(at, mask=there, other=0)
+            zero = scale
         else:
-            words = tl.load(at, mask=wanted, other=0).to(tl.int32)
+            at = (scale_ptr + tile * (ROW_BYTES // 2)) + (row * (ROW_BYTES // 2) + CODE_BYTES // 2)
+            scale = tl.load(at, mask=there, other=0.0)
+            zero = scale
+            if HAS_ZERO:
+                zero = tl.load(at + 1, mask=there, other=0.0)
+        return words, scale, zero
+
+    @triton.jit
+    def fetch(
+        words_ptr, scale_ptr, tile, seen, NBITS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+        GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr,
+        WORDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ):  # fmt: skip
+        """`fetch_groups` of a whole tile: of all channels, or by group of them, of the tokens that are seen."""
+        if PER_CHANNEL:
+            channel = tl.arange(0, DIM_BLOCK)
+            there = channel < HEAD_DIM
+            words, scale, zero = fetch_groups(
+                words_ptr, scale_ptr, tile, channel, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES, WORDS
+            )
+            raw = ((words, scale, zero),)
+        else:
+            token = place_in_group(NBITS, WORD_BYTES, GROUP_BLOCK)
+            GROUPS: tl.constexpr = HEAD_DIM // GROUP
+            raw = ()  # type: ignore
+            for group in tl.static_range(GROUPS):
+                words, scale, zero = fetch_groups(
+                    words_ptr, scale_ptr, tile, token * GROUPS + group, seen, NBITS, GROUP, HAS_ZERO, ROW_BYTES,
+                    WORD_BYTES, WORDS,
+                )  # fmt: skip
+                raw = raw + ((words, scale, zero),)  # type: ignore
+        return raw
+
+    @triton.jit
+    def codes_of(words, NBITS: tl.constexpr, MIDDLE: tl.constexpr, WORD_BYTES: tl.constexpr, UNPACK: tl.constexpr):
+        """Codes of groups as bfloat16, `[groups, codes]`, in the order of `place_in_group`; NBITS 0: float8."""
+        if NBITS == 0:
+            codes = words.to(tl.float32).to(tl.bfloat16)
+        else:
             PER_WORD: tl.constexpr = WORD_BYTES * 8 // NBITS
             if UNPACK == "":
-                codes = one_by_one(words, 0, PER_WORD, 1, NBITS, MIDDLE)
+                wide = words.to(tl.int32)
+                if PER_WORD == 1:
+                    codes = one_by_one(wide, 0, 1, 1, NBITS, MIDDLE)
+                else:
+                    HALF: tl.constexpr = PER_WORD // 2
+                    low = one_by_one(wide, 0, HALF, 1, NBITS, MIDDLE)
+                    codes = tl.join(low, one_by_one(wide, HALF, HALF, 1, NBITS, MIDDLE))
             elif NBITS == 8:
                 codes = four_codes(words, UNPACK)
             elif NBITS == 4:
@@ -267,7 +335,7 @@ if triton is not None:
             else:
                 codes = sixteen_codes(words, UNPACK)
             # Seen through to a `join`, Triton would lay out the other factor for half the loads: a sum of one hides it.
-            codes = tl.reduce(tl.reshape(codes, [row.shape[0], WORDS * PER_WORD, 1]), 2, either)
+            codes = tl.reduce(tl.reshape(codes, [words.shape[0], words.shape[1] * PER_WORD, 1]), 2, either)
         return codes
 
     @triton.jit
@@ -290,11 +358,11 @@ if triton is not None:
 
     @triton.jit
     def four_codes(words, UNPACK: tl.constexpr):
-        """What `one_by_one` gives of 32-bit words of 8-bit codes, by `unpack_assembly`."""
+        """The same, in pairs, of 32-bit words of 8-bit codes, by `unpack_assembly`."""
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
             UNPACK, "=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 4, is_pure=True, pack=1
         )
-        return tl.join(tl.join(c0, c2), tl.join(c1, c3))
+        return tl.join(tl.join(c0, c1), tl.join(c2, c3))
 
     @triton.jit
     def eight_codes(words, UNPACK: tl.constexpr):
@@ -302,9 +370,8 @@ if triton is not None:
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             UNPACK, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 8, is_pure=True, pack=1
         )
-        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
-        odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
-        return tl.join(even, odd)
+        low = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+        return tl.join(low, tl.join(tl.join(c4, c6), tl.join(c5, c7)))
 
     @triton.jit
     def sixteen_codes(words, UNPACK: tl.constexpr):
@@ -313,39 +380,30 @@ if triton is not None:
             UNPACK, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r", [words], (tl.bfloat16,) * 16,
             is_pure=True, pack=1,
         )  # fmt: skip
-        even = tl.join(tl.join(tl.join(c0, c8), tl.join(c4, c12)), tl.join(tl.join(c2, c10), tl.join(c6, c14)))
-        odd = tl.join(tl.join(tl.join(c1, c9), tl.join(c5, c13)), tl.join(tl.join(c3, c11), tl.join(c7, c15)))
-        return tl.join(even, odd)
+        low = tl.join(tl.join(tl.join(c0, c4), tl.join(c2, c6)), tl.join(tl.join(c1, c5), tl.join(c3, c7)))
+        high = tl.join(tl.join(tl.join(c8, c12), tl.join(c10, c14)), tl.join(tl.join(c9, c13), tl.join(c11, c15)))
+        return tl.join(low, high)
 
     @triton.jit
-    def load_scale(
-        words_ptr, scale_ptr, tile, row, there, NBITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr,
-    ):  # fmt: skip
-        """Scales and zero points of some groups of a tile, float32 `[groups]`; zeros where there are none."""
-        CODE_BYTES: tl.constexpr = GROUP if NBITS == 0 else GROUP * NBITS // 8
+    def scale_of(raw, BFLOAT16: tl.constexpr, HAS_ZERO: tl.constexpr, WORD_BYTES: tl.constexpr):
+        """Scales and zero points of some groups, float32 `[groups]`: zeros where there is none."""
+        _, scale, zero = raw
         if HAS_ZERO and WORD_BYTES == 4:
-            at = (words_ptr + tile * (ROW_BYTES // 4)) + (row * (ROW_BYTES // 4) + CODE_BYTES // 4)
-            both = tl.load(at, mask=there, other=0)
-            if scale_ptr.dtype.element_ty == tl.bfloat16:
-                scale = (both << 16).to(tl.float32, bitcast=True)
-                zero = (both & -65536).to(tl.float32, bitcast=True)
+            if BFLOAT16:
+                low, high = (scale << 16).to(tl.float32, bitcast=True), (scale & -65536).to(tl.float32, bitcast=True)
             else:
-                scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                low = scale.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                high = (scale >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         else:
-            at = (scale_ptr + tile * (ROW_BYTES // 2)) + (row * (ROW_BYTES // 2) + CODE_BYTES // 2)
-            scale = tl.load(at, mask=there, other=0.0).to(tl.float32)
-            zero = scale * 0.0
-            if HAS_ZERO:
-                zero = tl.load(at + 1, mask=there, other=0.0).to(tl.float32)
-        return scale, zero
+            low = scale.to(tl.float32)
+            high = zero.to(tl.float32) if HAS_ZERO else low * 0.0
+        return low, high
 
     @triton.jit
     def queries_by_group(
         q_ptr, row, head, q_batch, q_head, q_query, q_dim, QUERIES: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-        HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-        PER_CHANNEL: tl.constexpr,
+        HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, NBITS: tl.constexpr,
+        WORD_BYTES: tl.constexpr, GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ):  # fmt: skip
         """Queries as float32, all channels in one where keys are scaled by channel, else one for each group of them."""
         if PER_CHANNEL:
@@ -355,7 +413,7 @@ if triton is not None:
             )
             some = (q.to(tl.float32),)
         else:
-            dim = tl.arange(0, GROUP_BLOCK)
+            dim = place_in_group(NBITS, WORD_BYTES, GROUP_BLOCK)
             some = ()  # type: ignore
             for group in tl.static_range(HEAD_DIM // GROUP):
                 q = load_queries(
@@ -386,37 +444,22 @@ if triton is not None:
 
     @triton.jit
     def scores_of_tile(
-        q, words_ptr, scale_ptr, tile, seen, NBITS: tl.constexpr, MIDDLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-        DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr,
-        WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
-        UNPACK: tl.constexpr, TERMS: tl.constexpr,
+        q, raw, NBITS: tl.constexpr, MIDDLE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+        HAS_ZERO: tl.constexpr, BFLOAT16: tl.constexpr, WORD_BYTES: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+        PER_CHANNEL: tl.constexpr, UNPACK: tl.constexpr, TERMS: tl.constexpr,
     ):  # fmt: skip
-        """Products of queries and the keys of one tile, float32 `[queries, tokens]`; tile: its first row of all."""
+        """Products of queries and the keys of one tile, float32 `[queries, tokens]`."""
         if PER_CHANNEL:
-            channel = tl.arange(0, DIM_BLOCK)
-            there = channel < HEAD_DIM
-            codes = load_codes(
-                words_ptr, tile, channel, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
-            )
-            scale, zero = load_scale(
-                words_ptr, scale_ptr, tile, channel, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
-            )
+            codes = codes_of(raw[0][0], NBITS, MIDDLE, WORD_BYTES, UNPACK)
+            scale, zero = scale_of(raw[0], BFLOAT16, HAS_ZERO, WORD_BYTES)
             scores = dot_codes(q[0] * scale[None, :], codes, TERMS)
             if HAS_ZERO:
                 scores += tl.sum(q[0] * zero[None, :], axis=1)[:, None]
         else:
-            token = tl.arange(0, GROUP_BLOCK)
-            there = seen & (token < GROUP)
-            GROUPS: tl.constexpr = HEAD_DIM // GROUP
             scores = tl.zeros([q[0].shape[0], GROUP_BLOCK], tl.float32)
-            for group in tl.static_range(GROUPS):
-                at = token * GROUPS + group
-                codes = load_codes(
-                    words_ptr, tile, at, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
-                )
-                scale, zero = load_scale(
-                    words_ptr, scale_ptr, tile, at, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
-                )
+            for group in tl.static_range(HEAD_DIM // GROUP):
+                codes = codes_of(raw[group][0], NBITS, MIDDLE, WORD_BYTES, UNPACK)
+                scale, zero = scale_of(raw[group], BFLOAT16, HAS_ZERO, WORD_BYTES)
                 scores += dot_codes(q[group], tl.trans(codes), TERMS) * scale[None, :]
                 if HAS_ZERO:
                     scores += tl.sum(q[group], axis=1)[:, None] * zero[None, :]
@@ -424,38 +467,23 @@ if triton is not None:
 
     @triton.jit
     def values_of_tile(
-        weights, shrink, outs, offsets, words_ptr, scale_ptr, tile, seen, NBITS: tl.constexpr, MIDDLE: tl.constexpr,
-        HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-        ROW_BYTES: tl.constexpr, WORD_BYTES: tl.constexpr, WORDS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+        weights, shrink, outs, offsets, raw, NBITS: tl.constexpr, MIDDLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+        GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BFLOAT16: tl.constexpr, WORD_BYTES: tl.constexpr,
         PER_CHANNEL: tl.constexpr, UNPACK: tl.constexpr, TERMS: tl.constexpr,
     ):  # fmt: skip
         """Outputs after the values of one more tile: what they were, shrunk, and `weights` times the values."""
         if PER_CHANNEL:
-            channel = tl.arange(0, DIM_BLOCK)
-            there = channel < HEAD_DIM
-            codes = load_codes(
-                words_ptr, tile, channel, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
-            )
-            scale, zero = load_scale(
-                words_ptr, scale_ptr, tile, channel, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
-            )
+            codes = codes_of(raw[0][0], NBITS, MIDDLE, WORD_BYTES, UNPACK)
+            scale, zero = scale_of(raw[0], BFLOAT16, HAS_ZERO, WORD_BYTES)
             out = outs[0] * shrink[:, None] + dot_codes(weights, tl.trans(codes), TERMS) * scale[None, :]
             if HAS_ZERO:
                 out += tl.sum(weights, axis=1)[:, None] * zero[None, :]
             found, added = (out,), offsets
         else:
-            token = tl.arange(0, GROUP_BLOCK)
-            there = seen & (token < GROUP)
-            GROUPS: tl.constexpr = HEAD_DIM // GROUP
             found, added = (), ()  # type: ignore
-            for group in tl.static_range(GROUPS):
-                at = token * GROUPS + group
-                codes = load_codes(
-                    words_ptr, tile, at, there, NBITS, MIDDLE, GROUP, ROW_BYTES, WORD_BYTES, WORDS, UNPACK
-                )
-                scale, zero = load_scale(
-                    words_ptr, scale_ptr, tile, at, there, NBITS, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES
-                )
+            for group in tl.static_range(HEAD_DIM // GROUP):
+                codes = codes_of(raw[group][0], NBITS, MIDDLE, WORD_BYTES, UNPACK)
+                scale, zero = scale_of(raw[group], BFLOAT16, HAS_ZERO, WORD_BYTES)
                 out = outs[group] * shrink[:, None] + dot_codes(weights * scale[None, :], codes, TERMS)
                 found = found + (out,)  # type: ignore
                 if HAS_ZERO:
@@ -468,13 +496,16 @@ if triton is not None:
     def store_by_group(
         parts_ptr, lse_ptr, first_part, num_parts, top, total, outs, offsets, QUERIES: tl.constexpr,
         QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-        GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
+        NBITS: tl.constexpr, WORD_BYTES: tl.constexpr, GROUP_BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ):  # fmt: skip
         """`store_part` of outputs that may lie group by group."""
         at = part_of(first_part, num_parts, QUERIES, QUERY_BLOCK)
         some = store_lse(lse_ptr, at, top, total, QUERIES, QUERY_BLOCK, 0.0)
         WIDE: tl.constexpr = HEAD_DIM if PER_CHANNEL else GROUP
-        dim = tl.arange(0, DIM_BLOCK if PER_CHANNEL else GROUP_BLOCK)
+        if PER_CHANNEL:
+            dim = tl.arange(0, DIM_BLOCK)
+        else:
+            dim = place_in_group(NBITS, WORD_BYTES, GROUP_BLOCK)
         here = (tl.arange(0, QUERY_BLOCK)[:, None] < QUERIES) & (dim[None, :] < WIDE)
         for group in tl.static_range(HEAD_DIM // WIDE):
             to = parts_ptr + at[:, None] * HEAD_DIM + group * WIDE + dim[None, :]
@@ -519,31 +550,39 @@ if triton is not None:
         WEIGHT_TERMS: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the packed sequence (axis 1)."""
+        BFLOAT16: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.bfloat16
         row, head, start, end = reach(first_ptr, end_ptr, num_kv_heads, split_len)
         q = queries_by_group(
             q_ptr, row, head, q_batch, q_head, q_query, q_dim,
-            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, K_PER_CHANNEL,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, NBITS, WORD_BYTES, GROUP_BLOCK, K_PER_CHANNEL,
         )  # fmt: skip
         top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32)
         outs, offsets = nothing_yet(QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL)
-        place = tl.arange(0, GROUP_BLOCK)
+        place = place_in_group(NBITS, WORD_BYTES, GROUP_BLOCK)
         tiles, head_row = tl.num_programs(0), row * num_kv_heads + head
         for index in range(start // GROUP, tl.cdiv(end, GROUP)):
             token = index * GROUP + place
             seen = (token >= start) & (token < end) & (place < GROUP)
             tile = (head_row + tiles * index) * HEAD_DIM
+            k = fetch(
+                k_words_ptr, k_scale_ptr, tile, seen, NBITS, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES,
+                WORD_BYTES, WORDS, GROUP_BLOCK, K_PER_CHANNEL,
+            )  # fmt: skip
+            v = fetch(
+                v_words_ptr, v_scale_ptr, tile, seen, NBITS, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES,
+                WORD_BYTES, WORDS, GROUP_BLOCK, V_PER_CHANNEL,
+            )  # fmt: skip
             scores = scores_of_tile(
-                q, k_words_ptr, k_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO,
-                ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, K_PER_CHANNEL, UNPACK, SCORE_TERMS,
+                q, k, NBITS, MIDDLE, HEAD_DIM, GROUP, HAS_ZERO, BFLOAT16, WORD_BYTES, GROUP_BLOCK, K_PER_CHANNEL,
+                UNPACK, SCORE_TERMS,
             )  # fmt: skip
             weights, shrink, top, total = weigh(scores * scale, seen, top, total, 0.0)
             outs, offsets = values_of_tile(
-                weights, shrink, outs, offsets, v_words_ptr, v_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM,
-                DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, V_PER_CHANNEL, UNPACK,
-                WEIGHT_TERMS,
+                weights, shrink, outs, offsets, v, NBITS, MIDDLE, HEAD_DIM, GROUP, HAS_ZERO, BFLOAT16, WORD_BYTES,
+                V_PER_CHANNEL, UNPACK, WEIGHT_TERMS,
             )  # fmt: skip
         store_by_group(
             parts_ptr, lse_ptr, 0, num_parts, top, total, outs, offsets,
-            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, NBITS, WORD_BYTES, GROUP_BLOCK, V_PER_CHANNEL,
         )  # fmt: skip

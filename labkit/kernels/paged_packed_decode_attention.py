@@ -32,7 +32,9 @@ try:
     import triton.language as tl
 
     from labkit.kernels.packed_decode_attention import (
+        fetch,
         nothing_yet,
+        place_in_group,
         queries_by_group,
         scores_of_tile,
         store_by_group,
@@ -157,32 +159,39 @@ if triton is not None:
         PRECISION: tl.constexpr,
     ):
         """One row's KV head (program axis 0) over one part of the sequence (axis 1)."""
+        BFLOAT16: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.bfloat16
         row, head, start, end = reach(first_ptr, end_ptr, num_kv_heads, split_len)
         row_end = tl.load(end_ptr + row)
         full = row_end // GROUP * GROUP  # behind this, the block waits
         table = table_ptr + row * table_row
         q = queries_by_group(
             q_ptr, row, head, q_batch, q_head, q_query, q_dim,
-            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, K_PER_CHANNEL,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, NBITS, WORD_BYTES, GROUP_BLOCK, K_PER_CHANNEL,
         )  # fmt: skip
         top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32)
         outs, offsets = nothing_yet(QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL)
-        place = tl.arange(0, GROUP_BLOCK)
+        place = place_in_group(NBITS, WORD_BYTES, GROUP_BLOCK)
         for index in range(start // GROUP, tl.minimum(end, full) // GROUP):
             token = index * GROUP + place
-            seen = (token >= start) & (token < end) & (place < GROUP)
-            block = tl.load(table + index * table_place).to(tl.int64)
-            tile = (block * num_kv_heads + head) * HEAD_DIM
+            seen = (token >= start) & (place < GROUP)
+            tile = (tl.load(table + index * table_place).to(tl.int64) * num_kv_heads + head) * HEAD_DIM
+            k = fetch(
+                k_words_ptr, k_scale_ptr, tile, seen, NBITS, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES,
+                WORD_BYTES, WORDS, GROUP_BLOCK, K_PER_CHANNEL,
+            )  # fmt: skip
+            v = fetch(
+                v_words_ptr, v_scale_ptr, tile, seen, NBITS, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES,
+                WORD_BYTES, WORDS, GROUP_BLOCK, V_PER_CHANNEL,
+            )  # fmt: skip
             scores = scores_of_tile(
-                q, k_words_ptr, k_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM, DIM_BLOCK, GROUP, HAS_ZERO,
-                ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, K_PER_CHANNEL, UNPACK, SCORE_TERMS,
+                q, k, NBITS, MIDDLE, HEAD_DIM, GROUP, HAS_ZERO, BFLOAT16, WORD_BYTES, GROUP_BLOCK, K_PER_CHANNEL,
+                UNPACK, SCORE_TERMS,
             )  # fmt: skip
             weights, shrink, top, total = weigh(scores * scale, seen, top, total, 0.0)
             outs, offsets = values_of_tile(
-                weights, shrink, outs, offsets, v_words_ptr, v_scale_ptr, tile, seen, NBITS, MIDDLE, HEAD_DIM,
-                DIM_BLOCK, GROUP, HAS_ZERO, ROW_BYTES, WORD_BYTES, WORDS, GROUP_BLOCK, V_PER_CHANNEL, UNPACK,
-                WEIGHT_TERMS,
+                weights, shrink, outs, offsets, v, NBITS, MIDDLE, HEAD_DIM, GROUP, HAS_ZERO, BFLOAT16, WORD_BYTES,
+                V_PER_CHANNEL, UNPACK, WEIGHT_TERMS,
             )  # fmt: skip
 
         ends_here = (start < end) & (end == row_end)
@@ -193,7 +202,10 @@ if triton is not None:
             at = ((block * num_kv_heads + head) * GROUP + place)[:, None] * HEAD_DIM
             scores = tl.zeros([QUERY_BLOCK, GROUP_BLOCK], tl.float32)
             K_WIDE: tl.constexpr = HEAD_DIM if K_PER_CHANNEL else GROUP
-            k_dim = tl.arange(0, DIM_BLOCK if K_PER_CHANNEL else GROUP_BLOCK)
+            if K_PER_CHANNEL:
+                k_dim = tl.arange(0, DIM_BLOCK)
+            else:
+                k_dim = place
             for group in tl.static_range(HEAD_DIM // K_WIDE):
                 k_at = waiting_k_ptr + at + group * K_WIDE + k_dim[None, :]
                 k = tl.load(k_at, mask=seen[:, None] & (k_dim < K_WIDE)[None, :], other=0.0)
@@ -203,7 +215,10 @@ if triton is not None:
                     scores += tl.dot(q[group], tl.trans(k.to(tl.float32)), input_precision=PRECISION)
             weights, shrink, top, total = weigh(scores * scale, seen, top, total, 0.0)
             V_WIDE: tl.constexpr = HEAD_DIM if V_PER_CHANNEL else GROUP
-            v_dim = tl.arange(0, DIM_BLOCK if V_PER_CHANNEL else GROUP_BLOCK)
+            if V_PER_CHANNEL:
+                v_dim = tl.arange(0, DIM_BLOCK)
+            else:
+                v_dim = place
             found, shrunk = (), ()
             for group in tl.static_range(HEAD_DIM // V_WIDE):
                 v_at = waiting_v_ptr + at + group * V_WIDE + v_dim[None, :]
@@ -218,5 +233,5 @@ if triton is not None:
 
         store_by_group(
             parts_ptr, lse_ptr, 0, num_parts, top, total, outs, offsets,
-            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, V_PER_CHANNEL,
+            QUERIES, QUERY_BLOCK, HEAD_DIM, DIM_BLOCK, GROUP, NBITS, WORD_BYTES, GROUP_BLOCK, V_PER_CHANNEL,
         )  # fmt: skip
