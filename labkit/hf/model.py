@@ -8,13 +8,16 @@ import sys
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from labkit.cache import Cache
 from labkit.hf.attention import ORIGINALS, PREFIX
 from labkit.hf.cache import WrappedCache
 from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
+
+# Keeps nothing, or reads what another layer keeps; older releases have no layer there at all.
+DummyLayer = getattr(cache_utils, "DummyLayer", None)
 
 
 def let_attend(model: PreTrainedModel, cache: WrappedCache) -> None:
@@ -61,7 +64,7 @@ def own_windows(text: PretrainedConfig) -> list[int | None]:
     """
     windows: list[int | None] = []
     for index, layer in enumerate(DynamicCache(config=text).layers):
-        if type(layer) is DummyLayer:  # keeps nothing, or reads what another layer keeps
+        if type(layer) is DummyLayer:
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise CannotHold(
