@@ -26,9 +26,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs: a busy neigh
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, cache_utils
 from transformers import Cache as HFCache
-from transformers.cache_utils import CacheLayerMixin, Fp8QuantizedLayer, HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers.cache_utils import CacheLayerMixin, HQQQuantizedLayer, QuantoQuantizedLayer
 
 from benchmarks.report import bar, begin, finish
 from labkit import models, quality
@@ -56,8 +56,9 @@ HF: dict[str, Callable[[], CacheLayerMixin]] = {
     "HF hqq int2": lambda: HQQQuantizedLayer(2, 1, 1, 64, 128),
     "HF quanto int4": lambda: QuantoQuantizedLayer(4, -1, 0, 64, 128),
     "HF quanto int2": lambda: QuantoQuantizedLayer(2, -1, 0, 64, 128),
-    "HF fp8": lambda: Fp8QuantizedLayer(),
 }
+if hasattr(cache_utils, "Fp8QuantizedLayer"):  # not in 5.17
+    HF["HF fp8"] = cache_utils.Fp8QuantizedLayer
 RIVALS = {  # at equal bits per element
     "int8": ("HF hqq int8",),
     "int4": ("HF hqq int4", "HF quanto int4"),

@@ -23,7 +23,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DummyLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -31,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from labkit.cache import Cache
 from labkit.hf import wrap
+from labkit.hf.model import DummyLayer
 
 TEXT = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VISION = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(TEXT))
