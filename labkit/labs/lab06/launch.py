@@ -158,6 +158,8 @@ def plain_language(interpreter: Any) -> Iterator[None]:
     }
     before = {name: getattr(tl, name) for name in own}
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl}))
+    # A scalar is an array of one element there, which Triton 3.6 hands to int(); NumPy 2.5 refuses that.
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     try:
         for name, function in own.items():
             setattr(tl, name, function)
