@@ -137,10 +137,12 @@ class Packed:
 
     rows: uint8 `[tiles, batch, heads, head_dim, row_bytes]`. A row is a group: its codes, its scale, and its zero point
     where there is one. Rows of 4 or 2 bits with float16 metadata are what PyTorch can unpack at once on a CPU.
+    overflow: int32 `[1]` where a kernel packed all of this: not 0 if a group was lost whose numbers are finite.
     """
 
     quantizer: Quantizer
     rows: Tensor
+    overflow: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +173,12 @@ class Packed:
         return self.scale.float() * -self.quantizer.middle
 
     def overflows(self, x: Tensor) -> bool:
-        """Whether a group of `x`, which was packed into this, was lost although all its numbers are finite."""
+        """Whether a group of `x`, which was packed into this, was lost although all its numbers are finite.
+
+        On a GPU this waits for the kernel that packed `x`, and reads the 4 bytes of `overflow`.
+        """
+        if self.overflow is not None:
+            return bool(self.overflow.item())
         lost = self.scale.isnan()
         if lost.is_meta:
             return False

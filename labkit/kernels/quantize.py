@@ -45,13 +45,21 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
         )
     tiles = tokens // size
     rows = torch.empty(tiles, batch, heads, head_dim, quantizer.row_bytes, dtype=torch.uint8, device=x.device)
+    overflow = torch.zeros(1, dtype=torch.int32, device=x.device)
     if rows.numel():
         # With a zero point rows begin at multiples of 4 bytes, without one at multiples of 2.
         words = rows.view(torch.int32 if quantizer.has_zero else torch.int16)
-        block = max(16, min(triton.next_power_of_2(head_dim), AT_ONCE // size))
+        channels, warps = per_thread(x, quantizer), 4
+        if channels:
+            block = max(32, min(triton.next_power_of_2(head_dim), 64 * channels))
+            warps = max(1, block // (32 * channels))
+        else:
+            block = max(16, min(triton.next_power_of_2(head_dim), AT_ONCE // size))
+            warps = 8 if block * size >= AT_ONCE else 4
         _quantize_kernel[(tiles * batch * heads, triton.cdiv(head_dim, block))](
             x.detach(),
             words,
+            overflow,
             batch * heads,
             heads,
             *x.stride(),
@@ -61,12 +69,21 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
             ROWS=block,
             **codes_of(quantizer),
             PER_CHANNEL=quantizer.axis == "channel",
+            IN_THREADS=channels > 0,
+            LEVELS=(quantizer.code_bytes // words.element_size()).bit_length() - 1,
             HALF=quantizer.metadata == torch.float16,
             # A scale in float16 is far from where a reciprocal or a remainder would leave float32's range.
             BY_RECIPROCAL=x.is_cuda and quantizer.metadata == torch.float16,
-            num_warps=8 if block * size >= AT_ONCE else 4,
+            num_warps=warps,
         )
-    return Packed(quantizer, rows)
+    return Packed(quantizer, rows, overflow)
+
+
+def per_thread(x: Tensor, quantizer: Quantizer) -> int:
+    """Channels that a thread holds in its registers from the first token of a group to the last; 0: too many tokens."""
+    if quantizer.axis == "token" or quantizer.group_size > 128:
+        return 0
+    return 2 if quantizer.group_size * x.element_size() <= 128 else 1
 
 
 def codes_of(quantizer: Quantizer) -> dict[str, float]:
@@ -144,10 +161,35 @@ if triton is not None:
         small = _bits(size + magic) & 0xFF  # below the least normal code the last bit is worth the same everywhere
         return tl.where(size < least_normal, small, normal) | sign
 
+    @triton.jit
+    def _metadata(
+        low, high, nan, MOST: tl.constexpr, MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, HALF: tl.constexpr
+    ):  # fmt: skip
+        """Of groups' least and greatest numbers (without a zero point: 0 and the greatest magnitude): the bits to keep,
+        the zero point, the divisor of codes, whether the group is lost, and whether it is although all is finite."""
+        range_ = high
+        lost = nan
+        zero_bits, zero = _rounded(low, False, HALF)
+        if HAS_ZERO:
+            range_ = high - zero
+            lost = lost | ((zero_bits & 0x7FFF) >= (0x7C00 if HALF else 0x7F80))
+            zero_bits = tl.where(nan, 0x7E00 if HALF else 0x7FC0, zero_bits)
+        most = tl.full(high.shape, MOST, tl.float32)
+        scale_bits, scale = _rounded(tl.math.div_rn(range_, most), True, HALF)
+        if MIDDLE > 0:  # what code 0 stands for is a number of the metadata's dtype as well
+            lost = lost | (scale * MIDDLE >= (65520.0 if HALF else float("inf")))
+        lost = lost | ((scale_bits & 0x7FFF) >= (0x7C00 if HALF else 0x7F80))
+        bits = tl.where(lost, 0x7E00 if HALF else 0x7FC0, scale_bits)
+        if HAS_ZERO:
+            bits |= zero_bits << 16
+        overflows = lost & ~nan & (high < float("inf")) & (low > -float("inf"))
+        return bits, zero, tl.where((scale == 0.0) | lost, 1.0, scale), lost, overflows
+
     @triton.jit(do_not_specialize=["row_heads", "heads"])
     def _quantize_kernel(
         x_ptr,
         words_ptr,
+        overflow_ptr,
         row_heads,
         heads,
         x_batch,
@@ -164,6 +206,8 @@ if triton is not None:
         MIDDLE: tl.constexpr,
         HAS_ZERO: tl.constexpr,
         PER_CHANNEL: tl.constexpr,
+        IN_THREADS: tl.constexpr,
+        LEVELS: tl.constexpr,
         HALF: tl.constexpr,
         BY_RECIPROCAL: tl.constexpr,
     ):
@@ -171,51 +215,66 @@ if triton is not None:
         tile_head = tl.program_id(0).to(tl.int64)
         tile, row_head = tile_head // row_heads, tile_head % row_heads
         group = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        here = (group < HEAD_DIM)[:, None]
+        here = group < HEAD_DIM
         at = x_ptr + row_head // heads * x_batch + row_head % heads * x_head + tile * GROUP * x_token
-        code = tl.arange(0, GROUP)[None, :]
-        if PER_CHANNEL:
-            first, step = at + group[:, None] * x_dim, x_token
-        else:
-            PER_TOKEN: tl.constexpr = HEAD_DIM // GROUP
-            first = at + (group // PER_TOKEN)[:, None] * x_token + (group % PER_TOKEN * GROUP)[:, None] * x_dim
-            step = x_dim
-        x = tl.load(first + code * step, mask=here, other=0.0).to(tl.float32)
-
-        nan = tl.max(_bits(x) & 0x7FFFFFFF, axis=1) > 0x7F800000
-        if HAS_ZERO:
-            low, high = tl.min(x, axis=1), tl.max(x, axis=1)
-            zero_bits, zero = _rounded(low, False, HALF)
-            scale_bits, scale = _rounded(tl.math.div_rn(high - zero, tl.full([ROWS], MOST, tl.float32)), True, HALF)
-            lost = nan | ((zero_bits & 0x7FFF) >= (0x7C00 if HALF else 0x7F80))
-            zero_bits = tl.where(nan, 0x7E00 if HALF else 0x7FC0, zero_bits)
-        else:
-            most = tl.max(tl.abs(x), axis=1)
-            scale_bits, scale = _rounded(tl.math.div_rn(most, tl.full([ROWS], MOST, tl.float32)), True, HALF)
-            lost, zero = nan, scale
-            if MIDDLE > 0:  # what code 0 stands for is a number of the metadata's dtype as well
-                lost = lost | (scale * MIDDLE >= (65520.0 if HALF else float("inf")))
-        lost = lost | ((scale_bits & 0x7FFF) >= (0x7C00 if HALF else 0x7F80))
-        scale_bits = tl.where(lost, 0x7E00 if HALF else 0x7FC0, scale_bits)
-        steps = tl.where((scale == 0.0) | lost, 1.0, scale)[:, None]
-        zero, lost = zero[:, None], lost[:, None]
-
-        WORD_BITS: tl.constexpr = 32 if HAS_ZERO else 16
-        PER_WORD: tl.constexpr = WORD_BITS // NBITS
-        WORDS: tl.constexpr = GROUP // PER_WORD
-        word = tl.arange(0, WORDS)[None, :]
-        if PER_CHANNEL:  # codes of one word are in different threads: read them again, from the cache, word by word
-            words = tl.zeros([ROWS, WORDS], tl.int32)
-            for place in tl.static_range(PER_WORD):
-                some = tl.load(first + (word * PER_WORD + place) * step, mask=here, other=0.0).to(tl.float32)
-                some = _codes(some, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL)
-                words |= some << (place * NBITS)
-        else:
-            codes = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL)
-            codes = codes << (code % PER_WORD * NBITS)
-            words = tl.sum(tl.reshape(codes, [ROWS, WORDS, PER_WORD]), axis=2)
         row = words_ptr + (tile_head * HEAD_DIM + group) * ROW_WORDS
-        metadata = scale_bits | (zero_bits << 16) if HAS_ZERO else scale_bits
         kind: tl.constexpr = words_ptr.dtype.element_ty
-        tl.store(row[:, None] + word, words.to(kind), mask=here)
-        tl.store(row + WORDS, metadata.to(kind), mask=group < HEAD_DIM)
+        PER_WORD: tl.constexpr = (32 if HAS_ZERO else 16) // NBITS
+        WORDS: tl.constexpr = GROUP // PER_WORD
+        if IN_THREADS:
+            # A thread has whole channels, token after token: nothing is read twice, and no threads exchange numbers.
+            first = at + group * x_dim
+            xs = ()
+            for token in tl.static_range(GROUP):
+                xs = xs + (tl.load(first + token * x_token, mask=here, other=0.0),)
+            high = xs[0].to(tl.float32)
+            low = high
+            if not HAS_ZERO:
+                high = tl.abs(high)
+                low = tl.zeros_like(high)
+            for token in tl.static_range(1, GROUP):
+                x = xs[token].to(tl.float32)
+                if HAS_ZERO:
+                    low = tl.minimum(low, x)
+                else:
+                    x = tl.abs(x)
+                high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+            bits, zero, steps, lost, overflows = _metadata(low, high, high != high, MOST, MIDDLE, HAS_ZERO, HALF)
+            parts = ()
+            for word in tl.static_range(WORDS):
+                part = tl.zeros([ROWS], tl.int32)
+                for place in tl.static_range(PER_WORD):
+                    x = xs[word * PER_WORD + place].to(tl.float32)
+                    some = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL)
+                    part += some << (place * NBITS)
+                parts = parts + (part.to(kind),)
+            for level in tl.static_range(LEVELS):  # joined in pairs; the first axis of 2 tells the upper half
+                pairs = ()
+                for i in tl.static_range(WORDS >> (level + 1)):
+                    pairs = pairs + (tl.join(parts[i], parts[i + (WORDS >> (level + 1))]),)
+                parts = pairs
+            words = tl.reshape(parts[0], [ROWS, WORDS])
+        else:
+            code = tl.arange(0, GROUP)[None, :]
+            if PER_CHANNEL:
+                first, step = at + group[:, None] * x_dim, x_token
+            else:
+                PER_TOKEN: tl.constexpr = HEAD_DIM // GROUP
+                first = at + (group // PER_TOKEN)[:, None] * x_token + (group % PER_TOKEN * GROUP)[:, None] * x_dim
+                step = x_dim
+            x = tl.load(first + code * step, mask=here[:, None], other=0.0).to(tl.float32)
+            nan = tl.max(_bits(x) & 0x7FFFFFFF, axis=1) > 0x7F800000
+            if HAS_ZERO:
+                low, high = tl.min(x, axis=1), tl.max(x, axis=1)
+            else:
+                high = tl.max(tl.abs(x), axis=1)
+                low = tl.zeros_like(high)
+            bits, zero, steps, lost, overflows = _metadata(low, high, nan, MOST, MIDDLE, HAS_ZERO, HALF)
+            codes = _codes(
+                x, zero[:, None], steps[:, None], lost[:, None], NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL
+            )  # fmt: skip
+            codes = codes << (code % PER_WORD * NBITS)
+            words = tl.sum(tl.reshape(codes, [ROWS, WORDS, PER_WORD]), axis=2).to(kind)
+        tl.store(row[:, None] + tl.arange(0, WORDS)[None, :], words, mask=here[:, None])
+        tl.store(row + WORDS, bits.to(kind), mask=here)
+        tl.store(overflow_ptr + tl.zeros_like(group), 1, mask=overflows)  # whoever writes it writes the same
