@@ -175,7 +175,7 @@ class QuantizedCache(LayerCache):
     def join(self, keys: Packed, values: Packed) -> None:
         """Add packed tokens behind those held; the old keys are let go before the values are copied."""
         if self.k is None or self.v is None:
-            self.k, self.v = keys, values
+            self.k, self.v = keys.tiles(0, len(keys.rows)), values.tiles(0, len(values.rows))  # rows, no overflow
             return
         self.bytes_copied += self.k.nbytes + self.v.nbytes
         self.k = self.k.joined(keys)

@@ -19,7 +19,8 @@ try:
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
-AT_ONCE = 8192  # numbers that a program holds
+AT_ONCE = 8192  # numbers that a program holds, where threads share groups
+IN_REGISTERS = 64  # numbers of a channel that one thread holds
 
 
 def takes(x: Tensor, quantizer: Quantizer) -> bool:
@@ -49,10 +50,10 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
     if rows.numel():
         # With a zero point rows begin at multiples of 4 bytes, without one at multiples of 2.
         words = rows.view(torch.int32 if quantizer.has_zero else torch.int16)
-        channels, warps = per_thread(x, quantizer), 4
-        if channels:
-            block = max(32, min(triton.next_power_of_2(head_dim), 64 * channels))
-            warps = max(1, block // (32 * channels))
+        in_threads = quantizer.axis == "channel" and size <= IN_REGISTERS
+        if in_threads:
+            block = max(32, min(triton.next_power_of_2(head_dim), 128))
+            warps = block // 32  # a channel a thread
         else:
             block = max(16, min(triton.next_power_of_2(head_dim), AT_ONCE // size))
             warps = 8 if block * size >= AT_ONCE else 4
@@ -69,7 +70,7 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
             ROWS=block,
             **codes_of(quantizer),
             PER_CHANNEL=quantizer.axis == "channel",
-            IN_THREADS=channels > 0,
+            IN_THREADS=in_threads,
             LEVELS=(quantizer.code_bytes // words.element_size()).bit_length() - 1,
             HALF=quantizer.metadata == torch.float16,
             # A scale in float16 is far from where a reciprocal or a remainder would leave float32's range.
@@ -77,13 +78,6 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
             num_warps=warps,
         )
     return Packed(quantizer, rows, overflow)
-
-
-def per_thread(x: Tensor, quantizer: Quantizer) -> int:
-    """Channels that a thread holds in its registers from the first token of a group to the last; 0: too many tokens."""
-    if quantizer.axis == "token" or quantizer.group_size > 128:
-        return 0
-    return 2 if quantizer.group_size * x.element_size() <= 128 else 1
 
 
 def codes_of(quantizer: Quantizer) -> dict[str, float]:
@@ -131,7 +125,7 @@ if triton is not None:
     @triton.jit
     def _codes(
         x, zero, steps, lost, NBITS: tl.constexpr, FLOAT8: tl.constexpr, MOST: tl.constexpr, MIDDLE: tl.constexpr,
-        HAS_ZERO: tl.constexpr, BY_RECIPROCAL: tl.constexpr,
+        HAS_ZERO: tl.constexpr, HALF: tl.constexpr, BY_RECIPROCAL: tl.constexpr,
     ):  # fmt: skip
         """int32 codes of float32 numbers."""
         if HAS_ZERO:
@@ -141,14 +135,16 @@ if triton is not None:
         ):  # division as it is rounded: twice a remainder without error, times the reciprocal (Markstein)
             inverse = tl.math.div_rn(tl.full(steps.shape, 1.0, tl.float32), steps)
             near = x * inverse
-            near = tl.fma(tl.fma(-near, steps, x), inverse, near)
-            code = tl.fma(tl.fma(-near, steps, x), inverse, near)
+            negative = -steps  # once a group: the compiler would negate each quotient
+            near = tl.fma(tl.fma(near, negative, x), inverse, near)
+            code = tl.fma(tl.fma(near, negative, x), inverse, near)
         else:
             code = tl.math.div_rn(x, steps)
         code = tl.where(lost, 0.0, code)
         least: tl.constexpr = 0.0 if HAS_ZERO else -MOST
         if FLOAT8 == 0:
-            code = tl.minimum(tl.maximum(code, least), MOST)
+            if not HALF:  # scales in float16 are rounded up, far from what float32 lacks: no quotient rounds beyond
+                code = tl.minimum(tl.maximum(code, least), MOST)
             return _bits(code + 12582912.0) - 0x4B400000 + MIDDLE  # 1.5 * 2**23: its last bit is worth 1
         sign = tl.where(lost, 0, (_bits(x) >> 24) & 0x80)  # of the number: the remainders of -0 add up to 0
         size = _float(_bits(tl.minimum(tl.maximum(code, least), MOST)) & 0x7FFFFFFF)
@@ -245,7 +241,7 @@ if triton is not None:
                 part = tl.zeros([ROWS], tl.int32)
                 for place in tl.static_range(PER_WORD):
                     x = xs[word * PER_WORD + place].to(tl.float32)
-                    some = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL)
+                    some = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, HALF, BY_RECIPROCAL)
                     part += some << (place * NBITS)
                 parts = parts + (part.to(kind),)
             for level in tl.static_range(LEVELS):  # joined in pairs; the first axis of 2 tells the upper half
@@ -270,9 +266,8 @@ if triton is not None:
                 high = tl.max(tl.abs(x), axis=1)
                 low = tl.zeros_like(high)
             bits, zero, steps, lost, overflows = _metadata(low, high, nan, MOST, MIDDLE, HAS_ZERO, HALF)
-            codes = _codes(
-                x, zero[:, None], steps[:, None], lost[:, None], NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, BY_RECIPROCAL
-            )  # fmt: skip
+            zero, steps, lost = zero[:, None], steps[:, None], lost[:, None]
+            codes = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, HALF, BY_RECIPROCAL)
             codes = codes << (code % PER_WORD * NBITS)
             words = tl.sum(tl.reshape(codes, [ROWS, WORDS, PER_WORD]), axis=2).to(kind)
         tl.store(row[:, None] + tl.arange(0, WORDS)[None, :], words, mask=here[:, None])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from labkit import kernels
 from labkit.kernels.quantize import quantize_tiles, takes
 from labkit.quantization import FLOAT8, Packed, Quantizer
+from tests.kernels.test_packed_attention import in_a_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -19,6 +20,8 @@ def assert_same_bits(x: torch.Tensor, quantizer: Quantizer) -> Packed:
     right, got = quantizer.quantize_plainly(x.cpu()), quantize_tiles(x, quantizer)
     rows = got.rows.cpu()
     assert rows.shape == right.rows.shape
+    assert got.overflow is not None
+    assert got.overflows(x) == right.overflows(x.cpu())
     kept = quantizer.code_bytes + 2
     assert torch.equal(rows[..., :kept], right.rows[..., :kept])
     if quantizer.has_zero:
@@ -85,3 +88,52 @@ def test_it_is_what_a_gpu_uses_and_what_it_does_not_take_the_twin_does():
     with pytest.raises(ValueError, match="groups of 16 do not divide 24 tokens"):
         quantize_tiles(x[:, :, :24], quantizer)
     assert quantize_tiles(x[:, :, :0], quantizer).num_tokens == 0
+
+
+COMPILE = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from labkit.kernels.quantize import _quantize_kernel, codes_of
+from labkit.quantization import FLOAT8, Quantizer
+
+for capability, nbits, axis, symmetric in (
+    (80, 8, "channel", False), (90, 4, "channel", False), (90, 2, "channel", True), (90, FLOAT8[1], "channel", True),
+    (80, 4, "token", False), (90, 8, "token", True), (90, 4, "far", False),
+):
+    size = 128 if axis == "far" else 16
+    quantizer = Quantizer(nbits, size, "token" if axis == "token" else "channel", symmetric)
+    word = 4 if quantizer.has_zero else 2
+    kinds = {"x_ptr": "*bf16", "words_ptr": "*i32" if word == 4 else "*i16", "overflow_ptr": "*i32"}
+    source = ASTSource(
+        _quantize_kernel,
+        {n: kinds.get(n, "constexpr" if n.isupper() else "i32") for n in _quantize_kernel.arg_names},
+        {
+            "HEAD_DIM": 80, "GROUP": size, "ROW_WORDS": quantizer.row_bytes // word, "ROWS": 64,
+            "PER_CHANNEL": axis != "token", "IN_THREADS": axis == "channel",
+            "LEVELS": (quantizer.code_bytes // word).bit_length() - 1, "HALF": True, "BY_RECIPROCAL": True,
+            **codes_of(quantizer),
+        },
+    )
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+"""
+
+
+@needs_triton
+def test_the_kernel_compiles_for_a_gpu_also_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    in_a_process(COMPILE)
+
+
+@needs_triton
+def test_it_tells_whether_a_group_of_finite_numbers_was_lost():
+    x = torch.ones(1, 1, 32, 16, device=DEVICE)
+    for axis in ("channel", "token"):
+        quantizer = Quantizer(8, 16, axis)
+        assert not quantize_tiles(x, quantizer).overflows(x)
+        for value, overflows in ((1e30, True), (float("inf"), False), (float("nan"), False)):
+            some = x.clone()
+            some[0, 0, 20, 3] = value
+            assert quantize_tiles(some, quantizer).overflows(some) == overflows
