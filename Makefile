@@ -1,6 +1,6 @@
 # make lab        set up, then open the labs in JupyterLab     PORT= HOST=
 # make test       set up, then lint, tests, notebooks, browser
-# make gpu        the tests and notebooks on a CUDA GPU
+# make gpu        tests, notebooks and benchmarks on a CUDA GPU; figures go to data/results/   WORKERS=
 # make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.5 GB (more for a GPU)
 # make notebooks  run the notebooks in place and keep their outputs (authors)
 # make docs       write the kill table, the claims and the README's picture anew (authors)
@@ -73,8 +73,7 @@ browser: notebooks-test
 
 gpu: $(TEST_READY)
 	-LABKIT_DEVICE=cuda $(PY) -m labkit.course.cli doctor
-	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser
-	LABKIT_DEVICE=cuda $(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
+	$(SCRATCH) $(PY) -m benchmarks.on_gpu --workers $(call one_word,WORKERS)
 
 vllm: .venv-vllm/.vllm-0.32.0
 	@echo "vLLM is in .venv-vllm. Lab 06 starts it by itself."
