@@ -37,6 +37,12 @@ class StandIn:
         """As of a tensor."""
         return self.ndim
 
+    def to(self, device: torch.device) -> StandIn:
+        """Itself, on the device where it is: releases such as 5.17 ask that of K and V that layers share."""
+        if device != self.device:
+            not_a_tensor("to")
+        return self
+
     def __getattr__(self, name: str) -> NoReturn:
         not_a_tensor(name)
 
