@@ -44,8 +44,9 @@ def rows(claims: Sequence[Claim], columns: Mapping[str, Callable[[Claim], str]])
 
 
 def escaped(text: str) -> str:
-    """As a table's cell shows it: a bar would end the cell, two dollar signs would begin a formula."""
-    return text.replace("|", "\\|").replace("$", "\\$")
+    """As a table's cell shows it: a bar would end the cell, two dollar signs in one text would make a formula, even
+    when Markdown has taken the backslashes away."""
+    return text.replace("|", "\\|").replace("$", "<span>\\$</span>")
 
 
 def for_a_lab(sources: Mapping[str, Source], claims: Sequence[Claim]) -> Table:
