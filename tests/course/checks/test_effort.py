@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from labkit.course.checks.effort import effort_of
 
@@ -58,3 +60,15 @@ def test_counting_does_not_import_the_compiler() -> None:
         sys.exit("torch._dynamo" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_tensor_of_a_class_of_its_own_can_be_made_while_work_is_counted() -> None:
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
+    effort = effort_of(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=causal_lower_right(3, 7)))
+    assert effort.calls
+    assert effort.made >= q.nbytes
+
+
+def test_what_is_filled_is_not_read() -> None:
+    x = torch.ones(1000)
+    assert effort_of(lambda: x.new_zeros(5)).touched < 100
