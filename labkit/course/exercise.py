@@ -92,22 +92,31 @@ class Exercise:
         kept = copy.deepcopy((args, kwargs))
         result = cls.run(lambda: answer(*args, **kwargs), told=told(answer, kept))
         cls.check_unchanged(kept, (args, kwargs))
-        cls.check_returned(result)
+        cls.check_returned(result, told=told(answer, kept))
         if (results := RESULTS.get()) is not None:
             results.check(cls)
             results.keep(result, (args, kwargs))
         return result
 
     @classmethod
-    def check_returned(cls, result: Any) -> None:
-        """Fail when nothing was returned."""
+    def check_returned(cls, result: Any, *, told: str = "") -> None:
+        """Fail when nothing was returned. told: what the call was, in words."""
         if result is None:
+            results = RESULTS.get()
+            before = results is not None and results.returned
             cls.fail(
                 "returned-none",
-                seen="your function returned None",
-                cause="no `return` on the path that was taken",
-                look="the last line: return the result",
+                seen=f"your function returned None{f', {told}' * bool(told)}"
+                + ("; calls before this one returned something" if before else ""),
+                cause="one way through the function ends without `return`, or returns None"
+                if before
+                else "no `return` on the path that was taken",
+                look="the conditions: which of them holds here, and what stands behind it?"
+                if before
+                else "the last line: return the result",
             )
+        if (results := RESULTS.get()) is not None:
+            results.returned = True
 
     @classmethod
     def check_unchanged(cls, before: Any, after: Any) -> None:
@@ -222,6 +231,7 @@ class Results:
 
     def __init__(self) -> None:
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.returned = False  # whether some call returned anything
 
     def keep(self, result: Any, arguments: Any) -> None:
         """Remember the tensors of a result, but for those that are memory of the caller's."""

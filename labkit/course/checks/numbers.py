@@ -84,14 +84,18 @@ def judge(
     case = show(*cases[first]) if show else shown(want, cases[first])
     seen = f"{case}: {figure(got[first], wanted[first])} came back; {what} is {figure(wanted[first], got[first])}"
     accuse(exercise, suspects, seen, fits=lambda formula: agrees(formula, cases, got))
-    explain_ratio(exercise, got, wanted, seen)
+    counted = all(isinstance(value, list) for case in cases for value in case)  # lists alone have no unit, no factor
+    if not counted:
+        explain_ratio(exercise, got, wanted, seen)
     explain_ignored(exercise, answer, want, cases, got, wanted, seen)
-    explain_quantities(exercise, want, cases, got, wanted, seen)
+    if not counted:
+        explain_quantities(exercise, want, cases, got, wanted, seen)
     exercise.fail(
         otherwise,
         seen=seen,
-        cause=f"the formula is another one: {len(cases) - len(wrong)} of {len(cases)} cases came out right",
-        look="this case by hand, one factor at a time",
+        cause=f"the {'rule' if counted else 'formula'} is another one: "
+        f"{len(cases) - len(wrong)} of {len(cases)} cases came out right",
+        look="this case by hand, one step at a time" if counted else "this case by hand, one factor at a time",
     )
 
 

@@ -76,6 +76,15 @@ class LastRow(Exercise):
             told = f"{work.scores:,} scores were computed, and {needed:,} are needed" if work.scores > needed else (
                 f"a tensor of {effort.largest:,} bytes was made; the whole matrix has {matrix:,}"
             )  # fmt: skip
+            rows = work.scores / needed
+            if 1 < rows < MANY // 2 and effort.largest <= matrix // 2:
+                self.fail(
+                    "more-than-a-row",
+                    seen=f"{case}: {told}, as many as {rows:.3g} rows have",
+                    cause="more than the newest query asks, or the newest one asks again: its row is computed "
+                    "more than once",
+                    look="how many queries go into the product, and how often the product is made",
+                )
             self.fail(
                 "whole-matrix",
                 seen=f"{case}: {told}",

@@ -204,7 +204,7 @@ def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
                 "the token at position 0 was turned by one step; it should stay as it is"),
         Suspect("own-positions", [turned(start), turned(count), turned(positions[0] + start),
                                   turned(positions[-1] - start.flip(0))],
-                "the positions were counted inside the call, 0, 1, 2 and so on",
+                "positions were counted inside the call, from 0 or on from one of those that came",
                 "the argument positions: a decode step brings one token, at whatever position it has",
                 "some tokens were turned as if they stood elsewhere"),
         Suspect("one-position", [turned(positions[place].expand_as(positions)) for place in (0, -1)],
