@@ -122,12 +122,25 @@ class Beside:
             if not all(same_numbers(a, b) for a, b in zip(got, want, strict=True)):
                 check_kinds(self.exercise, got, want, self.when)
                 self.explain(self, got, want)
+                self.check_all_kept(got, want)
                 if all(a.shape[:2] + a.shape[3:] == b.shape[:2] + b.shape[3:] for a, b in zip(got, want, strict=True)):
                     self.check_seq_len()  # a length that is off explains how many tokens are read
             for name, a, b in zip("KV", got, want, strict=True):
                 self.exercise.same(a, b, what=f"{self.when}: {name}")
             self.check_earlier_read(got)
         self.check_seq_len()
+
+    def check_all_kept(self, got: Pair, want: Pair) -> None:
+        """Fail when fewer numbers are kept than came: then it is no wrong length that hides the others."""
+        kept = sum(x.numel() for x in {memory_of(x): x for x in tensors_behind(self.cache)}.values())
+        fewer = [x.shape[2] for x in got if x.dim() == 4 and x.shape[2] < self.held]
+        if fewer and kept < sum(x.numel() for x in want):
+            self.exercise.fail(
+                "tokens-lost",
+                seen=f"{self.when}: read() gives {min(fewer)} tokens, and no more are kept; {self.held} came",
+                cause="append keeps a part of what comes, or of what was held, and drops the rest",
+                look="append: what is joined, all of it: both K and V, every token held and every token that comes",
+            )
 
     def check_earlier_read(self, now: Pair) -> None:
         """Fail when what was read before has changed since; then remember what is read now."""
@@ -167,10 +180,39 @@ class Beside:
             self.exercise.fail(
                 "overflow",
                 seen=f"{case}: taken without a word",
-                cause="no test for room: tokens were dropped, or wrote over old ones, or more memory was taken",
+                cause=self.other_test()
+                or "no test for room: tokens were dropped, or wrote over old ones, or more memory was taken",
                 look="the start of append: raise ValueError when the tokens do not fit",
             )
         self.check_nothing_changed(case, before)
+
+    def other_test(self) -> str:
+        """What a test for room may compare, where there is one: some appends that do not fit are refused."""
+        capacity = self.sizes.capacity or 0
+        if self.refuses(capacity + 1):
+            return "the tokens that come are compared with the capacity, without those that are held"
+        if self.refuses(3 * capacity + 9):
+            return "the test compares with another number than the capacity: a few tokens too many pass"
+        if self.refuses(capacity, 1):
+            return "the tokens held are compared with the capacity, without those that come"
+        if self.refuses(capacity, 1, 1) or self.refuses(capacity - 1, 2, 1):
+            return "the tokens held are compared with the capacity, one too late and without those that come"
+        return ""
+
+    def refuses(self, *counts: int) -> bool:
+        """Whether a new cache refuses the last of these appends with ValueError, and not one before."""
+        *first, last = counts
+        try:
+            cache = self.make(self.sizes)
+            for count in first:
+                cache.append(*self.sizes.tokens(count))
+        except Exception:
+            return False
+        try:
+            cache.append(*self.sizes.tokens(last))
+        except Exception as error:
+            return isinstance(error, ValueError)
+        return False
 
     def explain_error(self, error: Exception, case: str) -> None:
         """Tell a test with another error from a write that failed."""
@@ -186,8 +228,8 @@ class Beside:
         self.exercise.fail(
             "overflow" if full else "room-for-some",
             seen=f"{case}: the write itself failed ({type(error).__name__}), no ValueError came before it",
-            cause="no test for room before the write"
-            if full
+            cause=self.other_test() or "no test for room before the write"
+            if full or self.other_test()
             else "no test before the write whether all that comes fits; whether the cache is full is another question",
             look="the start of append: compare seq_len + new tokens with the capacity before anything changes",
         )
@@ -386,8 +428,22 @@ def check_seq_len(
         )
 
 
+def check_length_is_free(exercise: type[Exercise], beside: Beside) -> None:
+    """Fail when to say `seq_len` takes memory as large as a token, or numbers that leave PyTorch."""
+    effort = effort_of(lambda: exercise.run(lambda: beside.cache.seq_len))
+    if effort.left or effort.made >= token_bytes(beside):
+        exercise.fail(
+            "seq-len-works",
+            seen=f"{beside.when}: to say seq_len, "
+            + ("numbers leave PyTorch" if effort.left else f"{effort.made:,} bytes of new tensors are made"),
+            cause="seq_len is worked out from the numbers held each time it is asked for, and every step asks",
+            look="append knows how many tokens came: keep a count, or take it from a shape",
+        )
+
+
 def check_read_is_free(exercise: type[Exercise], beside: Beside) -> None:
     """Fail when reading, with nothing appended since the last read, makes new memory, or leaves PyTorch."""
+    check_length_is_free(exercise, beside)
     effort = effort_of(lambda: read_pair(exercise, beside.cache))
     check_stays(exercise, effort)
     if effort.made >= token_bytes(beside):

@@ -89,7 +89,7 @@ class GenerateWithCache(Exercise):
         prompts = [torch.randint(0, 5003, (2, 7)) for _ in range(2)]
         prompts[1][:, 2], prompts[1][:, 4] = 0, 4801
         for prompt in prompts:
-            self.check_run(answer, large, prompt, 6)
+            first = self.check_run(answer, large, prompt, 6)
         self.check_run(answer, large, prompts[0], 1)
         self.check_run(answer, large, prompts[0], 3, history=torch.randint(0, 5003, (2, 5)))
         self.check_run(answer, large, torch.randint(0, 5003, (1, 1)), 2)
@@ -100,6 +100,7 @@ class GenerateWithCache(Exercise):
         prompt = torch.randint(0, 5003, (1, 6))
         self.check_run(answer, large, prompt, 6, names=ending(large, prompt))
         self.check_run(answer, tiny_model(vocab_size=5003).float(), prompts[0], 2)
+        self.check_last_only(first)
 
     def check_run(
         self,
@@ -111,8 +112,9 @@ class GenerateWithCache(Exercise):
         history: Tensor | None = None,
         cache: Cache | None = None,
         names: Tensor | None = None,
-    ) -> None:
-        """One generation: the calls it made, then what it returned, then the cache. names: see `Watched`."""
+    ) -> Sequence[Call]:
+        """One generation: the calls it made, then what it returned, then the cache. Returns the calls. names: see
+        `Watched`."""
         cache, held = cache or Cache.growing(2), 0
         if history is not None:
             model(history, cache)
@@ -137,6 +139,7 @@ class GenerateWithCache(Exercise):
                 cause="the cache was reset, cut, or filled further after the last step",
                 look="what happens to the cache outside of model(...): nothing",
             )
+        return calls
 
     def check_caches(self, calls: Sequence[Call], cache: Cache, prompt: Tensor, count: int, held: int) -> None:
         """Every call runs through the cache that was given, as the call before left it."""
@@ -343,6 +346,19 @@ class GenerateWithCache(Exercise):
                 if last
                 else "a call of the model gave no token that was kept",
                 look="the end of the loop: prefill gives one token, so count - 1 decode steps follow",
+            )
+
+    def check_last_only(self, calls: Sequence[Call]) -> None:
+        """One row of logits a call: the others would be made and thrown away."""
+        rows = calls[0].logits.shape[1]
+        if rows > 1:
+            self.fail(
+                "all-logits",
+                seen=f"the tokens are right, and the first call made logits of all {rows} prompt tokens; one row is "
+                "read",
+                cause="the model was called without last_only=True: with a long prompt and a large vocabulary, logits "
+                "take more memory than the cache",
+                look="the docstring: model(tokens, cache, last_only=True)",
             )
 
     def check_values(self, got: Tensor, want: Tensor, calls: Sequence[Call], prompt: Tensor) -> None:

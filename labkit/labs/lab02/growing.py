@@ -20,7 +20,7 @@ from labkit.course.checks.caches import (
     run_script,
     same_numbers,
 )
-from labkit.course.checks.held import bytes_behind
+from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.exercise import Exercise
 from labkit.labs.lab02.references import GrowingCache
@@ -66,8 +66,10 @@ class Growing(Exercise):
             self.check_dtype(make, dtype)
         shapes = [Sizes(), Sizes(2, 3, 4, torch.bfloat16), Sizes(1, 2, 8, torch.float64), Sizes(4, 1, 10)]
         run_script(type(self), make, shapes, explain=explain)
-        self.check_cost(make, Sizes(2, 1, 3), (1500, 1, 700, 1, 300))
-        self.check_cost(make, Sizes(1, 1, 1, torch.bfloat16), (5000, 1))
+        moved = self.check_cost(make, Sizes(2, 1, 3), (1500, 1, 700, 1, 300))
+        moved += self.check_cost(make, Sizes(1, 1, 1, torch.bfloat16), (5000, 1))
+        for each in moved:
+            self.check_moved(*each)
 
     def check_dtype(self, make: Callable, dtype: torch.dtype) -> None:
         """What is read has the dtype of what was appended."""
@@ -86,13 +88,15 @@ class Growing(Exercise):
                 )
             self.like(x, k, what=f"{name} of a {str(dtype).removeprefix('torch.')} cache")
 
-    def check_cost(self, make: Callable, sizes: Sizes, counts: Sequence[int]) -> None:
-        """Thousands of tokens, what holding them takes, and what reading them costs."""
+    def check_cost(self, make: Callable, sizes: Sizes, counts: Sequence[int]) -> list[tuple[str, int, float]]:
+        """Thousands of tokens, what holding them takes, and what reading them costs. Returns what each append moved:
+        when, its tokens, and bytes read and written over bytes held."""
         beside = Beside(type(self), make, sizes, explain)
-        ratios = []
+        ratios, moved = [], []
         for count in counts:
-            effort_of_append(type(self), beside, count, LAYOUTS[count == 1])
+            effort = effort_of_append(type(self), beside, count, LAYOUTS[count == 1])
             beside.compare()
+            moved.append((beside.when, count, effort.touched / sum(x.nbytes for x in beside.want())))
             check_read_is_free(type(self), beside)
             ratios.append(bytes_behind(beside.cache) / sum(x.nbytes for x in beside.want()))
         if len(counts) > 2 and min(ratios[1:]) > 1.9:  # memory that grows in steps is full now and then
@@ -102,6 +106,20 @@ class Growing(Exercise):
                 cause="pieces are kept beside what was joined from them, or more memory is held than there are tokens",
                 look="everything that append and read assign to self: K and V, once",
             )
+        return moved
+
+    def check_moved(self, when: str, count: int, times: float) -> None:
+        """An append reads what it joins and writes it once; zeroed memory is written once more."""
+        if times > 3.5:
+            self.fail(
+                "moved-again",
+                seen=f"{when}: the last append read and wrote {times:,.1f} times the bytes of all K and V held; "
+                "joining them once takes 2",
+                cause="tokens are joined one at a time, and each cat copies all that is held"
+                if count > 1 and times > 10
+                else "what was joined is copied once more: by clone, contiguous, a second cat, or through a list",
+                look="append: one torch.cat for K and one for V, whatever the number of tokens that come",
+            )
 
 
 def explain(beside: Beside, got: Pair, want: Pair) -> None:
@@ -110,12 +128,13 @@ def explain(beside: Beside, got: Pair, want: Pair) -> None:
         parts = [part[place] for part in beside.parts]
         if same_numbers(x, want[place]):
             continue
-        suspects = list(mistakes(name, x, parts, beside.when))
+        kept = max((tensor.numel() for tensor in tensors_behind(beside.cache)), default=0) >= want[place].numel()
+        suspects = list(mistakes(name, x, parts, beside.when, kept=kept))
         recognise(beside.exercise, x, suspects, tolerance=0.0)
 
 
-def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str) -> Iterator[Suspect]:
-    """What people hold in place of all parts in order."""
+def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str, *, kept: bool) -> Iterator[Suspect]:
+    """What people hold in place of all parts in order. kept: whether the cache has a tensor as large as all of them."""
     yield Suspect("newest-only", parts[-1], "append replaces what was held", "the second branch of append: join old "
                   "and new", f"{when}, {name} holds the last of them only")  # fmt: skip
     yield Suspect("first-only", parts[0], "what torch.cat returned was not stored, or a later append does nothing",
@@ -123,8 +142,10 @@ def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str) -> Iterator[S
                   f"{when}, {name} holds the first of them only")  # fmt: skip
     yield Suspect("first-lost", torch.cat(parts[1:], dim=2) if parts[1:] else [], "the first append stored nothing",
                   "the first append: keep k and v as they come", f"{when}, {name} lacks the first of them")  # fmt: skip
-    yield Suspect("last-token", torch.cat(parts, dim=2)[:, :, -1:], "read() hands out the last token alone",
-                  "read(): everything that is held", f"{when}, read() gives {name} of the last token")  # fmt: skip
+    yield Suspect("last-token", torch.cat(parts, dim=2)[:, :, -1:],
+                  "read() hands out the last token alone" if kept else "append keeps the last token alone",
+                  "read(): everything that is held" if kept else "append: all tokens that come are kept, behind those "
+                  "held", f"{when}, read() gives {name} of the last token")  # fmt: skip
     yield Suspect("new-before-old", torch.cat(parts[::-1], dim=2), "torch.cat got the new tensor before the old one",
                   "torch.cat((old, new)): position in the cache is position in the sequence",
                   f"{when}, the newest token of {name} comes first")  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from labkit.course.checks.caches import (
     Sizes,
     check_device,
     check_isolation,
+    check_length_is_free,
     check_read_is_free,
     effort_of_append,
+    fail_shared,
     read_pair,
     run_script,
     same_numbers,
@@ -66,6 +68,7 @@ class Preallocated(Exercise):
         """Content, then room, several caches in turn, then memory: in place, no copy, dtype and device."""
         make = lambda sizes: answer(sizes.capacity)  # noqa: E731
         cache, fresh = Beside(type(self), make, SIZES, explain), self.run(lambda: make(SIZES))
+        self.check_shared(cache, fresh)
         self.check_dtype(make)
         for count in (4, 1, 2):
             cache.add(count)
@@ -87,12 +90,28 @@ class Preallocated(Exercise):
         self.check_long(make)
         check_device(type(self), make, SIZES)
 
+    def check_shared(self, cache: Beside, fresh: Any) -> None:
+        """Memory that two caches have in common shows as soon as one holds tokens; else what follows says more."""
+        k, v = cache.sizes.tokens(2)
+        other = cache.make(cache.sizes)
+        try:
+            other.append(k, v)
+        except NotImplementedError:
+            raise
+        except Exception:
+            return
+        check_isolation(type(self), other, fresh)
+
     def check_dtype(self, make: Callable) -> None:
         """A bfloat16 model must get bfloat16 back, a float64 model float64."""
+        others: list[Tensor] = []
         for dtype in (torch.bfloat16, torch.float64):
             cache, (k, v) = self.run(lambda: make(SIZES)), replace(SIZES, dtype=dtype).tokens(2)
             self.run(lambda: cache.append(k, v))  # noqa: B023
             for name, x in zip("KV", read_pair(type(self), cache), strict=True):
+                if x.dtype != dtype and memory_of(x) in map(memory_of, others):
+                    fail_shared(type(self), "two caches of different dtypes read the same memory")
+                others.append(x)
                 if x.dtype != dtype:
                     went, came = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
                     self.fail(
@@ -137,6 +156,7 @@ class Preallocated(Exercise):
         """One allocation each for K and V, of `capacity` tokens; later appends move what is new; reading is free."""
         beside = Beside(type(self), make, sizes, explain)
         beside.add(200)
+        check_length_is_free(type(self), beside)
         room = 2 * sizes.capacity * token_bytes(beside)  # type: ignore[operator]
         if bytes_behind(beside.cache) > room + 128:
             self.fail(
@@ -218,6 +238,15 @@ def explain_content(beside: Beside, name: str, got: Tensor, want: Tensor, held: 
             seen=f"{when}, the newest {name} stands from place {found} on; it belongs from place {held} on",
             cause="the slice that is written starts at another place than the tokens belong to",
             look="the two ends of the slice, by hand, for an append of 3 and then of 1: seq_len grows after the write",
+        )
+    if found == held:
+        memory_right = [p for p in range(1, want.shape[2]) if torch.equal(got[:, :, :-p], want[:, :, p:])]
+        exercise.fail(
+            "read-misplaced",
+            seen=f"{when}, the newest {name} stands where it belongs, from place {held} on; read() gives other places"
+            + (f": it begins at place {memory_right[0]}" if memory_right else ""),
+            cause="the slice that is read begins or ends at another place than the tokens do",
+            look="read(): from place 0 up to seq_len",
         )
     alike = (got[:, :, held:] - want[:, :, held:]).abs() <= 0.01 * want[:, :, held:].abs()
     if not right[held:].any() and right[:held].all() and alike.double().mean() < 0.2:

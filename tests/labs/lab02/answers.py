@@ -15,6 +15,7 @@ from labkit.cache import Cache
 from labkit.generation import generate
 from labkit.labs.lab02.references import GrowingCache, PreallocatedCache
 from tests.labs.answer import Wrong
+from tests.labs.lab02 import later_answers
 
 # 02.1
 
@@ -453,7 +454,7 @@ def all_rows(model, tokens, max_new_tokens, cache):
 def plain_loop(model, tokens, max_new_tokens, cache):
     """Right: prefill before the loop, a preallocated result."""
     new = torch.empty(tokens.shape[0], max_new_tokens, dtype=torch.long)
-    new[:, 0] = model(tokens, cache)[:, -1].argmax(dim=-1)
+    new[:, 0] = model(tokens, cache, last_only=True)[:, -1].argmax(dim=-1)
     for index in range(1, max_new_tokens):
         new[:, index] = model(new[:, index - 1 : index], cache)[:, -1].argmax(dim=-1)
     return new
@@ -1101,7 +1102,7 @@ def last_left_zero(model, tokens, max_new_tokens, cache):
 
 def by_forward(model, tokens, max_new_tokens, cache):
     """Right: by recursion, through forward, with names."""
-    fed = model.forward(tokens=tokens, cache=cache)[:, -1].argmax(-1).unsqueeze(1)
+    fed = model.forward(tokens=tokens, cache=cache, last_only=True)[:, -1].argmax(-1).unsqueeze(1)
     if max_new_tokens == 1:
         return fed
     return torch.hstack((fed, by_forward(model, fed, max_new_tokens - 1, cache)))
@@ -1516,3 +1517,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("02.2", by_kv_head_and_float32),
     ("02.7", additive_mask),
 ]
+
+WRONG += later_answers.WRONG
+RIGHT += later_answers.RIGHT
