@@ -19,6 +19,10 @@ WIDE = ModelSpec(
     name="wide", num_layers=7, num_heads=96, num_kv_heads=12, head_dim=26, hidden_size=505, intermediate_size=23,
     vocab_size=29, max_seq_len=43,
 )  # fmt: skip
+EVEN = ModelSpec(  # rooms for whole heads, in GB or GiB, are no round floats
+    name="even", num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, hidden_size=3584, intermediate_size=31,
+    vocab_size=37, max_seq_len=47,
+)  # fmt: skip
 LOAD = 31, 37  # tokens, requests
 ROOMS = (7.5, 12.0, 11.99, 13.0, 59.99, 60.0, 1000.0, 1.0, 0.99, 4.5, 29.9, 1.5, 3.2, 2.0, 0.03)  # in heads of 2 bytes
 COST = "the cost of one KV head: 2 x layers x head_dim x bytes per element x tokens x requests"
@@ -35,6 +39,16 @@ def choice(
     def formula(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> int:
         cost = one_head(spec, tokens, batch, size) * times(spec, tokens, batch, size)
         return pick([n for n in range(1, spec.num_heads + 1) if allow(spec, n) and n * cost <= room * (1 + 1e-12)])
+
+    return formula
+
+
+def by_quotient(unit: float) -> Callable[[ModelSpec, int, int, int, int], int]:
+    """The choice by how many heads fit according to a quotient of floats, in another unit than bytes."""
+
+    def formula(spec: ModelSpec, tokens: int, batch: int, room: int, size: int) -> int:
+        most = int(room / unit / (one_head(spec, tokens, batch, size) / unit))
+        return max((n for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0 and n <= most), default=0)
 
     return formula
 
@@ -96,6 +110,9 @@ class MostKvHeads(Exercise):
         Suspect("full-is-refused", lambda spec, tokens, batch, room, size: most_kv_heads(
                     spec, tokens, batch, room - 1, size),
                 "a cache that fills the room exactly was refused", "the comparison: `<` or `<=`"),
+        Suspect("quotient-cut", [by_quotient(unit) for unit in (1e9, 2**30, 1e6, 2**20, 1e3, 2**10)],
+                "how many fit was taken from a quotient of floats: 6.999... where 7 heads fit exactly, and int() cuts "
+                "that to 6", "bytes are whole numbers: compare count * one with room, or divide with //"),
         Suspect("capped", choice(allow=lambda spec, n: spec.num_heads % n == 0 and n <= spec.num_kv_heads),
                 "no more KV heads were tried than the spec has", "the counts that you try: up to spec.num_heads"),
         Suspect("own-divisors", [choice(allow=lambda spec, n: spec.num_kv_heads % n == 0), choice(
@@ -140,6 +157,9 @@ class MostKvHeads(Exercise):
             cases += [(SPEC, tokens, batch // 3, room, 2), (WIDE, *LOAD, room, 2)]
         cases += [(SPEC, *LOAD, 12 * unit - 1, 2), (SPEC, *LOAD, 12 * unit + 1, 2), (SPEC, 1, 1, 10**9, 2)]
         cases += [(WIDE, 131_072, 500, heads * one_head(WIDE, 131_072, 500, 2), 2) for heads in (96, 95, 48, 200)]
+        cases += [
+            (EVEN, 2_048, n, heads * one_head(EVEN, 2_048, n, 2), 2) for heads in (7, 14, 28) for n in (3, 5, 7, 13)
+        ]
         judge(
             type(self), answer, most_kv_heads, cases, self.suspects, what="the number of KV heads", whole=True,
             otherwise="count", show=in_words,

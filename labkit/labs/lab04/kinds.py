@@ -121,8 +121,11 @@ class LayerElements(Exercise):
     def examine_kind(self, kind: str, answer: Callable, want: Callable, layer: Callable[..., Layer],
                      cases: Sequence[tuple[int, ...]], suspects: list[Suspect]) -> None:  # fmt: skip
         """One kind of layer, beside a formula of its sizes."""
+        unknown = Suspect("kind-not-met", lambda *_: 0, "no branch answers this kind: 0 is what is left for all others",
+                          f'the name that is compared with layer.kind: "{kind}", letter by letter')  # fmt: skip
         judge(
-            type(self), lambda *sizes: self.ask(answer, layer(*sizes[:-1]), sizes[-1]), want, cases, suspects,
+            type(self), lambda *sizes: self.ask(answer, layer(*sizes[:-1]), sizes[-1]), want, cases,
+            [unknown, *suspects],
             what=f'the count of a "{kind}" layer', whole=True, otherwise="count",
         )  # fmt: skip
 

@@ -156,6 +156,13 @@ class SplitKvHeads(Exercise):
                 cause="the two cases are refused with another error (an assert, for one), or by accident",
                 look="raise ValueError(...)",
             )
+        if isinstance(got, Exception) or (isinstance(got, type) and issubclass(got, Exception)):
+            self.fail(
+                "error-returned",
+                seen=f"{in_words(num_heads, num_kv_heads, ranks)}: an error came back as a result: {got!r}",
+                cause="`return` stands where `raise` belongs: the caller goes on with the error as if it were a result",
+                look="raise ValueError(...)",
+            )
         self.fail(
             "accepts-halves" if what == "KV heads" else "query-heads-unchecked",
             seen=f"{in_words(num_heads, num_kv_heads, ranks)}: {got} came back",

@@ -21,6 +21,7 @@ from labkit.labs.lab04.references import (
     split_kv_heads,
 )
 from tests.labs.answer import Wrong
+from tests.labs.lab04 import later_answers
 
 # 04.1
 
@@ -1109,3 +1110,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.6", reads_before_it_appends),
     ("04.6", lambda q, k, v, cache: cache.append(k, v) or attention(q, *cache.read())),
 ]
+
+WRONG += later_answers.WRONG
+RIGHT += later_answers.RIGHT
