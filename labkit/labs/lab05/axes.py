@@ -151,7 +151,10 @@ class QuantizeCache(Exercise):
                             "tokens and head_dim are still swapped", "the last step for keys: .mT once more"),
                     Suspect("groups-left", part.dim() == k.dim() + 1, "the groups still have a dimension of their own",
                             "the opposite of unflatten: .flatten(-2)"),
-                ], f"{side} came back as {list(part.shape)}; it went in as {list(k.shape)}")  # fmt: skip
+                    Suspect("codes-returned", part.dtype == torch.uint8, "the codes were returned",
+                            "codes * scale + zero"),
+                ], f"{side} came back as {list(part.shape)} {part.dtype}; it went in as {list(k.shape)} "
+                   f"{k.dtype}")  # fmt: skip
             self.like(part, k, what=side)
         return got[0], got[1]
 

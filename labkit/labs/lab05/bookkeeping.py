@@ -31,6 +31,14 @@ def check_given(
     for k, v in given:
         check_group(exercise, k, v, where, shape)
     tokens = [token for k, _ in given for token in ids(k)]
+    by_call = [ids(k) for k, _ in given]
+    if by_call and by_call[::2] == by_call[1::2] and len(set(tokens)) == len(tokens) // 2:
+        exercise.fail(
+            "once-for-each",
+            seen=f"{where}: each group went through quantize_group twice in a row",
+            cause="quantize_group was called once for K and once for V; one call takes both",
+            look="append: quantize_group(k, v), once for each group, and keep what it returns",
+        )
     if len(set(tokens)) < len(tokens):
         exercise.fail(
             "quantized-again",

@@ -109,7 +109,15 @@ class MeanSurprise(Exercise):
         fed = [token for each in model.passes for token in each.tokens]
         if fed in (tokens, tokens[:-1]):
             return
-        parts = [len(each.tokens) for each in model.passes]
+        place = next(
+            (i for i, (a, b) in enumerate(zip(fed, tokens, strict=False)) if a != b), min(len(fed), len(tokens))
+        )
+        part, begins = next(((n, sum(len(each.tokens) for each in model.passes[:n])) for n in range(len(model.passes))
+                             if sum(len(each.tokens) for each in model.passes[: n + 1]) > place),
+                            (len(model.passes), len(fed)))  # fmt: skip
+        where = f"; the first token that is not the next one is number {place - begins} of part {part}, both from 0"
+        if place >= len(fed):
+            where = f"; the text's tokens from {place} on never did"
         if len(fed) == len(tokens) and sorted(fed) != sorted(tokens):
             place = next(i for i, pair in enumerate(zip(fed, tokens, strict=True)) if pair[0] != pair[1])
             self.fail("other-tokens", seen=f"token {place} of the text is {tokens[place]}; the model got {fed[place]}",
@@ -118,13 +126,13 @@ class MeanSurprise(Exercise):
         if len(fed) > len(tokens):
             self.fail(
                 "tokens-fed-twice",
-                seen=f"{len(fed)} tokens went through the model, of {len(tokens)}, in parts of {parts[:3]} and so on",
+                seen=f"{len(fed)} tokens went through the model, of {len(tokens)}{where}",
                 cause="parts overlap, by one token or by all before; the cache then holds tokens twice",
                 look="the slice: tokens[:, start : start + 32]",
             )
         self.fail(
             "tokens-skipped",
-            seen=f"{len(fed)} tokens went through the model, of {len(tokens)}, in parts of {parts[:3]} and so on",
+            seen=f"{len(fed)} tokens went through the model, of {len(tokens)}{where}",
             cause="the first tokens, the last part or one token of each part were left out, or the order changed; "
             "tokens that are not scored are still context",
             look="the range and the slice: every token once",
@@ -137,13 +145,13 @@ class MeanSurprise(Exercise):
         if parts[0] > PART and all(part <= PART for part in parts[1:]):
             self.fail(
                 "first-part-longer",
-                seen=f"{count} tokens in parts of {parts[:3]} and so on",
+                seen=f"{count} tokens: {differs(parts)}",
                 cause="the tokens that are not scored went through in one pass and saw each other unquantized",
                 look="the loop: it starts at 0, with parts of 32",
             )
         self.fail(
             "part-length",
-            seen=f"{count} tokens in parts of {parts[:3]} and so on",
+            seen=f"{count} tokens: {differs(parts)}",
             cause="another part length measures something too: the shorter the parts, the more is read from the cache; "
             "figures compare only when the lengths agree",
             look="the step of the range and the end of the slice: 32",
@@ -169,3 +177,9 @@ class MeanSurprise(Exercise):
         self.fail("values", seen=seen, cause="the passes are right; what is made of the logits is not: "
                   "-log p, its target, or the average",
                   look="one token by hand: its logits, log_softmax, the entry of its target")  # fmt: skip
+
+
+def differs(parts: list[int]) -> str:
+    """The first part that has another length than it should, in words."""
+    part = next((n for n, size in enumerate(parts[:-1]) if size != PART), len(parts) - 1)
+    return f"part {part} of {len(parts)}, from 0, has {parts[part]} tokens; {PART} it should be, fewer only in the last"

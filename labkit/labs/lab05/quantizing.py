@@ -285,20 +285,34 @@ class Quantize(Exercise):
             (equal, "six times"),
             (equal[:, :1], "one"),
             (torch.cat((equal, torch.randn(2, 6))), "six times"),
+            (equal.half(), "float16, six times"),
+            (equal.bfloat16(), "bfloat16, six times"),
         ):
-            with NaNAs255():
-                codes, scale, zero = self.parts(answer, x, 4)
+            try:
+                with NaNAs255():
+                    codes, scale, zero = self.parts(answer, x, 4)
+            except NotYet as not_yet:
+                if not_yet.finding.diagnosis != "not-finite":
+                    raise
+                parts = [part.isfinite().all(-1) for part in answer(x.clone(), 4)[1:]]
+                first = int((~(parts[0] & parts[1])).int().argmax())
+                self.fail("constant-group", seen=f"a group of {words} {x[first, 0].item():.2g}: {not_yet.finding.seen}",
+                          cause="a division by the scale, or by the numbers themselves, which are all 0 here",
+                          look="what each division gets where the scale or the least number is 0")  # fmt: skip
             back = codes * scale + zero
             same = (x == x[:, :1]).all(-1)
-            seen, cause = f"{back[0, 0].item():.3g}", "the special case for a scale of 0 does not give the number back"
+            off = back.isnan() | (back != x) | (codes > 15)
+            first = int((same & off.any(-1)).int().argmax())
+            seen = f"{back[first, 0].item():.3g}"
+            cause = "the special case for a scale of 0 does not give the number back"
             if nan := bool((codes[same] > 15).any() | back[same].isnan().any()):
                 seen = "NaN on the way"
                 cause = (
-                    "the scale is 0, and 0 / 0 is NaN: uint8 has no code for it, and what comes out differs between "
+                    "the divisor is 0, and 0 / 0 is NaN: uint8 has no code for it, and what comes out differs between "
+                    "machines"
                 )
-                cause += "machines"
             if nan or not torch.equal(back[same], x[same]):
-                self.fail("constant-group", seen=f"a group of {words} {x[0, 0].item():.2g}: {seen}", cause=cause,
+                self.fail("constant-group", seen=f"a group of {words} {x[first, 0].item():.2g}: {seen}", cause=cause,
                           look="the division: by 1 where the scale is 0, say")  # fmt: skip
             if broken(x[~same], (codes[~same], scale[~same], zero[~same]), 4).any():
                 self.fail("constant-group",
@@ -307,23 +321,40 @@ class Quantize(Exercise):
                           look="torch.where, group by group, not `if` over all of them")  # fmt: skip
 
     def judge_small_numbers(self, answer: Callable) -> None:
-        """An eps that is not small beside the scale spoils small numbers."""
-        x = torch.rand(3, 8) * torch.tensor([[1e-4], [2e-4], [3e-4]])
+        """An eps that is not small beside the scale spoils small numbers; what is small depends on the dtype."""
+        for dtype, ranges in (
+            (torch.float32, (1e-4, 2e-4, 3e-4)),
+            (torch.float32, (1e-6, 2e-6, 3e-6)),
+            (torch.bfloat16, (0.1, 0.2, 0.05)),
+            (torch.float16, (0.1, 0.2, 0.05)),
+            (torch.float16, (0.01, 0.02, 0.03)),
+        ):
+            x = (torch.rand(300, 8) * torch.tensor(ranges).repeat(100)[:, None]).to(dtype)
+            low, scale = x.amin(-1, keepdim=True), quantize(x, 8)[1]
+            most = 255 if dtype == torch.bfloat16 else 255.5  # as in judge_bfloat16
+            self.judge_small(answer, x[((x - low) / scale).amax(-1) < most][:3])
+
+    def judge_small(self, answer: Callable, x: Tensor) -> None:
+        """Some groups of small numbers in 8 bits."""
         got = self.parts(answer, x, 8)
         codes, scale = got[:2]
         if not (wrong := broken(x, got, 8)).any():
             return
+        info = torch.finfo(x.dtype)
         low, right = x.amin(-1, keepdim=True), (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
-        guards = [guard for eps in (10.0**-n for n in range(1, 13)) for guard in (right + eps, right.clamp(min=eps))]
+        least = (*(10.0**-n for n in range(1, 13)), info.eps, info.tiny, torch.finfo(torch.float32).eps)
+        guards = [guard for eps in least for guard in (right + eps, right.clamp(min=eps))]
         guarded = [((x - low) / guard).round().long() for guard in guards]
         which = int(wrong.int().argmax())
+        close = 1e-4 if x.dtype == torch.float32 else 4 * info.eps
         accuse(type(self), [
-            Suspect("small-group", any(near(scale, guard, 1e-4) for guard in guards) or
+            Suspect("small-group", any(near(scale.float(), guard.float(), close) for guard in guards) or
                     any(torch.equal(codes.long(), made) for made in guarded),
                     "an eps, added to the scale or its least value, is not small beside this scale",
                     "treat a scale of 0 apart: torch.where(scale == 0, ...)"),
-        ], f"numbers of 0 to {x[which].max().item():.1g} in 8 bits: the greatest code is {int(codes[which].max())} of "
-           f"255, scale {scale[which].item():.3g}; {right[which].item():.3g} is right")  # fmt: skip
+        ], f"{str(x.dtype).removeprefix('torch.')} numbers of 0 to {x[which].max().item():.1g} in 8 bits: the greatest "
+           f"code is {int(codes[which].max())} of 255, scale {scale[which].item():.3g}; {right[which].item():.3g} is "
+           "right")  # fmt: skip
         self.explain(answer, x, got, 8, which)
 
 

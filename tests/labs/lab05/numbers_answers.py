@@ -164,9 +164,10 @@ def quantize_in(dtype):
 
 
 def quantize_with_a_least_scale(x, nbits):
-    """Right: a tiny least scale, and half added before the fraction is cut off."""
+    """Right: the least scale that the dtype holds, and half added before the fraction is cut off."""
     low = x.min(dim=-1, keepdim=True).values
-    scale = ((x.max(dim=-1, keepdim=True).values - low) / (2**nbits - 1)).clamp(min=1e-12)
+    scale = (x.max(dim=-1, keepdim=True).values - low) / (2**nbits - 1)
+    scale = scale.clamp(min=torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)
     return ((x - low) / scale + 0.5).floor().byte(), scale, low
 
 
