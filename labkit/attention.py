@@ -364,6 +364,14 @@ def fused_attention(
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     visible = visible_to(q, k, visible)
     if visible.is_square and constants.causal and constants.window is None:
+        if q.is_cuda and q.dtype == torch.float32 and queries_per_kv > 1:
+            # PyTorch has no fused form of `enable_gqa` there: it would expand K and V and hold all scores, 20 GB for
+            # 8,192 tokens of 32 heads. With KV heads as a batch, K and V have a stride of 0 for each query head.
+            heads = (num_kv_heads, queries_per_kv)
+            k, v = (x[:, :, None].expand(batch, *heads, *x.shape[2:]).flatten(0, 1) for x in (k, v))
+            q = q.unflatten(1, heads).flatten(0, 1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=constants.scale)
+            return out.reshape(batch, num_heads, new_tokens, head_dim)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=constants.scale, enable_gqa=queries_per_kv > 1
         )

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from labkit.attention import is_count
 from labkit.cache import Cache, Pages
@@ -34,6 +35,9 @@ from labkit.llama import Llama
 
 Pick = tuple[int | None, torch.Generator] | None
 """A chunk's next token, None for logits that are no finite numbers, and where the draws stand; or no token is due."""
+
+NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""PyTorch's attention for chunks of any length: cuDNN's would build a plan for each that it has not seen."""
 
 
 class Engine:
@@ -210,7 +214,7 @@ class Engine:
         counts = [chunk.end - chunk.start for chunk in chunks]
         laid = torch.tensor([token for chunk in chunks for token in chunk.flight.tokens[chunk.start : chunk.end]])
         rows = laid.view(len(chunks), -1) if len(set(counts)) == 1 else laid.split(counts)
-        with torch.inference_mode():
+        with torch.inference_mode(), sdpa_kernel(NO_PLANS):
             return self.model(rows, self.cache, last_only=True)[:, 0]
 
     def _pick(self, chunks: list[Chunk], logits: Tensor) -> list[Pick]:

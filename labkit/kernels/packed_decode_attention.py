@@ -43,6 +43,10 @@ except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
 
+PROGRAMS = 3
+"""Programs that run on one multiprocessor: while some compute, others' reads are on their way."""
+
+
 def packed_decode_attention(
     q: Tensor,
     k: Packed,
@@ -85,7 +89,7 @@ def packed_decode_attention(
     first, end = visible.bounds(constants, batch, q.device)
     start = 0 if before is None else before[0].shape[2]
     dense = [(at, x) for at, x in ((0, before), (start + k.num_tokens, after)) if x is not None and x[0].shape[2]]
-    parts = split_sequence(k.num_tokens, num_splits, group, batch * num_kv_heads, q.device)
+    parts = split_sequence(k.num_tokens, num_splits, group, batch * num_kv_heads, q.device, PROGRAMS)
     room = make_parts(grouped, parts[0] + len(dense), q.dtype)
     turned = grouped if rotation is None else (grouped.float() @ rotation)
     bounds = (first - start if start else first), ((end - start).clamp(max=k.num_tokens) if dense else end)

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from labkit.attention import PLAIN, Constants, Visibility
 from labkit.kernels.packed_attention import Dense
-from labkit.kernels.packed_decode_attention import format_of, how_to_run, memory_of, terms
+from labkit.kernels.packed_decode_attention import PROGRAMS, format_of, how_to_run, memory_of, terms
 from labkit.kernels.paged_packed_attention import check_paged_packed
 from labkit.kernels.split import (
     DTYPES,
@@ -84,7 +84,7 @@ def paged_packed_decode_attention(
     batch, num_heads, _, head_dim = q.shape
     num_blocks, _, num_kv_heads, _, _ = k.rows.shape
     check_can_run(q, "paged_packed_attention")
-    parts = split_sequence(visible.kv_len, num_splits, k.quantizer.group_size, batch * num_kv_heads, q.device)
+    parts = split_sequence(visible.kv_len, num_splits, k.quantizer.group_size, batch * num_kv_heads, q.device, PROGRAMS)
     grouped = q.reshape(batch, num_kv_heads, queries, head_dim)
     room = make_parts(grouped, parts[0], q.dtype)
     _paged_packed_decode_kernel[(batch * num_kv_heads, parts[0])](

@@ -222,14 +222,14 @@ if triton is not None:
             first = at + group * x_dim
             xs = ()
             for token in tl.static_range(GROUP):
-                xs = xs + (tl.load(first + token * x_token, mask=here, other=0.0),)
-            high = xs[0].to(tl.float32)
+                xs = xs + (tl.load(first + token * x_token, mask=here, other=0.0),)  # type: ignore
+            high = xs[0].to(tl.float32)  # type: ignore
             low = high
             if not HAS_ZERO:
                 high = tl.abs(high)
                 low = tl.zeros_like(high)
             for token in tl.static_range(1, GROUP):
-                x = xs[token].to(tl.float32)
+                x = xs[token].to(tl.float32)  # type: ignore
                 if HAS_ZERO:
                     low = tl.minimum(low, x)
                 else:
@@ -243,13 +243,13 @@ if triton is not None:
                     x = xs[word * PER_WORD + place].to(tl.float32)
                     some = _codes(x, zero, steps, lost, NBITS, FLOAT8, MOST, MIDDLE, HAS_ZERO, HALF, BY_RECIPROCAL)
                     part += some << (place * NBITS)
-                parts = parts + (part.to(kind),)
+                parts = parts + (part.to(kind),)  # type: ignore
             for level in tl.static_range(LEVELS):  # joined in pairs; the first axis of 2 tells the upper half
                 pairs = ()
                 for i in tl.static_range(WORDS >> (level + 1)):
-                    pairs = pairs + (tl.join(parts[i], parts[i + (WORDS >> (level + 1))]),)
+                    pairs = pairs + (tl.join(parts[i], parts[i + (WORDS >> (level + 1))]),)  # type: ignore
                 parts = pairs
-            words = tl.reshape(parts[0], [ROWS, WORDS])
+            words = tl.reshape(parts[0], [ROWS, WORDS])  # type: ignore
         else:
             code = tl.arange(0, GROUP)[None, :]
             if PER_CHANNEL:

@@ -142,11 +142,12 @@ def test_parts_merge_by_their_log_sum_exps_and_an_empty_part_weighs_nothing():
 
 @pytest.mark.parametrize(
     ("kv_len", "pairs", "splits"),
-    [(1, 1, 1), (511, 1, 1), (512, 1, 2), (10**6, 1, 528), (10**6, 8, 66), (10**6, 900, 1)],
+    [(1, 1, 1), (127, 1, 1), (128, 1, 2), (10**6, 1, 132), (10**6, 8, 16), (10**6, 900, 1)],
 )
 def test_the_default_number_of_parts_fills_the_multiprocessors(kv_len, pairs, splits, monkeypatch):
     monkeypatch.setattr(split, "multiprocessors", lambda device: 132)
     assert split.default_splits(kv_len, pairs, torch.device("cuda")) == splits
+    assert split.default_splits(10**6, 8, torch.device("cuda"), programs=3) == 49
 
 
 @needs_triton
