@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs
 import torch
 
 from benchmarks.report import bar, begin, finish
-from labkit import models
+from labkit import models, specs
 from labkit.cache import Cache
 from labkit.device import pick_device, set_threads
 from labkit.llama import Llama
@@ -55,6 +55,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--positions", type=int, nargs="+", help="by default more on a GPU")
     parser.add_argument("--repeats", type=int, help="by default 7, on a GPU 31")
+    parser.add_argument(
+        "--model", choices=["lab", "random"], default="lab", help="random weights of its sizes take as long"
+    )
     arguments = parser.parse_args()
     set_threads()
     begin()
@@ -62,9 +65,10 @@ def main() -> int:
     on_gpu = device.type == "cuda"
     positions = arguments.positions or (GPU_POSITIONS if on_gpu else POSITIONS)
     repeats = arguments.repeats or (31 if on_gpu else 7)
-    model = models.load(device=device)
+    random = arguments.model == "random"
+    model = models.random(specs.model("smollm2-135m"), torch.float32, device) if random else models.load(device=device)
     wake(device)
-    print(f"{device_name(device)}; float32, batch 1")
+    print(f"{device_name(device)}; float32, batch 1" + ("; random weights" if random else ""))
     figures: dict[str, float] = {}
     for position in positions:
         for name, timing in step_times(model, position, repeats).items():
@@ -73,7 +77,8 @@ def main() -> int:
     last = positions[-1]
     ratio = figures[f"without_cache_ms_at_{last}"] / figures[f"with_cache_ms_at_{last}"]
     bars = [bar(f"times faster with the cache at position {last}", ratio, ">=", 1.0)]
-    return finish("positions", figures, bars, device, "python -m benchmarks.positions")
+    command = "python -m benchmarks.positions" + (" --model random" if random else "")
+    return finish("positions", figures, bars, device, command)
 
 
 if __name__ == "__main__":
