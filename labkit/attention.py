@@ -365,13 +365,7 @@ def fused_attention(
     visible = visible_to(q, k, visible)
     if visible.is_square and constants.causal and constants.window is None:
         if q.is_cuda and q.dtype == torch.float32 and queries_per_kv > 1:
-            # PyTorch has no fused form of `enable_gqa` there: it would expand K and V and hold all scores, 20 GB for
-            # 8,192 tokens of 32 heads. With KV heads as a batch, K and V have a stride of 0 for each query head.
-            heads = (num_kv_heads, queries_per_kv)
-            k, v = (x[:, :, None].expand(batch, *heads, *x.shape[2:]).flatten(0, 1) for x in (k, v))
-            q = q.unflatten(1, heads).flatten(0, 1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=constants.scale)
-            return out.reshape(batch, num_heads, new_tokens, head_dim)
+            return causal_by_kv_head(q, k, v, constants.scale)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=constants.scale, enable_gqa=queries_per_kv > 1
         )
@@ -387,3 +381,16 @@ def fused_attention(
         return out
     sees_a_key = mask.any(-1, keepdim=True)  # not every kernel promises zeros for a row that sees none
     return out.masked_fill(~sees_a_key, 0.0)
+
+
+def causal_by_kv_head(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of a whole prompt with KV heads as a batch, K and V repeated for their queries by a stride of 0.
+
+    For float32 on a GPU: PyTorch has no fused form of `enable_gqa` there, and would expand K and V and hold all scores,
+    20 GB for 8,192 tokens of 32 heads on 8.
+    """
+    batch, num_kv_heads = k.shape[:2]
+    grouped = q.unflatten(1, (num_kv_heads, -1))
+    k, v = (x[:, :, None].expand(-1, -1, grouped.shape[2], -1, -1).flatten(0, 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(grouped.flatten(0, 1), k, v, is_causal=True, scale=scale)
+    return out.unflatten(0, (batch, num_kv_heads)).flatten(1, 2)

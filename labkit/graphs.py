@@ -200,17 +200,19 @@ class DecodeGraph:
         lengths = self.cache.lengths
         skipped = self.cache.padding or (0,) * self.batch
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.device(self.model.device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP):
-                    self.begin(torch.zeros_like(self.tokens), lengths, skipped)
+        try:
+            with torch.inference_mode(), torch.cuda.device(self.model.device):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(WARMUP):
+                        self.begin(torch.zeros_like(self.tokens), lengths, skipped)
+                        self.step()
+                torch.cuda.current_stream().wait_stream(stream)
+                with torch.cuda.graph(graph):
                     self.step()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self.step()
-        for layer in self.cache.layers:
-            layer.restore(layer.mark())  # the room behind the ends holds numbers now
+        finally:
+            for layer in self.cache.layers:
+                layer.restore(layer.mark())  # the room behind the ends holds numbers now
         return graph
 
     def check(self, tokens: Tensor, count: int) -> None:

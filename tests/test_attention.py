@@ -15,6 +15,7 @@ from labkit.attention import (
     Constants,
     Visibility,
     attention,
+    causal_by_kv_head,
     causal_mask,
     fused_attention,
     online_attention,
@@ -345,3 +346,14 @@ class TestVisibility:
 def test_a_block_of_no_tokens_is_an_error():
     with pytest.raises(ValueError, match="block_size is a number of tokens"):
         online_attention(*tensors(1, 1, 1, 2, 2, 4), block_size=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kv_heads_as_a_batch_give_what_grouped_attention_gives(batch):
+    torch.manual_seed(0)
+    q, buffer = torch.randn(batch, 6, 9, 16), torch.randn(2, batch, 2, 20, 16)
+    k, v = buffer[:, :, :, :9]  # the part in use of a larger buffer
+    for scale in (None, 0.3):
+        expected = attention(q.double(), k.double(), v.double(), Constants(scale=scale))
+        bound = attention_bound(q, k, v, scale=scale)
+        torch.testing.assert_close(causal_by_kv_head(q, k, v, scale).double(), expected, rtol=0, atol=bound)

@@ -72,12 +72,18 @@ def decode_between(
 ) -> Tensor:
     """`decode_attention` of the keys from `first` up to `end`, int32 `[batch]` on the device: nothing waits for them.
 
-    What is launched depends on the shapes alone, so that a CUDA graph of it serves every step over one buffer.
+    What is launched depends on the shapes alone, so that a CUDA graph of it serves every step over one buffer. The
+    numbers in `first` and `end` are not looked at: `end` is at most `kv_len`.
     block_size: keys read at a time, a power of 2, at least 16. num_splits: parts of the sequence worked on in parallel.
     num_warps, num_stages: Triton's. By default what suits the device.
     """
     queries_per_kv = check_inputs(q, k, v, constants)
     batch, num_heads, _, head_dim = q.shape
+    if any(x.shape != (batch,) or x.dtype != torch.int32 or x.device != q.device for x in (first, end)):
+        raise ValueError(
+            f"first and end are int32 [{batch}] on {q.device}; got {first.dtype} {list(first.shape)} on {first.device} "
+            f"and {end.dtype} {list(end.shape)} on {end.device}"
+        )
     check_can_run(q, "labkit.attention.attention", 16 if block_size is None else block_size)
     sizes = sizes_for(q.device, q.dtype, head_dim, block_size, num_warps, num_stages)
     grouped = q.reshape(batch, k.shape[1], queries_per_kv, head_dim)
@@ -120,7 +126,7 @@ def launch_dense(
         *k.stride(),
         *v.stride(),
         **query_blocks(queries_per_kv, head_dim),
-        **how_to_multiply(q.device, k.dtype),
+        **how_to_multiply(q.device, q.dtype if k.dtype == v.dtype == q.dtype else torch.float32),
         **sizes,
     )
 

@@ -24,7 +24,7 @@ try:
 except ImportError:  # macOS: the rest of labkit works without
     triton = None
 
-PROGRAMS = 4 * 132  # several per multiprocessor of a large GPU, so that their ends do not leave it idle
+ENOUGH_PROGRAMS = 4 * 132  # several per multiprocessor of a large GPU, so that their ends do not leave it idle
 
 
 def matvec(
@@ -50,9 +50,13 @@ def matvec(
     check(x, "matvec_plain")
     columns, outs = check_fits(x, weight, bias, norm, gated, residual)
     guess = sizes(outs, columns, gated)
-    rows, block_size = rows or guess[0], block_size or guess[1]
-    if rows < 1 or rows & (rows - 1) or block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"rows and block_size are powers of 2, block_size at least 16; got {rows}, {block_size}")
+    rows, block_size = guess[0] if rows is None else rows, guess[1] if block_size is None else block_size
+    num_warps = 4 if num_warps is None else num_warps
+    if any(size < least or size & (size - 1) for size, least in ((rows, 1), (block_size, 16), (num_warps, 1))):
+        raise ValueError(
+            f"rows, block_size and num_warps are powers of 2, block_size at least 16; got {rows}, {block_size}, "
+            f"{num_warps}"
+        )
     out = x.new_empty(1, outs)
     _matvec_kernel[(triton.cdiv(outs, rows),)](
         x,
@@ -71,7 +75,7 @@ def matvec(
         NORM=norm is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
-        num_warps=num_warps or 4,
+        num_warps=num_warps,
     )
     return out
 
@@ -96,7 +100,7 @@ def matvec_plain(
 def sizes(outs: int, columns: int, gated: bool = False) -> tuple[int, int]:
     """Rows of the result, and columns, that one program has at a time: as many rows as leave enough programs."""
     most = 4 if gated else 8
-    rows = next((rows for rows in (8, 4, 2) if rows <= most and outs >= rows * PROGRAMS), 1)
+    rows = next((rows for rows in (8, 4, 2) if rows <= most and outs >= rows * ENOUGH_PROGRAMS), 1)
     block = 1024 if rows == 1 else 512
     return rows, min(block, max(16, triton.next_power_of_2(columns)))
 

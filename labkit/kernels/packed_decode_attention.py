@@ -44,7 +44,7 @@ except ImportError:  # macOS: the rest of labkit works without
 
 
 PROGRAMS = 6
-"""Programs per multiprocessor, two or three of which run at a time: while some compute, others' reads are on their way.
+"""Programs per multiprocessor, of which two or three run at a time: while some compute, others' reads are on their way.
 On an H100, for 16 rows of 32,768 tokens in 8 bits, 6 take 0.75 ms, 3 take 0.81, one takes 0.91."""
 
 
@@ -93,8 +93,9 @@ def packed_decode_attention(
     parts = split_sequence(k.num_tokens, num_splits, group, batch * num_kv_heads, q.device, PROGRAMS)
     room = make_parts(grouped, parts[0] + len(dense), q.dtype)
     turned = grouped if rotation is None else (grouped.float() @ rotation)
+    exact = rotation is None and k.quantizer.axis == "token"
     bounds = (first - start if start else first), ((end - start).clamp(max=k.num_tokens) if dense else end)
-    launch(turned, k, v, *bounds, scale, room, parts, num_warps, num_stages)
+    launch(turned, k, v, *bounds, scale, room, parts, terms(q, exact), num_warps, num_stages)
     for part, (at, (keys, values)) in enumerate(dense, parts[0]):
         sizes = sizes_for(q.device, keys.dtype, head_dim)
         one = 1, keys.shape[2]
@@ -111,12 +112,13 @@ def launch(
     scale: float,
     room: tuple[Tensor, Tensor],
     parts: tuple[int, int],
+    precision: dict[str, int],
     num_warps: int | None,
     num_stages: int | None,
 ) -> None:
     """Write outputs and log-sum-exps of all packed tokens into the first `parts` of `room`.
 
-    q: `[batch, num_kv_heads, queries_per_kv, head_dim]`. parts: how many, and of how many tokens.
+    q: `[batch, num_kv_heads, queries_per_kv, head_dim]`. parts: how many, and of how many tokens. precision: `terms`.
     """
     batch, num_kv_heads, queries, head_dim = q.shape
     _packed_decode_kernel[(batch * num_kv_heads, parts[0])](
@@ -133,21 +135,23 @@ def launch(
         *q.stride(),
         **query_blocks(queries, head_dim),
         **format_of(k, v),
-        **terms(q, exact=k.quantizer.axis == "token"),
-        **how_to_run(q.device, k.quantizer, num_warps, num_stages),
+        **precision,
+        **how_to_run(k, num_warps, num_stages),
     )
 
 
-def how_to_run(
-    device: torch.device, quantizer: Quantizer, num_warps: int | None, num_stages: int | None
-) -> dict[str, int]:
-    """Warps of a program, tiles in flight, and how many registers a thread may have.
+def how_to_run(k: Packed, num_warps: int | None, num_stages: int | None) -> dict[str, int]:
+    """Warps of a program, stages, and how many registers a thread may have.
 
-    Measured on an H100 for 16 rows of 32,768 tokens: with 168, of which three programs fit, 4 bits take 0.55 ms instead
-    of 0.57; 8 bits, which then keep numbers in local memory, 1.05 instead of 0.75.
+    A stage more is a tile of keys and of values in shared memory, of which small GPUs have 99 KB for a program. On an
+    H100, for 16 rows of 32,768 tokens with heads of 128: with 168 registers, of which three programs fit, 4 bits take
+    0.55 ms instead of 0.57; 8 bits, which then keep numbers in local memory, 1.05 instead of 0.75.
     """
-    sizes = {"num_warps": 4 if num_warps is None else num_warps, "num_stages": 3 if num_stages is None else num_stages}
-    few = capability(device) >= (8, 0) and sizes["num_warps"] == 4 and quantizer.nbits in (4, 2)
+    tile = 2 * k.rows.shape[3] * k.rows.shape[4]
+    stages = min(3, 1 + 48 * 1024 // tile) if num_stages is None else num_stages
+    few = capability(k.rows.device) >= (8, 0) and num_warps in (None, 4)
+    few = few and k.quantizer.nbits in (4, 2) and k.rows.shape[3] <= 128
+    sizes = {"num_warps": 4 if num_warps is None else num_warps, "num_stages": stages}
     return sizes | ({"maxnreg": 168} if few else {})
 
 
@@ -192,14 +196,14 @@ def unpack_assembly(quantizer: Quantizer) -> str:
 
     Codes half a word apart stand in the halves of a register after one shift. Under the exponent of 128, whose last
     digit is worth 1, a code is 128 more than itself: one subtraction gives it. The eighth bit of a code has no place
-    there: times 0x86 it is the number 128 by itself.
+    there: times 0x86 it is the number 128 by itself. Symmetric codes have no zero point, so that their rows are no
+    whole words: they are taken apart one by one.
     """
     if not isinstance(quantizer.nbits, int) or word_bytes(quantizer) < 4:
         return ""
     nbits, count = quantizer.nbits, 32 // quantizer.nbits
     kept = 2 ** min(nbits, 7) - 1
-    less = 0xC380 if quantizer.middle == 128 else 0xC300 + quantizer.middle  # -256, or 128 and the middle less
-    one, mask, base, minus = (f"0x{half:04X}{half:04X}" for half in (0x3F80, kept, 0x4300, less))
+    one, mask, base, minus = (f"0x{half:04X}{half:04X}" for half in (0x3F80, kept, 0x4300, 0xC300))
     lines = [".reg .b32 word, low, high, one, minus;", f"mov.b32 one, {one};", f"mov.b32 minus, {minus};"]
     for code in range(count // 2):
         lines.append(f"shr.u32 word, ${count}, {code * nbits};")

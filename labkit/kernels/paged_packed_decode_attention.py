@@ -106,7 +106,7 @@ def paged_packed_decode_attention(
         **format_of(k, v),
         **terms(q, exact=k.quantizer.axis == "token"),
         **{name: how for name, how in how_to_multiply(q.device, q.dtype).items() if name != "SHIFT"},
-        **how_to_run(q.device, k.quantizer, num_warps, num_stages),
+        **how_to_run(k, num_warps, num_stages),
     )
     return merged(*room, q.dtype).view(batch, num_heads, 1, head_dim)
 

@@ -80,7 +80,7 @@ if triton is not None:
         token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         row, place = (token // new_tokens)[:, None], (token % new_tokens)[:, None]
         number = tl.arange(0, BLOCK)[None, :]
-        head, dim = number // HEAD_DIM, number % HEAD_DIM
+        head, dim = (number // HEAD_DIM).to(tl.int64), number % HEAD_DIM
         here = (token < tokens)[:, None] & (number < NUMBERS)
         slot = tl.load(slots_ptr + token, mask=token < tokens, other=0).to(tl.int64)
         to = slot[:, None] * NUMBERS + number

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit import kernels
-from labkit.kernels.split import DTYPES, check_can_run
+from labkit.kernels.split import DTYPES, check_can_run, is_interpreted
 from labkit.quantization import Packed, Quantizer
 
 try:
@@ -74,7 +74,7 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
             LEVELS=(quantizer.code_bytes // words.element_size()).bit_length() - 1,
             HALF=quantizer.metadata == torch.float16,
             # A scale in float16 is far from where a reciprocal or a remainder would leave float32's range.
-            BY_RECIPROCAL=x.is_cuda and quantizer.metadata == torch.float16,
+            BY_RECIPROCAL=not is_interpreted() and quantizer.metadata == torch.float16,
             num_warps=warps,
         )
     return Packed(quantizer, rows, overflow)

@@ -21,7 +21,7 @@ except ImportError:  # macOS: the rest of labkit works without
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_PART = 64
-"""Tokens that a part has at least: its output is written and read again, 2 KB of float32 for four heads of 128."""
+"""Tokens for which a part is worth it: its output is written and read again, 2 KB of float32 for four heads of 128."""
 LOG2_E = math.log2(math.e)
 
 
@@ -76,21 +76,25 @@ def split_sequence(
     """How many parts there are, and how many tokens each has, in whole blocks; None for as many as `default_splits`.
 
     pairs: rows times KV heads, each of which is split so. programs: how many there shall be per multiprocessor.
+    Raises ValueError for a number of parts that cannot be.
     """
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits is a number of parts, at least 1; got {num_splits}")
     num_splits = (
         default_splits(kv_len, pairs, device, programs) if num_splits is None else max(1, min(num_splits, kv_len))
     )
     split_len = triton.cdiv(triton.cdiv(kv_len, num_splits), block_size) * block_size
+    split_len = max(split_len, block_size)  # of no tokens there is no part
     return triton.cdiv(kv_len, split_len), split_len
 
 
 def default_splits(kv_len: int, pairs: int, device: torch.device, programs: int = 1) -> int:
-    """Parts for `programs` per multiprocessor, all of which run at the same time, of at least 64 tokens each.
+    """Parts for `programs` per multiprocessor, of about 64 tokens each or more.
 
     One that reads K and V of 16 bits keeps enough blocks in flight to have a multiprocessor to itself: on an H100, for
     32,768 tokens of 8 KV heads of 128, 16 parts take 51 us, 33 take 53, 66 take 66.
     """
-    return max(1, min(programs * multiprocessors(device) // pairs, kv_len // LEAST_PART))
+    return max(1, min(programs * multiprocessors(device) // max(1, pairs), kv_len // LEAST_PART))
 
 
 @functools.cache
@@ -101,8 +105,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) for everything else, the interpreter's CPU and other makers' GPUs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 0)
+    """NVIDIA's compute capability; (0, 0) for other GPUs, for CPUs, and wherever the interpreter runs."""
+    if device.type != "cuda" or not torch.version.cuda or is_interpreted():
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def how_to_multiply(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from labkit.cache import Cache, OutOfBlocks, PagedCache, Pages
 from labkit.engine import Allocator, BlockManager, Engine, Request
+from labkit.engine.engine import WithoutPlans
 from tests.engine import tiny
 
 
@@ -628,3 +629,15 @@ class Served(RuleBasedStateMachine):
 
 TestServed = Served.TestCase
 TestServed.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_attention_that_plans_each_length_is_off_during_a_pass_on_a_gpu_and_comes_back_when_the_last_is_done():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    outer, inner = WithoutPlans(torch.device("cuda")), WithoutPlans(torch.device("cuda"))
+    with outer:
+        with inner:
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with WithoutPlans(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before

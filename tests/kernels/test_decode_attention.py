@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from labkit import kernels
 from labkit.attention import PLAIN, Constants, Visibility, attention
 from labkit.kernels import split
-from labkit.kernels.decode_attention import decode_attention
+from labkit.kernels.decode_attention import decode_attention, decode_between
 from labkit.kernels.split import merge
 from tests.attending import how
 from tests.bounds import attention_bound
@@ -176,7 +176,7 @@ def test_many_parts_are_merged_as_by_their_twin(dtype):
 CALL = """
 import torch
 from labkit.kernels import split
-from labkit.kernels.decode_attention import decode_attention
+from labkit.kernels.decode_attention import decode_attention, decode_between
 x = torch.zeros(1, 1, 1, 16)
 try:
     decode_attention(x, x, x)
@@ -216,6 +216,24 @@ class TestErrors:
     def test_a_soft_cap(self):
         with pytest.raises(ValueError, match="the kernel has no soft cap"):
             decode_attention(*self.arguments(), Constants(soft_cap=3.0))
+
+    @needs_triton
+    def test_bounds_that_are_no_bounds_of_these_rows(self):
+        q, k, v = self.arguments()
+        good = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        for bad in (good[:1], good.long()):
+            with pytest.raises(ValueError, match=r"first and end are int32 \[2\]"):
+                decode_between(q, k, v, good, bad)
+
+    @needs_triton
+    def test_a_number_of_parts_that_cannot_be(self):
+        with pytest.raises(ValueError, match="at least 1; got -3"):
+            decode_attention(*self.arguments(), num_splits=-3)
+
+    @needs_triton
+    def test_no_rows_give_no_answers(self):
+        q, k, v = self.arguments()
+        assert decode_attention(q[:0], k[:0], v[:0]).shape == (0, 6, 1, 16)
 
     @pytest.mark.parametrize("block_size", [8, 24])
     def test_a_block_size_that_is_no_power_of_two_or_too_small(self, block_size):

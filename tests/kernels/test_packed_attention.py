@@ -120,22 +120,60 @@ def test_any_structure(data):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+def as_ptx_does(text, word):
+    """The bfloat16 numbers that `unpack_assembly` makes of a 32-bit word, its instructions done here one by one."""
+    values, outputs = {}, {}
+
+    def number(name):
+        return int(name, 16) if name.startswith("0x") else word if name.startswith("$") else values[name]
+
+    def halves(register):
+        return torch.tensor([register & 0xFFFF, register >> 16], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+    for line in (part.strip(" {}") for part in text.replace("mov.b32 {", "split {").split(";")):
+        operation, _, rest = line.partition(" ")
+        names = [name.strip(" {}") for name in rest.split(",")]
+        if operation in ("", ".reg"):
+            continue
+        if operation == "split":  # mov.b32 {low, high}, register
+            for name, half in zip(names, halves(number(names[2])), strict=False):
+                outputs[int(name[1:])] = half.item()
+            continue
+        a, *more = (number(name) if not name.isdigit() else int(name) for name in names[1:])
+        if operation == "mov.b32":
+            done = a
+        elif operation == "shr.u32":
+            done = a >> more[0]
+        elif operation == "lop3.b32":
+            assert names[4] == "0xEA"  # (a & b) | c
+            done = (a & more[0]) | more[1]
+        elif operation == "and.b32":
+            done = a & more[0]
+        elif operation == "mul.lo.u32":
+            done = a * more[0] & 0xFFFFFFFF
+        elif operation == "fma.rn.bf16x2":
+            exact = halves(a).double() * halves(more[0]).double() + halves(more[1]).double()
+            low, high = (exact.bfloat16().view(torch.int16).int() & 0xFFFF).tolist()
+            done = high << 16 | low
+        else:
+            raise AssertionError(f"an instruction that is not known here: {line}")
+        values[names[0]] = done
+    return [outputs[place] for place in range(len(outputs))]
+
+
 @pytest.mark.parametrize("nbits", [8, 4, 2])
-def test_codes_become_bfloat16_two_at_a_time_exactly(nbits, symmetric):
-    """The assembly's arithmetic, every code there is, done here on 16-bit halves as it does it in registers."""
-    quantizer = Quantizer(nbits, 64, symmetric=symmetric)
-    text = kernel.unpack_assembly(quantizer)
-    if symmetric:
-        assert text == ""  # its rows are no 32-bit words
-        return
-    assert text.count("mov.b32 {") == 16 // nbits
-    code = torch.arange(2**nbits, dtype=torch.int32)
-    low = ((code & min(2**nbits - 1, 0x7F)) | 0x4300).to(torch.int16).view(torch.bfloat16)
-    high = ((code & 0x80) * 0x86).to(torch.int16).view(torch.bfloat16) - 128
-    assert torch.equal((low + high).int(), code)  # exact
-    assert "0x43004300" in text
-    assert "0xC300C300" in text
+def test_codes_become_bfloat16_two_at_a_time_exactly(nbits):
+    text = kernel.unpack_assembly(Quantizer(nbits, 64))
+    generator = torch.Generator().manual_seed(0)
+    words = [0, 0xFFFFFFFF, *torch.randint(2**32, (300,), generator=generator).tolist()]
+    for word in words:
+        codes = [word >> shift & (2**nbits - 1) for shift in range(0, 32, nbits)]
+        assert as_ptx_does(text, word) == codes  # exact
+
+
+@pytest.mark.parametrize("nbits", [8, 4, 2])
+def test_symmetric_codes_are_taken_apart_one_by_one_since_their_rows_are_no_words(nbits):
+    assert kernel.unpack_assembly(Quantizer(nbits, 64, symmetric=True)) == ""
 
 
 @needs_triton
