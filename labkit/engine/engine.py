@@ -37,8 +37,10 @@ Pick = tuple[int | None, torch.Generator] | None
 
 
 class WithoutPlans:
-    """PyTorch's attention on a GPU without cuDNN's, which builds a plan for each length of a chunk that it has not seen:
-    70 ms on an H100. What else is enabled stays so. The switch is the process's: the last one out turns it back."""
+    """PyTorch's attention on a GPU without cuDNN's, which builds a plan for each new length of a chunk: 70 ms on an H100.
+
+    What else is enabled stays so. The switch is the process's: the last one out turns it back.
+    """
 
     lock, inside, was = threading.Lock(), 0, False
 
