@@ -37,7 +37,7 @@ Pick = tuple[int | None, torch.Generator] | None
 
 
 class WithoutPlans:
-    """PyTorch's attention on a GPU without cuDNN's, which builds a plan for each new length of a chunk: 70 ms on an H100.
+    """PyTorch's attention on a GPU without cuDNN's, which plans each new length of a chunk: 70 ms on an H100.
 
     What else is enabled stays so. The switch is the process's: the last one out turns it back.
     """
