@@ -16,8 +16,31 @@ from labkit.labs.lab06.references import BlockAllocator
 
 NAMES = ("num_free", "ref_count", "take", "hold", "drop")
 MANY, FEW = 200_000, 64  # blocks, to compare what one operation costs
+MANY_HELD, FEW_HELD = 1_000, 50  # blocks, to count what one operation looks at when nearly all are held
 SLOWER = 25  # times: above what memory that is far away costs, below a walk through all blocks
 NOISE = 15e-6  # seconds
+
+
+class Counted(int):
+    """A block's number that counts how often any of them is compared or hashed: once for each place that a search of a
+    list, a set or a count comes past. No clock is asked."""
+
+    looks: ClassVar[int] = 0
+
+
+def counting(name: str) -> Callable[..., Any]:
+    """A method of `int` that counts."""
+    plain = getattr(int, name)
+
+    def method(self: Counted, *others: Any) -> Any:
+        Counted.looks += 1
+        return plain(self, *others)
+
+    return method
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "hash", "add", "radd", "sub", "rsub"):
+    setattr(Counted, f"__{_name}__", counting(f"__{_name}__"))
 
 
 @dataclass
@@ -267,6 +290,7 @@ class Allocate(Exercise):
         except NotYet as not_yet:
             self.alone(answer, not_yet)
             raise
+        self.count(answer)
         self.time(answer)
 
     def check_isolation(self, answer: Callable) -> None:
@@ -354,6 +378,45 @@ class Allocate(Exercise):
             cause="something is kept on the class, in a default argument or in a global, not on the instance",
             look="__init__: everything that an allocator keeps belongs on self",
         )  # fmt: skip
+
+    def count(self, answer: Callable) -> None:
+        """With nearly all blocks held, by two each: how many numbers each operation looks at."""
+        few, many = (self.looks(answer, num_blocks) for num_blocks in (FEW_HELD, MANY_HELD))
+        name = max(many, key=lambda one: many[one] - 4 * few[one])
+        if many[name] > 4 * few[name] + 64:
+            self.fail(
+                "not-constant",
+                seen=f"{name} looks at {many[name]:,} blocks' numbers where nearly all of {MANY_HELD:,} are held, "
+                f"and at {few[name]} of {FEW_HELD}",
+                cause="it goes through all that are held: `in`, count() or remove() of a list, a set made of one",
+                look=f"{name}: what does it go through? ref_count is one number for each block",
+            )
+
+    def looks(self, answer: Callable, num_blocks: int) -> dict[str, int]:
+        """Of each operation, the least of several calls: what one of them puts in order for others is theirs, too."""
+        allocator = self.run(lambda: answer(num_blocks))
+        taken = [self.run(allocator.take) for _ in range(num_blocks - 8)]
+        for block in taken:
+            self.run(partial(allocator.hold, Counted(block)))
+        found: dict[str, int] = {}
+
+        def counted(name: str, calls: list[Callable[[], Any]]) -> None:
+            for call in calls:
+                before = Counted.looks
+                self.run(call)
+                found[name] = min(found.get(name, 10**9), Counted.looks - before)
+
+        middle = [Counted(block) for block in taken[len(taken) // 2 :][:4]]
+        counted("num_free", [lambda: allocator.num_free] * 4)
+        counted("ref_count()", [partial(allocator.ref_count, block) for block in middle])
+        counted("hold()", [partial(allocator.hold, block) for block in middle])
+        counted("drop()", [partial(allocator.drop, block) for block in middle])
+        for block in middle:
+            self.run(partial(allocator.drop, block))
+        counted("the last drop()", [partial(allocator.drop, block) for block in middle])
+        counted("hold() of a free block", [partial(allocator.hold, block) for block in middle])
+        counted("take()", [allocator.take] * 4)
+        return found
 
     def time(self, answer: Callable) -> None:
         """Every operation takes as long with many blocks as with few."""

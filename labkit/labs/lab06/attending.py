@@ -12,7 +12,7 @@ from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import LOOSE, agree, draw
-from labkit.course.checks.trials import Case, compare
+from labkit.course.checks.trials import LAYOUTS, Case, Judge, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab06.references import paged_attention
 
@@ -162,7 +162,12 @@ class PagedAttention(Exercise):
         def once(*case: Any) -> list[Suspect]:
             return known.setdefault(id(case[0]), suspects(*case))
 
-        compare(type(self), answer, paged_attention, cases, suspects=once, what="the output")
+        compare(type(self), answer, paged_attention, cases, suspects=once, what="the output", layouts=False)
+        for change, words in LAYOUTS:  # the memory of all rows is one piece: `view` of it is right
+            for case in cases[:2]:
+                q, keys, values, table, lengths = case.args
+                varied = Case((change(q), keys, values, change(table), change(lengths)), f"{words} (not K and V)")
+                Judge(type(self), answer, paged_attention, once, "the output", False, ()).call(varied, "layout")
         self.check_stale(answer)
         self.check_work(answer)
 

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.trials import sliced, transposed
 from labkit.course.exercise import Exercise
-from labkit.labs.lab06.parts import part, shown
+from labkit.labs.lab06.parts import judge_parts
 from labkit.labs.lab06.references import finish, first_chunk, set_row
 
 
@@ -206,8 +205,17 @@ REUSED = (
             "the most that may be reused: something below prompt_tokens"),
     Suspect("not-whole-blocks", whole_minus_one,
             "all but the last token are reused: its K and V would be written into a block that others read", WHOLE),
-    Suspect("always-a-block-less", one_block_less, "a block is given up though tokens are left to run without it",
-            "only where found_tokens is prompt_tokens"),
+    Suspect("not-whole-blocks", [lambda prompt, found, size, budget: max(found - 1, 0),
+                                 lambda prompt, found, size, budget: found - 1],
+            "one token less is reused than was found: its K and V would be written into a block that others read",
+            WHOLE),
+    Suspect("always-a-block-less", [one_block_less, lambda prompt, found, size, budget: found - size],
+            "a block is given up though tokens are left to run without it", "only where found_tokens is prompt_tokens"),
+    Suspect("blocks-counted", [lambda prompt, found, size, budget: right(prompt, found, size, budget) // size,
+                               lambda prompt, found, size, budget: min(found, (prompt - 1) // size),
+                               lambda prompt, found, size, budget: max(found - 1, 0) // size,
+                               lambda prompt, found, size, budget: (found - 1) // size],
+            "blocks were counted where tokens are asked for", "the last factor: a block has block_size tokens"),
     Suspect("reuses-nothing", lambda prompt, found, size, budget: 0 if found == prompt else found,
             "where the whole prompt is found, nothing is reused: all blocks but the last could be",
             "how many whole blocks end before the last token"),
@@ -233,6 +241,8 @@ RUN = (
                 prompt, found, size, budget)),
             "the budget was taken for the whole prompt: reused tokens are not run, and cost none of it",
             "min(prompt_tokens - reused, budget)"),
+    Suspect("reused-run-again", lambda prompt, found, size, budget: min(prompt, budget),
+            "the whole prompt is run, what is reused too", "prompt_tokens - reused"),
     Suspect("at-least-one", after(whole_minus_one), "one token is run where its whole block is not reused",
             "prompt_tokens - reused"),
     Suspect("found-not-reused", after(lambda prompt, found, size, budget: found),
@@ -272,8 +282,6 @@ class FirstChunk(Exercise):
             (16, 16, 16, 5), (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1),
             (48, 48, 16, 512),
         ]  # fmt: skip
-        for place, suspects in enumerate((REUSED, RUN)):
-            judge(
-                type(self), part(type(self), answer, place, NAMES), part(type(self), first_chunk, place, NAMES), cases,
-                suspects, what=f"the number of tokens {NAMES[place]}", whole=True, show=shown(first_chunk),
-            )  # fmt: skip
+        judge_parts(
+            type(self), answer, first_chunk, cases, (REUSED, RUN), NAMES, lambda name: f"the number of tokens {name}"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.checks.tensors import agree, budget, first_place
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.attending import Arguments, batch
 from labkit.labs.lab06.launch import Memory, Stray, available, launch
 from labkit.labs.lab06.references import paged_attention, paged_decode
@@ -18,6 +18,7 @@ from labkit.labs.lab06.references import paged_attention, paged_decode
 Entry = Callable[[int, int, int, int], int]
 Here = Callable[[int, Tensor, int, int], Tensor]
 LOAD = "the load: table_ptr + row * blocks_per_row + which block of the row"
+WITH_LOAD = "`tl.load(...)` around the address gives the number that stands there"
 MASK = "the mask: the token in place p of this block stands at position start + p"
 
 
@@ -98,6 +99,7 @@ class PagedDecode(Exercise):
     hints_for: ClassVar = {
         "first-row": "Two rows, two tables: where does the second begin in memory?",
         "entry-not-divided": "start counts tokens. How many blocks come before token `start`?",
+        "address-for-block": "A pointer plus a number is a pointer. What reads the number that it points at?",
         "mask-by-place": "In the second block, place 0 is token BLOCK_SIZE.",
         "no-mask": "A row of 5 tokens in blocks of 4: which places of its second block hold tokens?",
     }
@@ -113,7 +115,8 @@ class PagedDecode(Exercise):
             batch([5, 6], 2, 2, 2, head_dim=16, padding=0, seed=4, dtype=torch.float32),
             batch([9, 19], 3, 1, 16, head_dim=4, padding=5, seed=8, dtype=torch.float32),
         ]
-        for case in cases:
+        self.look_for_blanks(answer, cases[0])
+        for case in cases[1:]:
             self.compare(answer, case)
         low = [x.abs() * size for x, size in zip(cases[1][:2], (1.0, -3e4), strict=True)]
         self.compare(answer, (*low, *cases[1][2:]), ", scores near -100,000")  # type: ignore[arg-type]
@@ -125,6 +128,18 @@ class PagedDecode(Exercise):
         stale = [x.masked_fill(empty[..., None, None], float("nan")) for x in (keys, values)]
         self.compare(answer, (q, stale[0], stale[1], table, lengths), ", NaN in slots that hold no token")
         self.compare(answer, tuple(x.bfloat16() if x.is_floating_point() else x for x in cases[0]))  # type: ignore[arg-type]
+
+    def look_for_blanks(self, answer: Callable, case: Arguments) -> None:
+        """A line that is still `...`."""
+        try:
+            self.compare(answer, case)
+        except NotYet as not_yet:
+            said = not_yet.finding.seen
+            if not_yet.finding.diagnosis != "raised" or "ellipsis" not in said:
+                raise
+            name, look = ("block", LOAD) if "attribute 'to'" in said else ("here", MASK)
+            self.fail("left-open", seen=f"`{name}` is still `...`", cause="a line that is yours has no code yet",
+                      look=look)  # fmt: skip
 
     def compare(self, answer: Callable, case: Arguments, words: str = "") -> None:
         """One launch beside attention over gathered K and V."""
@@ -152,6 +167,8 @@ class PagedDecode(Exercise):
             *(Suspect(name, twin(case, at=at), cause, LOAD) for name, at, cause in OTHER_ENTRIES),
             Suspect("no-table", twin(case, at=lambda row, start, wide, size: start // size, table=False),
                     "blocks 0, 1, ... were read: the table was not asked", LOAD),
+            Suspect("no-table", twin(case, table=False),
+                    "the number of the table's entry was taken for the block that stands there", WITH_LOAD),
             *(Suspect(name, twin(case, mask=mask), cause, MASK) for name, mask, cause in OTHER_MASKS),
         ]  # fmt: skip
         seen = f"{told}: {first_place(got, exact, tolerance)}"
@@ -167,6 +184,12 @@ class PagedDecode(Exercise):
     def explain_stray(self, stray: Stray, memory: Memory, case: Arguments, told: str) -> None:
         """Something was read that is nobody's: which other entry explains it, and all entries read before?"""
         q, keys, _, table, lengths = case
+        if not memory.reads.get("table") and "of table" not in str(stray) and stray.count > 1:  # K or V, not the table
+            address = "far from" in str(stray)
+            self.fail("address-for-block" if address else "no-table",
+                      seen=f"{told}: {stray}; nothing was read from the table before",
+                      cause="`block` is an address in the table, not the number that stands there" if address else
+                      "`block` is computed, not read from the table", look=WITH_LOAD)  # fmt: skip
         read = [int(number) for part in memory.reads.get("table", ()) for number in part.ravel()]
         size, wide, entries = keys.shape[1], table.shape[1], table.flatten().tolist()
         for name, at, cause in OTHER_ENTRIES:

@@ -29,7 +29,11 @@ MARGIN = 2**20  # bytes around each tensor that belong to no other: what is read
 
 
 class Stray(IndexError):
-    """A kernel read or wrote where none of its tensors is."""
+    """A kernel read or wrote where none of its tensors is. count: addresses of that load or store."""
+
+    def __init__(self, said: str, count: int = 0) -> None:
+        super().__init__(said)
+        self.count = count
 
 
 @dataclass
@@ -48,11 +52,11 @@ class Memory:
             return
         verb, name = "written" if write else "read", self.nearest(int(np.median(wanted)))
         if not name:
-            raise Stray(f"an address was {verb} that is far from every tensor")
+            raise Stray(f"an address was {verb} that is far from every tensor", wanted.size)
         held, index = self.tensors[name].numel(), (wanted - self.span(name)[0]) // self.tensors[name].element_size()
         if (index < 0).any() or (index >= held).any():
             worst = index[(index < 0) | (index >= held)][0]
-            raise Stray(f"number {worst} of {name} was {verb}, which has {held}")
+            raise Stray(f"number {worst} of {name} was {verb}, which has {held}", wanted.size)
         if write and name != OUT:
             raise Stray(f"{name} was written, not {OUT}")
         self.reads.setdefault(name, []).append(index)

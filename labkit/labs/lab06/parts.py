@@ -1,4 +1,4 @@
-"""Answers that are several numbers: each of them is judged like one."""
+"""Answers that are several numbers: each of them is judged like one, and named where a finding is about it alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from labkit.course.exercise import Exercise
+from labkit.course.checks.numbers import judge
+from labkit.course.checks.suspects import Suspect
+from labkit.course.exercise import Exercise, NotYet
 
 
 def part(exercise: type[Exercise], function: Callable, place: int, names: Sequence[str]) -> Callable:
@@ -26,6 +28,34 @@ def part(exercise: type[Exercise], function: Callable, place: int, names: Sequen
 
     one.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return one
+
+
+def judge_parts(
+    exercise: type[Exercise],
+    answer: Callable,
+    reference: Callable,
+    cases: Sequence[tuple],
+    suspects: Sequence[Sequence[Suspect]],
+    names: Sequence[str],
+    what: Callable[[str], str],
+) -> None:
+    """Pass when every number that `answer` returns is the reference's, a count. suspects: of each number. what: a
+    number in words, made of its name."""
+    for place, name in enumerate(names):
+        own, right = (part(exercise, function, place, names) for function in (answer, reference))
+        told = what(name)
+        try:
+            judge(exercise, own, right, cases, suspects[place], what=told, whole=True, show=shown(reference))
+        except NotYet as not_yet:
+            found = not_yet.finding
+            if found.diagnosis != "ignored":
+                raise
+            exercise.fail(
+                "ignored",
+                seen=found.seen.replace("the result is", f"{told} is", 1),
+                cause=found.cause.replace("the formula", "the formula of this one number", 1),
+                look=found.look,
+            )
 
 
 def shown(function: Callable) -> Callable[..., str]:

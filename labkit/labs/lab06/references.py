@@ -33,7 +33,8 @@ def slots_of(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
 
     block_table: int32 [rows, blocks], each row's blocks in order of its tokens, padded with -1.
     positions: int64 [rows, new_tokens], of tokens that their row has a block for. A slot is block * block_size + the
-    place within the block; there may be more slots than int32 can count.
+    place within the block; there may be more slots than int32 can count. As many operations for many rows and tokens
+    as for one.
     """
     blocks = block_table.gather(1, positions // block_size).long()
     return blocks * block_size + positions % block_size

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise
@@ -46,6 +48,7 @@ class Slots(Exercise):
     hints_for: ClassVar = {
         "rows-picked": "One index on a matrix picks whole rows. gather(1, index) picks within each row.",
         "overflow": "int32 ends at 2,147,483,647. Which two numbers are multiplied, and in which dtype?",
+        "loops": "gather(1, index) takes an index for all rows and tokens; * and + work on all of them, too.",
         "first-row": "Every row of a batch has a table of its own.",
     }
 
@@ -63,6 +66,23 @@ class Slots(Exercise):
             Case(tables(2, 3, 32, 4, most=2**27, seed=5), "slots beyond int32"),
         ]
         compare(type(self), answer, slots_of, cases, suspects=suspects, what="the slots", exact=True)
+        self.check_work(answer)
+
+    def check_work(self, answer: Callable) -> None:
+        """As many operations for many rows and tokens as for few."""
+        sizes = ((2, 3), (20, 3), (2, 30))
+        given = [tables(rows, 4, 8, new, seed=7) for rows, new in sizes]
+        efforts = [effort_of(partial(self.run, partial(answer, *case))) for case in given]
+        check_stays(type(self), efforts[1])
+        for what, (rows, new), effort in zip(("row", "token"), sizes[1:], efforts[1:], strict=True):
+            if effort.calls > efforts[0].calls:
+                self.fail(
+                    "loops",
+                    seen=f"{effort.calls} operations for {rows} rows of {new} tokens, {efforts[0].calls} for "
+                    f"{sizes[0][0]} rows of {sizes[0][1]}",
+                    cause=f"a loop goes through the {what}s; on a GPU each operation has to be launched, in every step",
+                    look="all rows at once: gather(1, ...), or an index for both dimensions",
+                )
 
 
 def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Suspect]:

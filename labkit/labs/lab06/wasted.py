@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
-from labkit.course.exercise import Exercise
-from labkit.labs.lab06.parts import part, shown
+from labkit.course.exercise import Exercise, NotYet
+from labkit.labs.lab06.parts import judge_parts
 from labkit.labs.lab06.references import waste
 
 NAMES = ("reserved", "never filled", "empty in blocks")
@@ -121,8 +121,22 @@ class Waste(Exercise):
             (held, final, 1000, 7),
             ([], [], 50, 8),
         ]
-        for place, name in enumerate(NAMES):
-            judge(
-                type(self), part(type(self), answer, place, NAMES), part(type(self), waste, place, NAMES), cases,
-                suspects(place), what=f"the number of slots, {name},", whole=True, show=shown(waste),
-            )  # fmt: skip
+        named = [suspects(place) for place in range(len(NAMES))]
+        try:
+            judge_parts(type(self), answer, waste, cases, named, NAMES, lambda name: f"the number of slots, {name},")
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis == "not-whole":
+                self.explain_empty(answer, cases)
+            raise
+
+    def explain_empty(self, answer: Callable, cases: list[tuple]) -> None:
+        """Whole numbers for requests, and floats only where there is none."""
+        floats = [case for case in cases if not all(isinstance(x, numbers.Integral) for x in answer(*case))]
+        if floats and not any(held for held, *_ in floats):
+            self.fail(
+                "float-when-empty",
+                seen=f"with no request, {answer(*floats[0])!r} came back; with requests, whole numbers",
+                cause="an empty list does not say that its numbers would be whole: a tensor or an array made of it "
+                "holds floats",
+                look="where the lists are turned into a tensor or an array: dtype=torch.int64, say, or sum() of a list",
+            )

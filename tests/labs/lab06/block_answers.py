@@ -124,6 +124,70 @@ class ADeque(AList):
         return not self.holders[block]
 
 
+class HoldersInAList(BlockAllocator):
+    """A block stands there once for each who holds it."""
+
+    def __init__(self, num_blocks):
+        self.free, self.held = dict.fromkeys(range(num_blocks)), []
+
+    def ref_count(self, block):
+        return self.held.count(block)
+
+    def take(self):
+        if not self.free:
+            raise OutOfBlocks
+        block = next(iter(self.free))
+        del self.free[block]
+        self.held.append(block)
+        return block
+
+    def hold(self, block):
+        self.free.pop(block, None)
+        self.held.append(block)
+
+    def drop(self, block, *, keep=False):
+        if block not in self.held:
+            raise ValueError
+        self.held.remove(block)
+        if block in self.held:
+            return False
+        self.free = {**self.free, block: None} if keep else {block: None, **self.free}
+        return True
+
+
+class HoldersSearched(BlockAllocator):
+    """Counts as they should be; what is held is also kept in a list, and looked up there."""
+
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.held = []
+
+    def take(self):
+        self.held.append(super().take())
+        return self.held[-1]
+
+    def hold(self, block):
+        super().hold(block)
+        self.held.append(block)
+
+    def drop(self, block, *, keep=False):
+        freed = super().drop(block, keep=keep)
+        self.held.remove(block)
+        return freed
+
+
+class FreeIsTheRest(HoldersSearched):
+    """num_free from the different blocks that are held."""
+
+    num_free = property(lambda self: len(self.holders) - len(set(self.held)))
+
+    def drop(self, block, *, keep=False):
+        freed = BlockAllocator.drop(self, block, keep=keep)
+        self.held[self.held.index(block)] = self.held[-1]
+        self.held.pop()
+        return freed
+
+
 class CountsAll(BlockAllocator):
     @property
     def num_free(self):
@@ -677,6 +741,9 @@ WRONG = [
     Wrong("06.3", "not-constant", "list.pop(0) and list.remove", AList, "nano-vllm's free list"),
     Wrong("06.3", "not-constant", "deque.remove", ADeque, "nano-vllm's free list"),
     Wrong("06.3", "not-constant", "num_free counts every block", CountsAll),
+    Wrong("06.3", "not-constant", "a list of holders", HoldersInAList),
+    Wrong("06.3", "not-constant", "a search through what is held", HoldersSearched),
+    Wrong("06.3", "not-constant", "a set of what is held", FreeIsTheRest),
     Wrong("06.3", "num-free-counts-holders", "holders are subtracted, not blocks", CountsHolders),
     Wrong("06.3", "shared", "a list on the class", OnTheClass),
     Wrong("06.3", "shared", "a dict on the class", ClassFree),

@@ -125,6 +125,24 @@ def online(q, keys, values, block_table, lengths):
     return out
 
 
+def by_view(q, keys, values, block_table, lengths):
+    """All slots in one dimension, as a view: the memory is one piece."""
+    flat_k, flat_v = (x.view(-1, *x.shape[2:]) for x in (keys, values))
+    out = []
+    for row, length in enumerate(lengths.tolist()):
+        slots = slots_of(block_table[[row]], torch.arange(length)[None], keys.shape[1])[0]
+        k, v = flat_k[slots].transpose(0, 1), flat_v[slots].transpose(0, 1)
+        grouped = q[row].reshape(len(k), -1, q.shape[2])
+        weights = torch.softmax(grouped @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=-1)
+        out.append((weights @ v).flatten(0, 1))
+    return torch.stack(out)
+
+
+def queries_by_view(q, keys, values, block_table, lengths):
+    """The same of q, whose rows may lie anywhere."""
+    return paged_attention(q.view(-1).view(q.shape), keys, values, block_table, lengths)
+
+
 def in_float32(q, keys, values, block_table, lengths):
     return paged_attention(q.float(), keys.float(), values.float(), block_table, lengths).to(q.dtype)
 
@@ -165,6 +183,15 @@ WRONG = [
     Wrong("06.5", "no-scale", "no scale", paged(scale=1.0)),
     Wrong("06.5", "no-softmax", "no softmax", paged(weigh=lambda scores: scores)),
     Wrong("06.5", "reads-everything", "scores with every slot there is", dense_memory),
+    Wrong("06.5", "layout", "q as a view", queries_by_view),
+    Wrong("06.8", "left-open", "block is open", kernel(block="block = ...")),
+    Wrong("06.8", "left-open", "here is open", kernel(here="here = ...")),
+    Wrong("06.8", "left-open", "both are open", kernel(block="block = ...", here="here = ...")),
+    Wrong("06.8", "address-for-block", "an address without a load",
+          kernel(block="block = table_ptr + row * blocks_per_row + start // BLOCK_SIZE")),
+    Wrong("06.8", "no-table", "the entry's number, without a load",
+          kernel(block="block = tl.full([1], row * blocks_per_row + start // BLOCK_SIZE, tl.int32)")),
+    Wrong("06.8", "stray", "a table far away", kernel(block=ENTRY.format("row * blocks_per_row + 10**9"))),
     Wrong("06.8", "no-table", "the table is not asked",
           kernel(block="block = tl.full([1], start // BLOCK_SIZE, tl.int32)")),
     Wrong("06.8", "first-row", "the first row's entries", kernel(block=ENTRY.format("start // BLOCK_SIZE"))),
@@ -195,6 +222,7 @@ RIGHT = [
     ("06.5", by_einsum),
     ("06.5", online),
     ("06.5", in_float32),
+    ("06.5", by_view),
     ("06.5", paged()),
     ("06.5", lambda q, keys, values, block_table, lengths: paged_attention(q, keys, values, block_table, lengths)),
     ("06.8", kernel()),

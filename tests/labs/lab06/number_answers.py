@@ -69,6 +69,16 @@ def waste_tokens(held, final, room, block_size):
     return (sum(final), *waste(held, final, room, block_size)[1:])
 
 
+def waste_torch(held, final, room, block_size):
+    now, end = torch.tensor(held), torch.tensor(final)
+    return (end - now).sum().item(), (room - end).sum().item(), (-now % block_size).sum().item()
+
+
+def waste_array(held, final, room, block_size):
+    now, end = np.array(held), np.array(final)
+    return (end - now).sum(), (room - end).sum(), (-now % block_size).sum()
+
+
 def waste_by_loop(held, final, room, block_size):
     reserved = never = empty = 0
     for now, end in zip(held, final, strict=True):
@@ -149,6 +159,15 @@ def slots_by_index(block_table, positions, block_size):
 def slots_all_slots(block_table, positions, block_size):
     every = block_table.long()[:, :, None] * block_size + torch.arange(block_size)
     return every.flatten(1).take_along_dim(positions, dim=1)
+
+
+def slots_by_tokens(block_table, positions, block_size):
+    slots = torch.empty_like(positions)
+    for token in range(positions.shape[1]):
+        at = positions[:, token]
+        blocks = block_table[torch.arange(len(at)), at // block_size].long()
+        slots[:, token] = blocks * block_size + at % block_size
+    return slots
 
 
 def slots_in_python(block_table, positions, block_size):
@@ -466,6 +485,29 @@ def chunk_no_budget(prompt_tokens, found_tokens, block_size, budget):
     return reused, prompt_tokens - reused
 
 
+def chunk_one_less(prompt_tokens, found_tokens, block_size, budget):
+    reused = max(found_tokens - 1, 0)
+    return reused, min(prompt_tokens - reused, budget)
+
+
+def chunk_blocks(prompt_tokens, found_tokens, block_size, budget):
+    reused = max(found_tokens - 1, 0) // block_size
+    return reused, min(prompt_tokens - reused, budget)
+
+
+def chunk_below_nothing(prompt_tokens, found_tokens, block_size, budget):
+    reused = found_tokens - block_size
+    return reused, min(prompt_tokens - reused, budget)
+
+
+def chunk_whole_prompt(prompt_tokens, found_tokens, block_size, budget):
+    return first_chunk(prompt_tokens, found_tokens, block_size, budget)[0], min(prompt_tokens, budget)
+
+
+def chunk_only_budget(prompt_tokens, found_tokens, block_size, budget):
+    return first_chunk(prompt_tokens, found_tokens, block_size, budget)[0], budget
+
+
 def chunk_only_run(prompt_tokens, found_tokens, block_size, budget):
     return first_chunk(prompt_tokens, found_tokens, block_size, budget)[1]
 
@@ -498,6 +540,8 @@ WRONG = [
     Wrong("06.1", "blocks-counted", "blocks, not slots", waste_blocks),
     Wrong("06.1", "slots-taken", "all slots of the blocks", waste_slots),
     Wrong("06.1", "not-whole", "floats", waste_floats),
+    Wrong("06.1", "float-when-empty", "a tensor of an empty list", waste_torch),
+    Wrong("06.1", "float-when-empty", "an array of an empty list", waste_array),
     Wrong("06.1", "not-a-tuple", "two of three", waste_two),
     Wrong("06.2", "rows-picked", "an index on rows", slots_rows),
     Wrong("06.2", "first-row", "the first row's table for all", slots_first),
@@ -510,6 +554,9 @@ WRONG = [
     Wrong("06.2", "values", "16 is written down", slots_16),
     Wrong("06.2", "overflow", "int32 slots", slots_int32),
     Wrong("06.2", "values", "a shift: sizes are powers of 2", slots_shift),
+    Wrong("06.2", "loops", "row by row", slots_by_rows),
+    Wrong("06.2", "left-pytorch", "token by token, in Python", slots_in_python),
+    Wrong("06.2", "loops", "token by token", slots_by_tokens),
     Wrong("06.7", "last-token-reused", "all blocks of a prompt", other(last=1), "nano-vllm#144"),
     Wrong("06.7", "not-compared", "the key is trusted", other(check="nothing"), "prefix caching anywhere"),
     Wrong("06.7", "salt-not-compared", "another tenant's block under the same key", other(check="tokens")),
@@ -560,16 +607,19 @@ WRONG = [
     Wrong("06.d3", "reuses-nothing", "a full hit counts for nothing", chunk_nothing),
     Wrong("06.d3", "at-least-one", "one token is run, its block reused as before", chunk_at_least_one),
     Wrong("06.d3", "budget-left-out", "no budget", chunk_no_budget),
+    Wrong("06.d3", "not-whole-blocks", "one token less than was found", chunk_one_less),
+    Wrong("06.d3", "blocks-counted", "blocks for tokens", chunk_blocks),
+    Wrong("06.d3", "always-a-block-less", "a block less than nothing", chunk_below_nothing),
+    Wrong("06.d3", "reused-run-again", "the whole prompt is run", chunk_whole_prompt),
+    Wrong("06.d3", "ignored", "as many as the budget allows, whatever is left", chunk_only_budget),
     Wrong("06.d3", "not-a-tuple", "only what is run", chunk_only_run),
 ]  # fmt: skip
 
 RIGHT = [
     ("06.1", waste_by_loop),
     ("06.1", waste_numpy),
-    ("06.2", slots_by_rows),
     ("06.2", slots_by_index),
     ("06.2", slots_all_slots),
-    ("06.2", slots_in_python),
     ("06.7", reuse_by_iterator),
     ("06.7", reuse_by_while),
     ("06.9", best_by_numpy),
