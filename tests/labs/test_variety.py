@@ -30,6 +30,8 @@ ONE_ONLY: dict[tuple[str, str], dict[str, str]] = {
     ("05.6", "scale"): {"lengths": "one for each channel"},
     ("05.6", "zero"): {"lengths": "one for each channel"},
     ("05.8", "tokens"): {"lengths": "one text"},
+    ("06.5", "keys"): {"layouts": "the memory of all rows is one piece, and may be viewed as slots"},
+    ("06.5", "values"): {"layouts": "the memory of all rows is one piece, and may be viewed as slots"},
 }
 
 
