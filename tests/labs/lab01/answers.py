@@ -11,6 +11,7 @@ from torch import Tensor
 
 from labkit.labs.lab01.references import apply_rope, attention_weights, causal_mask, leaky_attend, split_heads
 from tests.labs.answer import Wrong
+from tests.labs.lab01 import later_answers
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -735,7 +736,7 @@ MORE = [
     ),
 ]
 
-WRONG = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK, *MORE]
+WRONG = [*WEIGHTS, *MASK, *HEADS, *ROPE, *LAST, *LEAK, *MORE, *later_answers.WRONG]
 
 
 def softmax_in_float32(q, k):
