@@ -225,14 +225,18 @@ class DecodeStep(Exercise):
             place = prompt.start + index
             self.same(prompt.cache.appended[index][1], prompt.v[:, :, place : place + 1],
                       what=f"V of {prompt.told(index)}", tolerance=close(index))  # fmt: skip
-        wrong = [i for i in range(count) if not agree(prompt.outputs[i], prompt.output(i), close(i))]
+        self.check_outputs(prompt, close)
+        self.check_work(prompt)
+
+    def check_outputs(self, prompt: Prompt, close: Callable[[int], float]) -> None:
+        """What came out, in all steps. close: how far off it may be in a step."""
+        wrong = [i for i, got in enumerate(prompt.outputs) if not agree(got, prompt.output(i), close(i))]
         if wrong:
             for suspect in mistakes(prompt):
                 self.accuse(prompt, suspect, wrong)
             first = wrong[0]
             self.explain_values(prompt.outputs[first], prompt.output(first), tolerance=close(first),
                                 what=f"K and V are right; the output of {prompt.told(first)}")  # fmt: skip
-        self.check_work(prompt)
 
     def check_kinds(self, prompt: Prompt, count: int) -> None:
         """K and V may not change places, and V may not be turned."""
@@ -340,23 +344,22 @@ class DecodeStep(Exercise):
         layer = AttentionLayer(model, model.blocks[1].attention)
         prompt = Prompt(layer, hidden(model, 2, 3), 9)
         self.run_in_turn(answer, [prompt])
-        twin = tiny_model()
-        twin.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
-        exact = Prompt(AttentionLayer(twin, twin.blocks[1].attention), prompt.x.double(), 9)
-        exact.k, exact.v = prompt.k.double(), prompt.v.double()
-        self.judge(prompt, tolerance=lambda index: budget(prompt.output(index), exact.output(index)))
+        self.judge(prompt, tolerance=rounding(prompt, block=1))
 
     def check_copied(self, answer: Callable, dtype: torch.dtype) -> None:
-        """A step behind many tokens makes nothing as large as one head's K, but for a cast."""
+        """A step behind many tokens gives what is right, and makes nothing as large as one head's K, but for a cast."""
         held, model = 300, tiny_model(6, 2, 64).to(dtype)  # so that one head's K is larger than all scores
         layer = AttentionLayer(model, model.blocks[0].attention)
         for spare in (1, 9):
-            past = torch.randn(2, 2, 2, held, layer.head_dim, dtype=torch.float64).to(dtype)
-            x, cache = hidden(model, 2, 1), Room(past[0], past[1], spare)
+            prompt = Prompt(layer, hidden(model, 2, 1), held)
+            cache = Room(prompt.past[0], prompt.past[1], spare)
             when = f"behind {held} tokens, {str(dtype).removeprefix('torch.')}"
             with Making() as making:
-                effort = effort_of(partial(self.run, partial(answer, x, layer, cache)))
+                effort = effort_of(partial(self.run, partial(answer, prompt.x, layer, cache)))
             check_stays(type(self), effort)
+            prompt.outputs.append(effort.result)
+            self.like(effort.result, prompt.output(0), what=f"the output of {prompt.told(0)}")
+            self.check_outputs(prompt, rounding(prompt, block=0))
             check_copies(type(self), making, *cache.read(), when,
                          look="what is done to what was read: nothing need be. attention() takes fewer KV heads than "
                          "query heads")  # fmt: skip
@@ -366,6 +369,16 @@ def measured(step: Callable[[], Any], products: Products) -> Effort:
     """What a step makes, and how much it multiplies."""
     with products:
         return effort_of(step)
+
+
+def rounding(prompt: Prompt, *, block: int) -> Callable[[int], float]:
+    """How far off a step's output may be, from the same step in float64. block: the layer's place in its model."""
+    model = prompt.layer.model
+    twin = tiny_model(model.spec.num_heads, model.spec.num_kv_heads, model.spec.head_dim)
+    twin.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    exact = Prompt(AttentionLayer(twin, twin.blocks[block].attention), prompt.x.double(), prompt.start)
+    exact.k, exact.v = prompt.k.double(), prompt.v.double()
+    return lambda index: budget(prompt.output(index), exact.output(index))
 
 
 def hidden(model: Any, batch: int, tokens: int) -> Tensor:
@@ -396,6 +409,16 @@ def mistakes(prompt: Prompt) -> Iterator[Suspect]:
         q, k, v = operands(index)
         return layer.merge(attention(q, v, k))
 
+    def narrowed(dtype: torch.dtype, parts: str) -> Callable[[int], Tensor]:
+        def output(index: int) -> Tensor:
+            q, k, v = operands(index)
+            if parts == "q, K and V":
+                return layer.merge(attention(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype))
+            k, v = (x.to(dtype).to(x.dtype) if name in parts else x for name, x in (("K", k), ("V", v)))
+            return layer.merge(attention(q, k, v))
+
+        return output
+
     yield Suspect("newest-left-out", seeing(slice(None, -1)), "the cache was read before the append",
                   "the order: append, then read", "it does not depend on the new token's own K and V")  # fmt: skip
     yield Suspect("cache-unread", seeing(slice(-1, None)), "attention got the new k and v, not what the cache holds",
@@ -412,6 +435,12 @@ def mistakes(prompt: Prompt) -> Iterator[Suspect]:
                             "by one position more"), (lambda p: p - 1, "q was rotated by one less")):  # fmt: skip
         yield Suspect("query-position", turned(position), words, "layer.rotate(q, position): the same position as k's",
                       "its query stands at another position than its key")  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):
+        for parts in ("K and V", "K", "V", "q, K and V"):
+            name = str(dtype).removeprefix("torch.")
+            yield Suspect("precision", narrowed(dtype, parts), f"after read, {parts} went through {name}: what that "
+                          "rounds away is lost", "every dtype that is written down: attention takes what read() gives",
+                          f"it is what {parts} rounded to {name} give{'s' * (len(parts) == 1)}")  # fmt: skip
     for place, suspect in enumerate(attention_suspects(*operands(0), causal=False)):
 
         def gives(index: int, place: int = place) -> Any:

@@ -17,9 +17,12 @@ from labkit.course.checks.caches import (
     check_isolation,
     check_read_is_free,
     effort_of_append,
+    read_pair,
     run_script,
     same_numbers,
+    token_bytes,
 )
+from labkit.course.checks.effort import Effort, effort_of
 from labkit.course.checks.held import bytes_behind, tensors_behind
 from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.exercise import Exercise
@@ -49,6 +52,7 @@ class Growing(Exercise):
         "first-only": "torch.cat changes neither of its tensors: it returns a new one. Where does that go?",
         "nothing-stored": "At the first append there is nothing to join with. Then k and v are all that is held.",
         "read-copies": "Join when a token arrives, and keep the result. Then read has nothing left to do.",
+        "joined-in-read": "Join when a token arrives: what comes then, and not the next time somebody reads.",
         "new-before-old": "The order of the tensors in torch.cat is the order of the tokens.",
         "promoted": "The first append need not join anything: keep k and v as they come, in their own dtype.",
     }
@@ -95,9 +99,11 @@ class Growing(Exercise):
         ratios, moved = [], []
         for count in counts:
             effort = effort_of_append(type(self), beside, count, LAYOUTS[count == 1])
+            first_read = effort_of(lambda: read_pair(type(self), beside.cache))
             beside.compare()
             moved.append((beside.when, count, effort.touched / sum(x.nbytes for x in beside.want())))
             check_read_is_free(type(self), beside)
+            self.check_first_read(beside, first_read)
             ratios.append(bytes_behind(beside.cache) / sum(x.nbytes for x in beside.want()))
         if len(counts) > 2 and min(ratios[1:]) > 1.9:  # memory that grows in steps is full now and then
             self.fail(
@@ -107,6 +113,18 @@ class Growing(Exercise):
                 look="everything that append and read assign to self: K and V, once",
             )
         return moved
+
+    def check_first_read(self, beside: Beside, effort: Effort) -> None:
+        """The first read after an append moves nothing either."""
+        if effort.made >= token_bytes(beside):
+            self.fail(
+                "joined-in-read",
+                seen=f"{beside.when}: the first read() after it made {effort.made:,} bytes of new tensors; the next "
+                "made none",
+                cause="append keeps pieces, and the first read joins them: at every step one append is followed by one "
+                "read",
+                look="append: join there, and read() hands out what is stored",
+            )
 
     def check_moved(self, when: str, count: int, times: float) -> None:
         """An append reads what it joins and writes it once; zeroed memory is written once more."""

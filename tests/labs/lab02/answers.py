@@ -106,15 +106,6 @@ class ListOfParts:
         return torch.cat(self.ks, dim=2), torch.cat(self.vs, dim=2)
 
 
-class JoinsOnce(ListOfParts):
-    """Right: joins what has come since the last read."""
-
-    def read(self):
-        self.ks[:] = self.ks if len(self.ks) == 1 else [torch.cat(self.ks, dim=2)]
-        self.vs[:] = self.vs if len(self.vs) == 1 else [torch.cat(self.vs, dim=2)]
-        return self.ks[0], self.vs[0]
-
-
 class ValuesFromKeys(GrowingCache):
     def append(self, k, v):
         self.k, self.v = (k, v) if self.seq_len == 0 else (torch.cat((self.k, k), dim=2), torch.cat((self.v, k), dim=2))
@@ -1483,7 +1474,6 @@ WRONG = [
 ]  # fmt: skip
 
 RIGHT: list[tuple[str, Callable]] = [
-    ("02.1", JoinsOnce),
     ("02.1", OneTensor),
     ("02.2", step_by_einsum),
     ("02.3", plain_loop),

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from labkit.labs.lab02.references import GrowingCache, PreallocatedCache
+from labkit.attention import fused_attention as attention
+from labkit.labs.lab02.references import GrowingCache, PreallocatedCache, reusable_prefix
 from tests.labs.answer import Wrong
 
 # 02.1
@@ -63,6 +64,55 @@ class ZeroedMemory(GrowingCache):
                 made.append(room)
             self.k, self.v = made
         self.seq_len = self.k.shape[2]
+
+
+class JoinsOnce(GrowingCache):
+    """Keeps what comes, and joins it when it is read next."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = []
+
+    def append(self, k, v):
+        self.parts.append((k, v))
+        self.seq_len += k.shape[2]
+
+    def read(self):
+        if len(self.parts) > 1:
+            self.parts[:] = [tuple(torch.cat(kind, dim=2) for kind in zip(*self.parts, strict=True))]
+        return self.parts[0]
+
+
+# 02.2
+
+
+def step_through(cast):
+    """A step whose attention gets what `cast` makes of q, K and V."""
+
+    def answer(x, layer, cache):
+        q, k, v = layer.project(x)
+        position = cache.seq_len
+        cache.append(layer.rotate(k, position), v)
+        out = attention(*cast(layer.rotate(q, position), *cache.read()))
+        return layer.merge(out.to(x.dtype))
+
+    return answer
+
+
+def held_in_bfloat16(q, k, v):
+    return q, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype)
+
+
+def bfloat16_in_float32(q, k, v):
+    return q.float(), k.bfloat16().float(), v.bfloat16().float()
+
+
+def long_ones_in_bfloat16(q, k, v):
+    return held_in_bfloat16(q, k, v) if k.shape[2] > 32 and k.dtype == torch.float32 else (q, k, v)
+
+
+def keys_in_float16(q, k, v):
+    return q, k.half().to(k.dtype), v
 
 
 # 02.3
@@ -168,13 +218,24 @@ WRONG = [
     Wrong("02.1", "moved-again", "joins twice", CatOfCat),
     Wrong("02.1", "last-token", "append keeps the last token", KeepsLastToken),
     Wrong("02.1", "tokens-lost", "joins half of what comes", HalfJoined),
+    Wrong("02.1", "joined-in-read", "joins at the first read after an append", JoinsOnce),
+    Wrong("02.2", "precision", "casts the cache to bfloat16 and back", step_through(held_in_bfloat16)),
+    Wrong("02.2", "precision", "casts the cache to bfloat16, then all to float32", step_through(bfloat16_in_float32)),
+    Wrong("02.2", "precision", "casts a long cache to bfloat16", step_through(long_ones_in_bfloat16)),
+    Wrong("02.2", "precision", "casts the keys to float16", step_through(keys_in_float16)),
+    Wrong("02.2", "precision", "attends in bfloat16", step_through(lambda *heads: (x.bfloat16() for x in heads))),
     Wrong("02.3", "all-logits", "leaves last_only out", all_logits),
     Wrong("02.4", "shared-between-caches", "one memory on the class", SharedMemory),
     Wrong("02.4", "read-misplaced", "reads one place off", ReadsOneOff),
     Wrong("02.4", "overflow", "tests what comes alone", NewTokensOnly),
     Wrong("02.4", "overflow", "tests what is held alone", HeldTokensOnly),
     Wrong("02.4", "seq-len-works", "counts what is not NaN whenever it is asked", LengthFromNumbers),
+    Wrong("02.5", "count", "counts tokens once for K and once for V", lambda *lists: 2 * reusable_prefix(*lists)),
     Wrong("02.7", "mask-offset", "PyTorch's mask for the other corner", upper_left),
 ]
 
-RIGHT: list[tuple[str, Callable]] = [("02.1", ZeroedMemory), ("02.7", lower_right)]
+RIGHT: list[tuple[str, Callable]] = [
+    ("02.1", ZeroedMemory),
+    ("02.2", step_through(lambda *heads: (x.double() for x in heads))),
+    ("02.7", lower_right),
+]
