@@ -1,0 +1,20 @@
+"""What a finding of lab 05 says besides its diagnosis."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.course.examine import examine
+from labkit.labs.lab05.one_pass import MeanSurprise
+from tests.labs.lab05.later_answers import one_skipped, second_part_short, surprise_by
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (second_part_short, "part 1 of 6, from 0, has 16 tokens; 32 it should be"),
+        (one_skipped, "the first token that is not the next one is number 0 of part 2"),
+    ],
+)
+def test_a_wrong_part_or_token_is_named_by_its_place(cut, said) -> None:
+    assert said in examine(MeanSurprise(), surprise_by(cut)).finding.seen
