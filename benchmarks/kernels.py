@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.report import bar, begin, finish
 from labkit.attention import PLAIN, Visibility, fused_attention
 from labkit.cache import QuantizedCache
-from labkit.kernels.decode_attention import decode_attention
+from labkit.kernels.decode_attention import decode_attention, decode_between
 from labkit.kernels.packed_decode_attention import packed_decode_attention
 from labkit.kernels.paged_decode_attention import paged_decode_attention
 from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_attention
@@ -598,7 +598,7 @@ def flex_case(run: Run, batch: int, context: int, per_kv: int, page: int = 128) 
 def tune(run: Run, only: list[str], cases: list[tuple[int, int, int]]) -> None:
     """For each case, the time of every choice that the kernels' keywords allow."""
     kinds: dict[str, tuple[Callable[..., Tensor], Callable[[tuple[int, int, int]], Made]]] = {
-        "dense": (decode_attention, lambda case: dense_inputs(run, *case)),
+        "dense": (decode_between, lambda case: dense_inputs(run, *case)),
         "paged": (paged_decode_attention, lambda case: paged_inputs(run, *case)),
         "int4": (packed_decode_attention, lambda case: packed_inputs(run, 4, *case)),
         "int8": (packed_decode_attention, lambda case: packed_inputs(run, 8, *case)),
@@ -617,13 +617,13 @@ def tune_one(
 ) -> None:
     """One kernel's choices for one case, best first."""
     takes = inspect.signature(kernel).parameters
-    tile = "block_size" if "block_size" in takes else "tile_size"
+    tile = next((name for name in ("block_size", "tile_size") if name in takes), None)
     batch, context = case[:2]
     sets, call = inputs(case)
     programs = batch * shapes(run)[0]
     whole = 132 if not run.tiny else 4
     splits = sorted({max(1, min(context // 64, round(whole * waves / programs))) for waves in (1, 2, 4, 8)})
-    choices: dict[str, list[Any]] = {tile: [16] if run.tiny else [32, 64, 128]}
+    choices: dict[str, list[Any]] = {} if tile is None else {tile: [16] if run.tiny else [32, 64, 128]}
     choices |= {name: values for name, values in (("num_warps", [2, 4, 8]), ("num_stages", [2, 3, 4])) if name in takes}
     choices["num_splits"] = [None, *splits]
     if "int" in kind and "num_stages" in choices:
@@ -649,6 +649,8 @@ def tune_one(
             )
             continue
         found.append((taken, error, options))
+    if not found:
+        raise RuntimeError(f"no choice for {kind} {case} ran")
     for place, (taken, error, options) in enumerate(sorted(found, key=lambda one: one[0])[:40]):
         told = " ".join(f"{name}={value}" for name, value in options.items())
         line = (
