@@ -357,7 +357,7 @@ def many_tiles(run: Run, quantizer: Quantizer, tiles: int, batch: int) -> Packed
     heads, head_dim = shapes(run)
     few = max(1, min(tiles, int(64e6) // (batch * heads * head_dim * GROUP * 4)))
     x = torch.randn(batch, heads, few * GROUP, head_dim, device=run.device)
-    rows = quantizer.quantize_plainly(x).rows
+    rows = quantizer.quantize(x).rows
     out = torch.empty(tiles, *rows.shape[1:], dtype=torch.uint8, device=run.device)
     for start in range(0, tiles, few):
         out[start : start + few] = rows[: tiles - start]
@@ -452,7 +452,7 @@ def append_case(run: Run, nbits: int, tokens: int) -> None:
     sets = [random_kv(run, 1, heads, tokens, head_dim) for _ in range(sets_of(read, run.tiny))]
     written = 0
     for quantizer, x in zip((of_keys, of_values), sets[0], strict=True):
-        got, right = poisoned(lambda q=quantizer, x=x: quantize_tiles(x, q)), quantizer.quantize_plainly(x)
+        got, right = poisoned(lambda q=quantizer, x=x: quantize_tiles(x, q)), quantizer.quantize(x)
         differ = int((got.rows != right.rows).sum())
         run.bound(f"{name}, axis {quantizer.axis}: bytes unlike the twin's", differ, "<=", 0)
         written += got.nbytes
@@ -468,8 +468,8 @@ def append_case(run: Run, nbits: int, tokens: int) -> None:
         quantize_tiles(v, of_values)
 
     def plainly(k: Tensor, v: Tensor) -> None:
-        of_keys.quantize_plainly(k)
-        of_values.quantize_plainly(v)
+        of_keys.quantize(k)
+        of_values.quantize(v)
 
     taken = time_it(run, name, on_each(both, sets), read + written)
     time_it(run, f"{name}, PyTorch's operations", on_each(plainly, sets[:1]), read + written)

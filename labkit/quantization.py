@@ -69,15 +69,6 @@ class Quantizer:
         infinity, or whose range `metadata` cannot hold, comes back as NaN throughout: an error that shows.
         Raises ValueError unless `group_size` divides the tokens and, for axis "token", head_dim.
         """
-        if x.is_cuda:
-            from labkit.kernels.quantize import quantize_tiles, takes  # its codes are these
-
-            if takes(x, self):
-                return quantize_tiles(x, self)
-        return self.quantize_plainly(x)
-
-    def quantize_plainly(self, x: Tensor) -> Packed:
-        """`quantize` in PyTorch's own operations, on any device."""
         groups = self.groups(x).to(torch.promote_types(x.dtype, torch.float32))
         zero = None
         least: float

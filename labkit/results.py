@@ -29,6 +29,8 @@ class Step(NamedTuple):
 def records(benchmark: str, folder: Path = DATA / "results") -> Iterator[dict[str, Any]]:
     """What one benchmark, such as "positions", printed, machine by machine."""
     for path in sorted(folder.glob(f"*_{benchmark}.json")):
+        if path.stem.partition("_")[2] != benchmark:  # "gpu_decode" is not "decode"
+            continue
         yield json.loads(path.read_text(encoding="utf-8"))
 
 

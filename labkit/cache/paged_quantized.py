@@ -24,6 +24,7 @@ from labkit.cache.step import Step
 from labkit.kernels.packed_attention import wants_gradient
 from labkit.kernels.paged_packed_attention import paged_packed_attention, what_is_read
 from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_attention
+from labkit.kernels.quantize import quantized
 from labkit.quantization import Packed, Quantizer
 from labkit.sizing import PagedQuantized
 
@@ -182,10 +183,10 @@ class PagedQuantizedCache(BlockCache):
     def pack(self, blocks: Tensor, k: Tensor, v: Tensor) -> None:
         """Pack full blocks, `[blocks, num_kv_heads, block_size, head_dim]`, each to its place. None is packed twice."""
         assert self.packed is not None
-        packed = [held.quantizer.quantize(x) for held, x in zip(self.packed, (k, v), strict=True)]
+        packed = [quantized(x, held.quantizer) for held, x in zip(self.packed, (k, v), strict=True)]
         if any(new.overflows(x) for new, x in zip(packed, (k, v), strict=True)):
             self.packed = self.wider(self.packed)
-            packed = [held.quantizer.quantize(x) for held, x in zip(self.packed, (k, v), strict=True)]
+            packed = [quantized(x, held.quantizer) for held, x in zip(self.packed, (k, v), strict=True)]
         for held, new in zip(self.packed, packed, strict=True):
             held.rows.index_copy_(0, blocks, new.rows.transpose(0, 1))
 
@@ -198,7 +199,7 @@ class PagedQuantizedCache(BlockCache):
                 rows = torch.zeros_like(x.rows)
             for start in range(0, len(rows), AT_ONCE):
                 some = x.tiles(start, start + AT_ONCE)
-                rows[start : start + AT_ONCE] = quantizer.quantize(some.dequantize()).rows
+                rows[start : start + AT_ONCE] = quantized(some.dequantize(), quantizer).rows
             wide.append(Packed(quantizer, rows))
         return wide[0], wide[1]
 

@@ -20,6 +20,7 @@ from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step
 from labkit.kernels.packed_attention import packed_attention, wants_gradient
 from labkit.kernels.packed_decode_attention import packed_decode_attention
+from labkit.kernels.quantize import quantized
 from labkit.quantization import FLOAT8, Packed, Quantizer, hadamard
 from labkit.sizing import Quantized
 
@@ -196,17 +197,17 @@ class QuantizedCache(LayerCache):
                     self.rotation = hadamard(k.shape[3], device=k.device)
             k = k.to(torch.promote_types(k.dtype, torch.float32))
             k = k @ self.rotation.to(k.dtype)
-        keys, values = self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+        keys, values = quantized(k, self.quantize_keys), quantized(v, self.quantize_values)
         if keys.overflows(k) or values.overflows(v):
             self.widen()
-            return self.quantize_keys.quantize(k), self.quantize_values.quantize(v)
+            return quantized(k, self.quantize_keys), quantized(v, self.quantize_values)
         return keys, values
 
     def widen(self) -> None:
         """Keep scales and zero points in bfloat16 from now on, which has float32's range."""
         before = self.format, self.quantize_keys, self.quantize_values, self.k, self.v
         formats = [replace(x, metadata=torch.bfloat16) for x in before[1:3]]
-        packed = [None if x is None else f.quantize(x.dequantize()) for f, x in zip(formats, before[3:], strict=True)]
+        packed = [None if x is None else quantized(x.dequantize(), f) for f, x in zip(formats, before[3:], strict=True)]
         self.narrow = self.narrow or before
         self.format = replace(self.format, metadata=str(torch.bfloat16))
         (self.quantize_keys, self.quantize_values), (self.k, self.v) = formats, packed

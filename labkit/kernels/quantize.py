@@ -1,7 +1,7 @@
 """`Quantizer.quantize` as a Triton kernel: numbers are read once, codes, scales and zero points are written once.
 
-Its plain-PyTorch twin is `Quantizer.quantize_plainly`, whose bits it gives: every operation is the twin's, in float32,
-and rounded as the twin rounds it. `Quantizer.quantize` calls it on a GPU.
+Its plain-PyTorch twin is `Quantizer.quantize`, whose bits it gives: every operation is the twin's, in float32, and
+rounded as the twin rounds it. `quantized` is what caches call: it takes the kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def takes(x: Tensor, quantizer: Quantizer) -> bool:
     return x.dtype in DTYPES and size >= 16 and size & (size - 1) == 0 and kernels.available(x.device)
 
 
+def quantized(x: Tensor, quantizer: Quantizer) -> Packed:
+    """`quantizer.quantize(x)`, by the kernel where `x` lies on a GPU and is of its kind."""
+    return quantize_tiles(x, quantizer) if x.is_cuda and takes(x, quantizer) else quantizer.quantize(x)
+
+
 def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
     """`x`, `[batch, heads, tokens, head_dim]` with any strides, as codes, scales and zero points.
 
@@ -38,7 +43,7 @@ def quantize_tiles(x: Tensor, quantizer: Quantizer) -> Packed:
     batch, heads, tokens, head_dim = x.shape
     size = quantizer.group_size
     quantizer.check(x)
-    check_can_run(x, "Quantizer.quantize_plainly")
+    check_can_run(x, "Quantizer.quantize")
     if not takes(x, quantizer):
         raise ValueError(
             f"the kernel takes float32, float16 or bfloat16 in groups of a power of 2, at least 16; got {x.dtype} in "

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import kernels
-from labkit.kernels.quantize import quantize_tiles, takes
+from labkit.kernels.quantize import quantize_tiles, quantized, takes
 from labkit.quantization import FLOAT8, Packed, Quantizer
 from tests.kernels.test_packed_attention import in_a_process
 
@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(not kernels.available(DEVICE), reason="Triton 
 
 def assert_same_bits(x: torch.Tensor, quantizer: Quantizer) -> Packed:
     """Exact; of a zero point that is 0 or NaN only that it is."""
-    right, got = quantizer.quantize_plainly(x.cpu()), quantize_tiles(x, quantizer)
+    right, got = quantizer.quantize(x.cpu()), quantize_tiles(x, quantizer)
     rows = got.rows.cpu()
     assert rows.shape == right.rows.shape
     assert got.overflow is not None
@@ -79,10 +79,10 @@ def test_halves_and_numbers_that_are_none(nbits, metadata, symmetric, axis):
 def test_it_is_what_a_gpu_uses_and_what_it_does_not_take_the_twin_does():
     quantizer, x = Quantizer(4, 16), torch.randn(1, 1, 32, 8, device=DEVICE)
     assert takes(x, quantizer)
-    assert torch.equal(quantizer.quantize(x).codes, quantize_tiles(x, quantizer).codes)
+    assert torch.equal(quantized(x, quantizer).codes, quantize_tiles(x, quantizer).codes)
     for other, some in ((quantizer, x.double()), (Quantizer(4, 8), x)):
         assert not takes(some, other)
-        assert other.quantize(some).num_tokens == 32
+        assert quantized(some, other).num_tokens == 32
         with pytest.raises(ValueError, match="the kernel takes"):
             quantize_tiles(some, other)
     with pytest.raises(ValueError, match="groups of 16 do not divide 24 tokens"):
