@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs: a busy neigh
 import torch
 from torch import Tensor
 
-from benchmarks.report import bar, begin, finish
+from benchmarks.report import bar, begin, finish, step_bytes
 from labkit import models, quality
 from labkit.cache import Cache
 from labkit.device import pick_device, set_threads
@@ -58,14 +58,6 @@ def seconds(run: Callable[[int], object], new_tokens: int, device: torch.device)
         "prefill": prefill,
         "step": (time_call(lambda: run(new_tokens), device=device) - prefill) / (new_tokens - 1),
     }
-
-
-def floor_bytes(model: Llama, context: int) -> int:
-    """Bytes one decode step must read: every weight once (the embedding serves as the tied head), and all K and V."""
-    spec, size = model.spec, model.dtype.itemsize
-    table = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size  # untied: one row of it, not the table
-    cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context
-    return (spec.num_parameters - table + cache) * size
 
 
 def squared(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -149,7 +141,7 @@ def compare(dtype: str, arguments: argparse.Namespace, device: torch.device) -> 
 
     mine, other = median("ours", "step"), median("theirs", "step")
     bandwidth = statistics.median(bandwidths)
-    floor = floor_bytes(ours, context) / bandwidth
+    floor = step_bytes(ours.spec, context, dtype=dtype) / bandwidth
     prefill = median("theirs", "prefill") / median("ours", "prefill")
     figures = {
         f"{dtype} ms per token": round(mine * 1e3, 2),

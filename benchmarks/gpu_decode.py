@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import bar, finish
+from benchmarks.hugging_face import as_hugging_face
+from benchmarks.report import bar, finish, step_bytes
 from labkit import models, specs
 from labkit.cache import Cache
 from labkit.generation import generate
@@ -43,7 +44,7 @@ from labkit.graphs import DecodeGraph
 from labkit.kernels.decode_attention import decode_between
 from labkit.kernels.matvec import matvec, matvec_plain
 from labkit.lab_model import damage, lab_model_folder
-from labkit.llama import Llama, hf_names
+from labkit.llama import Llama
 from labkit.measure import device_name, read_bandwidth
 from labkit.specs import ModelSpec
 
@@ -116,13 +117,6 @@ def copy_bandwidth(nbytes: int = 4 * 2**30) -> float:
     return nbytes / ms * 1e3
 
 
-def step_bytes(spec: ModelSpec, context: int, size: int) -> int:
-    """Bytes that one decode step must read: every weight once (of an untied table of embeddings a row), all K and V."""
-    table = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size
-    cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context
-    return (spec.num_parameters - table + cache) * size
-
-
 def filled_cache(model: Llama, context: int, capacity: int) -> Cache:
     """A cache that holds `context` tokens of random K and V: what a step takes does not depend on their values."""
     cache, spec = model.cache(capacity), model.spec
@@ -180,7 +174,7 @@ def large(seconds: float, bandwidth: float, figures: dict[str, float], bars: lis
             if budget.left < 0:
                 print(f"  left out for lack of time: {name} at {context}")
                 continue
-            floor = step_bytes(spec, context, 2) / bandwidth * 1e3
+            floor = step_bytes(spec, context, dtype="bfloat16") / bandwidth * 1e3
             cache = None  # the one before goes first
             try:
                 cache = filled_cache(model, context, context + 2 * steps)
@@ -197,8 +191,8 @@ def large(seconds: float, bandwidth: float, figures: dict[str, float], bars: lis
             figures[f"{SHAPE} {context} tokens, {name}: ms per token"] = round(ms, 4)
             figures[f"{SHAPE} {context} tokens, {name}: spread ms"] = round(spread, 4)
     for context, ms in best.items():
-        floor = step_bytes(spec, context, 2) / bandwidth * 1e3
-        figures[f"{SHAPE} {context} tokens: bytes per step"] = step_bytes(spec, context, 2)
+        floor = step_bytes(spec, context, dtype="bfloat16") / bandwidth * 1e3
+        figures[f"{SHAPE} {context} tokens: bytes per step"] = step_bytes(spec, context, dtype="bfloat16")
         figures[f"{SHAPE} {context} tokens: floor ms"] = round(floor, 4)
         figures[f"{SHAPE} {context} tokens: MBU, weights and KV"] = round(floor / ms, 4)
         bars.append(bar(f"{SHAPE} {context} tokens: MBU, weights and KV", floor / ms, ">=", MBU_BAR))
@@ -307,46 +301,6 @@ def lab_weights(which: str) -> tuple[Llama, str]:
     return models.random(specs.model(LAB_SHAPE), torch.float32, "cuda", prepack=False), f"random weights of {LAB_SHAPE}"
 
 
-def theirs_of(ours: Llama) -> torch.nn.Module:
-    """transformers' model with these weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    spec = ours.spec
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_seq_len,
-        rms_norm_eps=spec.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        tie_word_embeddings=spec.tied_head,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    with ours.device:
-        model = LlamaForCausalLM(config).to(ours.dtype).eval()
-    weights: dict[str, Tensor] = {}
-    for name, parameter in ours.named_parameters():
-        names = hf_names(name)
-        sizes = [len(parameter)]
-        if len(names) == 3:
-            kv = spec.num_kv_heads * spec.head_dim
-            sizes = [spec.num_heads * spec.head_dim, kv, kv]
-        elif len(names) == 2:
-            sizes = [spec.intermediate_size] * 2
-        weights |= dict(zip(names, parameter.split(sizes), strict=True))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or [name for name in missing if name != "lm_head.weight" or not spec.tied_head]:
-        raise RuntimeError(f"weights do not fit transformers' model: {missing}, {unexpected}")
-    model.tie_weights()
-    return model
-
-
 def small(which: str, seconds: float, bandwidth: float, figures: dict[str, float], bars: list[dict]) -> None:
     """The lab model in bfloat16 and float32."""
     exact, what = lab_weights(which)
@@ -370,7 +324,7 @@ def small_one(
     """One dtype: ours by a graph of either sort, ours launched by Python, and transformers', in alternation."""
     name, few, many = str(ours.dtype).removeprefix("torch."), 4, 36
     begun = time.perf_counter()
-    theirs = theirs_of(ours)
+    theirs = as_hugging_face(ours)
     mask = torch.ones_like(tokens)
 
     def run_theirs(count: int) -> Tensor:
@@ -422,7 +376,7 @@ def small_one(
         if turn > 1 and budget.left < time.perf_counter() - at_turn:
             break
     medians = {sort: statistics.median(values) for sort, values in samples.items()}
-    floor = step_bytes(ours.spec, PROMPT, ours.dtype.itemsize) / bandwidth * 1e3
+    floor = step_bytes(ours.spec, PROMPT, dtype=name) / bandwidth * 1e3
     for sort, ms in medians.items():
         spread = (max(samples[sort]) - min(samples[sort])) / 2
         print(f"  {name:<9} {sort:<26} {ms:7.3f} ms a token ± {spread:.3f}; floor {floor:.3f}; MBU {floor / ms:.3f}")

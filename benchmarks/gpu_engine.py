@@ -35,10 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hugging_face import as_hugging_face
 from benchmarks.report import SEEN, bar, begin, finish
 from labkit import models, specs
 from labkit.engine import BlockManager, Engine, Request, Token
-from labkit.llama import Llama, hf_names
+from labkit.llama import Llama
 from labkit.measure import device_name, synchronize
 from labkit.specs import ModelSpec
 
@@ -150,31 +151,6 @@ def warm_up(engine: Engine, vocab_size: int) -> None:
             for i in range(count)
         ]
         engine.run(made)
-
-
-def as_hugging_face(model: Llama) -> Any:
-    """The same weights as a transformers Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    spec = model.spec
-    config = LlamaConfig(  # type: ignore[call-arg]
-        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers, num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim, max_position_embeddings=spec.max_seq_len, rms_norm_eps=spec.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta}, tie_word_embeddings=spec.tied_head,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="paged|sdpa",
-    )  # fmt: skip
-    with torch.device(model.device):
-        theirs: Any = LlamaForCausalLM(config)
-        theirs = theirs.to(model.dtype).eval()
-    theirs.model.rotary_emb.to(torch.float32)
-    there = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for name, ours in model.named_parameters():
-            names = hf_names(name)
-            for source, part in zip(names, ours.split([there[source].shape[0] for source in names]), strict=True):
-                there[source].copy_(part)
-    return theirs
 
 
 def check_same(model: Llama, theirs: Any, requests: list[Request]) -> float:
@@ -330,7 +306,7 @@ def main() -> int:
     mine = stage(f"labkit{few}", lambda: run_ours(model, compared, arguments, 0.2 * arguments.seconds), figures)
 
     def against() -> dict[str, float]:
-        theirs = as_hugging_face(model)
+        theirs = as_hugging_face(model, "paged|sdpa")
         apart = check_same(model, theirs, requests)
         print(f"  logits apart, over their standard deviation: {apart:.4f}", flush=True)
         if not apart < 0.5:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_engine import driver
-from benchmarks.report import SEEN, bar, finish
+from benchmarks.report import SEEN, bar, finish, step_bytes
 from labkit import models, sizing, specs
 from labkit.cache import Cache
 from labkit.llama import Llama
@@ -225,12 +225,6 @@ def decoder(model: Llama, context: int, batch: int) -> tuple[Callable[[], object
     return step, cache
 
 
-def step_bytes(spec: ModelSpec, context: int, batch: int) -> int:
-    """Bytes that a decode step has to read: all weights but rows of an untied embedding, and all K and V."""
-    table = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size
-    return 2 * (spec.num_parameters - table) + sizing.cache_bytes(spec, context, batch, dtype="bfloat16")
-
-
 def grouped(bench: Bench, spec: ModelSpec, context: int, batch: int, copy: float) -> None:
     """4: the same model with a KV head for each query head."""
     every_head = replace(spec, name=f"{spec.name}-mha", num_kv_heads=spec.num_heads, parameters=None)
@@ -239,7 +233,7 @@ def grouped(bench: Bench, spec: ModelSpec, context: int, batch: int, copy: float
         model = models.random(each, bench.dtype, bench.device, prepack=False)
         step, cache = decoder(model, context, batch)
         times[each.name] = seconds = bench.seconds(step)
-        read = step_bytes(each, context + 1, batch)
+        read = step_bytes(each, context + 1, batch, dtype="bfloat16")
         bench.note(f"{each.name}: bytes of K and V per token", float(sizing.bytes_per_token(each, "bfloat16")))
         bench.note(f"{each.name}, {batch} x {context}: ms a decode step", seconds * 1e3)
         bench.note(f"{each.name}, {batch} x {context}: share of copy bandwidth", read / seconds / copy)
@@ -269,7 +263,7 @@ def phases(bench: Bench, spec: ModelSpec, prompt: int, batch: int, copy: float, 
     bench.note(f"{spec.name}, prefill of {prompt} tokens: share of the product's rate", flops / seconds / product)
     for rows in (1, batch):
         step, cache = decoder(model, prompt, rows)
-        seconds, read = bench.seconds(step, repeats=9), step_bytes(spec, prompt + 1, rows)
+        seconds, read = bench.seconds(step, repeats=9), step_bytes(spec, prompt + 1, rows, dtype="bfloat16")
         bench.note(f"{spec.name}, decode of {rows} x {prompt}: ms a step", seconds * 1e3)
         bench.note(f"{spec.name}, decode of {rows} x {prompt}: tokens/s", rows / seconds)
         bench.note(f"{spec.name}, decode of {rows} x {prompt}: GB/s", read / seconds / GB)

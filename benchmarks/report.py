@@ -1,4 +1,4 @@
-"""What every benchmark begins and ends with: a look whether the machine is quiet, and one JSON object."""
+"""What benchmarks share: a look whether the machine is quiet, the bytes of a decode step, bars, one JSON object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import operator
 import sys
 from typing import Any
 
+import torch
+
+from labkit import sizing
 from labkit.measure import BusyError, provenance, quiet
+from labkit.specs import ModelSpec
 
 SEEN: dict[str, str] = {}  # by `begin`
 COMPARE = {">=": operator.ge, "<=": operator.le}
@@ -19,6 +23,12 @@ def begin() -> None:
         SEEN.update(quiet())
     except BusyError as error:
         sys.exit(str(error))
+
+
+def step_bytes(spec: ModelSpec, context: int, batch: int = 1, *, dtype: str) -> int:
+    """Bytes that a decode step must read: all that its tokens meet of a dense model's weights, and all K and V."""
+    weights = sizing.weights_met(spec, batch) * getattr(torch, dtype).itemsize
+    return weights + sizing.step_bytes(spec, context, batch, dtype)
 
 
 def bar(name: str, value: float, comparison: str, limit: float) -> dict[str, Any]:
