@@ -19,6 +19,7 @@ import filelock
 
 LARGEST = 64 * 10**6  # bytes that `read_file` reads at most: far more than any config, index or progress file
 LEFTOVER_SECONDS = 3600
+LOOKS = 10  # how often `real_file` looks at a file that changes meanwhile
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # how file systems without locks answer
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -45,14 +46,17 @@ def user_path(named: str | Path) -> Path:
 
 def real_file(path: Path) -> Path:
     """The regular file at `path` behind any links, or the place where one can be made; OSError when it is neither."""
-    found = _status(path)
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file", str(path))
-    real = Path(os.path.realpath(path))
-    behind = _status(real)
-    if (found is None) != (behind is None) or (found and behind and not os.path.samestat(found, behind)):
-        raise OSError(errno.EINVAL, "it is a link to a file that has no name")  # as in /proc/self/fd
-    return real
+    for _ in range(LOOKS):
+        found = _status(path)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            kind = KINDS.get(stat.S_IFMT(found.st_mode), "no file")
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+        real = Path(os.path.realpath(path))
+        behind = _status(real)
+        if found is behind is None or (found and behind and os.path.samestat(found, behind)):
+            return real
+        time.sleep(0.001)  # another process may have made, replaced or removed it between the two looks
+    raise OSError(errno.EINVAL, "it is a link to a file that has no name")  # as in /proc/self/fd
 
 
 def make_folder(path: Path) -> None:

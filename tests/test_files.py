@@ -210,3 +210,47 @@ def test_where_there_are_no_locks_a_file_takes_their_place(tmp_path, monkeypatch
 def test_another_reason_why_a_lock_cannot_be_had_is_raised(tmp_path) -> None:
     with pytest.raises(OSError, match="there is no folder"):
         lock(tmp_path / "no folder" / "p.json")
+
+
+@pytest.mark.parametrize("behind_a_link", [False, True])
+@pytest.mark.parametrize("meanwhile", ["made", "replaced", "removed"])
+def test_a_file_that_another_process_changes_between_two_looks_is_no_fault(
+    tmp_path, monkeypatch, meanwhile, behind_a_link
+):
+    """What a lock file goes through when several wait for it: seen once by one look, and otherwise by the next."""
+    (tmp_path / "real").mkdir()
+    folder = tmp_path / "link" if behind_a_link else tmp_path / "real"
+    (tmp_path / "link").symlink_to("real")
+    path, real, moments = folder / "file", os.path.realpath, iter(range(3))
+    if meanwhile != "made":
+        path.write_bytes(CONTENT)
+
+    def interfere(asked):
+        found = real(asked)
+        if next(moments, None) is not None:
+            if meanwhile != "made":
+                path.rename(folder / "before") if meanwhile == "replaced" else path.unlink(missing_ok=True)
+            if meanwhile != "removed":
+                path.write_bytes(CONTENT)
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", interfere)
+    assert files.real_file(path) == tmp_path / "real" / "file"
+
+
+def test_a_lock_file_that_others_make_and_remove_is_taken_by_each_in_turn(tmp_path):
+    path, held, most = tmp_path / "file", [], []
+
+    def take(number: int) -> None:
+        for _ in range(50):
+            with files.locked(path, timeout=60):
+                held.append(number)
+                most.append(len(held))
+                held.pop()
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 200
