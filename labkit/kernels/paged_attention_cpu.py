@@ -1,8 +1,9 @@
 """`paged_attention` of one new token per row for a CPU: loops compiled by Numba when they are first needed.
 
 All rows of a batch, each of its own length, are answered in one call. K and V are read where they lie, in the order in
-which they lie: some tokens at a time, with all their KV heads, are brought to float32, in a buffer that stays in the
-core's fastest caches, and every query head is answered from it. No dense K or V is ever made, whatever the block size.
+which they lie, each token with all its KV heads. Halves are brought to float32 some tokens at a time, in a buffer that
+stays in the core's fastest caches; float32 is read at its place, and asked for a few tokens ahead, so that the core
+does not wait for memory at each of them. No dense K or V is ever made, whatever the block size.
 
 Tokens are answered in parts, each with a softmax of its own, and merged, as in `packed_attention_cpu`. A part begins at
 a multiple of `PART` in its row, whatever else is in the batch and however many threads there are: so neither changes a
@@ -19,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 from numpy import float32, int32, uint32
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -31,6 +35,7 @@ from labkit.kernels.split import DTYPES
 
 PART = 1024  # tokens to a part; a multiple of TILE
 TILE = 32  # tokens brought to float32 at a time
+AHEAD = 8  # tokens that are asked for before they are needed: float32 ones are read where they lie, one by one
 WIDE = 512  # numbers of a token brought to float32 at a time: a tile of 64 KiB
 PAYS = 2**20  # numbers of K and V, half a millisecond's work; of less, waking a thread would cost too large a share
 
@@ -95,11 +100,11 @@ def as_words(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     Numba has no 16-bit floats on a CPU, and so one compilation serves all dtypes.
     """
     if x.dtype == torch.float32:
-        return x.detach().numpy().view(np.uint32), NO_HALVES
+        return x.detach().numpy(), NO_HALVES
     return NO_WORDS, x.detach().view(torch.int16).numpy().view(np.uint16)
 
 
-NO_WORDS, NO_HALVES = np.empty((0, 0, 0, 0), np.uint32), np.empty((0, 0, 0, 0), np.uint16)
+NO_WORDS, NO_HALVES = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.uint16)
 LOCK = threading.Lock()
 
 
@@ -114,7 +119,7 @@ def warm_up() -> tuple[Any, Any, Any]:
             if sys.stderr is not None and sys.stderr.isatty():
                 print("compiling the loops for paged attention (some seconds, once per process)", file=sys.stderr)
             table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
-            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.uint32)
+            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.float32)
             blended, sums = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 2), np.float32)
             parts = _parts(ends - ends, ends, table, 1, 1, PART)
             both = words, NO_HALVES, words, NO_HALVES
@@ -158,7 +163,6 @@ def _attend(
     rows: scaled queries `[batch, num_kv_heads, queries, head_dim]`. A share is `at_once` KV heads of one part.
     """
     _, heads, queries, dims = rows.shape
-    size = max(k.shape[1], k_halves.shape[1])
     groups, zeroth, once = heads // at_once, np.int64(0), np.int64(1)
     tile = np.empty((at_once, TILE, dims), np.float32)
     bits = tile.view(np.uint32)
@@ -169,7 +173,11 @@ def _attend(
         blocks = table[row]
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
-            _fill(k, k_halves, blocks, size, start, count, begin, dtype, tile, bits)
+            if dtype == 0:
+                some = rows[row, begin : begin + at_once]
+                _score_lying(some, k, blocks, start, count, high, begin, scores, start - low)
+                continue
+            _fill(k_halves, blocks, start, count, begin, dtype, tile, bits)
             for one in range(at_once):
                 _score(rows[row, begin + one], tile[one], count, scores, one * queries, start - low)
         for one in range(at_once):
@@ -181,30 +189,105 @@ def _attend(
                 _powers(mine, exponents, sums[part, begin + one, query])
         for start in range(low, high, TILE):
             count = min(TILE, high - start)
-            _fill(v, v_halves, blocks, size, start, count, begin, dtype, tile, bits)
+            if dtype == 0:
+                to = blended[part, begin : begin + at_once]
+                _add_lying(v, blocks, start, count, high, begin, scores[:, start - low : start - low + count], to)
+                continue
+            _fill(v_halves, blocks, start, count, begin, dtype, tile, bits)
             for one in range(at_once):
                 weights = scores[one * queries : (one + 1) * queries, start - low : start - low + count]
                 _add_weighted(tile[one], zeroth, once, weights, blended[part, begin + one])
 
 
+@intrinsic
+def fetch(typing: Any, x: Any, index: Any) -> Any:
+    """Ask for the memory of the contiguous array `x` at flat `index`, and wait for nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        at = builder.bitcast(builder.gep(data, [args[1]]), place)
+        asking = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        ask = cgutils.get_or_insert_function(builder.module, asking, "llvm.prefetch.p0i8")
+        builder.call(ask, [at, number(0), number(3), number(1)])  # to read, to keep in every cache, data
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), generate
+
+
 @compiled
-def _fill(words, halves, blocks, size, start, count, head, dtype, tile, bits):
+def _ask(x, blocks, place, head, count):
+    """Ask for `count` numbers of the token at `place`, from KV head `head` on: 16 come at once, a line of 64 bytes."""
+    size = x.shape[1]
+    first = ((np.int64(blocks[place // size]) * size + place % size) * x.shape[2] + head) * x.shape[3]
+    for number in range(0, count, 16):
+        fetch(x, first + number)  # type: ignore[call-arg]  # Numba hands in the first argument
+
+
+@compiled
+def _score_lying(rows, k, blocks, start, count, high, begin, scores, place):
+    """Scores of `count` tokens from place `start` on, whose float32 keys are read where they lie."""
+    heads, queries, dims = rows.shape
+    size = k.shape[1]
+    for token in range(count):
+        block, at = blocks[(start + token) // size], (start + token) % size
+        _ask(k, blocks, min(start + token + AHEAD, high - 1), begin, heads * dims)
+        for one in range(heads):
+            for query in range(queries):
+                score = float32(0)
+                for dim in range(dims):
+                    score += rows[one, query, dim] * k[block, at, begin + one, dim]
+                scores[one * queries + query, place + token] = score
+
+
+@compiled
+def _add_lying(v, blocks, start, count, high, begin, weights, out):
+    """Add the float32 values of `count` tokens from place `start` on to `out`, weighted, where they lie."""
+    heads, queries, dims = out.shape
+    size, fours = v.shape[1], count // 4 * 4
+    for token in range(0, fours, 4):
+        b0, a0 = blocks[(start + token) // size], (start + token) % size
+        b1, a1 = blocks[(start + token + 1) // size], (start + token + 1) % size
+        b2, a2 = blocks[(start + token + 2) // size], (start + token + 2) % size
+        b3, a3 = blocks[(start + token + 3) // size], (start + token + 3) % size
+        for ahead in range(start + token + AHEAD, start + token + AHEAD + 4):
+            _ask(v, blocks, min(ahead, high - 1), begin, heads * dims)
+        for one in range(heads):
+            head = begin + one
+            for query in range(queries):
+                w = weights[one * queries + query]
+                w0, w1, w2, w3 = w[token], w[token + 1], w[token + 2], w[token + 3]
+                for dim in range(dims):
+                    out[one, query, dim] += (
+                        w0 * v[b0, a0, head, dim]
+                        + w1 * v[b1, a1, head, dim]
+                        + w2 * v[b2, a2, head, dim]
+                        + w3 * v[b3, a3, head, dim]
+                    )
+    for token in range(fours, count):
+        block, at = blocks[(start + token) // size], (start + token) % size
+        for one in range(heads):
+            for query in range(queries):
+                w0 = weights[one * queries + query, token]
+                for dim in range(dims):
+                    out[one, query, dim] += w0 * v[block, at, begin + one, dim]
+
+
+@compiled
+def _fill(halves, blocks, start, count, head, dtype, tile, bits):
     """`count` tokens from place `start` on as float32, of KV head `head` and as many behind it as `tile` has room for.
 
-    In the order in which they lie: memory is read in one go, which is most of what the loops wait for. dtype: float32,
-    float16 or bfloat16, by its place in `DTYPES`. bits: the tile in whole numbers: of floats, a number below 2**-126 is
-    0 where denormals are flushed. Each number is reached by all its indices: taking a token's row out first costs more
+    In the order in which they lie: memory is read in one go, which is most of what the loops wait for. dtype: float16
+    or bfloat16, by its place in `DTYPES`. bits: the tile in whole numbers: of floats, a number below 2**-126 is 0 where
+    denormals are flushed. Each number is reached by all its indices: taking a token's row out first costs more
     than its numbers, and loops that read and write the same memory as two types are not vectorized.
     """
     heads, _, dims = tile.shape
+    size = halves.shape[1]
     place, at = start // size, start % size
     for token in range(count):
         block = blocks[place]
-        if dtype == 0:
-            for one in range(heads):
-                for dim in range(dims):
-                    bits[one, token, dim] = words[block, at, head + one, dim]
-        elif dtype == 2:
+        if dtype == 2:
             for one in range(heads):
                 for dim in range(dims):
                     bits[one, token, dim] = uint32(halves[block, at, head + one, dim]) << uint32(16)
