@@ -67,7 +67,8 @@ class Visibility:
     new_tokens: queries of each row. kv_len: keys of each row, in memory. first_query: the position of each row's first
     query, the others follow it. first_key: the position of the key at index 0, the others follow it; a key at a
     negative position is padding, one behind the newest query is room not yet used. Both have one entry per row, or one
-    for all rows. key_position: int `[batch or 1, kv_len]`, where keys do not follow one another (tokens were evicted).
+    for all rows. key_position: int `[batch or 1, kv_len]`, where keys do not follow one another (tokens were evicted),
+    or `[batch or 1, num_kv_heads, kv_len]`, where every KV head holds tokens of its own.
     """
 
     new_tokens: int
@@ -114,7 +115,7 @@ class Visibility:
         return list(zip(queries, keys, strict=True))
 
     def mask(self, constants: Constants, device: torch.device | str | None = None) -> Tensor | None:
-        """bool, `[batch or 1, 1, new_tokens, kv_len]`, True = may see; None when every query may see every key.
+        """bool, `[batch or 1, 1 or num_kv_heads, new_tokens, kv_len]`, True = may see; None when all see every key.
 
         It is made once: the layers of a model share it.
         """
@@ -130,7 +131,7 @@ class Visibility:
         query = counted(self.first_query, self.new_tokens, device)[:, None, :, None]
         key = self.key_position
         key = counted(self.first_key, self.kv_len, device) if key is None else key.to(device)
-        key = key[:, None, None, :]
+        key = key[..., None, :] if key.dim() == 3 else key[:, None, None, :]
         if not constants.causal:
             return key >= 0
         seen = key <= query
@@ -184,7 +185,7 @@ class Visibility:
 
     def of_keys(self, start: int, stop: int) -> Visibility:
         """The same queries before the keys at indices `start` to `stop`."""
-        keys = None if self.key_position is None else self.key_position[:, start:stop]
+        keys = None if self.key_position is None else self.key_position[..., start:stop]
         first = tuple(key + start for key in self.first_key)
         return replace(self, kv_len=stop - start, first_key=first, key_position=keys)
 
@@ -283,26 +284,41 @@ def attention(
     return_weights: also return the weights, `[batch, num_heads, new_tokens, kv_len]`.
     Raises ValueError when shapes do not fit.
     """
-    queries_per_kv = check_shapes(q, k, v)
+    check_shapes(q, k, v)
+    weights = attention_weights(q, k, constants, visible).to(q.dtype)
+    out = blended(weights, v)
+    return (out, weights) if return_weights else out
+
+
+def attention_weights(q: Tensor, k: Tensor, constants: Constants = PLAIN, visible: Visibility | None = None) -> Tensor:
+    """softmax(q k^T * scale), `[batch, num_heads, new_tokens, kv_len]`, in float32 or wider: the first half of it.
+
+    Rows sum to 1; that of a query that may see no key is all zeros.
+    """
+    queries_per_kv = check_shapes(q, k, k)
     batch, num_heads, new_tokens, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     mask = visible_to(q, k, visible).mask(constants, q.device)
+    hidden = None if mask is None else ~mask[:, :, None]  # the query heads of a KV head see the same keys
 
     grouped = q.reshape(batch, num_kv_heads, queries_per_kv * new_tokens, head_dim)
     scores = (grouped @ k.transpose(-2, -1)) * constants.scale_for(head_dim)
-    scores = scores.view(batch, num_heads, new_tokens, kv_len)
+    scores = scores.view(batch, num_kv_heads, queries_per_kv, new_tokens, kv_len)
     if constants.soft_cap is not None:
         scores = constants.soft_cap * torch.tanh(scores / constants.soft_cap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=wide_dtype(q))
-    if mask is not None:
-        weights = weights.masked_fill(~mask, 0.0)  # a row with no key to see is 0/0
-    weights = weights.to(q.dtype)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden, 0.0)  # a row with no key to see is 0/0
+    return weights.view(batch, num_heads, new_tokens, kv_len)
 
-    rows = weights.view(batch, num_kv_heads, queries_per_kv * new_tokens, kv_len)
-    out = (rows @ v).view(batch, num_heads, new_tokens, head_dim)
-    return (out, weights) if return_weights else out
+
+def blended(weights: Tensor, v: Tensor) -> Tensor:
+    """The values blended by weights `[batch, num_heads, new_tokens, kv_len]` of their dtype: the second half."""
+    batch, num_heads, new_tokens, kv_len = weights.shape
+    rows = weights.reshape(batch, v.shape[1], num_heads // v.shape[1] * new_tokens, kv_len)
+    return (rows @ v).view(batch, num_heads, new_tokens, v.shape[3])
 
 
 def online_attention(
@@ -339,7 +355,8 @@ def online_attention(
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         if mask is not None:
-            scores = scores.masked_fill(~mask[..., start : start + block_size], float("-inf"))
+            hidden = ~by_query_head(mask[..., start : start + block_size], queries_per_kv)
+            scores = scores.masked_fill(hidden, float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         safe_top = new_top.masked_fill(new_top == float("-inf"), 0.0)  # nothing seen yet: keep exp(-inf) = 0
         shrink, weights = torch.exp(top - safe_top), torch.exp(scores - safe_top)
@@ -379,8 +396,13 @@ def fused_attention(
     out = out.reshape(batch, num_heads, new_tokens, head_dim)
     if mask is None or not visible.has_padding:
         return out
-    sees_a_key = mask.any(-1, keepdim=True)  # not every kernel promises zeros for a row that sees none
-    return out.masked_fill(~sees_a_key, 0.0)
+    sees_a_key = by_query_head(mask.any(-1, keepdim=True), queries_per_kv)
+    return out.masked_fill(~sees_a_key, 0.0)  # not every kernel promises zeros for a row that sees none
+
+
+def by_query_head(mask: Tensor, queries_per_kv: int) -> Tensor:
+    """What is said once for all heads, as it is; what is said of each KV head, for each of its query heads."""
+    return mask if mask.shape[1] == 1 else mask.repeat_interleave(queries_per_kv, dim=1)
 
 
 def causal_by_kv_head(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

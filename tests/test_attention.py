@@ -15,6 +15,8 @@ from labkit.attention import (
     Constants,
     Visibility,
     attention,
+    attention_weights,
+    blended,
     causal_by_kv_head,
     causal_mask,
     fused_attention,
@@ -341,6 +343,36 @@ class TestVisibility:
         with pytest.raises(ValueError, match="among keys in their order"):
             visible.keys_read(Constants(), 2)
         assert visible.mask(Constants())[:, 0, 0].all()
+
+    @given(seed=st.integers(0, 2**32 - 1), window=st.none() | st.integers(1, 9), new=st.integers(1, 3))
+    @settings(max_examples=30, deadline=None)
+    def test_each_kv_head_may_hold_keys_of_its_own_and_padding(self, seed, window, new):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = tensors(2, 3, 2, new, 7, 4, seed)
+        positions = torch.stack([torch.randperm(14, generator=generator)[:7] - 2 for _ in range(6)]).view(2, 3, 7)
+        first = tuple(torch.randint(0, 12, (2,), generator=generator).tolist())
+        visible = Visibility(new, 7, first, key_position=positions)
+        bound = attention_bound(q, k, v)
+        for function in THREE:
+            out = function(q, k, v, Constants(window=window), visible)
+            for row in range(2):
+                for head in range(6):
+                    for i in range(new):
+                        at = positions[row, head // 2]
+                        seen = (at >= 0) & (at <= first[row] + i)
+                        if window is not None:
+                            seen &= at > first[row] + i - window
+                        keys, values = k[row, head // 2][seen], v[row, head // 2][seen]
+                        weights = torch.softmax(keys @ q[row, head, i] / 2, dim=0)
+                        torch.testing.assert_close(out[row, head, i], weights @ values, rtol=0, atol=bound)  # bounded
+
+    def test_the_two_halves_are_the_whole(self):
+        q, k, v = tensors(2, 2, 3, 4, 9, 8, dtype=torch.float32)
+        out, weights = attention(q, k, v, return_weights=True)
+        halves = attention_weights(q, k)
+        assert torch.equal(weights, halves)  # exact
+        assert torch.equal(out, blended(halves, v))
+        assert attention_weights(q.bfloat16(), k.bfloat16()).dtype == torch.float32
 
 
 def test_a_block_of_no_tokens_is_an_error():
