@@ -4,7 +4,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from labkit.sizing import Dense, Paged, PagedQuantized, Quantized
+from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Quantized
 from labkit.specs import GpuSpec, LayerGroup, LinkSpec, ModelSpec
 
 TINY = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)  # large enough for several heads, layers and groups, no larger
@@ -45,6 +45,15 @@ FORMATS = st.one_of(
         symmetric=st.booleans(),
         key_axis=st.sampled_from(["channel", "token"]),
         drops=st.booleans(),
+    ),
+    st.builds(
+        Evicting,
+        st.integers(1, 90),
+        st.sampled_from(["float32", "float16", "float8"]),
+        st.none() | st.integers(1, 120),
+        tally=st.booleans(),
+        victims=st.integers(0, 4),
+        state_bytes=st.sampled_from([0, 600]),
     ),
 )
 

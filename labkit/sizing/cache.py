@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def cache_bytes(model: Layered, tokens: int, batch: int = 1, dtype: str | Format = "float16") -> int:
     """Bytes of the cache of `batch` requests that have seen `tokens` tokens each: what the cache's `nbytes` will say.
 
-    dtype: how K and V are kept, by name or as `Dense`, `Quantized`, `Paged`, `PagedQuantized`. Raises SizeError.
+    dtype: how K and V are kept, by name or as `Dense`, `Quantized`, `Paged`, `PagedQuantized`, `Evicting`. Raises
+    SizeError.
     """
     check_spec("model", model)
     check_count("tokens", tokens, least=0)

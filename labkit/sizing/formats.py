@@ -405,6 +405,98 @@ class PagedQuantized:
         return self.paging.fullest(model, tokens)
 
 
+@dataclass(frozen=True)
+class Evicting:
+    """K and V as they are, of at most `budget` tokens: beyond it others are evicted.
+
+    Of each token held, each KV head keeps 4 bytes for its position besides; 4 more with `tally`, where a policy goes on
+    counting for each token. victims: tokens that a full cache has chosen to lose next, 8 bytes each. state_bytes: what
+    a policy notes of a request, in every layer.
+    prompt_tokens: where eviction happens once, at the end of a prompt of so many, and what follows is kept; None where
+    the budget always holds. What a pass holds of its own tokens until it ends is not counted.
+    A layer with a latent or an `index_dim` keeps all, in `dtype`.
+    """
+
+    budget: int
+    dtype: str = "float16"
+    prompt_tokens: int | None = None
+    tally: bool = False
+    victims: int = 1
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("budget", self.budget)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.prompt_tokens is not None:
+            check_count("prompt_tokens", self.prompt_tokens)
+        check_flag("tally", self.tally)
+        check_count("victims", self.victims, least=0)
+        check_count("state_bytes", self.state_bytes, least=0)
+
+    @property
+    def name(self) -> str:
+        """The dtype, and how many tokens are kept."""
+        kept = f"{self.dtype}, {self.budget:,} tokens kept"
+        return kept if self.prompt_tokens is None else f"{kept} of a prompt of {self.prompt_tokens:,}"
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """Bits of the dtype; positions add 32 per token and KV head, a tally as many."""
+        return bits(self.dtype)
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
+    def keeps(self, tokens: int) -> int:
+        """Tokens held after `tokens`."""
+        if self.prompt_tokens is None or tokens <= self.prompt_tokens:
+            return min(tokens, self.budget)
+        return min(self.prompt_tokens, self.budget) + tokens - self.prompt_tokens
+
+    def evicts(self, layer: Layer) -> bool:
+        """Whether all that the layer keeps of a token is K and V."""
+        return layer.kind in ("full", "window", "hybrid") and not layer.index_dim
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """K, V, position and tally of a token for which none leaves; else nothing."""
+        if not self.evicts(layer):
+            return Dense(self.dtype).token_bytes(layer, position)
+        each = layer.elements_per_token * bits(self.dtype) / 8 + self.beside(layer)
+        return each * (self.keeps(position + 1) - self.keeps(position))
+
+    def beside(self, layer: Layer) -> int:
+        """Bytes of a token held besides K and V, all KV heads together."""
+        return layer.num_kv_heads * (8 if self.tally else 4)
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """What is held, its positions and tally, the victims of a full cache, and what a policy noted."""
+        if not self.evicts(layer):
+            return Dense(self.dtype).layer_bytes(layer, tokens)
+        if not tokens:
+            return layer.state_bytes
+        held = self.keeps(tokens)
+        full = self.prompt_tokens is None and held == self.budget
+        victims = 8 * layer.num_kv_heads * self.victims if full else 0
+        kept = to_bytes(held * layer.elements_per_token, self.dtype) + held * self.beside(layer)
+        return kept + victims + self.state_bytes + layer.state_bytes
+
+    def model_bytes(self, tokens: int) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """K and V of what is held; where a layer has a window, of no more than that."""
+        if not self.evicts(layer):
+            return Dense(self.dtype).read_bytes(layer, tokens)
+        return Dense(self.dtype).layer_bytes(layer, min(self.keeps(tokens), layer.tokens_held(tokens)))
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The longest: no token makes it smaller."""
+        return tokens
+
+
 def kv_format(dtype: str | Format) -> Format:
     """The format a name stands for: int8, int4 and int2 quantized in groups of 64, any other dtype dense."""
     if isinstance(dtype, type):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from labkit import sizing, specs
-from labkit.sizing import Dense, Paged, PagedQuantized, Price, Quantized, SizeError
+from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Price, Quantized, SizeError
 from labkit.specs import SpecError
 from tests.shapes import GPU, LINK, shape
 
@@ -31,18 +31,30 @@ COUNTS = [
     "num_kv_heads",
     "group_size",
     "block_size",
+    "budget",
 ]
-FROM_ZERO = ["tokens", "position", "past", "prefix", "added", "answer", "residual_length", "sink_length"]
+FROM_ZERO = [
+    "tokens",
+    "position",
+    "past",
+    "prefix",
+    "added",
+    "answer",
+    "residual_length",
+    "sink_length",
+    "victims",
+    "state_bytes",
+]
 BAD = {  # by the argument's name: what it can never be
     **{name: NO_SPEC for name in ("model", "gpu")},
     "link": [value for value in NO_SPEC if value is not None],
     **{name: [*NO_COUNT, 0] for name in COUNTS},
     **{name: NO_COUNT for name in FROM_ZERO},
-    "capacity": [*GIVEN, -1, 0, 2.5],
+    **{name: [*GIVEN, -1, 0, 2.5] for name in ("capacity", "prompt_tokens")},
     "contexts": [None, 8, "8192", [0], [math.nan], [2048, -1]],
     **{name: NO_DTYPE for name in ("dtype", "weight_dtype", "metadata")},
     **{name: NO_SHARE for name in ("reserve", "mfu", "mbu")},
-    **{name: NO_FLAG for name in ("caching", "drops", "symmetric")},
+    **{name: NO_FLAG for name in ("caching", "drops", "symmetric", "tally")},
     **{name: [*NO_NUMBER, -1.0] for name in ("flops", "intensity")},
     **{name: [*NO_NUMBER, -1.0, 10**6] for name in ("input", "output")},
     **{name: [*GIVEN, -1.0] for name in ("cached", "written")},
@@ -63,6 +75,10 @@ PLAN = {
 PASS = {"model": MODEL, "gpu": GPU, "batch": 2, "dtype": "float8", "weight_dtype": "float8", "ranks": 3, "link": LINK}
 RIGHT = {  # each public function with arguments that it takes
     "Dense": (Dense, {"dtype": "float16", "capacity": 9, "drops": True}),
+    "Evicting": (
+        Evicting,
+        {"budget": 9, "dtype": "float16", "prompt_tokens": 8, "tally": True, "victims": 2, "state_bytes": 4},
+    ),
     "Paged": (Paged, {"block_size": 16, "dtype": "float16", "drops": True}),
     "PagedQuantized": (
         PagedQuantized,
