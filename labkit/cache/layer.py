@@ -37,6 +37,8 @@ class LayerCache(ABC):
     """Tokens per row that fit; None when there is no limit."""
     takes_ragged: ClassVar[bool] = False
     """Whether rows may differ in length."""
+    evicts: ClassVar[bool] = False
+    """Whether tokens may leave: what is held are then others than the first `physical_len`, and not in their order."""
     shared: Any = None
     """What the layers of one model's cache have in common, block tables say; its `nbytes` count once, not by layer."""
 
@@ -88,6 +90,19 @@ class LayerCache(ABC):
     @abstractmethod
     def restore(self, mark: Any) -> None:
         """Be what the cache was when `mark` was made; the counters stay."""
+
+    # What a kind that evicts, or packs only what is sure to stay, has to say besides.
+
+    def plan(self, step: Step) -> Any:
+        """What `settle` is to do now that the body of `step` has succeeded; None for nothing.
+
+        It changes nothing. Every layer plans before the first settles: where one raises, all go back.
+        """
+        return None
+
+    def settle(self, plan: Any) -> None:
+        """Do what was planned: no more than taking up what `plan` made, so that it cannot fail."""
+        raise NotImplementedError(f"{type(self).__name__} plans and does not say how it settles")
 
     # What all kinds share.
 
