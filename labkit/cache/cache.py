@@ -13,11 +13,13 @@ from torch import Tensor
 
 from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
+from labkit.cache.evicting import Budget, EvictingCache, Policy, each_layer
 from labkit.cache.layer import LayerCache, checked_rows
 from labkit.cache.paged import PagedCache, Pages
 from labkit.cache.paged_quantized import PagedQuantizedCache
 from labkit.cache.quantized import QuantizedCache
 from labkit.cache.step import Step
+from labkit.interrupts import uninterrupted
 
 
 class Cache:
@@ -81,6 +83,24 @@ class Cache:
             return cls.of(num_layers, lambda: PagedCache(pages, window=window, **options))
         return cls.of(num_layers, lambda: PagedQuantizedCache(pages, nbits, window=window, **options))
 
+    @classmethod
+    def evicting(
+        cls,
+        num_layers: int,
+        policy: Policy | Callable[[int], Policy],
+        budget: Budget | Sequence[Budget] | Callable[[int], Budget],
+        **options: Any,
+    ) -> Cache:
+        """A cache that keeps the tokens `policy` chooses; the options are those of `EvictingCache`.
+
+        policy: for every layer, or a function of its index. budget: tokens or a fraction of the prompt for every layer,
+        a list with one for each (`pyramid` makes one), or a function of its index. `window`: as in `growing`.
+        """
+        policies = each_layer("policy", policy, num_layers)
+        budgets = each_layer("budget", budget, num_layers)
+        named = [one.for_layer(layer) if isinstance(one, Policy) else one for layer, one in enumerate(policies)]
+        return cls([EvictingCache(one, own, **options) for one, own in zip(named, budgets, strict=True)])
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens that each row has seen so far, padding included; empty before there are any.
@@ -130,7 +150,8 @@ class Cache:
 
         counts: new tokens of each row. padding: how many tokens at the left of each row are none, said with the first
         tokens. Whatever is raised inside the `with`, an interrupt included, the layers are afterwards exactly what they
-        were. The counters stay: the work was done. Raises ValueError for what cannot be.
+        were. The counters stay: the work was done. When its body has ended well, layers that evict do so: each plans,
+        and where one raises all go back; then all settle. Raises ValueError for what cannot be.
         """
         held = self.lengths
         lengths = held or (0,) * len(counts)
@@ -153,6 +174,7 @@ class Cache:
         try:
             self.padding = step.padding
             yield step
+            plans = [layer.plan(step) for layer in self.layers]
         except BaseException:
             self.torn = True
             for layer, mark in zip(self.layers, marks, strict=True):
@@ -160,10 +182,23 @@ class Cache:
             self.padding, self.knows_padding = before
             self.torn = False
             raise
+        self.settle(plans)
+
+    def settle(self, plans: Sequence[Any]) -> None:
+        """Let each layer do what it planned, all of them: an interrupt that comes in between waits."""
+        planned = [(layer, plan) for layer, plan in zip(self.layers, plans, strict=True) if plan is not None]
+        if not planned:
+            return
+        self.torn = True
+        with uninterrupted():
+            for layer, plan in planned:
+                layer.settle(plan)
+            self.torn = False
 
     def truncate(self, seq_len: int) -> None:
         """Forget every token from place `seq_len` on, in every row: for a conversation whose last part changes."""
-        min(self.layers, key=lambda layer: layer.seq_len).check_length(seq_len)
+        for layer in sorted(self.layers, key=lambda layer: layer.seq_len):
+            layer.check_length(seq_len)
         for layer in self.layers:
             layer.truncate(seq_len)
         self.padding = tuple(min(p, seq_len) for p in self.padding) if seq_len else ()

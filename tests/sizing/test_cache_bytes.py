@@ -12,6 +12,7 @@ import labkit.cache
 from labkit import sizing, specs
 from labkit.cache import (
     Cache,
+    EvictingCache,
     GrowingCache,
     LayerCache,
     PagedCache,
@@ -20,10 +21,12 @@ from labkit.cache import (
     PreallocatedCache,
     QuantizedCache,
 )
+from labkit.cache.evicting import H2O, Notes, Policy, Window
 from labkit.cache.recording import RecordingCache
 from labkit.quantization import FLOAT8
 from labkit.sizing import (
     Dense,
+    Evicting,
     Paged,
     PagedQuantized,
     Quantized,
@@ -57,6 +60,7 @@ MAKE = {
     PagedCache: (just_enough, lambda dtype: Paged(BLOCK, dtype, drops=False)),
     PagedQuantizedCache: (lambda *sizes: just_enough(*sizes, 8, PagedQuantizedCache),
                           lambda dtype: PagedQuantized(4, 8, dtype, drops=False)),
+    EvictingCache: (lambda *_: lambda: EvictingCache(Window(), 23), lambda dtype: Evicting(23, dtype)),
 }  # fmt: skip
 
 
@@ -79,10 +83,11 @@ def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype
     if kind in (QuantizedCache, PagedQuantizedCache):
         model = replace(model, head_dim=8 * model.head_dim)
     cache = Cache.of(model.num_layers, make(tokens, batch))
-    for layer in cache.layers:
-        for begin in range(0, tokens, cuts):
-            new = min(cuts, tokens - begin)
-            layer.append(*torch.zeros(2, batch, model.num_kv_heads, new, model.head_dim, dtype=dtype))
+    for begin in range(0, tokens, cuts):
+        new = min(cuts, tokens - begin)
+        with cache.step([new] * batch) as step:
+            for layer in cache.layers:
+                layer.append(*torch.zeros(2, batch, model.num_kv_heads, new, model.head_dim, dtype=dtype), step)
     assert cache.nbytes == cache_bytes(model, tokens, batch, kept(dtype))
 
 
@@ -135,6 +140,45 @@ def test_every_way_to_pack_blocks_takes_what_is_predicted(
             layer.append(*torch.zeros(2, batch, 3, min(cuts, tokens - begin), 32, dtype=dtype))
     assert cache.nbytes == cache_bytes(shape(num_layers=2, head_dim=32), tokens, batch, kept)
     assert [layer.format for layer in cache.layers] == [replace(kept, dtype="float16")] * 2
+
+
+class Summing(Policy):
+    """Notes a number for each token and three for each row, so that every part of the bytes is there."""
+
+    lasting = True
+
+    def watch(self, seen):
+        return Notes(seen.received(), (torch.zeros(len(seen.k), 3),))
+
+    def score(self, held):
+        return held.tally
+
+
+@given(
+    tokens=st.integers(1, 60),
+    prompt=st.integers(1, 60),
+    batch=st.integers(1, 3),
+    budget=st.integers(6, 40),
+    during=st.sampled_from(["always", "prompt"]),
+    every=st.integers(1, 5),
+    policy=st.sampled_from([Window(sinks=2), H2O(sinks=1), Summing(recent=2)]),
+    dtype=DTYPES,
+)
+def test_every_way_to_evict_takes_what_is_predicted_at_every_step(
+    tokens, prompt, batch, budget, during, every, policy, dtype
+):
+    prompt = min(tokens, prompt)
+    cache = Cache.evicting(2, policy, budget, during=during, every=every)
+    for new in [prompt, *[1] * (tokens - prompt)]:
+        with cache.step([new] * batch) as step:
+            for layer in cache.layers:
+                layer.append(*torch.zeros(2, batch, 3, new, 8, dtype=dtype), step)
+                layer.attend(torch.zeros(batch, 6, new, 8, dtype=dtype), step)
+        noted = 12 if isinstance(policy, Summing) and during == "always" else 0
+        kept = replace(
+            cache[0].format, dtype=dtype, prompt_tokens=prompt if during == "prompt" else None, state_bytes=noted
+        )
+        assert cache.nbytes == cache_bytes(shape(num_layers=2, head_dim=8), step.after[0], batch, kept)
 
 
 @given(model=mixed_shapes(), tokens=st.integers(0, 90), batch=st.integers(1, 3), dtype=DTYPES)
@@ -308,6 +352,9 @@ class TestFormats:
             (lambda: cache_bytes("llama-3-8b", 9), r"take labkit\.specs\.model\('llama-3-8b'\)"),
             (lambda: Paged(0), "block_size must be a whole number"),
             (lambda: PagedQuantized(3), "nbits is 2, 4 or 8; got 3"),
+            (lambda: Evicting(0), "budget must be a whole number, at least 1; got 0"),
+            (lambda: Evicting(8, prompt_tokens=0), "prompt_tokens must be a whole number"),
+            (lambda: Evicting(8, victims=-1), "victims must be a whole number, at least 0; got -1"),
             (lambda: PagedQuantized(4, 2), "do not fill whole 16-bit words"),
         ],
     )

@@ -1,0 +1,38 @@
+"""Policies that look at the keys alone, and so cost no look at attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.attention import wide_dtype
+from labkit.cache.evicting.policy import Held, Policy
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeyNorm(Policy):
+    """Keys with the smallest L2 norm (arXiv:2406.11430, which finds that they get most attention).
+
+    Settled here: every layer evicts. The paper leaves out the first two, which a list of budgets can say.
+    """
+
+    def score(self, held: Held) -> Tensor:
+        """Minus the norm of its key."""
+        return -held.k.norm(dim=-1, dtype=wide_dtype(held.k))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeyDiff(Policy):
+    """Keys that point another way than the others do (KeyDiff, arXiv:2504.15364).
+
+    Settled here: the others' direction is the mean of the keys held, each of length 1 first, as in the paper's
+    algorithm and kvpress; padding is none of them. Keys are taken as they are held, turned by RoPE.
+    """
+
+    def score(self, held: Held) -> Tensor:
+        """Minus the cosine between its key and the mean direction."""
+        keys = F.normalize(held.k.to(wide_dtype(held.k)), dim=-1).masked_fill(~held.real[..., None], 0.0)
+        mean = F.normalize(keys.sum(dim=2, keepdim=True), dim=-1)
+        return -(keys @ mean.mT)[..., 0]

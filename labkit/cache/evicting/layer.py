@@ -1,0 +1,404 @@
+"""A cache that forgets: of all tokens it holds no more than a budget, those that its policy scores highest.
+
+One mechanism for every policy: score, keep, compact. Evicted tokens are gone, and so is their memory.
+
+**When.** Eviction is decided when a step has succeeded (`Cache.step`), for all layers or none; until then all can be
+undone. A step of several tokens attends to all that is held and to its own tokens, up to each query; at its end the
+layer is cut to the budget. Where the cache is full, the end of a step also decides whose slot the next token takes: a
+decode step writes there, in place, and so attends to exactly `budget` tokens, the newest included. Nothing is
+reallocated or moved then, and undoing it takes that one token.
+
+A layer whose steps nobody ends (`append` and `attend` alone) evicts nothing: beyond the budget it grows, until somebody
+calls `layer.settle(layer.plan(step))`. It is slower, and never wrong.
+
+**What is where.** Each KV head keeps tokens of its own, in slots that are in no order. `positions` says which: they are
+kept beside the keys, and who may see whom is read from them. `seq_len` is logical, what was seen; `physical_len` is
+what is held, the smaller of `seq_len` and the budget.
+
+**Bytes.** `nbytes` counts everything, to the byte: of each token K, V and a position of 4 bytes; 4 more where the
+policy notes a number for each token in later steps too (`Policy.lasting`); when the cache is full 8 for each victim;
+and what a policy notes of whole rows. `EvictingCache.format` is what `labkit.sizing` calls that. While a step of
+several tokens runs its tokens are held, too, and at its end for a moment the old tensors beside the new ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from labkit.attention import Visibility, attention_weights, blended, is_count
+from labkit.cache.evicting.budgets import Budget, check_budget, check_protected, tokens_of
+from labkit.cache.evicting.choosing import highest, lowest, ranked
+from labkit.cache.evicting.kept import Kept, Overwritten
+from labkit.cache.evicting.places import places_of, turned
+from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
+from labkit.cache.layer import LayerCache, Observer, size_of
+from labkit.cache.step import Step
+from labkit.sizing import Evicting
+
+DURING = ("always", "prompt")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the end of a step leaves: what is kept, and the length at which a token was lost for good."""
+
+    kept: Kept
+    lost_at: int
+    moved: int
+
+
+class EvictingCache(LayerCache):
+    """K and V of at most `budget` tokens for each row and KV head, chosen by `policy`. See the module for when and how.
+
+    budget: tokens, or as a float a fraction of the first step's tokens. during: "always" never holds more at the end of
+    a step; "prompt" evicts once, when the first step has ended, and grows from then on. every: how many victims a full
+    cache chooses at once. With more than 1 the policy scores, and looks on for that, only once in so many decode steps,
+    and the tokens that came since are safe meanwhile.
+    frequencies: RoPE's, in radians per position, float `[head_dim / 2]` (`model.frequencies`): keys and queries are
+    then turned to the places that the tokens held have in the cache, 0 to `budget` - 1, each time they are read
+    (StreamingLLM, arXiv:2309.17453). None leaves them as they came.
+
+    Rows are of one length, padded at the left; padding is hidden, and evicted first, then what left the model's window.
+    `truncate` goes back no further than to where the last token was lost. No gradient through what was evicted.
+    Raises ValueError for what cannot be: at once, or for a fraction with the first tokens.
+    """
+
+    evicts: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: Budget,
+        *,
+        during: str = "always",
+        every: int = 1,
+        frequencies: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__(scale=scale, window=window, soft_cap=soft_cap)
+        if not isinstance(policy, Policy):
+            raise ValueError(f"policy is one of labkit.cache.evicting's, as in KeyNorm(); got {policy!r}")
+        check_budget(budget)
+        if is_count(budget):
+            check_protected(policy, int(budget))
+        if during not in DURING:
+            raise ValueError(f'during is "always" or "prompt"; got {during!r}')
+        if not is_count(every) or every < 1:
+            raise ValueError(f"every is a number of steps, at least 1; got {every!r}")
+        self.policy, self.budget, self.during, self.every = policy, budget, during, int(every)
+        self.frequencies = frequencies
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.kept: Kept | None = None
+        self.spare: Overwritten | None = None  # the token whose slot was taken since a step ended
+        self.room: int | None = None  # the budget in tokens
+        self.first_ended = False
+        self.lost_at = 0  # tokens seen when the last one was lost for good
+        self.attended = self.constants  # what was computed with, as far as known
+
+    def mark(self) -> Any:
+        """What is held, a value that is never changed but in one slot, which `spare` remembers."""
+        return self.lengths, self.kept, self.spare, self.room, self.first_ended, self.lost_at
+
+    def restore(self, mark: Any) -> None:
+        """What was held. RuntimeError when a step has ended since, and a token is lost that was held."""
+        lengths, kept, spare, room, first_ended, lost_at = mark
+        if lost_at != self.lost_at:
+            raise RuntimeError(f"a token was evicted since, after {self.lost_at} tokens: there is no way back")
+        if self.spare is not None and spare is None:
+            self.spare.put_back(kept)
+        self.lengths, self.kept, self.spare, self.room, self.first_ended = lengths, kept, spare, room, first_ended
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held, and of the token that undoing a step would take."""
+        return (0 if self.kept is None else self.kept.nbytes) + (0 if self.spare is None else self.spare.nbytes)
+
+    @property
+    def format(self) -> Evicting:
+        """What `labkit.sizing` calls this, without what a policy notes of whole rows (`state_bytes`), in float16.
+
+        ValueError before there are tokens if the budget is a fraction of them.
+        """
+        room = self.room if self.room is not None else self.budget
+        if not is_count(room):
+            raise ValueError("a budget that is a fraction of the prompt is known with the first tokens: append before")
+        always = self.during == "always"
+        return Evicting(
+            budget=int(room), tally=always and self.policy.lasting, victims=self.victims_of(int(room)) if always else 0
+        )
+
+    @property
+    def physical_len(self) -> int:
+        """Tokens held in each row, by each KV head."""
+        return 0 if self.kept is None else self.kept.tokens
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where the tokens held stand, int32 `[batch, num_kv_heads, physical_len]`; -1 is padding. None when empty."""
+        return None if self.kept is None else self.kept.positions
+
+    def template(self) -> Tensor | None:
+        """The keys themselves."""
+        return None if self.kept is None else self.kept.k
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """K and V of the tokens held, slot by slot; `positions` says which they are."""
+        return None if self.kept is None else (self.kept.k, self.kept.v)
+
+    # Appending.
+
+    def validate(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """As for every cache; ValueError, too, for a budget that is too small, or frequencies of another head_dim."""
+        super().validate(k, v, step)
+        if self.room is None:
+            check_protected(self.policy, tokens_of(self.budget, step))
+            if self.frequencies is not None and 2 * self.frequencies.numel() != k.shape[3]:
+                raise ValueError(
+                    f"{self.frequencies.numel()} frequencies turn {2 * self.frequencies.numel()} channels; keys have "
+                    f"{k.shape[3]}: give model.frequencies, [head_dim / 2]"
+                )
+
+    def write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Put a single token into a victim's slot, others behind what is held."""
+        if self.room is None:
+            self.room = tokens_of(self.budget, step)
+        with torch.inference_mode(False):  # what is made inside could not be written outside
+            positions = positions_of(k, step)
+            kept = self.kept
+            if kept is None:
+                # A clone: a view would keep the projection's whole output alive.
+                k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
+                self.kept = Kept(k, v, positions)
+            elif step.new_tokens == 1 and kept.victims_left and self.spare is None:
+                self.overwrite(kept, k, v, positions)
+            else:
+                self.bytes_copied += size_of(kept.k) + size_of(kept.v)
+                self.kept = kept.extended(k, v, positions)
+
+    def overwrite(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Put one token into the next victim's slot, in place."""
+        assert kept.victims is not None
+        slot = kept.victims[:, :, kept.used : kept.used + 1]
+        notes = kept.notes
+        if notes.tokens is not None:
+            notes = replace(notes, tokens=notes.tokens.scatter(2, slot, 0.0))
+        self.spare = Overwritten.of(kept, slot)
+        self.spare.put(kept, k, v, positions)
+        self.kept = replace(kept, notes=notes, used=kept.used + 1)
+
+    # Attending.
+
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
+        """Causal attention of the newest tokens' queries over all that is held; the policy looks on.
+
+        observe: gets the weights, `[batch, num_heads, new_tokens, physical_len]`, slot by slot.
+        """
+        self.check_queries(q)
+        if (kept := self.kept) is None:
+            raise ValueError("the cache is empty: append before you attend")
+        step = step or self.newest(q)
+        self.attended = self.constants
+        visible, positions = self.visible(step), step_positions(step, q.device)
+        k = kept.k
+        if self.frequencies is not None and kept.tokens < self.seq_len:
+            q, k, positions = self.in_places(q, kept, positions)
+        if not self.looks_on():
+            return self.answer(q, (k, kept.v), visible, observe)
+        known = None
+        if q.shape[2] == 1:  # the weights of one query are no more than a row: computed once, for both
+            known = attention_weights(q, k, self.constants, visible)
+            out = blended(known.to(q.dtype), kept.v)
+            self.bytes_read += size_of(k) + size_of(kept.v)
+            if observe is not None:
+                observe(known.to(q.dtype))
+        else:
+            out = self.answer(q, (k, kept.v), visible, observe)
+        with torch.inference_mode(False), torch.no_grad():
+            seen = Seen(
+                k, kept.v, kept.positions, newest_of(step, q.device), self.constants, kept.notes, q, positions,
+                visible, known,
+            )  # fmt: skip
+            self.kept = replace(kept, notes=checked_notes(self.policy, self.policy.watch(seen), kept))
+        return out
+
+    def visible(self, step: Step) -> Visibility:
+        """Who may see whom: by index while nothing has left; else by position, if anything held may be hidden at all.
+
+        What was held stands before every new token, and new tokens lie at the end in their order, or there is only one.
+        """
+        if self.physical_len == self.seq_len:
+            return step.visible
+        if self.constants.window is None and not self.has_padding(step):
+            return Visibility.newest(step.counts[0], self.physical_len)
+        return Visibility(
+            step.counts[0], self.physical_len, step.visible.first_query, key_position=self.positions
+        )  # fmt: skip
+
+    def has_padding(self, step: Step) -> bool:
+        """Whether some row still holds padding: it was evicted first, so that it is a matter of numbers."""
+        return bool(step.padding) and self.physical_len > min(
+            after - skip for after, skip in zip(step.after, step.skipped, strict=True)
+        )
+
+    def in_places(self, q: Tensor, kept: Kept, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys turned to their places among the tokens held, and the places of the queries."""
+        assert self.frequencies is not None
+        self.frequencies = self.frequencies.to(q.device)
+        places = places_of(kept.positions)
+        k = turned(kept.k, places - kept.positions, self.frequencies)
+        last = places.amax(dim=(1, 2))[:, None]  # every KV head holds as many tokens of a row
+        own = last - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
+        return turned(q, (own - positions)[:, None], self.frequencies), k, own
+
+    # Evicting.
+
+    def decides(self) -> bool:
+        """Whether something is chosen at the end of this step."""
+        if (kept := self.kept) is None or self.room is None:
+            return False
+        if self.during == "prompt":
+            return not self.first_ended and kept.tokens > self.room
+        return kept.tokens > self.room or (kept.tokens == self.room and not kept.victims_left)
+
+    def looks_on(self) -> bool:
+        """Whether the policy is shown this step."""
+        return self.policy.watches and ((self.policy.lasting and self.during == "always") or self.decides())
+
+    def plan(self, step: Step) -> Plan | None:
+        """What is left when the step has ended. ValueError for scores of another shape."""
+        if (kept := self.kept) is None:
+            return None
+        moved, lost_at = 0, self.lost_at if self.spare is None else self.seq_len
+        if self.decides():
+            newest = newest_of(step, kept.k.device)
+            with torch.inference_mode(False):
+                left = self.chosen(kept, step, newest)
+            if left.tokens < kept.tokens:
+                moved, lost_at = size_of(left.k) + size_of(left.v), self.seq_len
+            kept = left
+        if not (self.policy.lasting and self.during == "always"):
+            kept = replace(kept, notes=Notes())
+        return Plan(kept, lost_at, moved)
+
+    def settle(self, plan: Plan) -> None:
+        """Hold what was planned."""
+        self.kept, self.lost_at, self.spare, self.first_ended = plan.kept, plan.lost_at, None, True
+        self.bytes_copied += plan.moved
+
+    def chosen(self, kept: Kept, step: Step, newest: int | Tensor) -> Kept:
+        """What is held cut to the budget, and the victims among it."""
+        assert self.room is not None
+        recent, has_padding = self.policy.recent_of(self.room), self.has_padding(step)
+        with torch.no_grad():
+            scores = self.scores(kept, newest)
+            if kept.tokens > self.room:
+                index = highest(self.ranked(scores, kept, newest, recent, has_padding), self.room)
+                scores = scores.gather(2, index)
+        if kept.tokens > self.room:
+            kept = kept.chosen(index)
+        if self.during == "prompt":
+            return kept
+        with torch.no_grad():  # when the next token has come, one less of these is among the newest
+            ranks = self.ranked(scores, kept, newest, max(0, recent - 1), has_padding)
+            return replace(kept, victims=lowest(ranks, self.victims_of(self.room)), used=0)
+
+    def scores(self, kept: Kept, newest: int | Tensor) -> Tensor:
+        """What the policy says of each token, float `[batch, num_kv_heads, tokens]`."""
+        scores = self.policy.score(Held(kept.k, kept.v, kept.positions, newest, self.attended, kept.notes))
+        if not isinstance(scores, Tensor) or scores.shape != kept.positions.shape:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"{type(self.policy).__name__}.score gives [batch, num_kv_heads, tokens], here "
+                f"{list(kept.positions.shape)}; got {got}"
+            )
+        return scores
+
+    def ranked(self, scores: Tensor, kept: Kept, newest: int | Tensor, recent: int, has_padding: bool) -> Tensor:
+        """Scores with what is always kept at the top, and what no later query sees at the bottom."""
+        window = self.attended.window
+        return ranked(
+            scores, kept.positions, newest, sinks=self.policy.sinks, recent=recent, window=window,
+            has_padding=has_padding,
+        )  # fmt: skip
+
+    def victims_of(self, room: int) -> int:
+        """How many victims a full cache of so many tokens chooses at once: `every`, as far as there are unprotected."""
+        return min(self.every, room - self.policy.sinks - max(0, self.policy.recent_of(room) - 1))
+
+    # Going back, and choosing rows.
+
+    def check_length(self, seq_len: int) -> None:
+        """As for every cache; ValueError, too, for a length at which something was held that is lost."""
+        super().check_length(seq_len)
+        if seq_len in (0, self.seq_len):
+            return
+        lost_at = self.lost_at if self.spare is None else self.seq_len
+        name = type(self.policy).__name__
+        if seq_len < lost_at:
+            raise ValueError(
+                f"cannot go back to {seq_len} tokens: what {name} evicted after {lost_at} is lost. Keep a "
+                f"copy.deepcopy of the cache to go back to, or truncate(0) and read the tokens again"
+            )
+        if self.policy.lasting and self.during == "always":
+            raise ValueError(
+                f"cannot go back to {seq_len} tokens: {name} has noted the attention of those that came after. Keep a "
+                f"copy.deepcopy of the cache to go back to, or truncate(0) and read the tokens again"
+            )
+
+    def forget_from(self, seq_len: int) -> None:
+        """Let go of the newest tokens, which lie behind the others since the last was lost."""
+        assert self.kept is not None
+        self.kept = self.kept.first(self.kept.tokens - (self.seq_len - seq_len))
+        self.bytes_copied += size_of(self.kept.k) + size_of(self.kept.v)
+
+    def choose_rows(self, rows: Tensor) -> None:
+        """Copy the chosen rows, notes and victims with them."""
+        assert self.kept is not None
+        rows = rows.to(self.kept.k.device)
+        with torch.inference_mode(False):
+            kept = self.kept.changed(lambda x: x.index_select(0, rows))
+        lost_at = self.lost_at if self.spare is None else self.seq_len
+        self.kept, self.spare, self.lost_at = kept, None, lost_at
+        self.bytes_copied += size_of(kept.k) + size_of(kept.v)
+
+
+def step_positions(step: Step, device: torch.device) -> Tensor:
+    """Of each new token, int64 `[batch or 1, new_tokens]`; negative for padding."""
+    first = torch.tensor(step.visible.first_query, device=device)
+    return first[:, None] + torch.arange(step.counts[0], device=device)
+
+
+def positions_of(k: Tensor, step: Step) -> Tensor:
+    """Of each new token, int32 `[batch, num_kv_heads, new_tokens]`; -1 for padding."""
+    positions = step_positions(step, k.device).clamp(min=-1).to(torch.int32)
+    return positions[:, None].expand(k.shape[0], k.shape[1], -1).contiguous()
+
+
+def newest_of(step: Step, device: torch.device) -> int | Tensor:
+    """The position of the newest token: a number where all rows are at the same, else int64 `[batch, 1, 1]`."""
+    newest = [first + step.counts[0] - 1 for first in step.visible.first_query]
+    return newest[0] if len(newest) == 1 else torch.tensor(newest, device=device)[:, None, None]
+
+
+def checked_notes(policy: Policy, notes: Notes, kept: Kept) -> Notes:
+    """The notes of a policy, float32; ValueError unless they are of the tokens and rows held."""
+    if not isinstance(notes, Notes):
+        raise ValueError(f"{type(policy).__name__}.watch returns Notes; got a {type(notes).__name__}")
+    tokens = notes.tokens
+    if tokens is not None and tokens.shape != kept.positions.shape:
+        raise ValueError(
+            f"{type(policy).__name__}.watch notes a number for each token held, {list(kept.positions.shape)}; got "
+            f"{list(tokens.shape)}"
+        )
+    if any(row.shape[:1] != kept.k.shape[:1] for row in notes.rows):
+        raise ValueError(f"{type(policy).__name__}.watch notes of rows are [{kept.k.shape[0]}, ...] each")
+    return notes if tokens is None or tokens.dtype == torch.float32 else replace(notes, tokens=tokens.float())
