@@ -175,6 +175,7 @@ class Cache:
             self.padding = step.padding
             yield step
             plans = [layer.plan(step) for layer in self.layers]
+            self.torn = any(plan is not None for plan in plans)  # from here on: all of it, or a refusal
         except BaseException:
             self.torn = True
             for layer, mark in zip(self.layers, marks, strict=True):

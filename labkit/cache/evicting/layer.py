@@ -295,7 +295,7 @@ class EvictingCache(LayerCache):
         self.bytes_copied += plan.moved
 
     def chosen(self, kept: Kept, step: Step, newest: int | Tensor) -> Kept:
-        """What is held cut to the budget, and the victims among it."""
+        """What is held cut to the budget, and the victims among what is left, by the same scores."""
         assert self.room is not None
         recent, has_padding = self.policy.recent_of(self.room), self.has_padding(step)
         with torch.no_grad():
