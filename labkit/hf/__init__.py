@@ -31,6 +31,9 @@ def wrap(cache: Cache, model: PreTrainedModel | None = None) -> WrappedCache:
     it was: with other caches, or none, it computes what it computed before. Two tokens are run through the model to
     see that with a labkit cache, too, it computes what it computed before.
 
+    A cache that evicts needs the model. It does so when the last layer of a pass has attended, and what comes after
+    cannot be undone.
+
     Padding that the cache holds must stay hidden by the `attention_mask`; with the model it is checked, and what a mask
     hides at the left becomes the cache's padding.
 

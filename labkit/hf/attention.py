@@ -132,7 +132,7 @@ def check_call(
 
 def check_query(query: Tensor, kv_len: int, layer: WrappedLayer) -> Tensor:
     """The queries in the dtype of the keys; `CannotHold` when they are not of the newest tokens."""
-    if layer.waiting is None and kv_len != layer.layer.physical_len:
+    if layer.waiting is None and kv_len != layer.layer.seq_len:
         raise CannotHold(f"the model attends with K and V of an earlier pass: {WITHOUT}")
     if layer.waiting is not None and layer.waiting[0].shape[2] < query.shape[2]:
         raise CannotHold(f"{query.shape[2]} queries, but {layer.waiting[0].shape[2]} new keys: {WITHOUT}")

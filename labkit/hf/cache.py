@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import transformers
 from torch import Tensor
 
-from labkit.cache import Cache
+from labkit.cache import Cache, Step
 from labkit.hf.layer import WrappedLayer
 from labkit.hf.masks import Masks
 from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
@@ -23,6 +23,14 @@ class WrappedCache(transformers.Cache):
         self.wrapped = [WrappedLayer(layer, self.masks, attends) for layer in source.layers]
         super().__init__(layers=list(self.wrapped))
         self.source, self.attends = source, attends
+        self.evicts = any(layer.evicts for layer in source.layers)
+        if self.evicts and not attends:
+            raise CannotHold(
+                "a cache that evicts holds other tokens than transformers' masks speak of, and its policy looks at "
+                "queries: use wrap(cache, model)"
+            )
+        for layer in self.wrapped:
+            layer.attended = self.after_layer
         if attends and not all(layer.constants.causal for layer in source.layers):
             raise CannotHold(f"a layer of this cache attends without the causal mask, and the model with it: {WITHOUT}")
         self.visited: list[int] = []  # layers that the pass under way has updated, in order
@@ -72,6 +80,15 @@ class WrappedCache(transformers.Cache):
         self.start = lengths[layer_idx]
         check_even({length for length in lengths if length} | {self.start})
         self.masks.crop(self.start)  # what was padding and is no longer held may come back as something else
+
+    def after_layer(self) -> None:
+        """A layer has attended. When it was the last of its pass, layers that evict do so, all or none."""
+        if not self.evicts or len(self.visited) < len(self.wrapped) or any(x.waiting is not None for x in self.wrapped):
+            return
+        lengths = self.source.lengths
+        counts = tuple(length - self.start for length in lengths)
+        step = Step(counts, (self.start,) * len(lengths), self.source.padding)
+        self.source.settle([layer.plan(step) for layer in self.source.layers])
 
     def forget_pass(self) -> None:
         """The next update begins a pass, whatever the last one was."""

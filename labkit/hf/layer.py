@@ -83,6 +83,7 @@ class WrappedLayer(CacheLayerMixin):
         self.waiting: tuple[Tensor, Tensor] | None = None  # K and V that `attend` will append
         self.own_window: int | None = None  # tokens that the model's own cache would keep
         self.checks = False  # whether the model's own attention is asked, too
+        self.attended: Callable[[], None] = lambda: None  # called when the model has attended through this layer
 
     def __getattr__(self, name: str) -> NoReturn:
         raise CannotHold(f"the model asks for {name!r} of a layer's cache, which a labkit layer has not: {OWN_CACHE}")
@@ -120,21 +121,30 @@ class WrappedLayer(CacheLayerMixin):
             self.layer.append(k, v)
             return self.layer.read()
         self.waiting = k, v
-        tokens = self.layer.physical_len + k.shape[2]
+        tokens = self.layer.seq_len + k.shape[2]  # logical: a layer that evicts knows itself who sees what it holds
         return StandIn("K", k, tokens, self), StandIn("V", v, tokens, self)  # type: ignore[return-value]
 
     def attend(self, q: Tensor, constants: Constants, padding: tuple[int, ...]) -> Tensor:
         """Append what `update` took, if that is still to be done, and answer the newest tokens' queries."""
         new, self.waiting = self.waiting, None
-        return append_and_attend(self.layer, new, q, constants, padding)
+        if new is None and self.layer.evicts:
+            raise CannotHold(f"the model attends again to what a layer keeps, which may have left it: {OWN_CACHE}")
+        if self.layer.evicts:  # its positions count from behind the padding, also when a window's mask shows none of it
+            padding = self.masks.source.padding
+        out = append_and_attend(self.layer, new, q, constants, padding)
+        self.attended()
+        return out
 
     def get_seq_length(self) -> int:
         """Logical length, in tokens."""
         return self.layer.seq_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the next `update` will return, and the position of the first of them."""
-        return self.layer.physical_len + query_length, self.layer.seq_len - self.layer.physical_len
+        """How many keys the next `update` will speak of, and the position of the first: all that were seen, from 0.
+
+        Masks are made by it. They say which tokens are padding; which of them are held is the layer's to know.
+        """
+        return self.layer.seq_len + query_length, 0
 
     def get_max_length(self) -> int:
         """Tokens that fit; -1 when there is no limit."""
