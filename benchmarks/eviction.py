@@ -1,0 +1,340 @@
+"""What to forget: quality, recall, bytes and time of caches that evict, against the full one.
+
+    python -m benchmarks.eviction [--texts 6] [--trials 40] [--rounds 7] [--only half sinks recall bytes time]
+
+One run, the lab model in float32.
+
+half: of passages of the project's texts 256 tokens go through the model at once, every layer keeps 128 of them, and the
+112 predictions that follow go through what is left. sinks: a window of 256 tokens, with no sink, one and four, over 768
+tokens that come 8 at a time; the last 512 are scored. recall: a four-digit number planted early, in the middle or late
+in prose; the question is either read with the text, before eviction (known), or after it (not known). time: decode
+steps in alternation. A full cache of 2,000 tokens against one that evicts a token at every step; a layer that holds
+8,000 tokens against one that keeps a quarter of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+from collections.abc import Callable
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs: a busy neighbour must not decide a comparison
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import bar, begin, finish
+from labkit import models, quality, sizing
+from labkit.cache import Cache, EvictingCache, PreallocatedCache
+from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Policy, Random, SnapKV, Window
+from labkit.device import set_threads
+from labkit.llama import Llama
+from labkit.measure import Timing, alternate, device_name
+from labkit.quality import Quality
+from labkit.quality.compare import score
+from labkit.specs import ModelSpec
+
+PROMPT, KEPT, SCORED = 256, 128, 112
+PASSAGES = (0, 800, 1600)  # tokens at which they begin
+WINDOW, SEEN, CHUNK = 256, 768, 8
+TEXT_TOKENS = 300
+SHARES = (1.0, 0.5, 0.25, 0.12)
+PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
+FACT = "The number of the harbour master's locker is {}."
+QUESTION = "\nThe number of the harbour master's locker is"
+PARTS = ("half", "sinks", "recall", "bytes", "time")
+# The ranking at half the cache that another library gave on another text; neighbours that differ by less than the
+# spread of their difference may change places.
+RANKING = ("SnapKV", "H2O, mean", "KeyDiff", "expected attention", "TOVA", "sinks and window", "key norm", "random")
+OVERHEAD = {  # policies at 2,000 tokens, and how many victims are chosen at once
+    "sinks and window": 1, "H2O": 1, "TOVA": 1, "key norm": 1, "SnapKV": 16, "KeyDiff": 16, "expected attention": 64,
+}  # fmt: skip
+
+
+def policies(model: Llama) -> dict[str, Policy]:
+    """Every policy, by the name that it has in figures."""
+    return {
+        "SnapKV": SnapKV(window=32),
+        "SnapKV, window of 64": SnapKV(),
+        "H2O": H2O(),
+        "H2O, mean": H2O(recent=0, mean=True),
+        "KeyDiff": KeyDiff(),
+        "expected attention": ExpectedAttention(frequencies=model.frequencies),
+        "TOVA": TOVA(),
+        "sinks and window": Window(sinks=4),
+        "key norm": KeyNorm(),
+        "random": Random(),
+    }
+
+
+def passage_quality(model: Llama, tokens: Tensor, makers: dict[str, Callable[[], Cache]]) -> dict[str, Quality]:
+    """Of each cache beside the full one, of the predictions that follow a prompt of 256 tokens, `[1, 369]` in all."""
+    rows, reference, full = {}, None, None
+    for name, make in {"full": model.cache, **makers}.items():
+        cache = make()
+        model(tokens[:, :PROMPT], cache, last_only=True)
+        logs = model(tokens[:, PROMPT : PROMPT + SCORED], cache)[0].double().log_softmax(dim=-1)
+        reference = logs if reference is None else reference
+        rows[name] = score(logs, reference, tokens[0, PROMPT + 1 : PROMPT + SCORED + 1])
+        full = rows[name] if full is None else full
+    assert full is not None
+    return {name: Quality(found[0], full[0], found[1], found[2].bool()) for name, found in rows.items()}
+
+
+def measure_half(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
+    """Quality of every policy at half the cache, passages pooled."""
+    makers = {
+        name: lambda policy=policy: Cache.evicting(model.spec.num_layers, policy, KEPT, during="prompt")
+        for name, policy in policies(model).items()
+    }
+    found: dict[str, list[Quality]] = {}
+    for tokens in texts.values():
+        for start in PASSAGES:
+            part = tokens[:, start : start + PROMPT + SCORED + 1]
+            if part.shape[1] == PROMPT + SCORED + 1:
+                for name, result in passage_quality(model, part, makers).items():
+                    found.setdefault(name, []).append(result)
+    return {name: Quality.pooled(parts) for name, parts in found.items()}
+
+
+def measure_sinks(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
+    """Quality of a window with and without sinks, at the positions of the text and at those in the cache."""
+    makers = {
+        f"{sinks} sinks{where}": lambda sinks=sinks, turn=turn: Cache.evicting(
+            model.spec.num_layers, Window(sinks=sinks), WINDOW, frequencies=turn
+        )
+        for where, turn in (("", None), (", places in the cache", model.frequencies))
+        for sinks in (0, 1, 4)
+    }
+    found: dict[str, list[Quality]] = {}
+    for tokens in texts.values():
+        for name, one in quality.compare(model, tokens[:, :SEEN], makers, chunk=CHUNK, context=WINDOW).items():
+            found.setdefault(name, []).append(one)
+    return {name: Quality.pooled(parts) for name, parts in found.items()}
+
+
+def planted(encode: Callable[[str], list[int]], prose: list[int], number: str, place: float) -> list[int]:
+    """Prose of about 300 tokens in which a sentence tells the number, so far from its start."""
+    fact = encode(" " + FACT.format(number))
+    at = int(place * (TEXT_TOKENS - len(fact)))
+    return [*prose[:at], *fact, *prose[at : TEXT_TOKENS - len(fact)]]
+
+
+def recalls(model: Llama, cache: Cache, text: list[int], question: list[int], answer: list[int], known: bool) -> bool:
+    """Whether every token of the answer is the likeliest, the text read in one pass and evicted after it."""
+    model(torch.tensor([text + question if known else text]), cache, last_only=True)
+    # A question that was known is asked again, as a user would; what was read of it is in the cache besides.
+    logits = model(torch.tensor([question + answer[:-1]]), cache)[0, -len(answer) :]
+    return logits.argmax(dim=-1).tolist() == answer
+
+
+def measure_recall(
+    model: Llama, encode: Callable[[str], list[int]], texts: dict[str, Tensor], trials: int
+) -> dict[tuple[str, float, bool, str], tuple[int, int]]:
+    """Hits and trials by policy, share of the cache, whether the question was known, and place."""
+    chance, found = random.Random(0), {}
+    proses = [tokens[0].tolist() for tokens in texts.values()]
+    question = encode(QUESTION)
+    for place, share_of_text in PLACES.items():
+        for trial in range(trials):
+            number = str(chance.randint(1000, 9999))
+            start = chance.randrange(0, 1500)
+            text = planted(encode, proses[trial % len(proses)][start:], number, share_of_text)
+            answer = encode(f" {number}")
+            for known in (True, False):
+                for name, policy in policies(model).items():
+                    for share in SHARES:
+                        if share == 1.0 and name != "SnapKV":
+                            continue  # the full cache, whoever chooses
+                        if "window of 64" in name:
+                            continue
+                        cache = Cache.evicting(model.spec.num_layers, policy, share, during="prompt")
+                        hit = recalls(model, cache, text, question, answer, known)
+                        key = ("full" if share == 1.0 else name, share, known, place)
+                        hits, asked = found.get(key, (0, 0))
+                        found[key] = hits + hit, asked + 1
+    return found
+
+
+def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, by default at 95%."""
+    share, square = hits / trials, z * z / trials
+    middle = (share + square / 2) / (1 + square)
+    half = z * math.sqrt(share * (1 - share) / trials + square / trials / 4) / (1 + square)
+    return middle - half, middle + half
+
+
+def wrong_bytes(model: Llama, tokens: Tensor) -> int:
+    """By how many bytes caches were off from what sizing says of the budget, over all steps and policies."""
+    off, budget = 0, 48
+    heads, dim, layers = model.spec.num_heads, model.spec.head_dim, model.spec.num_layers
+    for policy in policies(model).values():
+        policy = SnapKV(window=32) if isinstance(policy, SnapKV) else policy
+        rows = 4 * heads * (dim * dim + dim + 1) if isinstance(policy, ExpectedAttention) else 0
+        tally = policy.lasting and not rows
+        kept = sizing.Evicting(budget, "float32", tally=tally, state_bytes=rows)
+        cache = Cache.evicting(layers, policy, budget)
+        for begin_, end in [(0, 64), *((i, i + 1) for i in range(64, 72)), (72, 80), (80, 81)]:
+            model(tokens[:, begin_:end], cache, last_only=True)
+            off += abs(cache.nbytes - sizing.cache_bytes(model.spec, end, 1, kept))
+    return off
+
+
+def filled(cache: Cache, spec: ModelSpec, tokens: int) -> Cache:
+    """The cache with so many random tokens, in one step."""
+    generator = torch.Generator().manual_seed(0)
+    with cache.step([tokens]) as step:
+        for layer in cache.layers:
+            k, v = torch.randn(2, 1, spec.num_kv_heads, tokens, spec.head_dim, generator=generator)
+            layer.append(k, v, step)
+    return cache
+
+
+@torch.inference_mode()
+def measure_overhead(model: Llama, rounds: int) -> dict[str, Timing]:
+    """A decode step of the whole model at 2,000 tokens: full, and evicting one at every step."""
+    tokens, spec, steps = 2000, model.spec, 16
+    caches = {"full": filled(model.cache(tokens + (rounds + 2) * steps), spec, tokens)}
+    for name, every in OVERHEAD.items():
+        caches[name] = filled(Cache.evicting(spec.num_layers, policies(model)[name], tokens, every=every), spec, tokens)
+    token = torch.tensor([[7]])
+
+    def run(cache: Cache) -> None:
+        for _ in range(steps):
+            model(token, cache, last_only=True)
+
+    runs = {name: lambda cache=cache: run(cache) for name, cache in caches.items()}
+    timings = alternate(runs, repeats=rounds, warmup=1)
+    return {name: Timing(tuple(sample / steps for sample in one.samples)) for name, one in timings.items()}
+
+
+@torch.inference_mode()
+def measure_quarter(model: Llama, rounds: int) -> dict[str, Timing]:
+    """A step of one layer, what evicting takes included, at 8,000 tokens seen: all of them, and a quarter kept."""
+    seen, steps, spec = 8000, 32, model.spec
+    makers = {
+        "full": lambda: PreallocatedCache(seen + (rounds + 2) * steps),
+        "sinks and window": lambda: EvictingCache(Window(sinks=4), seen // 4),
+        "H2O": lambda: EvictingCache(H2O(), seen // 4),
+    }
+    caches = {name: filled(Cache([make()]), spec, seen) for name, make in makers.items()}
+    k, v = torch.randn(2, 1, spec.num_kv_heads, 1, spec.head_dim)
+    q = torch.randn(1, spec.num_heads, 1, spec.head_dim)
+
+    def run(cache: Cache) -> None:
+        for _ in range(steps):
+            with cache.step([1]) as step:
+                cache[0].append(k, v, step)
+                cache[0].attend(q, step)
+
+    runs = {name: lambda cache=cache: run(cache) for name, cache in caches.items()}
+    timings = alternate(runs, repeats=rounds, warmup=1)
+    return {name: Timing(tuple(sample / steps for sample in one.samples)) for name, one in timings.items()}
+
+
+def recall_figures(found: dict[tuple[str, float, bool, str], tuple[int, int]]) -> tuple[dict[str, float], list[dict]]:
+    """Shares and their intervals by cell, and the bar on the best policy at a quarter."""
+    figures: dict[str, float] = {}
+    totals: dict[tuple[str, float, bool], list[int]] = {}
+    for (name, share, known, place), (hits, trials) in found.items():
+        low, high = wilson(hits, trials)
+        cell = f"recall, {name} at {share:.0%}, {'known' if known else 'not known'}, {place}"
+        figures |= {cell: round(hits / trials, 4), f"{cell}, low": round(low, 4), f"{cell}, high": round(high, 4)}
+        total = totals.setdefault((name, share, known), [0, 0])
+        total[0], total[1] = total[0] + hits, total[1] + trials
+    for (name, share, known), (hits, trials) in totals.items():
+        low, high = wilson(hits, trials)
+        asked = "known" if known else "not known"
+        print(f"  {name:<20} {share:4.0%} {asked:<9} {hits / trials:.2f} ({low:.2f} to {high:.2f}), {trials} trials")
+    full = totals["full", 1.0, True]
+    ceiling = full[0] / full[1]
+    at_quarter = {name: hits / n for (name, share, known), (hits, n) in totals.items() if share == 0.25 and known}
+    best = max(at_quarter, key=lambda name: at_quarter[name])
+    print(f"  the best at 25%, question known: {best}")
+    return figures, [
+        bar("best recall at 25% over the full cache's, known", at_quarter[best] / max(ceiling, 1e-9), ">=", 0.9)
+    ]
+
+
+def quality_figures(part: str, results: dict[str, Quality]) -> dict[str, float]:
+    """Perplexities, and what they differ by from the full cache's."""
+    figures: dict[str, float] = {}
+    for name, result in results.items():
+        print(f"  {name:<32} {result}", flush=True)
+        figures |= {
+            f"{part}, {name}: perplexity": round(result.perplexity, 3),
+            f"{part}, {name}: minus full": round(result.difference, 3),
+            f"{part}, {name}: minus full, spread": round(result.difference_spread, 3),
+            f"{part}, {name}: KL": round(result.kl, 5),
+        }
+    return figures
+
+
+def main() -> int:
+    """Run, print, and say with the exit code whether every bar holds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = sorted(path.stem for path in quality.TEXTS.glob("*.txt"))
+    parser.add_argument("--texts", type=int, default=len(names), help="how many of the project's texts")
+    parser.add_argument("--trials", type=int, default=40, help="numbers planted at each of the three places")
+    parser.add_argument("--rounds", type=int, default=7, help="of the timing")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    arguments = parser.parse_args()
+    set_threads()
+    begin()
+    model, tokenizer = models.load(device="cpu"), models.tokenizer()
+    texts = {name: tokenizer(quality.load_text(name), return_tensors="pt").input_ids for name in names}
+    texts = dict(list(texts.items())[: arguments.texts])
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    print(f"{device_name()}; {len(texts)} texts")
+    figures: dict[str, float] = {}
+    bars = []
+    if "half" in arguments.only:
+        print(f"{KEPT} of {PROMPT} tokens kept, {SCORED} predictions behind each passage:")
+        half = measure_half(model, texts)
+        figures |= quality_figures("half", half)
+        worst = max((name for name in half if name != "random"), key=lambda name: half[name].perplexity)
+        bars.append(bar(f"random's perplexity over {worst}'s", half["random"].ratio / half[worst].ratio, ">=", 1.1))
+        bars.append(bar("SnapKV's perplexity over the full cache's", half["SnapKV"].ratio, "<=", 1.05))
+        order = sorted(RANKING, key=lambda name: half[name].perplexity)
+        print(f"  from best to worst: {', '.join(order)}")
+    if "sinks" in arguments.only:
+        print(f"a window of {WINDOW} of {SEEN} tokens:")
+        sinks = measure_sinks(model, texts)
+        figures |= quality_figures("window", sinks)
+        bars.append(bar("no sinks, perplexity over the full cache's", sinks["0 sinks"].ratio, ">=", 1.5))
+        bars += [
+            bar(f"{n} sinks, perplexity over the full cache's", sinks[f"{n} sinks"].ratio, "<=", 1.15) for n in (1, 4)
+        ]
+    if "recall" in arguments.only:
+        print("a planted number, all places together, with intervals at 95%:")
+        more, own = recall_figures(measure_recall(model, encode, texts, arguments.trials))
+        figures, bars = figures | more, bars + own
+    if "bytes" in arguments.only:
+        tokens = next(iter(texts.values()))
+        bars.append(bar("bytes beside the budget's, all steps and policies", wrong_bytes(model, tokens), "<=", 0))
+    if "time" in arguments.only:
+        for name, timing in (times := measure_overhead(model, arguments.rounds)).items():
+            figures[f"ms a step at 2000 tokens, {name}"] = round(timing.median * 1e3, 3)
+            more_than = timing.median / times["full"].median - 1
+            print(f"  2,000 tokens, {name:<20} {timing} a step of the model, {more_than:+.1%}", flush=True)
+            if name != "full":
+                bars.append(bar(f"{name}: share that evicting adds to a step at 2000 tokens", more_than, "<=", 0.10))
+        for name, timing in (layers := measure_quarter(model, arguments.rounds)).items():
+            figures[f"ms a layer's step at 8000 tokens, {name}"] = round(timing.median * 1e3, 4)
+            gain = layers["full"].median / timing.median
+            print(f"  8,000 tokens, {name:<20} {timing} a layer, {gain:.2f} times as fast", flush=True)
+            if name != "full":
+                bars.append(bar(f"{name}: a quarter of 8000 tokens, times as fast", gain, ">=", 1.5))
+    for entry in bars:
+        print(f"  {'holds' if entry['holds'] else 'MISSED':<7} {entry['name']}: {entry['value']} ({entry['bar']})")
+    command = f"python -m benchmarks.eviction --texts {arguments.texts} --trials {arguments.trials}"
+    return finish("eviction", figures, bars, "cpu", f"{command} --rounds {arguments.rounds}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
