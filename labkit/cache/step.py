@@ -97,6 +97,14 @@ class Step:
             position = torch.tensor([numbers], device=device)
         return position.clamp(min=0) if self.padding else position
 
+    def text_positions(self, device: torch.device | str) -> Tensor:
+        """As `positions` of a rectangle, but negative for padding: int64 `[batch or 1, new_tokens]`. Made once."""
+        device = torch.device(device)
+        if (device, "text") not in self._places:
+            first = torch.tensor(self.visible.first_query, device=device)[:, None]
+            self._places[device, "text"] = first + torch.arange(self.counts[0], device=device)
+        return self._places[device, "text"]
+
     def places(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Row and index in that row of each new token, row after row, both int64 `[all new tokens]`. Made once."""
         device = torch.device(device)

@@ -207,7 +207,7 @@ class EvictingCache(LayerCache):
             raise ValueError("the cache is empty: append before you attend")
         step = step or self.newest(q)
         self.attended = self.constants
-        visible, positions = self.visible(step), step_positions(step, q.device)
+        visible, positions = self.visible(step), step.text_positions(q.device)
         k = kept.k
         if self.frequencies is not None and kept.tokens < self.seq_len:
             q, k, positions = self.in_places(q, kept, positions)
@@ -371,15 +371,12 @@ class EvictingCache(LayerCache):
         self.bytes_copied += size_of(kept.k) + size_of(kept.v)
 
 
-def step_positions(step: Step, device: torch.device) -> Tensor:
-    """Of each new token, int64 `[batch or 1, new_tokens]`; negative for padding."""
-    first = torch.tensor(step.visible.first_query, device=device)
-    return first[:, None] + torch.arange(step.counts[0], device=device)
-
-
 def positions_of(k: Tensor, step: Step) -> Tensor:
     """Of each new token, int32 `[batch, num_kv_heads, new_tokens]`; -1 for padding."""
-    positions = step_positions(step, k.device).clamp(min=-1).to(torch.int32)
+    first = step.visible.first_query
+    if step.counts[0] == len(first) == 1:  # decode, all rows at the same position
+        return torch.full((*k.shape[:2], 1), max(-1, first[0]), dtype=torch.int32, device=k.device)
+    positions = step.text_positions(k.device).clamp(min=-1).to(torch.int32)
     return positions[:, None].expand(k.shape[0], k.shape[1], -1).contiguous()
 
 
