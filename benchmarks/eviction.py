@@ -124,9 +124,11 @@ def planted(encode: Callable[[str], list[int]], prose: list[int], number: str, p
 
 def recalls(model: Llama, cache: Cache, text: list[int], question: list[int], answer: list[int], known: bool) -> bool:
     """Whether every token of the answer is the likeliest, the text read in one pass and evicted after it."""
-    model(torch.tensor([text + question if known else text]), cache, last_only=True)
-    # A question that was known is asked again, as a user would; what was read of it is in the cache besides.
-    logits = model(torch.tensor([question + answer[:-1]]), cache)[0, -len(answer) :]
+    # Of a known question all but the last token is read with the text, so that eviction lies before the first answer.
+    first = len(text) + len(question) - 1 if known else len(text)
+    asked = text + question
+    model(torch.tensor([asked[:first]]), cache, last_only=True)
+    logits = model(torch.tensor([asked[first:] + answer[:-1]]), cache)[0, -len(answer) :]
     return logits.argmax(dim=-1).tolist() == answer
 
 
