@@ -174,8 +174,21 @@ class PagedAttention(Exercise):
                 memory = cut(keys), cut(values)
                 varied = Case((change(q), *memory, change(table), change(lengths)), f"{words}, keys and values as ever")
                 Judge(type(self), answer, paged_attention, once, "the output", False, ()).call(varied, "layout")
+        self.check_large(answer)
         self.check_stale(answer)
-        self.check_work(answer)
+        for dtype in (torch.float32, torch.bfloat16):  # a copy in float32 is none where that is the dtype
+            self.check_work(answer, dtype)
+
+    def check_large(self, answer: Callable) -> None:
+        """Scores in the hundreds, of which exp is infinite."""
+        q, *others = batch([6, 1, 11], 6, 2, 4, seed=24)
+        got, want = self.call(answer, 300 * q, *others), paged_attention(300 * q, *others)
+        if not agree(got, want, LOOSE):
+            self.fail("scores-overflow", seen="with queries 300 times as large, whose scores are in the hundreds, "
+                      + ("the output holds NaN" if isinstance(got, Tensor) and got.isnan().any() else "other numbers "
+                         "come out"),
+                      cause="exp of a score above 88 is infinite in float32: a softmax takes the greatest score off "
+                      "first", look="where the softmax is computed: torch.softmax does that by itself")  # fmt: skip
 
     def check_stale(self, answer: Callable) -> None:
         """NaN in every slot that holds no token."""
@@ -194,9 +207,9 @@ class PagedAttention(Exercise):
                       cause="empty slots are read and weighed with 0, and 0 times NaN is NaN: memory that was never "
                       "written may hold it", look="where K and V are cut to the row's length")  # fmt: skip
 
-    def check_work(self, answer: Callable) -> None:
+    def check_work(self, answer: Callable, dtype: torch.dtype) -> None:
         """Two short rows in a memory of 500 blocks."""
-        q, keys, values, table, lengths = batch([9, 5], 4, 2, 4, spare=495, dtype=torch.float32)
+        q, keys, values, table, lengths = batch([9, 5], 4, 2, 4, spare=495, dtype=dtype)
         effort = effort_of(lambda: self.run(lambda: answer(q, keys, values, table, lengths)))
         check_stays(type(self), effort)
         if effort.largest >= keys.nbytes // 4:

@@ -104,7 +104,7 @@ class BestBlockSize(Exercise):
     }
 
     def examine(self, answer: Callable) -> None:
-        """Costs on both sides, ties, sizes in any order, no request, sizes that are no powers of 2."""
+        """Costs on both sides, small and large, ties, sizes in any order, no request, sizes that are no powers of 2."""
         draw = random.Random(0)
         many = [draw.randint(10, 400) for _ in range(60)]
         common = [min(tokens, 90) - draw.randint(0, 9) for tokens in many]
@@ -125,6 +125,7 @@ class BestBlockSize(Exercise):
             ([5, 5, 5, 5], [0, 0, 0, 0], [4, 5, 10, 20], 1.0, 4.0),
             ([12, 12], [0, 0], [4, 5], 1.0, 5.0),
             ([5, 5], [0, 0], [3, 4], 1.0, 6.0),
+            ([1000, 3], [999, 2], [128, 64, 256, 1000], 4.0e9, 2.8e10),
             ([], [], [32, 16], 1.0, 1.0),
         ]  # fmt: skip
         judge(
