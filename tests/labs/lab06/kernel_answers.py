@@ -144,7 +144,10 @@ def queries_by_view(q, keys, values, block_table, lengths):
 
 
 def in_float32(q, keys, values, block_table, lengths):
-    return paged_attention(q.float(), keys.float(), values.float(), block_table, lengths).to(q.dtype)
+    own = block_table.clamp(min=0).long()
+    keys, values = (x[own].flatten(0, 1).float() for x in (keys, values))
+    table = torch.arange(own.numel(), dtype=torch.int32).view(own.shape)
+    return paged_attention(q.float(), keys, values, table, lengths).to(q.dtype)
 
 
 # 06.8: the reference with lines in other words, run from its source as a cell of a notebook is.
