@@ -141,7 +141,5 @@ WRONG = [
     Wrong(
         "06.5", "reads-everything", "all memory is made float32, a copy where K and V are halves", all_memory_in_float32
     ),
-    Wrong(
-        "06.9", "values", "a search that begins at a cost of a million", dearer_than_a_million_is_never_chosen
-    ),
+    Wrong("06.9", "values", "a search that begins at a cost of a million", dearer_than_a_million_is_never_chosen),
 ]
