@@ -81,7 +81,7 @@ def paged_decode_attention_cpu(
     sums = np.empty((len(parts), heads, queries, 2), np.float32)
     share_out(
         functools.partial(
-            loops, rows, *as_words(k), *as_words(v), table, parts, DTYPES.index(k.dtype),
+            loops, rows, *as_arrays(k), *as_arrays(v), table, parts, DTYPES.index(k.dtype),
             float32(constants.soft_cap or 0.0), at_once, blended, sums,
         ),
         threads,
@@ -94,17 +94,17 @@ def together(heads: int, head_dim: int) -> int:
     return next(n for n in range(heads, 0, -1) if heads % n == 0 and (n * head_dim <= WIDE or n == 1))
 
 
-def as_words(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of K or V as words of 32 bits and of 16, one of the two empty.
+def as_arrays(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of K or V as float32 and as words of 16 bits, one of the two empty.
 
     Numba has no 16-bit floats on a CPU, and so one compilation serves all dtypes.
     """
     if x.dtype == torch.float32:
         return x.detach().numpy(), NO_HALVES
-    return NO_WORDS, x.detach().view(torch.int16).numpy().view(np.uint16)
+    return NO_FLOATS, x.detach().view(torch.int16).numpy().view(np.uint16)
 
 
-NO_WORDS, NO_HALVES = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.uint16)
+NO_FLOATS, NO_HALVES = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.uint16)
 LOCK = threading.Lock()
 
 
@@ -119,10 +119,10 @@ def warm_up() -> tuple[Any, Any, Any]:
             if sys.stderr is not None and sys.stderr.isatty():
                 print("compiling the loops for paged attention (some seconds, once per process)", file=sys.stderr)
             table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
-            rows, words = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.float32)
+            rows = numbers = np.zeros((1, 1, 1, 4), np.float32)
             blended, sums = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 2), np.float32)
             parts = _parts(ends - ends, ends, table, 1, 1, PART)
-            both = words, NO_HALVES, words, NO_HALVES
+            both = numbers, NO_HALVES, numbers, NO_HALVES
             _attend(rows, *both, table, parts, 0, float32(0), 1, blended, sums, 0, 1)
             _merged(1, parts, blended, sums)
     return _attend, _parts, _merged

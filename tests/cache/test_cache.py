@@ -565,13 +565,15 @@ class TestUndo:
         assert layer.attend(torch.randn(2, 2 * KV_HEADS, 1, HEAD_DIM)).isfinite().all()
 
 
-def interrupted_at(line: int, act) -> bool:
-    """Whether `act` was stopped by a KeyboardInterrupt, at so many lines of labkit's caches and of plug."""
+FILES = ("layer.py", "dense.py", "quantized.py", "paged.py", "plug.py", "recording.py")
+
+
+def interrupted_at(line: int, act, counted=lambda file: file.endswith(FILES)) -> bool:
+    """Whether `act` was stopped by a KeyboardInterrupt, at so many lines of the files that are `counted`."""
     left = [line]
 
     def trace(frame, event, _):
-        files = ("layer.py", "dense.py", "quantized.py", "paged.py", "plug.py", "recording.py")
-        if not frame.f_code.co_filename.endswith(files):
+        if not counted(frame.f_code.co_filename):
             return None
         if event == "line":
             left[0] -= 1

@@ -360,7 +360,7 @@ every_number(torch.bfloat16)
 def every_number(dtype):
     """Each of the 65,536 numbers of a 16-bit dtype, NaN and infinity among them, against what NumPy makes of it."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    _, halves = paged_attention_cpu.as_words(numbers.view(8, 32, 1, 256))
+    _, halves = paged_attention_cpu.as_arrays(numbers.view(8, 32, 1, 256))
     out, blocks = torch.empty(8, 1, 32, 256), torch.arange(8, dtype=torch.int32).numpy()
     for block, tile in enumerate(out.numpy()):
         kind = DTYPES.index(dtype)
