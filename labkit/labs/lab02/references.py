@@ -51,7 +51,8 @@ def generate_with_cache(model: Llama, tokens: Tensor, max_new_tokens: int, cache
     """The likeliest next tokens, one after the other: int [batch, max_new_tokens].
 
     tokens: int [batch, prompt_tokens], at least one. They follow whatever `cache` holds already.
-    model(tokens, cache, last_only=True): logits [batch, 1, vocab_size] of the last token; appends to the cache.
+    model(tokens, cache, last_only=True): logits [batch, 1, vocab_size] of the last token; appends to the cache. Those
+    of earlier tokens, which plain model(tokens, cache) computes too, are work that nobody reads.
     """
     new: list[Tensor] = []
     fed = tokens
