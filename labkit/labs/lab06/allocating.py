@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -45,18 +45,24 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "hash", "add", "radd", "sub", 
 
 @dataclass
 class Beside:
-    """A learner's allocator and what is known of it. holders: of each block. kept: free ones that may be of use, the
-    first dropped in front. revived: blocks that were held while free."""
+    """A learner's allocator and what is known of it. holders: of each block; before: as it was when it was last right.
+    kept: free ones that may be of use, the first dropped in front; entries: all that were ever kept, in that order, but
+    for those taken since. revived: blocks that were held while free. latest: what was done last, and with which block.
+    again: what the script in which this is one goes through, see `kept_ones`.
+    """
 
     exercise: type[Exercise]
     make: Callable[[int], Any]
     num_blocks: int
     holders: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
-    known: set[int] = field(default_factory=set)
+    entries: list[int] = field(default_factory=list)
     revived: set[int] = field(default_factory=set)
     log: list[str] = field(default_factory=list)
     latest: str = ""
+    block: int = -1
+    again: str = ""
 
     def __post_init__(self) -> None:
         self.allocator = self.exercise.run(lambda: self.make(self.num_blocks), told=f"with {self.num_blocks} blocks")
@@ -69,6 +75,7 @@ class Beside:
                 look="the names in the blank, indented alike",
             )  # fmt: skip
         self.holders = [0] * self.num_blocks
+        self.before = list(self.holders)
         self.compare()
 
     @property
@@ -89,7 +96,7 @@ class Beside:
                          "a test for no free block is missing, or what is free was counted wrong",
                          "the start of take: raise OutOfBlocks when nothing is free")  # fmt: skip
             return
-        block = self.exercise.run(self.allocator.take, told=f"take(); {self.when}")
+        block = self.exercise.run(self.take_one, told=f"take(); {self.when}")
         self.log.append(f"take() -> {block}")
         if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= int(block) < self.num_blocks:
             self.exercise.fail(
@@ -112,15 +119,40 @@ class Beside:
                 look="take and drop: where does a block leave the free ones, when does it return?",
             )  # fmt: skip
         self.check_order(block)
-        self.holders[block], self.latest = 1, "taken"
-        self.kept = [other for other in self.kept if other != block]
+        self.holders[block], self.latest, self.block = 1, "taken", block
+        self.kept, self.entries = ([other for other in line if other != block] for line in (self.kept, self.entries))
         self.revived.discard(block)
+
+    def take_one(self) -> Any:
+        """take() where a block is free."""
+        try:
+            return self.allocator.take()
+        except OutOfBlocks:
+            all_kept = set(self.free) == set(self.kept)
+            self.exercise.fail(
+                "refused-though-free",
+                seen=f"{self.when}; take(): OutOfBlocks, and nobody holds {shortly(self.free)}",
+                cause="what was kept is not taken: such blocks are free, too" if all_kept else
+                "what is free was counted wrong, or a block did not come back when it was dropped",
+                look="take: when nothing else is free, the kept block that was dropped first" if all_kept else
+                "take: what it asks before it raises OutOfBlocks",
+            )  # fmt: skip
 
     def check_order(self, block: int) -> None:
         """What may be of use is taken last, what was dropped first before the rest."""
         if block not in self.kept or (set(self.free) == set(self.kept) and block == self.kept[0]):
             return
         if set(self.free) == set(self.kept):
+            oldest = next(other for other in self.entries if other in self.kept)
+            if block == oldest and self.entries.count(block) > 1:
+                self.exercise.fail(
+                    "stale-place",
+                    seen=f"{self.when}: block {block} was kept, held again, and kept once more; block {self.kept[0]} "
+                    "was dropped before that",
+                    cause="the block was taken at the place that it had before it was held again: that entry is still "
+                    "in the line",
+                    look="hold: a free block leaves its place in the line. drop: its new place is the last",
+                )
             newest = block == self.kept[-1]
             self.exercise.fail(
                 "newest-kept-first" if newest else "kept-in-another-order",
@@ -129,6 +161,14 @@ class Beside:
                 look="at which end take() takes, and at which end drop(block, keep=True) adds",
             )
         others = [one for one in self.free if one not in self.kept]
+        if self.again == "let go" and all(one in self.entries for one in others):  # the others came at their turn
+            self.exercise.fail(
+                "keep-sticks",
+                seen=f"{self.when}: its content was to be kept; block {others[0]} was kept earlier, and was dropped "
+                "without keep since",
+                cause="that a block was kept once still counts when it is dropped without keep",
+                look="drop: the keep of this drop decides, not an earlier one's",
+            )
         self.exercise.fail(
             "kept-taken-early",
             seen=f"{self.when}: its content was to be kept, and block {others[0]} was free with nothing of use in it",
@@ -140,7 +180,7 @@ class Beside:
         """One holder more."""
         self.exercise.run(lambda: self.allocator.hold(block), told=f"hold({block}); {self.when}")
         self.log.append(f"hold({block})")
-        self.latest = "held"
+        self.latest, self.block = "held", block
         if not self.holders[block]:
             self.revived.add(block)
         self.kept = [other for other in self.kept if other != block]
@@ -159,9 +199,10 @@ class Beside:
         self.log.append(f"{words} -> {got}")
         self.holders[block] -= 1
         freed = not self.holders[block]
-        self.latest = "freed" if freed else "still held"
+        self.latest, self.block = "freed" if freed else "still held", block
         if freed and keep:
             self.kept.append(block)
+            self.entries.append(block)
         self.revived.discard(block) if freed else None
         if got is None or bool(got) != freed:
             self.exercise.fail(
@@ -211,12 +252,8 @@ class Beside:
                 look="the order: test first, then change",
             )
         if wrong:
-            self.exercise.fail(
-                "ref-count",
-                seen=f"{self.when}: ref_count({wrong[0]}) is {counts[wrong[0]]!r}; held by {self.holders[wrong[0]]}",
-                cause="an operation does not count its holder, or another block's was changed",
-                look="take: 1. hold: one more. drop: one fewer",
-            )
+            self.explain_count(wrong[0], counts[wrong[0]])
+        self.before = list(self.holders)
         if got != free:
             left = sum(bool(self.holders[block]) for block in self.revived)
             if left and got == free + left:
@@ -252,6 +289,29 @@ class Beside:
                 else "where a block leaves the free ones, and where it returns: at its last holder's drop",
             )
 
+    def explain_count(self, block: int, count: Any) -> None:
+        """Name what the last operation did to a block's count, which was right before it."""
+        was, done = self.before[block], {"taken": "take()", "held": f"hold({self.block})"}.get(
+            self.latest, f"drop({self.block})")  # fmt: skip
+        seen = f"{self.when}: ref_count({block}) is {count!r}; held by {self.holders[block]}"
+        if not self.log or isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            cause = "ref_count gives something else than the number of holders"
+        elif block != self.block:
+            cause = f"{done} changed another block's count"
+        elif self.latest == "held":
+            cause = f"hold() of a {'free ' * (was == 0)}block made {int(count)} of {was}: it adds one holder"
+        elif self.latest == "taken":
+            cause = f"after take() it is {int(count)}: whoever takes a block is its one holder"
+        else:
+            cause = f"drop() made {int(count)} of {was}: it takes one holder off"
+        self.exercise.fail("ref-count", seen=seen, cause=cause, look="take: 1. hold: one more. drop: one fewer")
+
+
+def shortly(blocks: list[int]) -> str:
+    """A few blocks, and how many more."""
+    more = len(blocks) - 4
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks[:4]))}" + f" and {more} more" * (more > 0)
+
 
 class Allocate(Exercise):
     """The allocator."""
@@ -272,7 +332,8 @@ class Allocate(Exercise):
     hints_for: ClassVar = {
         "freed-twice": "What does ref_count say of a block that was dropped by all? drop has to ask it.",
         "hold-leaves-it-free": "hold() of a free block takes it out of the free ones: pop(block, None).",
-        "not-constant": "list.pop(0), list.remove and `in` on a list look at every entry; so do min, sum and sorted.",
+        "not-constant": "list.pop(0), list.remove and `in` on a list look at every entry; so do min, sum and sorted. "
+        "next(iter(d)) of a plain dict passes every place that was emptied; an OrderedDict's popitem does not.",
         "kept-taken-early": "Free blocks stand in a line. take() takes in front: who may stand there, who at the end?",
         "shared": "A list written below `class` is one for all instances. In __init__: self.free = ...",
         "newest-kept-first": "take() takes where it is first's turn: popitem(last=False).",
@@ -283,7 +344,8 @@ class Allocate(Exercise):
         self.check_isolation(answer)
         for num_blocks in (3, 1):
             self.by_hand(answer, num_blocks)
-        self.kept_ones(answer)
+        for again in ("", "kept", "let go"):
+            self.kept_ones(answer, again)
         self.script(answer, (6,), seed=1)
         try:
             self.script(answer, (4, 4, 9, 1), seed=2)
@@ -294,18 +356,22 @@ class Allocate(Exercise):
         self.time(answer)
 
     def check_isolation(self, answer: Callable) -> None:
-        """A new allocator has all its blocks, whatever others gave away."""
+        """An allocator has as many free blocks as before, whatever others are made and give away."""
         try:
+            one = answer(4)
+            before = [one.num_free, answer(2).num_free]
             answer(4).take()
-            fresh = answer(4).num_free
+            after = [one.num_free]
+            answer(max(before) + 1)
+            after.append(answer(2).num_free)
         except NotImplementedError:
             raise
         except Exception:  # what follows says it better
             return
-        if not callable(fresh) and fresh != 4:
+        if not callable(after[0]) and after != before:
             self.fail(
                 "shared",
-                seen="a new allocator of 4 blocks has other than 4 free ones when another one was used before it",
+                seen="an allocator has another number of free blocks after others of its class were made and used",
                 cause="free blocks or counts are kept on the class, in a default argument or in a global",
                 look="__init__: everything that an allocator keeps belongs on self",
             )
@@ -330,20 +396,33 @@ class Allocate(Exercise):
         beside.drop(block, keep=True)
         beside.compare()
 
-    def kept_ones(self, answer: Callable) -> None:
-        """Kept blocks are taken last, the first dropped first; one that was found again loses its place."""
-        beside = Beside(type(self), answer, 6)
+    def kept_ones(self, answer: Callable, again: str) -> None:
+        """Kept blocks are taken last, the first dropped first. again: "kept" where one is held once more and kept once
+        more, so that it loses its place; "let go" where it is dropped without keep then."""
+        beside = Beside(type(self), answer, 6, again=again)
         for _ in range(5):
             beside.take()
+            beside.compare()
         first, second, third, fourth, fifth = (block for block, count in enumerate(beside.holders) if count)
         for block, keep in ((second, True), (fourth, True), (first, False), (third, True), (fifth, False)):
             beside.drop(block, keep=keep)
-        beside.hold(second)
-        beside.compare()
-        beside.drop(second, keep=True)
-        for _ in range(7):
+            beside.compare()
+        if again == "let go":  # where only kept ones are free, one that never was goes before them
+            for _ in range(3):
+                beside.take()
+                beside.compare()
+            beside.drop(first, keep=False)
             beside.take()
             beside.compare()
+        if again:
+            beside.hold(second)
+            beside.compare()
+            beside.drop(second, keep=again == "kept")
+            beside.compare()
+        while beside.free:
+            beside.take()
+            beside.compare()
+        beside.take()
 
     def script(self, answer: Callable, sizes: tuple[int, ...], *, seed: int) -> None:
         """Random operations on several allocators in turn."""
@@ -419,46 +498,85 @@ class Allocate(Exercise):
         return found
 
     def time(self, answer: Callable) -> None:
-        """Every operation takes as long with many blocks as with few."""
-        few = self.seconds(answer, FEW, 1.0)
-        many = self.seconds(answer, MANY, SLOWER * few["take()"] + NOISE)
-        name = max(many, key=lambda one: many[one] / (SLOWER * few[one] + NOISE))
-        if many[name] > SLOWER * few[name] + NOISE:
+        """Every operation takes as long with many blocks as with few; the first that does not ends it."""
+        few: dict[str, float] = {}
+        for name, took in self.seconds(answer, FEW):
+            few[name] = min(few.get(name, took), took)
+        for name, took in self.seconds(answer, MANY):
+            if took <= SLOWER * few[name] + NOISE:
+                continue
+            walks = ", when" in name
             self.fail(
                 "not-constant",
-                seen=f"{name} takes over {SLOWER} times as long with {MANY:,} blocks as with {FEW}",
-                cause="it looks at all blocks: list.pop(0), remove or `in` on a list, a sum, a search",
-                look=f"{name}: what does it go through?",
-            )
+                seen=f"{name} takes over {SLOWER} times as long with {MANY:,} blocks as with {FEW}"
+                + "; the first ones did not" * walks,
+                cause="it walks over blocks that are held until it finds a free one: a search from the first on, or "
+                "next(iter(d)) of a plain dict or set, which passes each place that was emptied" if walks else
+                "it looks at all blocks: list.pop(0), remove or `in` on a list, a sum, a search",
+                look=f"{name.rstrip(',')}: what does it go through?",
+            )  # fmt: skip
 
-    def seconds(self, answer: Callable, num_blocks: int, most: float) -> dict[str, float]:
-        """Of one call of each operation, the best of several: what others do on the machine hardly counts. Only the
-        first ones when a take() needs more than `most`."""
+    def seconds(self, answer: Callable, num_blocks: int) -> Iterator[tuple[str, float]]:
+        """Of one call of each operation, the best of several: what others do on the machine hardly counts."""
         allocator = self.run(lambda: answer(num_blocks))
-        found: dict[str, float] = {}
 
-        def timed(name: str, calls: list[Callable[[], Any]]) -> None:
+        def best(name: str, calls: Iterable[Callable[[], Any]]) -> tuple[str, float]:
+            times = []
             for call in calls:
                 start = time.thread_time()
                 self.run(call)
-                found[name] = min(found.get(name, 1.0), time.thread_time() - start)
+                times.append(time.thread_time() - start)
+            return name, min(times)
 
-        timed("take()", [allocator.take] * 6)
-        if found["take()"] > most:
-            return found
-        taken = [self.run(allocator.take) for _ in range(num_blocks // 50)]
-        timed("take(), when some are taken,", [allocator.take] * 6)
-        if found["take(), when some are taken,"] > most:
-            return found
-        taken += [self.run(allocator.take) for _ in range(num_blocks // 10 - len(taken))]
-        timed("take(), when a tenth is taken,", [allocator.take] * 6)
-        timed("num_free", [lambda: allocator.num_free] * 6)
-        for block in taken:
+        def taking(name: str) -> tuple[str, float]:
+            return best(name, [lambda: held.append(allocator.take())] * 6)
+
+        def each(name: str, step: Callable[[int], Any], blocks: list[int]) -> Iterator[tuple[str, float]]:
+            for start in range(0, len(blocks), 4096):
+                yield best(name, [partial(step, block) for block in blocks[start : start + 6]])
+                rest = blocks[start + 6 : start + 4096]
+                self.run(lambda: [step(block) for block in rest])  # noqa: B023
+
+        held: list[int] = []
+        yield taking("take()")
+        held += [self.run(allocator.take) for _ in range(num_blocks // 50)]
+        yield taking("take(), when some are taken,")
+        held += [self.run(allocator.take) for _ in range(num_blocks // 10 - len(held))]
+        yield taking("take(), when a tenth is taken,")
+        yield best("num_free", [lambda: allocator.num_free] * 6)
+        for block in held:
             self.run(lambda: allocator.drop(block, keep=True))  # noqa: B023
-        middle = taken[len(taken) // 2 :][:6]
-        timed("ref_count()", [lambda: allocator.ref_count(middle[0])] * 6)
-        timed("hold() of a free block", [partial(allocator.hold, block) for block in middle])
-        timed("drop()", [partial(allocator.drop, block) for block in middle])
-        timed("hold() of a free block that was not kept", [partial(allocator.hold, block) for block in middle])
-        timed("take() behind blocks that were let go", [allocator.take] * 6)
-        return found
+        middle = held[len(held) // 2 :][:6]
+        yield best("ref_count()", [lambda: allocator.ref_count(middle[0])] * 6)
+        yield best("hold() of a free block", [partial(allocator.hold, block) for block in middle])
+        yield best("drop()", [partial(allocator.drop, block) for block in middle])
+        yield best("hold() of a free block that was not kept", [partial(allocator.hold, block) for block in middle])
+        held = list(middle)
+        yield taking("take() behind blocks that were let go")
+        free = sorted(set(range(num_blocks)).difference(held))
+        for place in (0, len(free) // 2, len(free) - 6):
+            chosen = free[place : place + 6]
+            yield best("hold() of a free block", [partial(allocator.hold, block) for block in chosen])
+            held += chosen
+        free = sorted(set(range(num_blocks)).difference(held))
+        spared = free[:: max(1, len(free) // 64)]
+        rest = sorted(set(free).difference(spared))
+        half = rest[: len(rest) // 2]
+        yield from each("hold() of a free block", allocator.hold, half)
+        yield from each("drop()", partial(allocator.drop, keep=True), half)
+        yield from each("hold() of a free block", allocator.hold, rest[len(half) :])
+        for _ in spared:
+            self.run(allocator.take)
+        # Now one half is kept, the other held. One block is free and not kept, then one is free at all: each a little
+        # behind the one before, where the finger of set.pop() finds it and a search in Python is slow.
+        far = spared[len(spared) // 2 :][:6]
+        yield best("take(), when one is free beside those that were kept,", self.turns(allocator, far, keep=False))
+        yield from each("hold() of a free block", allocator.hold, half)
+        yield best("take(), when one is free,", self.turns(allocator, far, keep=True))
+
+    @staticmethod
+    def turns(allocator: Any, blocks: list[int], *, keep: bool) -> Iterator[Callable[[], Any]]:
+        """A take() for each block, which is let go of just before."""
+        for block in blocks:
+            allocator.drop(block, keep=keep)
+            yield allocator.take

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.attention import neighbours
 from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
@@ -47,9 +48,11 @@ def taken(keys: Tensor, blocks: Tensor, length: int) -> Tensor:
     return keys[blocks.long()].flatten(0, 1)[:length].transpose(0, 1)
 
 
-def by_rows(arguments: Arguments, rows: Callable[[int, int], tuple[Tensor, int] | None], pad: int = 0) -> Tensor | None:
+def by_rows(arguments: Arguments, rows: Callable[[int, int], tuple[Tensor, int] | None], pad: int = 0, *,
+            axis: int = -1, heads: Callable[[int, int], Tensor] = neighbours) -> Tensor | None:  # fmt: skip
     """Attention where row and length say which blocks are read, and how many slots; None where they cannot be. pad:
-    zeros behind each row, up to so many slots."""
+    zeros behind each row, up to so many slots. axis: of softmax, over [num_kv_heads, group, slots]. heads: the KV head
+    of each query head."""
     q, keys, values, _, lengths = arguments
     out = []
     for row, length in enumerate(lengths.tolist()):
@@ -58,9 +61,10 @@ def by_rows(arguments: Arguments, rows: Callable[[int, int], tuple[Tensor, int] 
             return None
         k, v = (taken(x, *chosen) for x in (keys, values))
         k, v = (torch.cat((x, x.new_zeros(len(x), max(0, pad - x.shape[1]), x.shape[2])), dim=1) for x in (k, v))
-        grouped = q[row].reshape(len(k), -1, q.shape[2])
-        weights = torch.softmax(grouped @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=-1)
-        out.append((weights @ v).flatten(0, 1))
+        index, shape = heads(q.shape[1], len(k)), (len(k), -1, k.shape[1])
+        scores = (q[row][:, None] @ k[index].transpose(1, 2) / q.shape[2] ** 0.5)[:, 0]
+        weights = torch.softmax(scores.reshape(shape), dim=axis).reshape(scores.shape)
+        out.append((weights[:, None] @ v[index])[:, 0])
     return torch.stack(out)
 
 
@@ -76,6 +80,11 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
         found = blocks(0, length)
         return (found, length) if int(found.min()) >= 0 and len(found) * size >= length else None
 
+    def whole(row: int, padding: int = 0) -> Tensor:
+        """All entries of a row's table; padding: the block that stands for those behind the last one."""
+        return block_table[row].masked_fill(block_table[row] < 0, padding)
+
+    wide = block_table.shape[1] * size
     LENGTH = "the slots that are read: lengths[row] of them"
     listed = [
         Suspect("no-table", lambda: by_rows(case, lambda row, n: (torch.arange(-(-n // size)), n)),
@@ -84,10 +93,21 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
         Suspect("first-row", [lambda: by_rows(case, first)], "every row was answered with the first row's blocks",
                 "block_table[row]",
                 "all rows answered from the first row's tokens"),
+        Suspect("one-too-many", [
+                    lambda: by_rows(case, lambda row, n: (whole(row), min(n + 1, wide))),
+                    lambda: by_rows(case, lambda row, n: (whole(row, -1), min(n + 1, wide))),
+                    lambda: by_rows(case, lambda row, n: (blocks(row, n), min(n + 1, -(-n // size) * size)))],
+                "the slot behind the row's last token was read: `<=` stands for `<`, or a length is one too large",
+                LENGTH, "each row answered with one slot too many"),
+        Suspect("empty-slots-read", [
+                    lambda: by_rows(case, lambda row, n: (whole(row), most)),
+                    lambda: by_rows(case, lambda row, n: (whole(row, -1), most))],
+                "every row was read as far as the longest one goes", LENGTH,
+                "what lies behind the last tokens of shorter rows takes part in the answer"),
         Suspect("empty-slots-read", [
                     lambda: by_rows(case, lambda row, n: (blocks(row, n), -(-n // size) * size)),
-                    lambda: by_rows(case, lambda row, n: (block_table[row], block_table.shape[1] * size)),
-                    lambda: by_rows(case, lambda row, n: (block_table[row], most))],
+                    lambda: by_rows(case, lambda row, n: (whole(row), wide)),
+                    lambda: by_rows(case, lambda row, n: (whole(row, -1), wide))],
                 "slots behind the row's last token were read", LENGTH,
                 "what lies in empty slots takes part in the answer"),
         Suspect("empty-slots-weigh", [
@@ -107,6 +127,17 @@ def suspects(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengt
         Suspect("blocks-reversed", lambda: by_rows(case, lambda row, n: (blocks(row, n).flip(0), n)),
                 "the blocks were read from the last to the first", "the order of the table is that of the tokens",
                 "the blocks were read from the last to the first, the empty slots in the middle"),
+        Suspect("axis-group", lambda: by_rows(case, lambda row, n: (blocks(row, n), n), axis=1),
+                "softmax ran along the query heads that share a KV head", "dim= of softmax: the tokens",
+                "the weights of one token sum to 1 over query heads; those of one query head should, over tokens"),
+        Suspect("axis-heads", lambda: by_rows(case, lambda row, n: (blocks(row, n), n), axis=0),
+                "softmax ran along the KV heads", "dim= of softmax: the tokens",
+                "the weights of one token sum to 1 over KV heads; those of one query head should, over tokens"),
+        Suspect("head-mapping", lambda: by_rows(case, lambda row, n: (blocks(row, n), n),
+                                                heads=lambda h, kv: torch.arange(h).clamp(max=kv - 1)),
+                "query head h was sent to KV head h, and all behind the last KV head to that one",
+                "query head h reads KV head h // (num_heads // num_kv_heads): neighbours share",
+                "the first query heads read a KV head each, all others the last"),
     ]  # fmt: skip
     dense = [[taken(x, blocks(row, n), n)[None] for x in (keys, values)] for row, n in enumerate(lengths.tolist())]
     by_row = [attention_suspects(q[row][None, :, None], k, v, causal=False) for row, (k, v) in enumerate(dense)]
@@ -198,14 +229,26 @@ class PagedAttention(Exercise):
             for place in range(length):
                 empty[table[row, place // size], place % size] = False
         want = paged_attention(q, keys, values, table, lengths)
-        keys, values = (x.masked_fill(empty[..., None, None], float("nan")) for x in (keys, values))
-        got = self.call(answer, q, keys, values, table, lengths)
-        if not agree(got, want, LOOSE):
-            self.fail("reads-stale", seen="with NaN in the slots that hold no token, the output holds NaN"
-                      if isinstance(got, Tensor) and got.isnan().any() else "with NaN in the slots that hold no token, "
-                      "other numbers come out",
-                      cause="empty slots are read and weighed with 0, and 0 times NaN is NaN: memory that was never "
-                      "written may hold it", look="where K and V are cut to the row's length")  # fmt: skip
+        hidden = empty[..., None, None]
+        stale = [x.masked_fill(hidden, float("nan")) for x in (keys, values)]
+        if agree(got := self.call(answer, q, *stale, table, lengths), want, LOOSE):
+            return
+        seen = "the output holds NaN" if isinstance(got, Tensor) and got.isnan().any() else "other numbers come out"
+        of_keys = not agree(self.call(answer, q, stale[0], values, table, lengths), want, LOOSE)
+        of_values = not agree(self.call(answer, q, keys, stale[1], table, lengths), want, LOOSE)
+        if of_keys and not of_values:
+            self.fail("reads-stale-keys", seen=f"with NaN in the keys of slots that hold no token, {seen}; with NaN in "
+                      "their values alone it is right",
+                      cause="a NaN key makes its score NaN, and NaN is still NaN when -inf is added to it or it "
+                      "is multiplied with 0", look="the scores of empty slots: replaced, by masked_fill or where, or "
+                      "K cut to the row's length")  # fmt: skip
+        where = " in their values" if of_values and not of_keys else ""
+        self.fail("reads-stale", seen=f"with NaN in the slots that hold no token{where and ',' + where}, {seen}",
+                  cause="empty slots are read and weighed with 0, and 0 times NaN is NaN: memory that was never "
+                  "written may hold it" if of_values else
+                  "what empty slots hold takes part in the answer: memory that was never written may hold NaN",
+                  look="where V is cut to the row's length, or what is put there in place of empty slots" if where else
+                  "where K and V are cut to the row's length")  # fmt: skip
 
     def check_work(self, answer: Callable, dtype: torch.dtype) -> None:
         """Two short rows in a memory of 500 blocks."""

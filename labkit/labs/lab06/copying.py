@@ -111,10 +111,22 @@ class CopyOnWrite(Exercise):
                 self.fail("empty-table", seen=f"{case}: {error}", cause="a table without a token has no last block",
                           look="the first question: does the next token open a block of its own?")  # fmt: skip
         else:
-            got = self.run(lambda: answer(table), told=case)
-        self.check_copies(got, want, mine, table, case)
+            got = self.run(lambda: self.unrefused(answer, table, want, case), told=case)
+        self.check_copies(answer, got, want, mine, table, case)
         self.check_state(right, mine, place, before, case)
         return True
+
+    def unrefused(self, answer: Callable, table: BlockTable, want: list[tuple[int, int]], case: str) -> Any:
+        """The answer's copies, where nothing has to be refused."""
+        try:
+            return answer(table)
+        except OutOfBlocks as error:
+            if want:
+                raise
+            self.fail("refused-needlessly", seen=f"{case}: OutOfBlocks ({error}), and nothing is to be copied",
+                      cause="a free block was asked for before it was known whether one is needed",
+                      look="the order of the questions: does the next token open a block, do others hold the last one, "
+                      "and only then take()")  # fmt: skip
 
     def refused(self, answer: Callable, mine: World, table: BlockTable, case: str) -> None:
         """No block is free: OutOfBlocks, and nothing changed."""
@@ -137,7 +149,51 @@ class CopyOnWrite(Exercise):
                       cause="the shared block was let go of before there was another",
                       look="the order: take first, then change the table, then drop")  # fmt: skip
 
-    def check_copies(self, got: Any, want: list[tuple[int, int]], mine: World, table: BlockTable, case: str) -> None:
+    def explain_question(self, answer: Callable, seen: str) -> None:
+        """Name another question by which the answer copies or does not, for all tables of a few sizes."""
+        places = [(size, tokens) for size in (3, 4, 5, 7) for tokens in range(1, 3 * size)]
+        alone, shared, thrice = ([self.copies(answer, size, tokens, holders) for size, tokens in places]
+                                 for holders in (1, 2, 3))  # fmt: skip
+        if None in alone + shared + thrice:
+            return
+
+        def due(shift: int = 0, fixed: int = 0) -> list[bool]:
+            return [(tokens + shift) % (fixed or size) != 0 for size, tokens in places]
+
+        right, asked = due(), "the first question: table.seq_len % table.block_size"
+        if shared == thrice:
+            for shift, words in ((1, "seq_len + 1"), (-1, "seq_len - 1")):
+                both = [a and b for a, b in zip(right, due(shift), strict=True)]
+                if shared in (due(shift), both):
+                    self.fail("question-off-by-one", seen=seen,
+                              cause=f"whether the next token opens a block was asked of {words}: it is written to "
+                              "position seq_len", look=asked)  # fmt: skip
+            for fixed in (16, 4, 8):
+                if shared == due(fixed=fixed):
+                    self.fail("fixed-size", seen=seen, cause=f"the block size {fixed} was written down",
+                              look="table.block_size")  # fmt: skip
+        if not any(shared) and thrice == right:
+            self.fail("no-copy", seen=f"{seen}; with three holders a copy was made",
+                      cause="a block was taken for shared only when three or more hold it: two are enough",
+                      look="ref_count of the last block: 1 means this table alone")  # fmt: skip
+        if not any(shared + thrice):
+            self.fail("no-copy", seen=f"{seen}, and so in {len(places)} tables of several sizes whose last block two "
+                      "or three hold", cause="that others hold the last block was not seen",
+                      look="ref_count of the last block")  # fmt: skip
+
+    @staticmethod
+    def copies(answer: Callable, size: int, tokens: int, holders: int) -> bool | None:
+        """Whether the answer copies in a table of so many tokens; None where it stops or returns something else."""
+        world = World(40, size)
+        world.tables[0].append(tokens)
+        world.tables += [world.tables[0].fork() for _ in range(holders - 1)]
+        try:
+            return len(answer(world.tables[0])) > 0
+        except Exception:
+            return None
+
+    def check_copies(self, answer: Callable, got: Any, want: list[tuple[int, int]], mine: World, table: BlockTable,
+                     case: str) -> None:  # fmt: skip
         """What is to be copied."""
         if isinstance(got, tuple) and len(got) == 2 and all(isinstance(x, int) for x in got):
             self.fail("not-a-list", seen=f"{case}: {got} came back, a pair", cause="the pair is not in a list",
@@ -150,10 +206,13 @@ class CopyOnWrite(Exercise):
         if bool(pairs) == bool(want) and (not pairs or (len(pairs) == 1 and pairs[0] == want[0])):
             return
         seen = f"{case}: {pairs} came back"
+        if bool(want) != bool(pairs):
+            self.explain_question(answer, seen + ("; the next token would be written into a block that others read"
+                                                  if want else "; no copy is due"))  # fmt: skip
         if want and not pairs:
             self.fail("no-copy", seen=f"{seen}; the next token would be written into a block that others read",
-                      cause="that others hold the last block was not seen",
-                      look="ref_count of the last block")  # fmt: skip
+                      cause="it was thought to open a block of its own, or that others hold the last block was not "
+                      "seen", look="seq_len % block_size, and ref_count of the last block")  # fmt: skip
         if not want and table.seq_len % mine.size == 0:
             self.fail("copies-full", seen=f"{seen}; the next token opens a block of its own",
                       cause="a full block, or none, was copied though nothing is written into it",
@@ -180,6 +239,11 @@ class CopyOnWrite(Exercise):
             if changed == [place] and got[place] == before[place]:
                 self.fail("not-swapped", seen=f"{case}: the table still has {got[place][0]}",
                           cause="the new block was not put into the table", look="table.blocks[-1]")  # fmt: skip
+            if changed == [place] and got[place] == ([*before[place][0], got[place][0][-1]], before[place][1]) and (
+                    want[place] == before[place]):  # fmt: skip
+                self.fail("taken-early", seen=f"{case}: the table has {got[place][0]} now, one block more",
+                          cause="the block of the next token was taken already; append takes it when the token comes",
+                          look="where no copy is due the table stays as it is: return []")  # fmt: skip
             self.fail("other-table", seen=f"{case}: table {changed[0]} is {got[changed[0]]} now, and should be "
                       f"{want[changed[0]]}",
                       cause="another place of the table was changed, seq_len, or another table",

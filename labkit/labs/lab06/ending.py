@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.trials import sliced, transposed
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.parts import judge_parts
 from labkit.labs.lab06.references import finish, first_chunk, set_row
 
@@ -199,6 +199,13 @@ def one_block_less(prompt: int, found: int, size: int, budget: int) -> int:
 
 
 WHOLE = "the return: reused is a multiple of block_size, and below prompt_tokens"
+
+
+def masked(prompt: int, found: int, size: int, budget: int) -> int:
+    """With a bit mask in place of a division."""
+    return min(found, (prompt - 1) & ~(size - 1))
+
+
 REUSED = (
     Suspect("nothing-left-to-run", lambda prompt, found, size, budget: found,
             "where the whole prompt is found, no token is left to run, and there are no logits",
@@ -221,6 +228,21 @@ REUSED = (
             "how many whole blocks end before the last token"),
     Suspect("by-budget", lambda prompt, found, size, budget: min(found, (prompt - 1) // size * size, budget),
             "what is reused was limited by the budget, which is for tokens that are run", "budget: only for `run`"),
+    Suspect("prompts-last-block", [lambda prompt, found, size, budget: min(found, max(0, prompt // size - 1) * size),
+                                   lambda prompt, found, size, budget: min(found, (prompt // size - 1) * size)],
+            "the prompt's last full block is never reused, also where tokens behind it are left to run",
+            "how many whole blocks end before the last token: (prompt_tokens - 1) // block_size"),
+    Suspect("fixed-size", [lambda prompt, found, size, budget, fixed=fixed: min(found, (prompt - 1) // fixed * fixed)
+                           for fixed in (16, 32, 8, 4)]
+            + [lambda prompt, found, size, budget, fixed=fixed: max(0, found - fixed) if found == prompt else found
+               for fixed in (16, 32, 8, 4)],
+            "a block size was written down", "block_size stands for it"),
+    Suspect("powers-of-two", masked, "a bit mask (&) rounds down only where block_size is a power of two; 3 is a size, "
+            "too", "// block_size * block_size, for any block_size"),
+    Suspect("not-run-yet", lambda prompt, found, size, budget: prompt - min(
+                prompt - min(found, (prompt - 1) // size * size), budget),
+            "all that is not run in this step was called reused; the budget leaves the rest for later steps",
+            "reused: whole blocks that were found, whatever the budget is"),
 )  # fmt: skip
 
 
@@ -243,6 +265,9 @@ RUN = (
             "min(prompt_tokens - reused, budget)"),
     Suspect("reused-run-again", lambda prompt, found, size, budget: min(prompt, budget),
             "the whole prompt is run, what is reused too", "prompt_tokens - reused"),
+    Suspect("a-block-whatever-the-budget", lambda prompt, found, size, budget: size if found == prompt else min(
+                prompt - found, budget),
+            "where the whole prompt is found a block is run, whatever the budget is", "min(..., budget), there too"),
     Suspect("at-least-one", after(whole_minus_one), "one token is run where its whole block is not reused",
             "prompt_tokens - reused"),
     Suspect("found-not-reused", after(lambda prompt, found, size, budget: found),
@@ -282,6 +307,25 @@ class FirstChunk(Exercise):
             (16, 16, 16, 5), (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1),
             (48, 48, 16, 512),
         ]  # fmt: skip
-        judge_parts(
-            type(self), answer, first_chunk, cases, (REUSED, RUN), NAMES, lambda name: f"the number of tokens {name}"
-        )
+        try:
+            judge_parts(
+                type(self),
+                answer,
+                first_chunk,
+                cases,
+                (REUSED, RUN),
+                NAMES,
+                lambda name: f"the number of tokens {name}",
+            )
+        except NotYet as not_yet:
+            if not_yet.finding.diagnosis == "nothing-left-to-run":
+                self.explain_run(answer, [case for case in cases if case[0] == case[1]], not_yet)
+            raise
+
+    def explain_run(self, answer: Callable, whole: list[tuple[int, int, int, int]], not_yet: NotYet) -> None:
+        """The whole prompt is reused, and something is run all the same."""
+        runs = [answer(*case)[1] for case in whole]
+        if all(isinstance(run, int) and run > 0 for run in runs):
+            self.fail("written-into-shared", seen=f"{not_yet.finding.seen}; {runs[0]} run",
+                      cause=f"all {whole[0][1]} tokens are reused and {runs[0]} of them run again: K and V would be "
+                      "written into a block that others read", look=WHOLE)  # fmt: skip

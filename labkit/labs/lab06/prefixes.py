@@ -15,12 +15,13 @@ Call = tuple[list[int], dict[int, Written], int, str]
 
 
 def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = False, key: str = "chain",
-          salted: bool = True, fixed: int = 0) -> Callable[..., list[int]]:  # fmt: skip
+          salted: bool = True, fixed: int = 0, zero: bool = True,
+          cut: int = 0) -> Callable[..., list[int]]:  # fmt: skip
     """The search with one thing done in another way.
 
     last: tokens that may be reused of the last one; least: fewer than that. check: what is compared. holes: go on
     behind a miss. key: "own" for a key of the salt and the block alone. salted: whether keys begin with the salt.
-    fixed: a block size written down.
+    fixed: a block size written down. zero: whether block 0 is one. cut: found blocks left out at the end.
     """
 
     def search(tokens: list[int], found: dict[int, Written], block_size: int, salt: str) -> list[int]:
@@ -36,6 +37,7 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
                     "all": one.salt == salt and list(one.tokens) == tokens[:end],
                     "tokens": list(one.tokens) == tokens[:end],
                     "salt": one.salt == salt,
+                    "first": one.salt == salt and list(one.tokens[:size]) == tokens[:size],
                     "own": one.salt == salt and one.tokens[-size:] == own,
                     "same set": one.salt == salt and set(one.tokens) == set(tokens[:end]),
                     "sorted": one.salt == salt and sorted(one.tokens) == sorted(tokens[:end]),
@@ -46,11 +48,11 @@ def other(*, last: int = 0, least: int = 0, check: str = "all", holes: bool = Fa
                     "nothing": True,
                 }[check]
             )
-            if fits and one is not None:
+            if fits and one is not None and (zero or one.block):
                 blocks.append(one.block)
             elif not holes:
                 break
-        return blocks
+        return blocks[:-cut] if cut else blocks
 
     return search
 
@@ -67,6 +69,8 @@ SUSPECTS = (
     Suspect("tokens-not-compared", other(check="salt"), "what was found was written for other tokens", COMPARE),
     Suspect("only-own-tokens", other(check="own"), "the block's own tokens were compared, not those before them: its K "
             "and V depend on all", COMPARE),
+    Suspect("only-first-tokens", other(check="first"), "the first block's tokens were compared, and no later ones",
+            COMPARE),
     Suspect("order-not-compared", [other(check="same set"), other(check="sorted"), other(check="sum")],
             "the same tokens in another order were taken for the same text", COMPARE),
     Suspect("length-not-compared", [other(check="beginning"), other(check="as far as it goes"), other(check="pairs")],
@@ -87,6 +91,11 @@ SUSPECTS = (
     Suspect("one-too-few", [other(least=1), other(least=2)],
             "a block that ends just before the last token was left out",
             "one token is left to run: a block may end at len(tokens) - 1"),
+    Suspect("block-0", [other(zero=False), other(zero=False, holes=True)],
+            "block 0 was taken for none: 0 is false in a condition", "what says that nothing was found: `is None`"),
+    Suspect("last-block-left-out", [other(last=1, cut=1), other(cut=1)],
+            "the last block that was found is left out, also where tokens behind it are left to run",
+            "which blocks end before the last token? All of those are reused"),
     Suspect("fixed-size", [other(fixed=16), other(fixed=4)], "a block size was written down", "block_size"),
 )  # fmt: skip
 
@@ -115,7 +124,9 @@ class Reusable(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Nothing found, a part, everything; ends of blocks; other beginnings; other salts; keys that collide."""
-        got = [(case, self.called(answer, case), reusable(*case)) for case in cases()]
+        got: list[tuple[Call, list[int], list[int]]] = []
+        for call in cases():
+            got.append((call, self.called(answer, call, got), reusable(*call)))
         wrong = [one for one in got if one[1] != one[2]]
         if not wrong:
             return
@@ -127,8 +138,8 @@ class Reusable(Exercise):
                   f"{len(got) - len(wrong)} of {len(got)} cases came out right",
                   look="this case by hand: each end, its key, what is found, what it is compared with")  # fmt: skip
 
-    def called(self, answer: Callable, case: Call) -> list[int]:
-        """What came back, as a list of blocks."""
+    def called(self, answer: Callable, case: Call, before: list[tuple[Call, list[int], list[int]]]) -> list[int]:
+        """What came back, as a list of blocks. before: earlier calls, and what came back."""
         got = self.call(answer, *case)
         if not isinstance(got, (list, tuple)):
             self.fail("not-a-list", seen=f"what came back is no list: {type(got).__name__}",
@@ -136,6 +147,11 @@ class Reusable(Exercise):
                       look="the return: the blocks themselves, in order")  # fmt: skip
         known: Any = {one.block for one in case[1].values()}
         if strange := [one for one in got if isinstance(one, tuple) or one not in known]:
+            if any(earlier[0] == case[0] and came == list(got) for earlier, came, _ in before):
+                self.fail("remembered", seen=f"{strange[0]} came back, and `found` has no such block: it came back for "
+                          "the same tokens in an earlier call, with another `found`",
+                          cause="answers are kept from call to call, and `found` may have changed since",
+                          look="what outlives a call: a global, a default argument, an attribute")  # fmt: skip
             self.fail("not-blocks", seen=f"{str(strange[0])[:80]} came back among the blocks",
                       cause="the key, the Written or the place came back in place of its block",
                       look="what is put into the list: found[key].block")  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from labkit.course.checks.numbers import judge
@@ -45,6 +47,51 @@ def right(lengths: list[int], shared: list[int], size: int, slot: float, block: 
     return slot * (empty(lengths, size) + again(shared, size)) + block * blocks(lengths, size)
 
 
+def one_beginning(of: Callable[[list[int]], int]) -> Cost:
+    """The cost where one number of shared tokens, made of all of them, stands for every request's."""
+    return lambda n, s, size, slot, block: slot * (empty(n, size) + of(s) % size) + block * blocks(n, size)
+
+
+def masked(n: list[int], s: list[int], size: int, slot: float, block: float, *, both: bool, up: bool) -> float:
+    """The cost with bit masks in place of remainders, those of shared tokens too if `both`; up: blocks by a shift."""
+    rest = sum(-tokens & (size - 1) for tokens in n)
+    other = sum(tokens & (size - 1) for tokens in s) if both else again(s, size)
+    count = sum((tokens + size - 1) >> (size.bit_length() - 1) for tokens in n) if up else blocks(n, size)
+    return slot * (rest + other) + block * count
+
+
+def until_dearer(*, equal: bool, ordered: bool) -> Callable[..., int]:
+    """A search that ends where the cost rises for the first time; equal: or stays the same."""
+
+    def choose(lengths: list[int], shared: list[int], sizes: list[int], slot: float, block: float) -> int | None:
+        best, least = None, math.inf
+        for size in sorted(sizes) if ordered else sizes:
+            cost = right(lengths, shared, size, slot, block)
+            if cost > least or (equal and cost == least):
+                break
+            if cost < least:
+                best, least = size, cost
+        return best
+
+    return choose  # type: ignore[return-value]
+
+
+def below(start: float) -> Callable[..., int]:
+    """A search that begins with a cost written down: what is dearer is never chosen."""
+
+    def choose(lengths: list[int], shared: list[int], sizes: list[int], slot: float, block: float) -> int:
+        best, least = sizes[0], start
+        for size in sorted(sizes):
+            cost = right(lengths, shared, size, slot, block)
+            if cost < least:
+                best, least = size, cost
+        return best
+
+    return choose
+
+
+ONE_MORE = "tokens // size + 1 has a block too many where size divides tokens: round up"
+EACH = "shared[i] % block size, of each request"
 SUSPECTS = (
     Suspect("largest-of-equals", least(right, largest=True), "of sizes that cost the same the largest was taken",
             "`<` or `<=`, and the order in which sizes are tried: sorted(sizes)"),
@@ -79,6 +126,53 @@ SUSPECTS = (
     Suspect("shared-blocks-free", least(lambda n, s, size, slot, block: right(n, s, size, slot, block)
                                         - block * sum(tokens // size for tokens in s)),
             "full shared blocks were left out of the blocks", "block_cost: each block of a request costs it"),
+    Suspect("one-block-more", [
+                least(lambda n, s, size, slot, block: slot * (sum(size - tokens % size for tokens in n)
+                                                              + again(s, size))
+                      + block * sum(tokens // size + 1 for tokens in n)),
+                least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))
+                      + block * sum(tokens // size + 1 for tokens in n))],
+            "where tokens fill their last block, one more was counted", ONE_MORE),
+    Suspect("shared-turned-round", [
+                least(lambda n, s, size, slot, block: slot * (empty(n, size) + sum(t // size * size for t in s))
+                      + block * blocks(n, size)),
+                least(lambda n, s, size, slot, block: slot * (empty(n, size) + sum(t // size for t in s))
+                      + block * blocks(n, size))],
+            "shared tokens that lie in full blocks were counted; those are taken once for all",
+            "shared[i] % block size: the rest, which every request has for itself"),
+    Suspect("shared-once", [least(one_beginning(of)) for of in (sum, partial(max, default=0), partial(min, default=0))],
+            "the shared beginning was counted once for all requests", EACH),
+    Suspect("together", [
+                least(lambda n, s, size, slot, block: slot * (-sum(n) % size + again(s, size))
+                      + block * -(-sum(n) // size)),
+                least(lambda n, s, size, slot, block: slot * (-sum(n) % size + again(s, size))
+                      + block * blocks(n, size)),
+                least(lambda n, s, size, slot, block: slot * (empty(n, size) + again(s, size))
+                      + block * -(-sum(n) // size))],
+            "the tokens of all requests were rounded up together; each has a last block of its own",
+            "the sums: round each request by itself"),
+    Suspect("slot-cost-left-out", [
+                least(lambda n, s, size, slot, block: slot * empty(n, size) + again(s, size) + block * blocks(n, size)),
+                least(lambda n, s, size, slot, block: empty(n, size) + slot * again(s, size) + block * blocks(n, size)),
+                least(lambda n, s, size, slot, block: empty(n, size) + again(s, size) + block * blocks(n, size))],
+            "slot_cost does not multiply all the slots: empty ones and shared ones cost it alike",
+            "slot_cost * (both kinds of slots)"),
+    Suspect("stops-early", [until_dearer(equal=equal, ordered=ordered) for equal in (False, True)
+                            for ordered in (True, False)],
+            "the search ended at the first size that costs no less than the one before; costs may fall again",
+            "the loop: every size is tried"),
+    Suspect("powers-of-two", [
+                least(partial(masked, both=both, up=up)) for both in (True, False) for up in (False, True)],
+            "a bit mask (&) gives a rest only where the size is a power of two; others are among the sizes, too",
+            "-tokens % size and tokens % size, for any size"),
+    Suspect("start-value", [below(10.0**power) for power in range(3, 10)],
+            "the least cost so far began with a number written down, and all sizes cost more than that here",
+            "the cost that the search begins with: the first size's, or math.inf"),
+    Suspect("divided-by-size", [
+                least(lambda n, s, size, slot, block: right(n, s, size, slot, block) / size),
+                least(lambda n, s, size, slot, block: right(n, s, size, slot, block) / max(1, blocks(n, size) * size))],
+            "the cost was divided by the size or by all slots; the whole cost is compared",
+            "the last line of the cost: nothing is divided"),
 )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import agree
 from labkit.course.checks.trials import Case, compare
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.references import slots_of
 
 FORMULA = "slot = block * block_size + place: which block, and which place within it?"
@@ -65,8 +66,43 @@ class Slots(Exercise):
             Case(tables(2, 300, 7, 40, seed=4)),
             Case(tables(2, 3, 32, 4, most=2**27, seed=5), "slots beyond int32"),
         ]
-        compare(type(self), answer, slots_of, cases, suspects=suspects, what="the slots", exact=True)
+        try:
+            compare(type(self), answer, slots_of, cases, suspects=suspects, what="the slots", exact=True)
+        except NotYet as not_yet:
+            self.explain_dtype(answer, cases[0])
+            self.explain_powers(answer, not_yet)
+            raise
         self.check_work(answer)
+
+    def explain_dtype(self, answer: Callable, case: Case) -> None:
+        """The slots are int32, whatever they were computed in."""
+        try:
+            dtype = answer(*case.args).dtype
+        except Exception:  # what was found says it
+            return
+        if dtype == torch.int32:
+            self.fail("int32-result", seen="the slots came back as int32; int64 is asked for",
+                      cause="the result, or the positions before it, was turned into int32, which ends at "
+                      "2,147,483,647: there may be more slots", look="every .int() and dtype= behind the table; "
+                      "positions are int64 as they come")  # fmt: skip
+
+    def explain_powers(self, answer: Callable, not_yet: NotYet) -> None:
+        """Right with every block size that is a power of two, and with no other."""
+        sizes = {size: self.is_right(answer, size) for size in (1, 2, 4, 8, 16, 32, 3, 5, 7, 12)}
+        if all(right == (size.bit_count() == 1) for size, right in sizes.items()):
+            self.fail("powers-of-two", seen=f"right with blocks of 1, 2, 4, 8, 16 and 32, and not with blocks of 3, 5, "
+                      f"7 and 12: {not_yet.finding.seen}",
+                      cause="this is arithmetic for powers of two, as that of shifts (<<, >>) and bit masks (&) is",
+                      look="*, // and % work with any block_size")  # fmt: skip
+
+    @staticmethod
+    def is_right(answer: Callable, size: int) -> bool:
+        """Whether the slots are right with blocks of this size."""
+        case = tables(4, 4, size, 4, seed=6)
+        try:
+            return agree(answer(*case), slots_of(*case), 0.0)
+        except Exception:
+            return False
 
     def check_work(self, answer: Callable) -> None:
         """As many operations for many rows and tokens as for few."""
@@ -91,17 +127,36 @@ def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Su
     entry, place = positions // block_size, positions % block_size
     blocks = table.gather(1, entry)
 
-    def other_entry(index: Tensor, rest: Tensor) -> Callable[[], Tensor] | None:
-        fits = bool((index < table.shape[1]).all())
-        return (lambda: table.gather(1, index) * block_size + rest) if fits else None
+    def other_entry(index: Tensor, rest: Tensor) -> list[Callable[[], Tensor] | None]:
+        """With another entry of each row: as it is, where the table has it, and no further than the last."""
+        last, fits = table.shape[1] - 1, bool((index < table.shape[1]).all())
+        return [
+            (lambda: table.gather(1, index) * block_size + rest) if fits else None,
+            lambda: table.gather(1, index.clamp(max=last)) * block_size + rest,
+        ]
+
+    def by_column(index: Tensor) -> Tensor:
+        """Each column of the table by itself, as gather(0, ...) reads it."""
+        return table.gather(0, index) * block_size + place
 
     rows = bool((entry < len(table)).all())
-    swapped = other_entry(place, entry)
-    next_one = other_entry(entry + 1, place)
+    wide = entry.shape[1] <= table.shape[1]
+    up = (positions + block_size - 1) // block_size
+    floats = table.float().gather(1, entry)
     return [
         Suspect("overflow", lambda: (blocks.int() * block_size + place.int()).long(),
                 "the product was made in int32, where it does not fit", ".long() before anything is multiplied",
                 "right as long as slots fit into int32, negative or small beyond"),
+        Suspect("float32", [lambda: (floats * block_size + place).long(),
+                            lambda: (floats * block_size).long() + place],
+                "the product was made in float32, which counts to 16,777,216 and rounds beyond",
+                ".long() before anything is multiplied, no float on the way",
+                "right as long as slots are few, rounded beyond"),
+        Suspect("wrong-axis", [(lambda: by_column(entry)) if wide and rows else None,
+                               (lambda: by_column(entry.clamp(max=len(table) - 1))) if wide else None],
+                "the entries were looked up along dimension 0, down the rows of other requests",
+                "gather(1, ...): each row its own",
+                "the slots are those of other rows' blocks"),
         Suspect("rows-picked", [
                     lambda: table[entry] * block_size + place[..., None],
                     lambda: table[entry] * block_size + place if {*place.shape} == {table.shape[1]} else None,
@@ -111,6 +166,18 @@ def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Su
         Suspect("first-row", lambda: table[0][entry] * block_size + place,
                 "every row looked into the first row's table", "gather(1, ...): each row its own",
                 "all rows got slots of the first row's blocks"),
+        Suspect("first-rows-positions", [lambda: table[:, entry[0]] * block_size + place,
+                                         lambda: table[:, entry[0]] * block_size + place[:1]],
+                "every row was looked up with the first row's positions", "gather(1, ...): each row its own",
+                "each row's blocks are those that the first row's tokens need"),
+        Suspect("one-block-for-all", [lambda: blocks[:, :1] * block_size + place],
+                "the block of a row's first new token was taken for all of them; they may lie in several",
+                "an entry for each position, not one for each row",
+                "all new tokens of a row got slots of one block"),
+        Suspect("one-block-for-all", [lambda: blocks[:, -1:] * block_size + place],
+                "the block of a row's last new token was taken for all of them; they may lie in several",
+                "an entry for each position, not one for each row",
+                "all new tokens of a row got slots of one block"),
         Suspect("no-table", lambda: positions.clone(), "the positions came back: the table was not used", FORMULA,
                 "what came back are the positions"),
         Suspect("block-not-multiplied", lambda: blocks + place, "the block's number was taken for its first slot",
@@ -124,12 +191,21 @@ def suspects(block_table: Tensor, positions: Tensor, block_size: int) -> list[Su
         Suspect("entry-for-block", lambda: entry * block_size + place,
                 "the entry's number was used, not the block that stands there", FORMULA,
                 "rows with other blocks got the same slots"),
-        Suspect("division-and-rest-swapped", [swapped] if swapped else [None],
+        Suspect("rounded-up", other_entry(up, place), "positions / block_size was rounded up; the entry is the number "
+                "of whole blocks before the token", "positions // block_size rounds down",
+                "tokens past the first place of a block got the next block"),
+        Suspect("division-and-rest-swapped", other_entry(place, entry),
                 "// and % changed places", FORMULA,
                 "neighbouring tokens lie in other blocks"),
-        Suspect("next-block", [next_one] if next_one else [None], "the entry is one too far",
+        Suspect("next-block", other_entry(entry + 1, place), "the entry is one too far",
                 "positions start at 0, and so do entries",
                 "each token got the slot of the token a block later"),
+        Suspect("fixed-size", [
+                    (lambda fixed=fixed, index=index: table.gather(1, index) * fixed + positions % fixed)
+                    if bool((index < table.shape[1]).all()) else None
+                    for fixed in (16, 4, 8, 32) for index in (entry, positions // fixed)],
+                "a block size was written down", "block_size stands for it, in each place",
+                "the slots are those of blocks of another size"),
         Suspect("multiplied-both", lambda: (blocks + place) * block_size, "the place was multiplied too", FORMULA,
                 "neighbouring tokens lie a whole block apart"),
     ]  # fmt: skip

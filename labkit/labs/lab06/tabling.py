@@ -274,6 +274,13 @@ class Beside:
                 cause="a fork is a table of its own", look="the return of fork",
             )  # fmt: skip
         other.check_methods()
+        copied = getattr(child, "allocator", None)
+        if copied is not self.allocator and isinstance(copied, type(self.allocator)):
+            self.exercise.fail(
+                "allocator-copied", seen=f"{self.when}: the fork's allocator is another one than its parent's",
+                cause="the allocator was copied with the table, as copy.deepcopy does: two of them hand out the same "
+                "blocks", look="fork: a table with self.allocator itself; only the list of blocks is its own",
+            )  # fmt: skip
         other.check_attributes()
         held, taken = self.allocator.since("hold", mark), self.allocator.since("take", mark)
         if taken:

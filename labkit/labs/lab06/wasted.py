@@ -47,6 +47,12 @@ def suspects(place: int) -> list[Suspect]:
     own = others.pop(place)
     look = f"the order of the return: {', '.join(NAMES)}"
     listed = [Suspect("order", others, "another of the three numbers stands in this place", look)]
+    for share in (lambda room, held: room * len(held), lambda room, held: room):
+        listed.append(Suspect(
+            "share", lambda held, final, room, size, of=share: own(held, final, room, size) / of(room, held),
+            "a share of the slots came back; the slots themselves are asked for",
+            "the return: whole numbers, no division",
+        ))  # fmt: skip
     if own is reserved:
         listed += [
             Suspect("counts-all-empty", both, "every empty slot was counted; those behind the request's end will never "
@@ -78,6 +84,17 @@ def suspects(place: int) -> list[Suspect]:
                     "which tokens are there now: held"),
             Suspect("slots-taken", over(lambda h, f, room, size: -(-h // size) * size),
                     "all slots of the blocks were counted", LAST),
+            Suspect("blocks-for-final", over(lambda h, f, room, size: -(-f // size) * size - h),
+                    "the blocks of all tokens to come were counted as taken; blocks are taken when they are needed",
+                    "which tokens are there now: held"),
+            Suspect("powers-of-two", [over(lambda h, f, room, size: -h & (size - 1)),
+                                      over(lambda h, f, room, size: (size - h) & (size - 1)),
+                                      over(lambda h, f, room, size: -(h & (size - 1)) % size)],
+                    "a bit mask (&) gives a rest only where block_size is a power of two; 3 and 7 are sizes, too",
+                    "-tokens % block_size, for any block_size"),
+            Suspect("a-block-for-none", over(lambda h, f, room, size: max(1, -(-h // size)) * size - h),
+                    "a request without a token was given a block; blocks are taken when a token needs one",
+                    "a request that holds 0 tokens has no block"),
             Suspect("blocks-counted", over(lambda h, f, room, size: -(-h // size)), "blocks were counted, not slots",
                     LAST),
         ]  # fmt: skip
@@ -124,7 +141,8 @@ class Waste(Exercise):
         ]
         named = [suspects(place) for place in range(len(NAMES))]
         try:
-            judge_parts(type(self), answer, waste, cases, named, NAMES, lambda name: f"the number of slots, {name},")
+            for some in (cases[:-1], cases):  # without a request, a wrong formula may stop before it is seen
+                judge_parts(type(self), answer, waste, some, named, NAMES, lambda name: f"the number of slots, {name},")
         except NotYet as not_yet:
             if not_yet.finding.diagnosis == "not-whole":
                 self.explain_empty(answer, cases)

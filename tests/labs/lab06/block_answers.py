@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 
 from labkit.cache import OutOfBlocks
 from labkit.labs.lab06.references import BlockAllocator, BlockTable
@@ -296,12 +296,13 @@ class Asserts(BlockAllocator):
 
 
 class TwoDicts:
-    """Plain and kept free blocks apart, in dicts; slots."""
+    """Plain and kept free blocks apart, one dict a stack and one in order; slots."""
 
     __slots__ = ("counts", "kept", "plain")
 
     def __init__(self, num_blocks):
-        self.plain, self.kept, self.counts = {block: 1 for block in range(num_blocks)[::-1]}, {}, {}
+        self.plain, self.kept = {block: 1 for block in range(num_blocks)[::-1]}, OrderedDict()
+        self.counts = {}
 
     num_free = property(lambda self: len(self.plain) + len(self.kept))
 
@@ -309,13 +310,11 @@ class TwoDicts:
         return self.counts.get(block, 0)
 
     def take(self):
-        for group in (self.plain, self.kept):
-            if group:
-                block = next(iter(group))
-                del group[block]
-                self.counts[block] = 1
-                return block
-        raise OutOfBlocks("none left")
+        if not self.num_free:
+            raise OutOfBlocks("none left")
+        block, _ = self.plain.popitem() if self.plain else self.kept.popitem(last=False)
+        self.counts[block] = 1
+        return block
 
     def hold(self, block):
         self.plain.pop(block, 0), self.kept.pop(block, 0)
@@ -331,6 +330,33 @@ class TwoDicts:
             del self.counts[block]
             (self.kept if keep else self.plain)[block] = 1
         return left == 0
+
+
+class APlainSet(TwoDicts):
+    """What is free and not kept in a set, whose pop() goes on where it last found one."""
+
+    __slots__ = ()
+
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.plain = set(self.plain)
+
+    def take(self):
+        if not self.num_free:
+            raise OutOfBlocks("none left")
+        block = self.plain.pop() if self.plain else self.kept.popitem(last=False)[0]
+        self.counts[block] = 1
+        return block
+
+    def hold(self, block):
+        self.plain.discard(block), self.kept.pop(block, 0)
+        self.counts[block] = self.ref_count(block) + 1
+
+    def drop(self, block, *, keep=False):
+        if self.ref_count(block) == 1 and not keep:
+            self.plain.add(block)
+            return bool(self.counts.pop(block))
+        return super().drop(block, keep=keep)
 
 
 class AHeap:
@@ -798,6 +824,7 @@ WRONG = [
 
 RIGHT = [
     ("06.3", TwoDicts),
+    ("06.3", APlainSet),
     ("06.3", AHeap),
     ("06.4", ByDivmod),
     ("06.6", by_index),
