@@ -244,6 +244,10 @@ class CopyOnWrite(Exercise):
                 self.fail("taken-early", seen=f"{case}: the table has {got[place][0]} now, one block more",
                           cause="the block of the next token was taken already; append takes it when the token comes",
                           look="where no copy is due the table stays as it is: return []")  # fmt: skip
+            if changed == [place] and got[place] == ([*before[place][0], want[place][0][-1]], before[place][1]):
+                self.fail("put-behind", seen=f"{case}: the table has {got[place][0]} now, and should have "
+                          f"{want[place][0]}", cause="the new block was put behind the shared one, not in its place",
+                          look="table.blocks[-1] = the new block")  # fmt: skip
             self.fail("other-table", seen=f"{case}: table {changed[0]} is {got[changed[0]]} now, and should be "
                       f"{want[changed[0]]}",
                       cause="another place of the table was changed, seq_len, or another table",

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.attention import neighbours
 from labkit.course.checks.suspects import Suspect, recognise
 from labkit.course.checks.tensors import agree, budget, first_place
 from labkit.course.exercise import Exercise, NotYet
@@ -15,14 +16,14 @@ from labkit.labs.lab06.attending import Arguments, batch
 from labkit.labs.lab06.launch import Memory, Stray, available, launch
 from labkit.labs.lab06.references import paged_attention, paged_decode
 
-Entry = Callable[[int, int, int, int], int]
+Entry = Callable[..., int]  # of row, start, blocks_per_row, BLOCK_SIZE, query head, the row's length, rows
 Here = Callable[[int, Tensor, int, int], Tensor]
 LOAD = "the load: table_ptr + row * blocks_per_row + which block of the row"
 WITH_LOAD = "`tl.load(...)` around the address gives the number that stands there"
 MASK = "the mask: the token in place p of this block stands at position start + p"
 
 
-def entry(row: int, start: int, wide: int, size: int) -> int:
+def entry(row: int, start: int, wide: int, size: int, *_: int) -> int:
     """Which number of the table names the block of the tokens from `start` on."""
     return row * wide + start // size
 
@@ -32,39 +33,49 @@ def here(start: int, place: Tensor, length: int, size: int) -> Tensor:
     return start + place < length
 
 
-def twin(arguments: Arguments, at: Entry = entry, mask: Here = here, *, table: bool = True) -> Tensor | None:
-    """What the kernel gives with another load and another mask, in float64; None when it reads what is not there."""
+def twin(arguments: Arguments, at: Entry = entry, mask: Here = here, *, table: bool = True,
+         heads: Callable[[int, int], Tensor] = neighbours) -> Tensor | None:  # fmt: skip
+    """What the kernel gives with another load, mask or KV `heads`, in float64; NaN where it reads no slot
+    of a row, None when it reads what is not there."""
     q, keys, values, block_table, lengths = arguments
     size, wide, entries = keys.shape[1], block_table.shape[1], block_table.flatten()
-    place, out = torch.arange(size), []
+    place, out = torch.arange(size), torch.empty_like(q, dtype=torch.float64)
+    kv_heads = heads(q.shape[1], keys.shape[2]).tolist()
     for row, length in enumerate(lengths.tolist()):
-        slots = []
-        for start in range(0, length, size):
-            where = at(row, start, wide, size)
-            if table and not 0 <= where < len(entries):
+        for head, kv_head in enumerate(kv_heads):
+            slots = []
+            for start in range(0, length, size):
+                where = at(row, start, wide, size, head, length, len(q))
+                if table and not 0 <= where < len(entries):
+                    return None
+                block = int(entries[where]) if table else where
+                slots.append(block * size + place[mask(start, place, length, size)])
+            chosen = torch.cat(slots)
+            if len(chosen) and (int(chosen.min()) < 0 or int(chosen.max()) >= keys.shape[0] * size):
                 return None
-            block = int(entries[where]) if table else where
-            slots.append(block * size + place[mask(start, place, length, size)])
-        chosen = torch.cat(slots)
-        if not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= keys.shape[0] * size:
-            return None
-        k, v = (x.double().flatten(0, 1)[chosen].transpose(0, 1) for x in (keys, values))
-        grouped = q[row].double().reshape(len(k), -1, q.shape[2])
-        weights = torch.softmax(grouped @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=-1)
-        out.append((weights @ v).flatten(0, 1))
-    return torch.stack(out)
+            k, v = (x[:, :, kv_head].double().flatten(0, 1)[chosen] for x in (keys, values))
+            weights = torch.softmax(k @ q[row, head].double() / q.shape[2] ** 0.5, dim=0)
+            out[row, head] = weights @ v if len(chosen) else float("nan")
+    return out
 
 
 OTHER_ENTRIES: tuple[tuple[str, Entry, str], ...] = (
-    ("first-row", lambda row, start, wide, size: start // size, "every row read the first row's entries"),
-    ("row-not-multiplied", lambda row, start, wide, size: row + start // size,
+    ("first-row", lambda row, start, wide, size, *_: start // size, "every row read the first row's entries"),
+    ("row-not-multiplied", lambda row, start, wide, size, *_: row + start // size,
      "the row's number was added as it is; a row begins blocks_per_row entries after the one before"),
-    ("entry-not-divided", lambda row, start, wide, size: row * wide + start,
+    ("entry-not-divided", lambda row, start, wide, size, *_: row * wide + start,
      "the first token's position was taken for the entry's number"),
-    ("always-first-block", lambda row, start, wide, size: row * wide, "every round read the row's first block"),
-    ("next-block", lambda row, start, wide, size: row * wide + start // size + 1, "the entry is one too far"),
-    ("row-times-block-size", lambda row, start, wide, size: row * size + start // size,
+    ("always-first-block", lambda row, start, wide, size, *_: row * wide, "every round read the row's first block"),
+    ("next-block", lambda row, start, wide, size, *_: row * wide + start // size + 1, "the entry is one too far"),
+    ("row-times-block-size", lambda row, start, wide, size, *_: row * size + start // size,
      "the row was multiplied by BLOCK_SIZE; a row of the table has blocks_per_row entries"),
+    ("head-for-row", lambda row, start, wide, size, head, *_: head * wide + start // size,
+     "the query head was taken for the row; all heads of a row have one table"),
+    ("own-row-length", lambda row, start, wide, size, head, length, rows: row * -(-length // size) + start // size,
+     "the row was multiplied by the blocks that it needs itself; each row of the table has blocks_per_row entries, "
+     "padding too"),
+    ("by-columns", lambda row, start, wide, size, head, length, rows: row + start // size * rows,
+     "the table was read down its columns; it lies row after row"),
 )  # fmt: skip
 OTHER_MASKS: tuple[tuple[str, Here, str], ...] = (
     ("no-mask", lambda start, place, length, size: place >= 0, "every slot of a block was taken for a token"),
@@ -78,6 +89,10 @@ OTHER_MASKS: tuple[tuple[str, Here, str], ...] = (
      "only as many slots of each block were read as the last one has tokens"),
     ("rest-of-length", lambda start, place, length, size: place < (length - 1) % size + 1,
      "only as many slots of each block were read as the last one has tokens"),
+    ("full-last-block", lambda start, place, length, size: (place < length % size) | (start + size < length),
+     "where BLOCK_SIZE divides the length the last block was left out: the remainder is 0 there, and the block full"),
+    ("from-the-end", lambda start, place, length, size: start + size - 1 - place < length,
+     "the places of a block were counted from its end: its first slots are hidden in place of its last"),
 )  # fmt: skip
 
 
@@ -165,11 +180,14 @@ class PagedDecode(Exercise):
             return
         listed = [
             *(Suspect(name, twin(case, at=at), cause, LOAD) for name, at, cause in OTHER_ENTRIES),
-            Suspect("no-table", twin(case, at=lambda row, start, wide, size: start // size, table=False),
+            Suspect("no-table", twin(case, at=lambda row, start, wide, size, *_: start // size, table=False),
                     "blocks 0, 1, ... were read: the table was not asked", LOAD),
             Suspect("no-table", twin(case, table=False),
                     "the number of the table's entry was taken for the block that stands there", WITH_LOAD),
             *(Suspect(name, twin(case, mask=mask), cause, MASK) for name, mask, cause in OTHER_MASKS),
+            Suspect("head-mapping", twin(case, heads=lambda h, kv: torch.arange(h) % kv),
+                    "query head h read KV head h % num_kv_heads; neighbours share one",
+                    "kv_head, as the blank gives it: head // (num_heads // num_kv_heads)"),
         ]  # fmt: skip
         seen = f"{told}: {first_place(got, exact, tolerance)}"
         recognise(type(self), got, [one for one in listed if one.gives is not None], seen, tolerance=tolerance + 1e-5)
@@ -193,8 +211,8 @@ class PagedDecode(Exercise):
         read = [int(number) for part in memory.reads.get("table", ()) for number in part.ravel()]
         size, wide, entries = keys.shape[1], table.shape[1], table.flatten().tolist()
         for name, at, cause in OTHER_ENTRIES:
-            places = [at(row, start, wide, size) for row, length in enumerate(lengths.tolist())
-                      for _ in range(q.shape[1]) for start in range(0, length, size)]  # fmt: skip
+            places = [at(row, start, wide, size, head, length, len(q)) for row, length in enumerate(lengths.tolist())
+                      for head in range(q.shape[1]) for start in range(0, length, size)]  # fmt: skip
             end = next(
                 (n for n, place in enumerate(places) if not 0 <= place < len(entries) or entries[place] < 0), None
             )
