@@ -553,25 +553,21 @@ class Allocate(Exercise):
         yield best("hold() of a free block that was not kept", [partial(allocator.hold, block) for block in middle])
         held = list(middle)
         yield taking("take() behind blocks that were let go")
-        free = sorted(set(range(num_blocks)).difference(held))
-        for place in (0, len(free) // 2, len(free) - 6):
-            chosen = free[place : place + 6]
-            yield best("hold() of a free block", [partial(allocator.hold, block) for block in chosen])
-            held += chosen
-        free = sorted(set(range(num_blocks)).difference(held))
-        spared = free[:: max(1, len(free) // 64)]
-        rest = sorted(set(free).difference(spared))
-        half = rest[: len(rest) // 2]
-        yield from each("hold() of a free block", allocator.hold, half)
-        yield from each("drop()", partial(allocator.drop, keep=True), half)
-        yield from each("hold() of a free block", allocator.hold, rest[len(half) :])
-        for _ in spared:
-            self.run(allocator.take)
-        # Now one half is kept, the other held. One block is free and not kept, then one is free at all: each a little
-        # behind the one before, where the finger of set.pop() finds it and a search in Python is slow.
-        far = spared[len(spared) // 2 :][:6]
+        take, hold = (lambda _: allocator.take()), allocator.hold
+        yield from each("take(), when more and more are taken,", take, list(range(num_blocks - len(held))))
+        half, drop, keep = list(range(num_blocks // 2)), allocator.drop, partial(allocator.drop, keep=True)
+        yield from each("drop()", drop, half)
+        for place in (len(half) // 2, 0, len(half) - 6):
+            yield best("hold() of a free block", [partial(hold, block) for block in half[place : place + 6]])
+            for block in half[place : place + 6]:
+                self.run(partial(drop, block))
+        yield from each("hold() of a free block", hold, half)
+        yield from each("drop()", keep, half)
+        # One block is free and not kept, then one is free at all: each a little behind the one before, where the finger
+        # of set.pop() finds it and a search in Python is slow.
+        far = [num_blocks // 2 + place * (num_blocks // 64) for place in range(6)]
         yield best("take(), when one is free beside those that were kept,", self.turns(allocator, far, keep=False))
-        yield from each("hold() of a free block", allocator.hold, half)
+        yield from each("hold() of a free block", hold, half)
         yield best("take(), when one is free,", self.turns(allocator, far, keep=True))
 
     @staticmethod
