@@ -5,7 +5,7 @@
 # make notebooks  run the notebooks in place and keep their outputs (authors)
 # make docs       write the kill table, the claims and the README's picture anew (authors)
 # make lock       renew requirements.lock with uv (authors)
-# make clean      remove .venv, .venv-vllm and build leftovers; keeps work/ and the model
+# make clean      remove .venv, .venv-kvpress, .venv-vllm and build leftovers; keeps work/ and the model
 #
 # PYTHON=   the Python that makes .venv, 3.11 to 3.13
 # PIP_ARGS= more arguments for pip, such as --index-url for a build of torch without CUDA
@@ -98,7 +98,7 @@ lock:
 	rm .lock.tmp
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-kvpress .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 define RIGHT_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
