@@ -1,5 +1,8 @@
 """The runtime around a check: an answer is put to the test in limited time; whatever it does becomes a verdict.
 
+What is limited is the time that a check computes, so that a busy machine makes no right answer a slow one; a larger
+limit of time on the wall is behind it, for an answer that waits.
+
 A check runs in a thread of its own. When its time is up, the thread that waits for it raises `TimeIsUp` in it, again
 and again until it ends: no signal is involved, so it works in any thread, and what arrives too late hits nothing. What
 PyTorch and Python keep per thread (modes, grad mode, default device, ...) ends with the thread; what they keep per
@@ -30,7 +33,8 @@ import torch
 from labkit.course import settings
 from labkit.course.exercise import Exercise, Finding, NotYet, line_of, short
 
-TIME_LIMIT = 20.0  # seconds for one check; the slowest reference needs under 3 on two cores
+TIME_LIMIT = 20.0  # seconds of computing for one check; the slowest reference needs under 2
+WAITING = 3  # times the limit: how long it may take on the wall, where it waits or the machine is busy
 PATIENCE = 30.0  # seconds more for a call that cannot be interrupted, before it is left to itself
 DEEPEST = 10_000  # calls within calls, at most, while a check runs: what the stack below has room for
 STACK = 256 * 2**20  # bytes for the check's thread: 26 KB a call, where one through PyTorch and back takes under 10
@@ -54,9 +58,11 @@ class TimeIsUp(BaseException):
 def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patience: float = PATIENCE) -> Verdict:
     """Put `answer` to the test. Holds back what it prints, puts back what it sets, and never raises for a wrong answer.
 
-    The check sees float32 as the default dtype, the CPU as the default device, and seeded random numbers. One process
-    has one random state: what another thread draws meanwhile is drawn from the check's. A call that is still not back
-    `patience` seconds after the limit is left behind in its thread. A check inside a check has the outer one's time.
+    The check sees float32 as the default dtype, the CPU as the default device, one thread for each of PyTorch's
+    functions, and seeded random numbers. One process has one random state: what another thread draws meanwhile is drawn
+    from the check's. limit: seconds that it may compute; it is stopped after `WAITING` times as many on the wall, too.
+    A call that is still not back `patience` seconds later is left behind in its thread. A check inside a check has the
+    outer one's time.
     """
     trial = Trial(exercise, answer)
     if isinstance(threading.current_thread(), Trial):
@@ -75,14 +81,15 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patie
                 trial.finish(0.0, patience)
                 raise
         finally:
+            computed = trial.computed()
             trial.released = True
             if trial.over:
                 trial.join(1.0)
         taken = time.monotonic() - start
     if sys.stderr and (errors := trial.stderr.text()):
         sys.stderr.write(errors)
-    if trial.stopped or taken > limit:  # a call that keeps the interpreter to itself is over before it can be stopped
-        return Verdict("not yet", too_slow(limit, taken, trial.over), trial.stdout.text())
+    if trial.stopped or computed > limit:  # a call that keeps the interpreter to itself ends before it can be stopped
+        return Verdict("not yet", too_slow(limit, taken, computed, trial.over), trial.stdout.text())
     return Verdict(*trial.result, trial.stdout.text())
 
 
@@ -91,6 +98,7 @@ def prepare() -> None:
     if torch._C._get_default_device() != "cpu":
         settings.set_tensor_type("cpu")
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)  # tensors are small: on a busy machine a second thread is mostly waited for
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.default_generator.manual_seed(0)  # not torch.manual_seed: before CUDA is in use, it keeps the seed for then
@@ -106,6 +114,8 @@ class Trial(threading.Thread):
         self.exercise, self.answer = exercise, answer
         self.stdout, self.stderr = Printed(), Printed()
         self.begun = self.over = self.stopped = self.released = False
+        self.clock: Callable[[], float] = float
+        self.latest = 0.0
         self.result: tuple[str, Finding | None] = ("not yet", UNSAYABLE)
         self.storm: Any = None
         self.wake = threading.Lock()
@@ -117,6 +127,7 @@ class Trial(threading.Thread):
         `TimeIsUp` comes where Python looks for it: at a call, and where a loop jumps back. So there is neither between
         an error that ends `judge` and `over`, after which no more is sent; one still on its way then ends the wait.
         """
+        self.clock = own_clock()
         try:
             self.begun = True
             self.result = self.judge()
@@ -132,13 +143,24 @@ class Trial(threading.Thread):
         except TimeIsUp:
             pass
 
+    def computed(self) -> float:
+        """Seconds that it has computed so far."""
+        with contextlib.suppress(OSError):  # the thread has ended
+            self.latest = self.clock()
+        return self.latest
+
     def finish(self, limit: float, patience: float) -> None:
-        """Wait until it is over; after `limit` seconds stop it, for at most `patience` seconds more."""
-        end, ident, sent = time.monotonic() + limit, self.ident or 0, 0
-        while self.is_alive() and not self.over and (late := time.monotonic() - end) < patience:
-            if late < 0:
-                self.wake.acquire(timeout=min(-late, 0.1))  # briefly: a lock may be deaf to Ctrl-C
+        """Wait until it is over; once it has computed for `limit` seconds, or `WAITING` times as many are gone, stop
+        it, for at most `patience` seconds more."""
+        end, up, ident, sent = time.monotonic() + WAITING * limit, 0.0, self.ident or 0, 0
+        while self.is_alive() and not self.over:
+            now = time.monotonic()
+            if not up and (left := min(limit - self.computed(), end - now)) > 0:
+                self.wake.acquire(timeout=min(left, 0.1))  # briefly: a lock may be deaf to Ctrl-C
                 continue
+            up = up or now
+            if now - up >= patience:
+                break
             error = self.storm or TimeIsUp
             if self.begun and not self.over:  # no other thread runs between these lines
                 self.stopped, sys.unraisablehook = True, bool  # one that ends in a `__del__` is no news
@@ -195,6 +217,14 @@ class Trial(threading.Thread):
     def is_here(self) -> bool:
         """Whether this thread asks: not another one, nor its twin in a process that was forked off."""
         return threading.get_ident() == self.ident and os.getpid() == HOME
+
+
+def own_clock() -> Callable[[], float]:
+    """The seconds that this thread has computed, to be asked from any thread; where no system tells, the process."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(threading.get_ident()))
+    start = time.process_time()
+    return lambda: time.process_time() - start
 
 
 HOME = os.getpid()
@@ -269,13 +299,23 @@ def raised(error: BaseException, answer: Any) -> Finding:
     return Finding("raised", f"{type(error).__name__}: {short(error)}", cause, look)
 
 
-def too_slow(limit: float, taken: float, over: bool) -> Finding:
-    """The finding for a check that was stopped, or could not be."""
-    seen = f"no answer after {limit:g} seconds"
+def too_slow(limit: float, taken: float, computed: float, over: bool) -> Finding:
+    """The finding for a check that was stopped, or could not be: after `taken` seconds, `computed` of them at work."""
+    waited = computed < limit
+    allowed = WAITING * limit if waited else limit
+    seen = f"no answer after {allowed:g} seconds" + (f", {computed:.1f} of them at work" if waited else "")
     if not over:
         seen += f"; after {taken:.0f} it is still in a call that cannot be interrupted, and was left there"
-    elif taken > limit + 1:
+    elif taken > WAITING * limit + 1:
         seen += f"; it took {taken:.1f}, in a call that cannot be interrupted"
+    if waited:
+        return Finding(
+            "too-slow",
+            seen,
+            "your code waits for something, such as a sleep, a lock or another thread; or the machine had no time for "
+            "it",
+            "run the check again when less runs beside it; where it ends like this again, look for what waits",
+        )
     return Finding(
         "too-slow",
         seen,

@@ -203,7 +203,7 @@ def test_an_alarm_of_the_learners_comes_when_it_would_have_come() -> None:
     try:
         start = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        examine(Double(), hangs, limit=0.1)
+        examine(Double(), hangs, limit=0.03)
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.3
         time.sleep(0.3)
         assert len(rung) == 1
