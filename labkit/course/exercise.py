@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import labkit
-from labkit.course.checks.tensors import agree, first_place, relation, short_value
+from labkit.course.checks.tensors import agree, first_place, relation, shape_difference, short_value
 from labkit.device import first_line
 from labkit.ledger import memory_of, tensors_in
 
@@ -197,11 +197,12 @@ class Exercise:
                 look="what the docstring promises to return",
             )
         if got.shape != want.shape:
+            cause, look = shape_difference(got.shape, want.shape)
             cls.fail(
                 "shape",
                 seen=f"{what} has shape {list(got.shape)}; it should be {list(want.shape)}",
-                cause="a dimension is missing, swapped, or has another length",
-                look="the shapes in the docstring, line by line",
+                cause=cause,
+                look=look,
             )
         if got.dtype != want.dtype:
             cls.fail(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -80,6 +81,47 @@ def first_place(got: Tensor, want: Tensor, tolerance: float = 0.0) -> str:
     return f"{where}it holds {a}; it should be {b}" + (f" ({count:,} of {many:,} entries differ)" if many > 1 else "")
 
 
+def shape_difference(got: Sequence[int], want: Sequence[int]) -> tuple[str, str]:
+    """How one shape differs from another, and where to look: dimensions too many or missing, joined, exchanged, or of
+    another length. They are counted from 0."""
+    got, want, docstring = list(got), list(want), "the shapes in the docstring, line by line"
+    more, fewer = len(got) - len(want), len(want) - len(got)
+    ones = "of length 1" if prod(got) == prod(want) else ""
+    if more > 0:
+        if [n for n in got if n != 1] == [n for n in want if n != 1]:
+            return f"{dimensions(more)} {ones} too many", "what adds one: unsqueeze, None in an index, keepdim=True"
+        where = [place for place in range(len(got)) if got[:place] + got[place + 1 :] == want] if more == 1 else []
+        long = f": dimension {where[0]}, of length {got[where[0]]}" if where else ""
+        return f"{dimensions(more)} too many{long}", docstring
+    if fewer > 0:
+        if [n for n in got if n != 1] == [n for n in want if n != 1]:
+            return (
+                f"{dimensions(fewer)} {ones} missing",
+                "an index such as -1 drops its dimension, a slice keeps it; so does keepdim=True in a sum or a maximum",
+            )
+        joined = [place for place in range(len(want) - 1)
+                  if [*want[:place], want[place] * want[place + 1], *want[place + 2 :]] == got]  # fmt: skip
+        if fewer == 1 and joined:
+            return f"dimensions {joined[0]} and {joined[0] + 1} have become one", docstring
+        where = [place for place in range(len(want)) if want[:place] + want[place + 1 :] == got] if fewer == 1 else []
+        long = f": dimension {where[0]}, of length {want[where[0]]}" if where else ""
+        return f"{dimensions(fewer)} missing{long}", docstring
+    other = [place for place, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
+    if sorted(got) == sorted(want):
+        return (
+            f"dimensions {other[0]} and {other[1]} have changed places"
+            if len(other) == 2
+            else "the dimensions stand in another order"
+        ), docstring
+    lengths = ", ".join(f"dimension {place} is {got[place]:,} long instead of {want[place]:,}" for place in other)
+    return lengths, docstring
+
+
+def dimensions(count: int) -> str:
+    """So many dimensions, in words."""
+    return f"{count} dimension{'s' * (count != 1)}"
+
+
 def told_apart(a: Any, b: Any) -> tuple[str, str]:
     """Two numbers in as few digits as show that they are not the same."""
     if isinstance(a, (bool, int)) or isinstance(b, (bool, int)):
@@ -112,8 +154,58 @@ def bytes_made(run: Callable[[], Any]) -> int:
 def relation(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str] | None:
     """What turns `want` into `got` throughout, computed: (diagnosis, what was seen, the likely cause); None if nothing.
 
-    A constant factor, a constant added, the same numbers in other places. Each has to hold everywhere.
+    The rounding of a smaller dtype; one part for all along a dimension; a constant factor, a constant added, the same
+    numbers in other places. Each has to hold everywhere. Last, where all that is right has one place in a dimension.
     """
+    return (
+        made_from(got, want, tolerance) or proportion(got, want, tolerance) or right_in_one_place(got, want, tolerance)
+    )
+
+
+def made_from(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str] | None:
+    """`relation`, for what is made of `want` itself: rounded, or a part of it repeated."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if want.is_floating_point() else ():
+        if not want.numel():
+            break
+        largest = want.double().abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+        close = max(tolerance, 4 * torch.finfo(want.dtype).eps * largest)
+        narrow = want.to(dtype).to(want.dtype)
+        if (
+            torch.finfo(dtype).eps > torch.finfo(want.dtype).eps
+            and agree(got, narrow, close)
+            and not agree(want, narrow, close)
+        ):
+            name = str(dtype).removeprefix("torch.")
+            return "precision", f"every number is rounded as {name} rounds it", (
+                f"on the way, numbers were turned into {name} and back; some code does so to save memory"
+            )  # fmt: skip
+    for dim in range(want.dim() - 1 if want.numel() else 0):
+        for place, word in ((0, "first"), (-1, "last")):
+            if want.shape[dim] > 1 and agree(got, want.select(dim, place).unsqueeze(dim).expand_as(want), tolerance):
+                return "one-for-all", f"all along dimension {dim} are the {word}", (
+                    f"along dimension {dim}, the {word} was taken for all: an index, or a broadcast of one of them"
+                )  # fmt: skip
+    return None
+
+
+def right_in_one_place(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str] | None:
+    """`relation`, for the first along a dimension that is right, while numbers of every other one are wrong. The last
+    two dimensions are left out: the first token is right under many a wrong mask."""
+    wrong = wrong_places(got, want, tolerance)
+    for dim in range(want.dim() - 2):
+        others = wrong.movedim(dim, 0).flatten(1).any(1)
+        if len(others) > 1 and not others[0] and others[1:].all():
+            every = "the other one" if len(others) == 2 else f"all {len(others) - 1} others"
+            place = f"right at place 0 of dimension {dim}, wrong at {every}"
+            return "right-in-the-first", place, (
+                f"what should change from one to the next along dimension {dim} is that of the first, or changes by "
+                "another rule; or only the first is worked on"
+            )  # fmt: skip
+    return None
+
+
+def proportion(got: Tensor, want: Tensor, tolerance: float) -> tuple[str, str, str] | None:
+    """`relation`, for a factor, an offset, or another order."""
     a, b = got.double().flatten(), want.double().flatten()
     finite = torch.isfinite(a) & torch.isfinite(b)
     if b.numel() < 3 or not torch.equal(a[~finite], b[~finite]) or not finite.any():
