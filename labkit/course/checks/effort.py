@@ -28,14 +28,18 @@ EMPTY = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_emp
 SUBCLASS = "Creating a new Tensor subclass"  # how PyTorch's error begins
 FILLED = {torch.ops.aten.new_zeros, torch.ops.aten.new_ones, torch.ops.aten.new_full, torch.ops.aten.zeros_like,
           torch.ops.aten.ones_like, torch.ops.aten.full_like}  # fmt: skip  # what they are given is not read
+FILLS = FILLED | {torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.full, torch.ops.aten.zero_,
+                  torch.ops.aten.fill_}  # fmt: skip  # one number everywhere
 FEW = 16  # numbers: a shape, a length or an index may be read out; data may not
+SOME = 64  # floats: a table of constants, such as frequencies, may be read out
 
 
 @dataclass
 class Effort:
     """made: bytes of new memory, in all. largest: of the largest single tensor made. touched: bytes that kernels read
-    and wrote; a view costs nothing, a broadcast operand counts what is in memory. calls: kernels run. left: how numbers
-    left PyTorch (`numpy`, `tolist` and the like), more than a few at once. result: what `run` returned.
+    and wrote; a view costs nothing, a broadcast operand counts what is in memory. filled: those of them that were
+    filled with one number. calls: kernels run. left: how numbers left PyTorch (`numpy`, `tolist` and the like), more
+    than a few at once; floats_left: of floats, more than a table of constants holds. result: what `run` returned.
     """
 
     made: int = 0
@@ -43,6 +47,8 @@ class Effort:
     touched: int = 0
     calls: int = 0
     left: list[str] = field(default_factory=list)
+    floats_left: list[str] = field(default_factory=list)
+    filled: int = 0
     result: Any = None
 
 
@@ -72,7 +78,9 @@ class Kernels(TorchDispatchMode):
             self.effort.calls += 1
         if not view and func.overloadpacket not in EMPTY:
             read = [] if func.overloadpacket in FILLED else given
-            self.effort.touched += sum(map(unique_bytes, {id(tensor): tensor for tensor in read + new}.values()))
+            moved = sum(map(unique_bytes, {id(tensor): tensor for tensor in read + new}.values()))
+            self.effort.touched += moved
+            self.effort.filled += moved if func.overloadpacket in FILLS else 0
         return result
 
 
@@ -87,6 +95,8 @@ class Leaving(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in LEAVES and args and args[0].numel() > FEW:
             self.effort.left.append(name)
+            if args[0].is_floating_point() and args[0].numel() > SOME:
+                self.effort.floats_left.append(name)
         return func(*args, **(kwargs or {}))
 
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.effort import Effort, check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import TIGHT, agree, budget, first_place, short_value
 from labkit.course.exercise import Exercise, NotYet
@@ -64,6 +66,7 @@ def compare(
     judged = Judge(exercise, answer, reference, suspects, what, exact, plain)
     for case in plain:
         judged.call(case)
+    judged.check_stays()
     for case in plain[:2]:
         judged.call(other_numbers(case), "numbers")
         for change, words in LAYOUTS if layouts else ():
@@ -79,6 +82,8 @@ class Judge:
                  exact: bool, plain: Sequence[Case]) -> None:  # fmt: skip
         self.exercise, self.answer, self.reference = exercise, answer, reference
         self.suspects, self.what, self.exact, self.plain = suspects, what, exact, plain
+        self.listed: dict[int, Sequence[Suspect]] = {}
+        self.given: dict[tuple[int, int, int], Any] = {}
         self.seen: list[tuple[Case, Any, Any]] = []  # plain calls so far, what came back, and what is right
 
     def call(self, case: Case, kind: str = "") -> None:
@@ -100,6 +105,7 @@ class Judge:
             if plain:
                 self.call_the_others()
                 self.accuse(case, not_yet.finding.seen)
+                self.recall(case, got, own)
             raise
         exact, single = (
             (own, own) if self.exact else (self.reference(*cast(case.args), **cast(case.by_name)) for cast in CASTS)
@@ -118,6 +124,7 @@ class Judge:
             self.accuse(case, f"{self.told(case)}: {name}: {first_place(a, c, tolerance)}")
             self.recall(case, got, own)
             self.accuse_rounding(case, got, own)
+            self.accuse_one_for_all(f"{self.told(case)}: {name}: {first_place(a, c, tolerance)}")
             self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
 
     def call_the_others(self) -> None:
@@ -132,9 +139,13 @@ class Judge:
     def accuse(self, case: Case, seen: str) -> None:
         """Name the suspect that gives what came back in this case and in every other. seen: where it differs from what
         is right, for a suspect that has no words of its own."""
-        for place, suspect in enumerate(self.suspects(*case.args)):
-            if any(self.always(place, variant) for variant in range(len(suspect.variants))):
-                self.exercise.fail(suspect.diagnosis, seen=suspect.seen or seen, cause=suspect.cause, look=suspect.look)
+        listed = list(enumerate(self.suspects_of(case)))
+        for loosely in (False, True):
+            for place, suspect in listed:
+                if any(self.always(place, variant, loosely=loosely) for variant in range(len(suspect.variants))):
+                    self.exercise.fail(
+                        suspect.diagnosis, seen=suspect.seen or seen, cause=suspect.cause, look=suspect.look
+                    )
 
     def recall(self, case: Case, got: Any, own: Any) -> None:
         """Name a result that is an earlier call's, where the right one is another."""
@@ -147,27 +158,99 @@ class Judge:
                     look="what outlives a call: a global, a default argument, an attribute, a cache decorator",
                 )
 
-    def always(self, place: int, variant: int) -> bool:
+    def always(self, place: int, variant: int, *, loosely: bool) -> bool:
         """Whether one variant of one suspect gives what came back in every plain call, where it applies, and whether
-        it can be told from what is right in one of them."""
+        it can be told from what is right in one of them. loosely: one that came back with NaN or infinity, or with 0
+        for NaN, need only fit where it is finite."""
         told_apart = False
         for case, got, own in self.seen:
-            given = self.suspects(*case.args)[place].variants
-            if variant >= len(given):
-                continue
-            value = given[variant]() if callable(given[variant]) else given[variant]
+            value = self.value(case, place, variant)
             if value is None:
                 continue
+            if (
+                loosely
+                and isinstance(value, Tensor)
+                and isinstance(got, Tensor)
+                and got.shape == value.shape == own.shape
+            ):
+                got, value, own = finite_alike(got, value, own)
             if not fits(got, value):
                 return False
             told_apart = told_apart or not fits(own, value)
         return told_apart
 
+    def suspects_of(self, case: Case) -> Sequence[Suspect]:
+        """The suspects of one call, listed once."""
+        if id(case) not in self.listed:
+            self.listed[id(case)] = self.suspects(*case.args)
+        return self.listed[id(case)]
+
+    def value(self, case: Case, place: int, variant: int) -> Any:
+        """What one variant of one suspect gives in one call, computed once; None where it does not apply."""
+        key = id(case), place, variant
+        if key not in self.given:
+            variants = self.suspects_of(case)[place].variants
+            given = variants[variant] if variant < len(variants) else None
+            self.given[key] = given() if callable(given) else given
+        return self.given[key]
+
+    def accuse_one_for_all(self, seen: str) -> None:
+        """Name the arguments of which the first along a dimension, used for all, gives what came back in every call:
+        the first row of the batch, say, or the first head."""
+        names = list(inspect.signature(self.reference).parameters)
+        places = [place for place, x in enumerate(self.seen[0][0].args) if isinstance(x, Tensor) and x.dim() > 1]
+        for chosen in ([place] for place in places), combinations(places, 2), [places]:
+            for some in chosen:
+                most = max((self.seen[0][0].args[place].dim() - 1 for place in places), default=0)
+                for dim in [*range(most), (0, 1)] if most > 2 else range(most):
+                    if some and self.always_first(some, dim if isinstance(dim, tuple) else (dim,)):
+                        what = " and ".join(f"`{names[place]}`" for place in some)
+                        self.exercise.fail(
+                            "one-for-all",
+                            seen=f"{seen}. It is what comes out where of {what} the first along dimension {dim} stands "
+                            "in for all",
+                            cause=f"along dimension {dim} of {what}, the first was taken for all: an index 0, a part "
+                            "made for one and used for all, or a loop that ends after one",
+                            look=f"every index of {what}, and every place where dimension {dim} is left out",
+                        )
+
+    def always_first(self, places: Sequence[int], dims: Sequence[int]) -> bool:
+        """Whether every call gave what is right for these arguments with the first along `dims` in place of all."""
+        told_apart = False
+        for case, got, own in self.seen:
+            args = list(case.args)
+            for place in places:
+                whole = args[place]
+                for dim in dims:
+                    if whole.dim() > dim + 1 and whole.shape[dim]:
+                        args[place] = args[place].narrow(dim, 0, 1)
+                args[place] = args[place].expand_as(whole).contiguous()
+            try:
+                value = self.reference(*args, **case.by_name)
+            except Exception:  # the reference need not take such arguments
+                return False
+            if not fits(got, value):
+                return False
+            told_apart = told_apart or not fits(own, value)
+        return told_apart
+
+    def check_stays(self) -> None:
+        """Fail when floats left PyTorch in a call: whole numbers, such as positions or a table, may be read out."""
+        args, by_name = self.plain[0].args, self.plain[0].by_name
+        effort = Effort()
+        with suppress(NotYet):  # what stops only while it is watched has no other fault
+            effort = effort_of(lambda: self.exercise.call(self.answer, *args, **by_name))
+        check_stays(self.exercise, replace(effort, left=effort.floats_left))
+
     def accuse_rounding(self, case: Case, got: Any, own: Any) -> None:
         """Name the dtype whose rounding, of what went in or of what came out, gives what came back."""
         for dtype in (torch.bfloat16, torch.float16, torch.float32) if isinstance(got, Tensor) else ():
             through = partial(rounded, dtype)
-            for value in (mapped(own, through), self.reference(*mapped(case.args, through), **case.by_name)):
+            one_by_one = [
+                [*case.args[:place], mapped(x, through), *case.args[place + 1 :]] for place, x in enumerate(case.args)
+            ]
+            given = [mapped(case.args, through), *one_by_one]
+            for value in (mapped(own, through), *(self.reference(*args, **case.by_name) for args in given)):
                 same = agree(got, value, 0.0, nan=True) if self.exact else fits(got, value)
                 if same and not (agree(own, value, 0.0, nan=True) if self.exact else fits(own, value)):
                     name = str(dtype).removeprefix("torch.")
@@ -222,6 +305,16 @@ def fits(got: Any, value: Any) -> bool:
         eps = max(torch.finfo(dtype).eps for dtype in (*floats, torch.float32)) if floats else 0.0
         return agree(got, value, max(TIGHT, 64 * eps * scale), nan=True)
     return not isinstance(value, Tensor) and not isinstance(got, Tensor) and got == value
+
+
+def finite_alike(got: Tensor, value: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three results with 0 where `got` is NaN or infinite and none should be, and with 0 where `value` is NaN: one
+    mistake may spoil some calls with NaN and show in the others."""
+    if not got.is_floating_point() or not value.is_floating_point():
+        return got, value, own
+    spoilt = ~got.isfinite() & own.isfinite()
+    got, value, own = (x.masked_fill(spoilt, 0.0) for x in (got, value, own))
+    return got, value.nan_to_num(0.0, float("inf"), -float("inf")), own
 
 
 def paired(what: str, *results: Any) -> Iterator[tuple[Any, ...]]:

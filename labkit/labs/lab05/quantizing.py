@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import near
 from labkit.course.checks.trials import LAYOUTS
@@ -93,6 +94,7 @@ class Quantize(Exercise):
             self.judge(answer, torch.randn(5, 12).to(dtype), nbits)
         self.judge_bfloat16(answer)
         self.judge_float64(answer)
+        check_stays(type(self), effort_of(lambda: self.call(answer, torch.randn(9, 12), 8)))
 
     def judge_bfloat16(self, answer: Callable) -> None:
         """8 bits in a dtype of 8: groups whose steps, each rounded, stay below the last code: uint8 has no 256."""
@@ -205,6 +207,10 @@ class Quantize(Exercise):
                     "wasted", "the docstring: the least number gets code 0"),
             Suspect("abs-max", by_largest,
                     "the scale was taken from the largest absolute value, or from the greatest number", STEPS),
+            Suspect("zero-rounded", near(scale, right) and near(zero / right, (zero / right).round())
+                    and bool(((zero - low).abs() < 0.6 * right).all()) and not near(zero, low),
+                    "the zero point was rounded to a whole number of scales, as integer kernels do",
+                    "zero: the least number itself, so that it comes back exactly"),
             Suspect("scale-inverted", near(scale, 1 / right), "steps per number in place of numbers per step",
                     "the docstring's formula: codes are multiplied by scale"),
             Suspect("scale-sign", near(scale, -right) and not near(zero, high), "low - high stands for high - low",
@@ -296,8 +302,12 @@ class Quantize(Exercise):
                     raise
                 parts = [part.isfinite().all(-1) for part in answer(x.clone(), 4)[1:]]
                 first = int((~(parts[0] & parts[1])).int().argmax())
+                infinite = bool(answer(x.clone(), 4)[1].isinf().any())
                 self.fail("constant-group", seen=f"a group of {words} {x[first, 0].item():.2g}: {not_yet.finding.seen}",
-                          cause="a division by the scale, or by the numbers themselves, which are all 0 here",
+                          cause="its scale is infinite, by a division or because infinity was put in place of 0; 0 "
+                          "times infinity is NaN"
+                          if infinite
+                          else "a division by the scale, or by the numbers themselves, where these are 0",
                           look="what each division gets where the scale or the least number is 0")  # fmt: skip
             back = codes * scale + zero
             same = (x == x[:, :1]).all(-1)
