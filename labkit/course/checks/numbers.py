@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import isclose
 from typing import Any
 
@@ -18,6 +20,18 @@ CLOSE = 1e-9  # relative; a sum of a few float64 products differs by less than 1
 SCALES = tuple(
     factor for unit in (1e3, 1e6, 1e9, 2.0**10, 2.0**20, 2.0**30, 100.0) for factor in (unit, 1 / unit)
 )  # fmt: skip
+TWICE = "a factor of 2 is missing, or one too many"
+KEPT = "a part of it is set aside, which nobody asked for"
+THOUSAND = "it is in another unit"
+SHARES = (
+    (1 / 8, "an eighth of", "bits were taken for bytes, or bytes for bits"),
+    (8, "8 times", "bits were taken for bytes, or bytes for bits"),
+    (0.5, "half of", TWICE),
+    (2, "twice", TWICE),
+    *((share, f"{share:.0%} of", KEPT) for share in (0.8, 0.85, 0.9, 0.95)),
+    (1e-3, "a thousandth of", THOUSAND),
+    (1e3, "1,000 times", THOUSAND),
+)
 Case = tuple[Any, ...]
 
 
@@ -90,6 +104,8 @@ def judge(
     explain_ignored(exercise, answer, want, cases, got, wanted, seen)
     if not counted:
         explain_quantities(exercise, want, cases, got, wanted, seen)
+        explain_overflow(exercise, got, wanted, seen)
+        explain_arguments(exercise, want, cases, got, seen)
     exercise.fail(
         otherwise,
         seen=seen,
@@ -104,12 +120,21 @@ def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence
     pairs = [(a, b) for a, b in zip(got, want, strict=True) if b]
     if not pairs or any(equal(b, 0) for _, b in pairs):
         return
-    if all(equal(a, 8 * b) for a, b in pairs):
-        exercise.fail(
-            "bits", seen=seen, cause="bits were counted", look="the size of one number: bytes, eight bits each"
-        )
-    for scale in SCALES:
+
+    def all_off_by(scale: float) -> bool:
+        """Every result, or what is left of it when fractions are cut off."""
         if all(equal(a, scale * b) for a, b in pairs):
+            return True
+        whole = scale < 1 and all(isinstance(x, numbers.Integral) for pair in pairs for x in pair)
+        return whole and any(a for a, _ in pairs) and all(
+            a in (math.floor(scale * b), round(scale * b), math.ceil(scale * b)) for a, b in pairs
+        )  # fmt: skip
+
+    for scale, cause in ((8, "bits were counted"), (1 / 8, "the result was divided by 8, as if bits had gone in")):
+        if all_off_by(scale):
+            exercise.fail("bits", seen=seen, cause=cause, look="the size of one number: bytes, eight bits each")
+    for scale in SCALES:
+        if all_off_by(scale):
             exercise.fail(
                 "units",
                 seen=seen,
@@ -198,11 +223,92 @@ def explain_quantities(
             )
 
 
+def explain_overflow(exercise: type[Exercise], got: Sequence[float], wanted: Sequence[float], seen: str) -> None:
+    """Every result is what is left of the right one in so many bits, and some right one needs more."""
+    if not all(isinstance(x, numbers.Integral) for x in (*got, *wanted)):
+        return
+    for bits, signed in ((32, True), (32, False), (64, True), (16, True), (8, False)):
+        least = -(2 ** (bits - 1)) if signed else 0
+        if all((want - least) % 2**bits + least == value for value, want in zip(got, wanted, strict=True)):
+            exercise.fail(
+                "overflow",
+                seen=seen,
+                cause=f"the result does not fit into {bits} bits, and wrapped round",
+                look="where numbers become int32 tensors or NumPy's; Python's own have no largest",
+            )
+
+
+def explain_arguments(
+    exercise: type[Exercise], want: Callable, cases: Sequence[Case], got: Sequence[float], seen: str
+) -> None:
+    """Every result is what is right for another value of one argument: one more or less, a share or a multiple of it,
+    its share of another one, the other one's value, or one number throughout."""
+    if len(set(got)) < 3:  # what is the same in nearly every case fits many an argument
+        return
+    names = list(inspect.signature(want).parameters)
+
+    def name(words: str, cause: str, look: str, change: Callable[[Case], Case]) -> None:
+        """Fail when this change of the arguments gives what came back in every case."""
+        if agrees(lambda *case: want(*change(case)), cases, got):
+            exercise.fail("argument", seen=f"{words}; {seen}", cause=cause, look=look)
+
+    plain = [place for place in range(len(names)) if all(is_plain(case[place]) for case in cases)]
+    for factor, words, cause in SHARES:
+        changes = [(names[place], partial(multiplied, place, factor)) for place in plain]
+        if fitting := [one for one, change in changes if agrees(lambda *case: want(*change(case)), cases, got)]:  # noqa: B023
+            exercise.fail("argument", seen=f"right for {words} `{'` or `'.join(fitting)}`; {seen}", cause=cause,
+                          look="the units, and every number that is written down")  # fmt: skip
+    for place in plain:
+        one = names[place]
+        for more, words in ((-1, "less"), (1, "more")):
+            name(f"right for a `{one}` that is one {words}", f"`{one}` is counted one {words}: by a `- 1` or `+ 1`, a "
+                 "range, or `<` for `<=`", f"where `{one}` is used, and what it counts",
+                 partial(written, place, lambda own, case, more=more: own + more))  # fmt: skip
+        for other in plain:
+            if other == place:
+                continue
+            two = names[other]
+            name(f"right for a `{one}` of `{one} // {two}`", f"`{one}` was divided by `{two}`, as if it were shared",
+                 f"what `{one}` counts, and per what",
+                 partial(written, place, lambda own, case, other=other: own // case[other]))  # fmt: skip
+            name(f"right if `{one}` had the value of `{two}`", f"`{two}` stands where `{one}` belongs",
+                 f"every place where `{two}` is used",
+                 partial(written, place, lambda own, case, other=other: case[other]))  # fmt: skip
+            if other > place:
+                name(f"right if `{one}` and `{two}` changed places", f"`{one}` and `{two}` were mixed up",
+                     f"every place where `{one}` and `{two}` are used", partial(exchanged, place, other))  # fmt: skip
+        for value in sorted({case[place] for case in cases} | {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096}):
+            name(f"right if `{one}` were {value:,} throughout", f"{value:,} stands where `{one}` belongs",
+                 f"numbers that are written down: `{one}` is an argument",
+                 partial(written, place, lambda own, case, value=value: value))  # fmt: skip
+
+
+def multiplied(place: int, factor: float, case: Case) -> Case:
+    """A case with so many times one argument."""
+    return (*case[:place], case[place] * factor, *case[place + 1 :])
+
+
+def written(place: int, value: Callable[..., Any], case: Case) -> Case:
+    """A case with another value in one place; value: of the one that stands there, and the case."""
+    return (*case[:place], value(case[place], case), *case[place + 1 :])
+
+
+def exchanged(place: int, other: int, case: Case) -> Case:
+    """Two arguments in each other's place."""
+    swapped = {place: other, other: place}
+    return tuple(case[swapped.get(i, i)] for i in range(len(case)))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument is one number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def agrees(formula: Callable[..., float], cases: Sequence[Case], got: Sequence[float]) -> bool:
     """Whether `formula` gives what came back, in every case."""
     try:
         return all(equal(formula(*case), value) for case, value in zip(cases, got, strict=True))
-    except (ArithmeticError, ValueError):
+    except (ArithmeticError, ValueError, TypeError):
         return False
 
 

@@ -121,10 +121,18 @@ def products(names: set[str]) -> Iterator[tuple[str, str, Callable[[dict[str, fl
     for a, b in combinations(ordered, 2):
         yield f"1 / ({a} x {b})", f"{a} and {b} are missing from the product", powers({a: -1, b: -1})
         yield f"{a} x {b}", f"{a} and {b} are in the product once too often", powers({a: 1, b: 1})
+    for a, b in combinations(ordered, 2):
+        yield (f"({a} + {b}) / ({a} x {b})", f"{a} and {b} were added where they should be multiplied",
+               added(a, b))  # fmt: skip
     for a, b, c in permutations(ordered, 3):
         if b < c:
             yield f"{a} / ({b} x {c})", f"{a} stands where {b} x {c} belongs", powers({a: 1, b: -1, c: -1})
             yield f"{b} x {c} / {a}", f"{b} x {c} stands where {a} belongs", powers({a: -1, b: 1, c: 1})
+
+
+def added(a: str, b: str) -> Callable[[dict[str, float]], float]:
+    """The sum of two quantities in place of their product, as a function of a case's quantities."""
+    return lambda named: (named[a] + named[b]) / (named[a] * named[b])
 
 
 def powers(exponents: dict[str, int]) -> Callable[[dict[str, float]], float]:
