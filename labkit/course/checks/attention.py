@@ -26,15 +26,17 @@ class Turn:
     """One way to compute attention; the defaults are right.
 
     scale: what scores are multiplied by (None: head_dim ** -0.5). after: multiplied with the weights instead. axis: of
-    softmax; None: no softmax. see: which keys a row may see, from (new, held): bool [new, kv_len]. hide: "before"
-    (-inf), "zeros" (scores times the mask), "after" (weights times the mask), "added" (0 and 1 added to the scores),
-    "weak" (-1e2). heads: the KV head of each query head, from (num_heads, num_kv_heads). blend: whether weights meet
-    values.
+    softmax; None: no softmax. norm: what stands in place of softmax. see: which keys a row may see, from (new, held):
+    bool [new, kv_len]. hide: "before" (-inf), "zeros" (scores times the mask), "after" (weights times the mask),
+    "added" (0 and 1 added to the scores), "weak" (`weak` in place of -inf). heads: the KV head of each query head, from
+    (num_heads, num_kv_heads). blend: whether weights meet values.
     """
 
     scale: Callable[[int, int, int], float] | None = None
     after: bool = False
     axis: int | None = -1
+    norm: Callable[[Tensor], Tensor] | None = None
+    weak: float = -100.0
     see: Callable[[int, int], Tensor] | None = None
     hide: str = "before"
     heads: Callable[[int, int], Tensor] | None = None
@@ -62,8 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor | None, turn: Turn = Turn(), *, causa
     elif turn.hide == "added":
         scores = scores + mask
     elif turn.hide == "weak":
-        scores = scores.masked_fill(~mask, -100.0)
-    weights = scores if turn.axis is None else scores.softmax(turn.axis)
+        scores = scores.masked_fill(~mask, turn.weak)
+    weights = turn.norm(scores) if turn.norm else scores if turn.axis is None else scores.softmax(turn.axis)
     weights = weights * mask if turn.hide == "after" else weights
     weights = weights * scale if turn.after else weights
     return weights if v is None or not turn.blend else weights @ v
@@ -89,6 +91,21 @@ def cache_hidden(new: int, held: int) -> Tensor:
     mask = seen(new, held)
     mask[:, :held] = False
     return mask
+
+
+def cache_and_itself(new: int, held: int) -> Tensor:
+    """New tokens see what is held and themselves."""
+    return torch.cat((torch.ones(new, held, dtype=torch.bool), torch.eye(new, dtype=torch.bool)), dim=1)
+
+
+def above(scores: Tensor) -> Tensor:
+    """exp() of scores, each row's largest subtracted."""
+    return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+def over(scores: Tensor, start: int) -> Tensor:
+    """One softmax over all dimensions from `start` on."""
+    return scores.flatten(start).softmax(-1).view_as(scores)
 
 
 SCALE = "the line that makes the scores: once, by 1 / sqrt(head_dim)"
@@ -139,9 +156,33 @@ TURNS: tuple[tuple[str, Turn, str, str, str], ...] = (
      "rows that should hide keys sum to less than 1"),
     ("mask-weak", Turn(hide="weak"), "hidden scores were set to a number such as -100, which scores may come near",
      "what softmax must get for a hidden key: -inf", "hidden keys get weight where scores are large"),
+    *(("mask-weak", Turn(hide="weak", weak=weak), f"hidden scores were set to {weak:g}, which scores may come near",
+       "what softmax must get for a hidden key: -inf", "hidden keys get weight where scores are large")
+      for weak in (-1.0, -5.0, -10.0, -50.0, -1e3, -1e4)),
+    ("new-tokens-unseen", Turn(see=cache_and_itself),
+     "a new token sees what is held and itself, and no new token before it", MASK, "new tokens do not see each other"),
+    ("window", Turn(see=lambda new, held: seen(new, held).triu(held - new)),
+     "the mask hides the oldest keys too: each row sees as many keys as there are new tokens, and itself", MASK,
+     "the oldest keys are out of sight"),
+    ("window", Turn(see=lambda new, held: seen(new, held).triu(held - new + 1)),
+     "the mask hides the oldest keys too: each row sees as many keys as there are new tokens", MASK,
+     "the oldest keys are out of sight"),
     ("axis", Turn(axis=-2), "softmax ran along the queries", SOFTMAX, "each column sums to 1; each row should"),
     ("axis-heads", Turn(axis=-3), "softmax ran along the heads", SOFTMAX,
      "the same place of all heads together sums to 1"),
+    ("one-sum", Turn(norm=lambda s: over(s, -2)), "softmax ran over queries and keys together", SOFTMAX,
+     "all rows of a head together sum to 1; each row should"),
+    ("one-sum", Turn(norm=lambda s: over(s, 1) if s.dim() > 2 else s.softmax(-1)),
+     "softmax ran over all heads together", SOFTMAX, "all heads together sum to 1; each row should"),
+    ("one-sum", Turn(norm=lambda s: over(s, 0)), "softmax ran over everything", SOFTMAX,
+     "all weights together sum to 1; each row should"),
+    ("no-sum", Turn(norm=lambda s: s.exp()), "exp() is there, the division by the row's sum is not",
+     "softmax: exp(score) / sum of exp(score)", "rows do not sum to 1"),
+    ("no-sum", Turn(norm=above), "exp() is there, the division by the row's sum is not",
+     "softmax: exp(score) / sum of exp(score)", "rows do not sum to 1"),
+    ("by-length", Turn(norm=lambda s: torch.nn.functional.normalize(above(s), dim=-1)),
+     "exp(score) was divided by the row's length, the root of the sum of squares, as F.normalize does",
+     "softmax: exp(score) / sum of exp(score)", "the squares of a row sum to 1, its weights do not"),
     ("no-softmax", Turn(axis=None), "softmax is missing", ORDER, "scores are used as weights"),
     ("head-mapping", Turn(heads=lambda h, kv: torch.arange(h) % kv),
      "query head h was sent to KV head h % num_kv_heads, as repeat or tile do", HEADS,
@@ -175,15 +216,16 @@ def suspects(q: Tensor, k: Tensor, v: Tensor | None = None, *, causal: bool = Tr
 
 def now_and_then(q: Tensor, k: Tensor, v: Tensor, listed: Iterable[Suspect]) -> list[Suspect]:
     """The same suspects, each also as a mistake that is made now and then: for several new tokens only, since one needs
-    no mask; only where something is held; and with zeros, which PyTorch gives, for rows that see nothing."""
+    no mask; only where something is held, or only where nothing is; and with zeros, which PyTorch gives, for rows that
+    see nothing."""
 
     def one_way(give: Callable[[], Any], zeros: bool, least: int, past: int) -> Any:
         new, held = q.shape[-2], k.shape[-2] - q.shape[-2]
-        if new < least or held < past:
+        if new < least or held < past or (past < 0 and held):
             return attend(q, k, v)
         return give().nan_to_num(0.0) if zeros else give()
 
-    ways = [(zeros, least, past) for past in (0, 1) for zeros in (False, True) for least in (1, 2)]
+    ways = [(zeros, least, past) for past in (0, 1, -1) for zeros in (False, True) for least in (1, 2)]
     return [
         replace(suspect, gives=[
             partial(one_way, give, *way) for give in suspect.variants for way in ways

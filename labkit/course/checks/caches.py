@@ -189,7 +189,12 @@ class Beside:
     def other_test(self) -> str:
         """What a test for room may compare, where there is one: some appends that do not fit are refused."""
         capacity = self.sizes.capacity or 0
-        if self.refuses(capacity + 1):
+        first = self.refuses(capacity + 1)
+        if capacity > 1 and not first and self.refuses(1, capacity):
+            return "the first append is taken whatever its size: only later ones are compared with the capacity"
+        if first and not self.refuses(1, capacity + 1):
+            return "only the first append is compared with the capacity; later ones are not"
+        if first:
             return "the tokens that come are compared with the capacity, without those that are held"
         if self.refuses(3 * capacity + 9):
             return "the test compares with another number than the capacity: a few tokens too many pass"

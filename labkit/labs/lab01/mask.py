@@ -41,7 +41,7 @@ class Mask(Exercise):
     reference = staticmethod(causal_mask)
 
     def examine(self, answer: Callable) -> None:
-        """What kind of thing it is, then all calls."""
+        """What kind of thing it is, then all calls. A mask that is another call's has another shape, too."""
         self.kind_of([self.call(answer, *call) for call in CALLS[:3]])
         compare(type(self), answer, causal_mask, CALLS, suspects=suspects, what="the mask", exact=True)
 
@@ -138,6 +138,16 @@ def suspects(new: int, past: int) -> list[Suspect]:
                 "every new token sees every key, later ones included"),
         Suspect("mask-offset", [column > row], "row i was taken for position i, and True for 'hidden'",
                 "add past to the row's position; True = may see", "the first new token sees all but the first key"),
+        Suspect("no-mask-without-past", [column <= at if past else column >= row - row[-1] - 1],
+                "where nothing is held, nothing is hidden", "past 0 is a past like any other: the plain triangle",
+                "with past 0, every new token sees every other"),
+        *[Suspect("past-written-down", [column <= row + number],
+                  f"the diagonal is shifted by {number}, however many are held", "the argument past",
+                  "the first new token sees as many keys after 2 held as after 7") for number in range(1, 9)],
+        Suspect("past-is-the-total", [column <= at - new, column <= row + max(past - new, 0)],
+                "past was taken for all tokens, the new ones included",
+                "the docstring: past tokens are held, and new_tokens come after them",
+                "the first new token does not see itself"),
         Suspect("past-only", [(column < past).expand(new, -1)], "only what is held is visible", look,
                 "no new token sees itself or another new one"),
         Suspect("first-row-everywhere", [(column <= past).expand(new, -1)], "the rows do not differ",

@@ -99,6 +99,15 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
         Suspect("mask-inverted", lambda: by_mask(q, k, v, every.triu(held)), "the mask is upside down: triu for tril",
                 "what True means in PyTorch's attn_mask: this key may be seen",
                 "tokens see themselves, and what is behind them"),
+        Suspect("mask-inverted", lambda: by_mask(q, k, v, ~right | (torch.arange(new) == new - 1)[:, None]),
+                "the mask is upside down: True was taken for hidden, and the last row, which would see nothing, sees "
+                "all", "what True means in PyTorch's attn_mask: this key may be seen",
+                "tokens see what is behind them and not what is before"),
+        Suspect("offset-is-heads", [lambda heads=heads: by_mask(q, k, v, every.tril(kv_len - heads))
+                                    for heads in (q.shape[1], k.shape[1])],
+                "the number of heads was taken for that of new tokens: q.shape[1] for q.shape[2]",
+                "the order of the dimensions: [batch, num_heads, new_tokens, head_dim]",
+                "the offset changes with the number of heads"),
         Suspect("new-hidden", lambda: by_mask(q, k, v, every & (torch.arange(kv_len) < held)),
                 "the mask's columns for the new tokens are False",
                 "the last new_tokens columns: a triangle, with True on its diagonal",

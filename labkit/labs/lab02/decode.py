@@ -421,6 +421,19 @@ def mistakes(prompt: Prompt) -> Iterator[Suspect]:
 
     yield Suspect("newest-left-out", seeing(slice(None, -1)), "the cache was read before the append",
                   "the order: append, then read", "it does not depend on the new token's own K and V")  # fmt: skip
+
+    def unmerged(index: int) -> Tensor:
+        return attention(*operands(index)).transpose(1, 2).flatten(2)
+
+    def from_input(index: int) -> Tensor:
+        return prompt.output(index) + prompt.x[:, index : index + 1]
+
+    yield Suspect("not-merged", unmerged, "the heads were joined by hand: layer.merge also applies the output "
+                  "projection", "the return: layer.merge(...)",
+                  "it is attention's result, without the output projection")  # fmt: skip
+    yield Suspect("residual-added", from_input, "x was added to what attention gives; the block around this layer does "
+                  "that", "the return: layer.merge(...), and nothing else",
+                  "it is the right output plus x")  # fmt: skip
     yield Suspect("cache-unread", seeing(slice(-1, None)), "attention got the new k and v, not what the cache holds",
                   "the arguments of attention: keys, values = cache.read()",
                   "it depends on the new token alone")  # fmt: skip

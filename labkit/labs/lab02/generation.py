@@ -373,6 +373,22 @@ class GenerateWithCache(Exercise):
                 cause="one token was picked for all rows: .item(), an index 0, or argmax over everything",
                 look="the line that picks a token: one per row, [batch, 1]",
             )
+        if got.shape[1] > 2 and same(got, want[:, -1:].expand_as(want)):
+            self.fail(
+                "one-buffer",
+                seen=f"every column holds the last new token; {shown}",
+                cause="one tensor was written anew at each step and kept each time: a list of it shows its last "
+                "numbers in every place",
+                look="what is kept at each step: a tensor of its own, or a clone of the one that is written again",
+            )
+        likeliest_of_all = [call.logits[:, -1].argmax() % call.logits.shape[-1] for call in calls]
+        if got.shape[0] > 1 and got.shape[1] == len(calls) and same(got, torch.stack(likeliest_of_all).expand_as(got)):
+            self.fail(
+                "one-row",
+                seen="every row of the batch got the same tokens: those of the row whose best logit is largest",
+                cause="argmax ran over the batch and the vocabulary together",
+                look="the line that picks a token: dim=-1, one per row",
+            )
         right = torch.stack([call.logits[:, -1].argmax(-1) for call in calls], dim=1)
         if len(calls) < got.shape[1] and same(got[:, : len(calls)], right):
             self.fail(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -36,8 +37,19 @@ def stops_at_zero(held: list[int], wanted: list[int]) -> int:
 
 
 def either_way(count: Count) -> list[Count]:
-    """A count, and the count with one token of `wanted` left to run."""
-    return [count, lambda held, wanted: min(count(held, wanted), len(wanted) - 1)]
+    """A count, and the count with one token of `wanted` left to run, in two ways."""
+    return [count, lambda held, wanted: min(count(held, wanted), len(wanted) - 1),
+            lambda held, wanted: count(held, wanted[:-1])]  # fmt: skip
+
+
+def longest_run(held: list[int], wanted: list[int]) -> int:
+    """The longest stretch that both lists have, wherever it stands."""
+    return difflib.SequenceMatcher(None, held, wanted, autojunk=False).find_longest_match().size
+
+
+def last_index(held: list[int], wanted: list[int]) -> int:
+    """The place of the first difference; where there is none, that of the last token compared."""
+    return unless_equal(lambda held, wanted: max(min(len(held), len(wanted)) - 1, 0))(held, wanted)
 
 
 def unless_equal(otherwise: Count) -> Count:
@@ -89,6 +101,11 @@ SUSPECTS = (
             "the count goes up to the last place where the tokens agree, whatever stands before it", LOOP),
     Suspect("from-the-end", either_way(lambda held, wanted: prefix(held[::-1], wanted[::-1])),
             "tokens were compared from the end", "where the comparison begins: token 0 of both"),
+    Suspect("matches-anywhere", either_way(longest_run),
+            "the longest equal stretch was looked for, wherever it stands; only one from the beginning counts", LOOP),
+    Suspect("index-for-count", either_way(last_index),
+            "where nothing differs, the place of the last equal token was returned: one less than their number",
+            "what stands behind the loop: how many tokens are equal, not where the last one stands"),
     Suspect("one-too-few",
             [lambda held, wanted: max(prefix(held, wanted) - 1, 0),
              lambda held, wanted: prefix(held, wanted) - 1,

@@ -50,6 +50,25 @@ def bill(
     return formula
 
 
+def by_news(*, all_cached: bool) -> Callable[..., float]:
+    """The bill of new parts: each call's new part as new input; and as cached, the new part of the call before, or all
+    that this call sends."""
+
+    def formula(
+        count: int, prefix: int, added: int, answer: int, input_price: float, output_price: float, cached_price: float
+    ) -> float:
+        dollars, sent, cached = 0.0, 0, 0
+        for call in range(count):
+            new = answer + added if call else prefix + added
+            sent += new
+            old = (sent if call else 0) if all_cached else cached
+            dollars += old * cached_price + new * input_price + answer * output_price
+            cached = new
+        return dollars / 1e6
+
+    return formula
+
+
 BEFORE = "what the call before had sent: all of it is cached, nothing else is"
 ANSWER = "call 2 in the drawing above the blank: it sends a1 for the first time, and call 1 sends everything so"
 PRICES = "the last two lines of the docstring: which price is whose"
@@ -95,6 +114,9 @@ BILL_SLIPS = {
              "the prefix has the input price at every call", BEFORE),
         Slip("two-calls-late", lambda call, sent, prefix, answer: sent[call - 3] if call > 2 else 0,
              "what the call before sent is taken for new", BEFORE),
+        Slip("news-cached", lambda call, sent, prefix, answer: sent[call - 2] - sent[call - 3] if call > 2 else (
+                 sent[0] if call > 1 else 0), "of what the call before sent, only its new part is taken as cached",
+             "`=` where `+=` was meant: what is cached grows with every call"),
         Slip("sum-cached", lambda call, sent, prefix, answer: sum(sent[: call - 1]),
              "the input of all calls before was added up as cached", "the input of the last call holds all of it"),
     ),
@@ -179,6 +201,12 @@ class ConversationCost(Exercise):
                 bill(sent=lambda call, prefix, added, answer: prefix + added,
                      cached=lambda call, sent, prefix, answer: sent[0] if call > 1 else 0)),
                 "each call sends the prefix and one message only", "call 3: it sends the messages of 1 and 2 as well"),
+        Suspect("news-cached", by_news(all_cached=False),
+                "of what the call before sent, only its new part is taken as cached, not what stood before it",
+                "`=` where `+=` was meant: what is cached grows with every call"),
+        Suspect("billed-twice", by_news(all_cached=True),
+                "all that a call sends has the cached price, and its new part the input price besides",
+                "the cached part: what the call before had sent, and no more"),
         *suspects_of(bill, BILL_SLIPS),
     )  # fmt: skip
 

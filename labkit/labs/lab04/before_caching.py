@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.attention import fused_attention
 from labkit.cache import GrowingCache, LayerCache, PreallocatedCache
 from labkit.course.checks import attention
 from labkit.course.checks.attention import attend
-from labkit.course.checks.copies import check_step, counted, steps
+from labkit.course.checks.copies import check_new_tokens, check_step, counted, steps
 from labkit.course.checks.held import bytes_behind
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import LOOSE, agree, heads
@@ -203,6 +204,9 @@ class CachedAttention(Exercise):
             run = partial(answer, q, k[:, :, -new:], v[:, :, -new:], WrittenInPlace(k, v, new))
             # One after the other, new tokens read K and V again; in one call for all they need not.
             check_step(type(self), run, k, v, when, once=new == 1, enable_gqa=True, look=AS_READ)
+            step = k[:, :, -new:].clone(), v[:, :, -new:].clone()
+            run = partial(answer, q, *step, WrittenInPlace(k, v, new))
+            check_new_tokens(type(self), run, *step, when)
 
 
 def with_cache(answer: Callable, cache: LayerCache | WrittenInPlace, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -244,7 +248,7 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
 
 
 class WrittenInPlace:
-    """A cache that holds all tokens already, and whose append copies nothing."""
+    """A cache that holds all tokens already, and whose append copies nothing; else what a learner may call on one."""
 
     def __init__(self, k: Tensor, v: Tensor, new: int) -> None:
         self.k, self.v, self.seq_len = k, v, k.shape[2] - new
@@ -256,3 +260,7 @@ class WrittenInPlace:
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens so far."""
         return self.k[:, :, : self.seq_len], self.v[:, :, : self.seq_len]
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention over all tokens so far, as labkit's caches have it."""
+        return fused_attention(q, *self.read())

@@ -43,6 +43,22 @@ def choice(
     return formula
 
 
+def divisors(rule: Callable[[int, int], bool]) -> Callable[[ModelSpec, int], bool]:
+    """The divisors of num_heads for which a rule of (num_heads, n) holds."""
+    return lambda spec, n: spec.num_heads % n == 0 and rule(spec.num_heads, n)
+
+
+UNTRIED: tuple[Callable[[int, int], bool], ...] = (  # what loops over divisors leave out
+    lambda heads, n: n > 1,
+    lambda heads, n: n * n <= heads,
+    lambda heads, n: n * n < heads,
+    lambda heads, n: n * n <= heads or n == heads,
+    lambda heads, n: 1 < n < heads,
+    lambda heads, n: 1 < n <= heads // 2,
+    lambda heads, n: n == 1 or n % 2 == 0,
+)
+
+
 def by_quotient(unit: float) -> Callable[[ModelSpec, int, int, int, int], int]:
     """The choice by how many heads fit according to a quotient of floats, in another unit than bytes."""
 
@@ -124,6 +140,10 @@ class MostKvHeads(Exercise):
                 "only powers of two were tried", "the counts that you try: every divisor of num_heads"),
         Suspect("mha-left-out", choice(allow=lambda spec, n: spec.num_heads % n == 0 and n < spec.num_heads),
                 "as many KV heads as query heads were not tried", "the end of the loop: range stops one before"),
+        Suspect("some-not-tried", [choice(allow=divisors(rule)) for rule in UNTRIED],
+                "the cost is right, and some divisors of num_heads are never tried",
+                "the counts that you try: 1, num_heads, and everything between that divides it; a divisor below the "
+                "root has a partner above it"),
         Suspect("too-large", next_larger, "the first count that does not fit was returned",
                 "the comparison: the cache must fit into room"),
         Suspect("k-only", choice(lambda *_: 1 / 2), "K was counted and V was not", COST),
@@ -138,6 +158,8 @@ class MostKvHeads(Exercise):
                 "hidden_size / num_heads was taken for head_dim; models need not be built so", "spec.head_dim"),
         Suspect("head-dim", choice(lambda spec, *_: spec.hidden_size / spec.head_dim),
                 "hidden_size was taken for head_dim", "spec.head_dim"),
+        Suspect("bits", choice(lambda *_: 1 / 8), "the bytes were divided by 8, as if bits had come in",
+                "the size of one number: bytes, eight bits each"),
         Suspect("bits", choice(lambda *_: 8), "bits were counted", "the size of one number: bytes, eight bits each"),
         Suspect("twice", choice(lambda *_: 2), "one KV head costs twice as much as it does", COST),
         Suspect("fixed-dtype", choice(lambda spec, tokens, batch, size: 2 / size),

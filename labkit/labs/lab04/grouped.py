@@ -125,6 +125,11 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
         Suspect("mask-over-stacked-rows", [rows_in_turn], "repeat_interleave repeats each row of the mask in its "
                 "place, but the stacked rows lie head after head: repeat the whole mask", same_mask,
                 "the mask's rows meet the rows of other tokens"),
+        Suspect("queries-averaged", [lambda: attend(
+                    q.unflatten(1, (num_kv_heads, group)).mean(2).repeat_interleave(group, 1), k, v)],
+                "the queries of a group were averaged before they met the keys",
+                "the queries of a group: more rows of the product, each its own",
+                "all query heads of a group give the same"),
         Suspect("heads-reordered", [lambda: dealt(attend(q, k, v), num_kv_heads), lambda: dealt(attend(q, k, v), group),
                                     lambda: attend(dealt(q, group), k, v),
                                     lambda: attend(dealt(q, num_kv_heads), k, v)],

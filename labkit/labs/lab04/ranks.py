@@ -116,6 +116,9 @@ class SplitKvHeads(Exercise):
             Suspect("no-head", each(lambda heads, kv, ranks: kv // ranks),
                     "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
                     "the smallest thing a GPU can keep: one head"),
+            Suspect("all-everywhere", each(lambda heads, kv, ranks: kv // ranks if kv % ranks == 0 else kv),
+                    "where there are more GPUs than KV heads, every GPU was given all of them",
+                    "a GPU keeps the KV heads that its own query heads read: one, where GPUs share a KV head"),
             Suspect("all-everywhere", each(lambda heads, kv, ranks: kv), "every GPU was given every KV head",
                     "a GPU needs only the KV heads that its own query heads read"),
             Suspect("query-heads", each(lambda heads, kv, ranks: heads // ranks),
@@ -139,7 +142,8 @@ class SplitKvHeads(Exercise):
         ], seen)  # fmt: skip
         self.fail("count", seen=seen, cause="one of the two rules is another one: "
                   f"{len(DIVIDE) - len(wrong)} of {len(DIVIDE)} divisions came out right",
-                  look="GPUs x heads per GPU = KV heads x copies")  # fmt: skip
+                  look="this division by hand: which KV heads do the query heads of GPU 0 read, and which other GPUs "
+                  "keep them?")  # fmt: skip
 
     def refuse(self, answer: Callable, num_heads: int, num_kv_heads: int, ranks: int, what: str) -> None:
         """One division that cannot be."""

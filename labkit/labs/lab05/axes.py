@@ -183,6 +183,10 @@ class QuantizeCache(Exercise):
             others = [quantize_cache(*given, bits, group_size)["KV".index(name)] for bits in (8, 4, 2) if bits != nbits]
             untouched = (back - raw).abs() < TOLERANCE
             accuse(type(self), [
+                Suspect("one-for-all", any(not alike(right, first) and alike(back, first) for first in (
+                            right[:1].expand_as(right), right[:, :1].expand_as(right))),
+                        "every row, or every head, came back as the first one",
+                        f"an index 0 in the lines for {name}: all rows and heads have groups of their own"),
                 Suspect("not-quantized", alike(back, raw), "it went through unchanged",
                         f"the line that quantizes {name}"),
                 Suspect("partly-quantized", bool(untouched[(right - raw).abs() > TOLERANCE].any()) and
@@ -218,6 +222,18 @@ class QuantizeCache(Exercise):
         for side, (noun, axis) in enumerate((("key", 2), ("value", 3))):
             if wrong[side]:
                 self.name_groups(noun, axis, spoilt[side], group_size)
+        twice = [self.pair(answer, *torch.rand(2, *SIZES, dtype=torch.float64), 4, group_size) for _ in range(2)]
+        if all(map(torch.equal, *twice)):
+            self.fail("remembered", seen=f"two calls with K and V of {list(SIZES)}, of other numbers, gave the same",
+                      cause="a result is kept from call to call, or the numbers that came in are not used",
+                      look="what outlives a call: a global, a default argument, a cache decorator")  # fmt: skip
+        for side, name in enumerate("KV"):
+            if wrong[side] and int(spoilt[side].sum()) == 1:
+                row = f"in row {PLACE[0]}, head {PLACE[1]}, token {PLACE[2]}, channel {PLACE[3]}"
+                self.fail("not-read",
+                          seen=f"a number of {name} made large, {row}, changes no other that comes back",
+                          cause=f"that part of {name} is not read, or each number is a group of its own",
+                          look=f"the lines for {name}: every row, head, token and channel")  # fmt: skip
         self.fail("values", seen="one large number changes none but its own group, yet other numbers come back",
                   cause="something inside a group is computed in another way",
                   look="one group by hand: quantize, then codes * scale + zero")  # fmt: skip

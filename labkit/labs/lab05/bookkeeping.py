@@ -48,6 +48,17 @@ def check_given(
         )
     check_sizes(exercise, [k.shape[2] for k, _ in given], sizes, pieces, where)
     if tokens != list(range(len(tokens))):
+        starts = [sum(pieces[:place]) for place in range(len(pieces))]
+        within = [start + first for start, piece in zip(starts, pieces, strict=True)
+                  for first in range(0, piece - group_size + 1, group_size)]  # fmt: skip
+        if all(group == list(range(group[0], group[0] + group_size)) and group[0] in within for group in by_call):
+            exercise.fail(
+                "groups-anew",
+                seen=f"{where}: quantize_group was given tokens {listed(by_call[-1])}, which came in one append; "
+                f"{listed(range(len(tokens) - group_size, len(tokens)))} were next",
+                cause="groups are cut from each append's tokens alone; what waited before is not joined with them",
+                look="append: torch.cat((waiting, new), dim=2) first, then cut groups from the beginning",
+            )
         exercise.fail(
             "not-the-oldest",
             seen=f"{where}: quantize_group was given tokens {listed(tokens[-group_size:])}; "

@@ -141,10 +141,22 @@ class GroupsToQuantize(Exercise):
                 else "groups were cut from the new tokens alone, past those that waited already",
                 look="groups begin at the first token of torch.cat((waiting, new), dim=2)",
             )
+        order = [*tokens, *rest]
+        if any(group != list(range(group[0], group[0] + group_size)) and group == sorted(group) for group in groups):
+            self.fail(
+                "strided-groups",
+                seen=f"{where}: a group of tokens {listed(groups[0])}",
+                cause="the tokens of a group lie apart: every n-th was taken, or a reshape put groups last",
+                look="a group: group_size successive tokens, [:, :, i : i + group_size]",
+            )
         self.fail(
             "order",
-            seen=f"{where}: tokens in the order {listed([*tokens, *rest])}",
-            cause="new tokens were put before those that waited, or groups turned round",
+            seen=f"{where}: tokens in the order {listed(order)}",
+            cause="new tokens were put before those that waited"
+            if order == [*range(held, held + count), *range(held)]
+            else "groups were turned round"
+            if groups[::-1] == [list(range(start, start + group_size)) for start in range(0, len(tokens), group_size)]
+            else "tokens do not stand in the order in which they came",
             look="torch.cat((waiting, new), dim=2), and the order of the groups: oldest first",
         )
 
@@ -214,6 +226,10 @@ class GroupsToQuantize(Exercise):
                     cause, look)
             for diagnosis, rules, cause, look in RULES
         ], seen)  # fmt: skip
+        tokens = [token for group in answer(numbered(range(2)), numbered([2]), 4)[0] for token in ids(group)]
+        if tokens and len(set(tokens)) < len(tokens):
+            self.fail("filled-up", seen=seen, cause="a group that is not complete was filled up with copies of a token",
+                      look="tokens that do not fill a group wait as they are")  # fmt: skip
         self.fail("group-sizes", seen=seen, cause="groups are cut by another rule",
                   look="of n tokens, n // group_size groups of group_size; the others wait")  # fmt: skip
 

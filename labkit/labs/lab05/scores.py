@@ -203,6 +203,12 @@ def suspects(q: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> list[Susp
                 (products + (q * zero).sum(), products + (q * zero).sum((-2, -1), keepdim=True)),
                 "q * zero was summed over queries, heads or rows as well",
                 "the sum: over the last dimension only, sum(-1, keepdim=True)"),
+        Suspect("zero-of-one-query", (products + zeros[..., :1, :], products + zeros[..., -1:, :]),
+                "q * zero of one query was added to the scores of all",
+                "the second term: [..., queries, 1], one number for each query"),
+        Suspect("precision", [lambda dtype=dtype: ((q * scale).to(dtype) @ numbers.to(dtype).mT).to(q.dtype) + zeros
+                              for dtype in (torch.bfloat16, torch.float16)],
+                "the product was computed in fewer bits than q has", "the dtype of the product: q.dtype"),
         Suspect("zero-times-codes", products + (q * zero) @ numbers.mT,
                 "the zero points were multiplied by the codes", "the second term holds no code"),
         Suspect("zero-added-to-q", (((q + zero) * scale) @ numbers.mT, (q * scale + zero) @ numbers.mT),

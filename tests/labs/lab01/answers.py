@@ -178,7 +178,7 @@ MASK = [
         "ones everywhere",
         lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens, dtype=torch.bool),
     ),
-    Wrong("01.2", "shape", "sizes copied from an example", pasted_size),
+    Wrong("01.2", "remembered", "sizes copied from an example", pasted_size),
 ]
 
 

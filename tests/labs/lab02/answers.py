@@ -1384,7 +1384,7 @@ WRONG = [
     Wrong("02.1", "last-token", "reads the last token", LastTokenRead),
     Wrong("02.1", "seq-len", "a length that is a float", LengthIsAFloat),
     Wrong("02.1", "layout", "counts on contiguous tensors", ByView),
-    Wrong("02.1", "values", "keys through half precision", KeysThroughHalf),
+    Wrong("02.1", "precision", "keys through half precision", KeysThroughHalf),
     Wrong("02.2", "position-off-by-one", "the position of the last token held",
            step_with(lambda cache: cache.seq_len - 1)),
     Wrong("02.2", "position", "the same, but never below 0", step_with(lambda cache: max(cache.seq_len - 1, 0))),

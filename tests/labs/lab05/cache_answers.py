@@ -1128,7 +1128,7 @@ WRONG = [
     Wrong("05.5", "result-overwritten", "reads views of a buffer that appends write into", ReadsItsBuffer),
     Wrong("05.5", "short-group", "makes a short group of what is left before the residual", ShortGroupBehind),
     Wrong("05.5", "keeps-restored", "keeps what it restored", KeepsRestored),
-    Wrong("05.5", "values", "keeps K and V in half precision", ThroughHalf),
+    Wrong("05.5", "precision", "keeps K and V in half precision", ThroughHalf),
     Wrong("05.5", "keys-changed", "gives groups in half precision", GroupsThroughHalf),
     Wrong("05.5", "layout", "views K", Viewed),
     Wrong("05.5", "shared-between-caches", "keeps what waits on the class", WaitingOnTheClass),

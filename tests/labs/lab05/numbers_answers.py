@@ -243,7 +243,7 @@ def quantize_in_float64(x, nbits):
 
 
 def quantize_in_numpy(x, nbits):
-    """Right, on a CPU: NumPy's arithmetic."""
+    """The right numbers, by NumPy's arithmetic."""
     numbers = x.double().numpy()
     low, high = numbers.min(-1, keepdims=True), numbers.max(-1, keepdims=True)
     scale = (high - low) / (2**nbits - 1)
@@ -680,6 +680,7 @@ def bits_by_group(tokens, nbits, group_size, residual_length, full_bits=16):
 
 
 WRONG = [
+    Wrong("05.1", "left-pytorch", "by NumPy", quantize_in_numpy),
     Wrong("05.1", "truncated", "cuts fractions off", by(last, finish=torch.floor)),
     Wrong("05.1", "one-level-too-many", "divides by 2**nbits; the greatest of 8 bits wraps to 0",
            by(lambda nbits: 2**nbits)),
@@ -817,7 +818,7 @@ WRONG = [
     Wrong("05.3", "constant-group", "divides 0 by 0", in_groups_of_its_own(without_guard)),
     Wrong("05.3", "layout", "views values as rows", values_by_a_view),
     Wrong("05.3", "values", "keys go through float16", keys_through_half),
-    Wrong("05.3", "values", "gives the first result of the same shapes again", remembered(quantize_cache)),
+    Wrong("05.3", "remembered", "gives the first result of the same shapes again", remembered(quantize_cache)),
     Wrong("05.3", "group-size-ignored", "groups of 32 where they fit",
            cache_by(lambda x, size: channel(x, 32 if x.shape[2] % 32 == 0 else size), whole_token)),
     Wrong("05.4", "metadata-once", "one scale for all", from_sums(lambda p, rest, n, g, r, f: p * n + 32 + rest * f)),
@@ -887,7 +888,6 @@ RIGHT: list[tuple[str, Callable]] = [
     ("05.1", quantize_by_the_nearest_mark),
     ("05.1", quantize_by_reciprocal),
     ("05.1", quantize_in_float64),
-    ("05.1", quantize_in_numpy),
     ("05.1", quantize_row_by_row),
     ("05.2", pack_by_python),
     ("05.2", pack_by_weights),
