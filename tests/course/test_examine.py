@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from labkit.course import cards
-from labkit.course.examine import TimeIsUp, Trial, Verdict, examine
+from labkit.course.examine import TimeIsUp, Trial, Verdict, examine, too_slow
 from labkit.course.exercise import Finding, NotYet
 from tests.course.exercises import Count, Counter, Double, Scaled, double
 from tests.course.timeouts import timeouts
@@ -167,6 +167,38 @@ def test_a_call_that_cannot_be_interrupted_is_too_slow_and_its_time_is_said() ->
 
 def test_a_call_that_keeps_the_interpreter_to_itself_is_too_slow_too() -> None:
     assert examine(Double(), computes, limit=0.01).finding.diagnosis == "too-slow"
+
+
+def waits_longer_than_it_computes(x):
+    time.sleep(0.6)
+    return x * 2
+
+
+def test_the_limit_counts_what_is_computed_not_what_is_waited() -> None:
+    assert examine(Double(), waits_longer_than_it_computes, limit=0.4).status == "pass"
+
+
+def test_a_loop_is_blamed_where_the_time_was_computed_and_nowhere_else() -> None:
+    computed, waited = too_slow(20.0, 24.0, 20.1, True), too_slow(20.0, 60.1, 3.2, True)
+    assert computed.seen == "no answer after 20 seconds"
+    assert "a loop that never ends" in computed.cause
+    assert waited.seen == "no answer after 60 seconds, 3.2 of them at work"
+    assert "loop" not in waited.cause
+    assert "it took 66.0, in a call that cannot be interrupted" in too_slow(20.0, 66.0, 3.2, True).seen
+
+
+def test_an_answer_that_waits_is_not_told_of_a_loop() -> None:
+    finding = examine(Double(), hangs_and_catches_even_more, limit=0.3).finding
+    assert finding.seen.startswith("no answer after 0.9 seconds, 0.")
+    assert "loop" not in finding.cause
+    assert "the machine had no time for it" in finding.cause
+
+
+def test_a_check_runs_in_one_thread_of_pytorch_and_puts_the_number_back() -> None:
+    before, seen = torch.get_num_threads(), []
+    assert examine(Double(), lambda x: seen.append(torch.get_num_threads()) or x * 2).status == "pass"
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
 
 
 def test_a_call_that_does_not_come_back_is_left_behind() -> None:

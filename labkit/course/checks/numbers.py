@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -125,10 +124,11 @@ def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence
         """Every result, or what is left of it when fractions are cut off."""
         if all(equal(a, scale * b) for a, b in pairs):
             return True
-        whole = scale < 1 and all(isinstance(x, numbers.Integral) for pair in pairs for x in pair)
-        return whole and any(a for a, _ in pairs) and all(
-            a in (math.floor(scale * b), round(scale * b), math.ceil(scale * b)) for a, b in pairs
-        )  # fmt: skip
+        by = round(1 / scale) if scale < 1 else 0
+        if not by or not all(isinstance(x, numbers.Integral) for pair in pairs for x in pair):
+            return False
+        large = max(abs(a) for a, _ in pairs) >= 100  # so that rounding to whole numbers leaves something to compare
+        return large and all(a in (b // by, -(-b // by), (b + by // 2) // by) for a, b in pairs)  # type: ignore[operator]
 
     for scale, cause in ((8, "bits were counted"), (1 / 8, "the result was divided by 8, as if bits had gone in")):
         if all_off_by(scale):

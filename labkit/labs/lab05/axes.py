@@ -222,7 +222,8 @@ class QuantizeCache(Exercise):
         for side, (noun, axis) in enumerate((("key", 2), ("value", 3))):
             if wrong[side]:
                 self.name_groups(noun, axis, spoilt[side], group_size)
-        twice = [self.pair(answer, *torch.rand(2, *SIZES, dtype=torch.float64), 4, group_size) for _ in range(2)]
+        given = torch.rand(4, *SIZES, dtype=torch.float64)
+        twice = [self.pair(answer, given[i], given[i + 1], 4, group_size) for i in (0, 2)]
         if all(map(torch.equal, *twice)):
             self.fail("remembered", seen=f"two calls with K and V of {list(SIZES)}, of other numbers, gave the same",
                       cause="a result is kept from call to call, or the numbers that came in are not used",

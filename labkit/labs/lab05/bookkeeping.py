@@ -165,8 +165,8 @@ def check_count(
         exercise.fail(
             "waits-too-long",
             seen=f"{where}: {made * group_size} tokens are quantized; {groups * group_size} could be",
-            cause="the condition asks for more than group_size + residual_length tokens (`>` for `>=`?), stands where "
-            "not every append comes by, or is never true",
+            cause="the condition asks for more than group_size + residual_length tokens (`>` for `>=`?), looks at "
+            "what came last alone, stands where not every append comes by, or is never true",
             look="the condition with exactly group_size + residual_length tokens",
         )
 

@@ -128,3 +128,44 @@ def test_what_all_cases_show_and_one_case_are_one_sentence(answer, said: str) ->
     with pytest.raises(NotYet) as caught:
         judge(Double, answer, area, CASES, SUSPECTS, what="the area")
     assert caught.value.finding.seen.startswith(said)
+
+
+def room(tokens: int, batch: int, size: int) -> int:
+    """A formula in which no change of one argument is a factor of the whole, or a term."""
+    return (tokens * batch * size) ** 2 + 1000
+
+
+ROOMS = [(31, 37, 2), (310, 7, 4), (17, 5, 9), (1003, 51, 8)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "diagnosis", "said"),
+    [
+        (lambda t, b, s: room(t - 1, b, s), "argument", "right for a `tokens` that is one less"),
+        (lambda t, b, s: room(t, b + 1, s), "argument", "right for a `batch` that is one more"),
+        (lambda t, b, s: room(t // b, b, s), "argument", "right for a `tokens` of `tokens // batch`"),
+        (lambda t, b, s: room(t, b, 2), "argument", "right if `size` were 2 throughout"),
+        (lambda t, b, s: room(t, t, s), "argument", "right if `batch` had the value of `tokens`"),
+        (lambda t, b, s: room(t, b, 8 * s), "argument", "right for 8 times `tokens` or `batch` or `size`"),
+        (lambda t, b, s: torch.tensor(room(t, b, s)).int().item(), "overflow", ""),
+        (lambda t, b, s: room(t, b, s) // 1024, "units", ""),
+        (lambda t, b, s: room(t, b, s) // 8, "bits", ""),
+    ],
+)
+def test_a_change_of_one_argument_is_named_where_it_gives_every_result(answer, diagnosis, said) -> None:
+    with pytest.raises(NotYet) as caught:
+        judge(Double, answer, room, ROOMS, (), what="the bytes")
+    assert caught.value.finding.diagnosis == diagnosis
+    assert said in caught.value.finding.seen
+
+
+def test_a_sum_in_place_of_a_product_is_named() -> None:
+    with pytest.raises(NotYet) as caught:
+        judge(Double, lambda w, h: w + h, area, [*CASES, (2, 9)], (), what="the area")
+    assert caught.value.finding.cause == "height and width were added where they should be multiplied"
+
+
+def test_the_same_number_in_every_case_names_no_argument() -> None:
+    with pytest.raises(NotYet) as caught:
+        judge(Double, lambda t, b, s: room(31, 37, 2), room, ROOMS, (), what="the bytes")
+    assert caught.value.finding.diagnosis != "argument"

@@ -187,3 +187,34 @@ def test_a_call_by_name_is_made_by_name() -> None:
 
     assert examine(Keyword(), right).status == "pass"
     assert examine(Keyword(), lambda q, k, values: right(q, k, values)).status == "not yet"
+
+
+@pytest.mark.parametrize(
+    ("answer", "diagnosis"),
+    [
+        (lambda q, k, v: attend(q, k[:1].expand_as(k), v[:1].expand_as(v)), "one-for-all"),
+        (lambda q, k, v: attend(q[:, :1].expand_as(q), k, v), "one-for-all"),
+        (lambda q, k, v: attend(q, k.bfloat16().to(k.dtype), v), "precision"),
+        (lambda q, k, v: torch.from_numpy(attend(q, k, v).numpy().copy()), "left-pytorch"),
+        (lambda q, k, v: torch.tensor(attend(q, k, v).tolist(), dtype=q.dtype), "left-pytorch"),
+    ],
+)
+def test_what_no_suspect_of_the_exercise_is_has_a_name_all_the_same(answer, diagnosis) -> None:
+    assert verdict(answer) == diagnosis
+
+
+def spoilt(q, k, v):
+    """Softmax over the queries where there are many keys, and NaN where there is one query."""
+    return attention.attend(q, k, v, attention.Turn(axis=-2)) if q.shape[2] > 1 else q * float("nan")
+
+
+def test_a_mistake_is_named_by_the_calls_that_it_did_not_spoil_with_nan() -> None:
+    assert verdict(spoilt) == "axis"
+
+
+def test_nan_in_some_calls_of_a_right_answer_names_no_mistake() -> None:
+    assert verdict(lambda q, k, v: attend(q, k, v) if q.shape[2] > 1 else q * float("nan")) == "not-finite"
+
+
+def test_sizes_and_small_tables_may_be_read_out() -> None:
+    assert verdict(lambda q, k, v: attend(q, k, v) if torch.arange(50).tolist() else None) == "pass"

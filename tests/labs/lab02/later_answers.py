@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from labkit.attention import fused_attention as attention
-from labkit.labs.lab02.references import GrowingCache, PreallocatedCache, reusable_prefix
+from labkit.labs.lab02.references import GrowingCache, PreallocatedCache, cache_bytes, decode_step, reusable_prefix
 from tests.labs.answer import Wrong
 
 # 02.1
@@ -212,6 +212,147 @@ def upper_left(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_upper_left(q.shape[2], k.shape[2]), enable_gqa=True)
 
 
+class DoublesItsRoom(GrowingCache):
+    """Right: memory of zeros that doubles when it is full; read() gives what is filled."""
+
+    def __init__(self):
+        super().__init__()
+        self.room = None
+
+    def append(self, k, v):
+        end = self.seq_len + k.shape[2]
+        if self.room is None or end > self.room[0].shape[2]:
+            old = self.room
+            self.room = [x.new_zeros(*x.shape[:2], 2 ** (end - 1).bit_length(), x.shape[3]) for x in (k, v)]
+            for new, before in zip(self.room, old or (), strict=False):
+                new[:, :, : self.seq_len] = before[:, :, : self.seq_len]
+        for room, x in zip(self.room, (k, v), strict=True):
+            room[:, :, self.seq_len : end] = x
+        self.seq_len = end
+        self.k, self.v = (room[:, :, :end] for room in self.room)
+
+
+class OneRow(GrowingCache):
+    def append(self, k, v):
+        super().append(k[-1:], v[-1:])
+
+
+class ReadsItsRoom(DoublesItsRoom):
+    def read(self):
+        return tuple(self.room)
+
+
+class RoundedOnTheWay(GrowingCache):
+    def append(self, k, v):
+        super().append(*(x.half().to(x.dtype) for x in (k, v)))
+
+
+def joined_by_hand(x, layer, cache):
+    q, k, v = layer.project(x)
+    place = cache.seq_len
+    cache.append(layer.rotate(k, place), v)
+    return attention(layer.rotate(q, place), *cache.read()).permute(0, 2, 1, 3).reshape(len(x), 1, -1)
+
+
+def with_residual(x, layer, cache):
+    return x.add(decode_step(x, layer, cache))
+
+
+def in_one_buffer(model, tokens, max_new_tokens, cache):
+    newest, kept = tokens.new_empty(len(tokens), 1), []
+    logits = model(tokens, cache, last_only=True)
+    while True:
+        newest.copy_(logits[:, -1:].argmax(-1))
+        kept.append(newest)
+        if len(kept) == max_new_tokens:
+            return torch.cat(kept, 1)
+        logits = model(newest.clone(), cache, last_only=True)
+
+
+def best_of_all_rows(model, tokens, max_new_tokens, cache):
+    kept = []
+    for _ in range(max_new_tokens):
+        logits = model(kept[-1] if kept else tokens, cache, last_only=True)[:, -1]
+        best = logits.flatten().argmax() % logits.shape[1]
+        kept.append(best.expand(len(tokens), 1))
+    return torch.cat(kept, 1)
+
+
+class FirstIsFree(PreallocatedCache):
+    """Makes its memory as large as a first append needs."""
+
+    def append(self, k, v):
+        asked = self.capacity
+        if not self.seq_len:
+            self.capacity = max(asked, k.shape[2])
+        try:
+            super().append(k, v)
+        finally:
+            self.capacity = asked
+
+
+def common_run(held, wanted):
+    best = 0
+    for i in range(len(held)):
+        for j in range(len(wanted)):
+            run = 0
+            while i + run < len(held) and j + run < len(wanted) and held[i + run] == wanted[j + run]:
+                run += 1
+            best = max(best, run)
+    return min(best, len(wanted) - 1)
+
+
+def last_place(held, wanted):
+    place = 0
+    for place, (a, b) in enumerate(zip(held, wanted[:-1], strict=False)):  # noqa: B007
+        if a != b:
+            break
+    return place
+
+
+def wrapped(count):
+    return torch.tensor(count).to(torch.int32).item()
+
+
+def seeing(mask):
+    """02.7 by a mask of (new, held, heads)."""
+
+    def answer(q, k, v):
+        new, held = q.shape[2], k.shape[2] - q.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(new, held, q.shape[1]), enable_gqa=True)
+
+    return answer
+
+
+def grid(new, held):
+    return torch.arange(new)[:, None] + held, torch.arange(new + held)
+
+
+def loners(new, held, heads):
+    row, column = grid(new, held)
+    return (column < held) | (column == row)
+
+
+def short_sighted(new, held, heads):
+    row, column = grid(new, held)
+    return (column <= row) & (column > row - new)
+
+
+def by_heads(new, held, heads):
+    row, column = grid(new, held)
+    return column <= row + new - heads
+
+
+def upside_down(new, held, heads):
+    row, column = grid(new, held)
+    return (column > row) | (row == row.max())
+
+
+def blind_at_first(new, held, heads):
+    row, column = grid(new, held)
+    return column <= (row if held else row + new)
+
+
 WRONG = [
     Wrong("02.1", "moved-again", "one cat for each token that comes", OneCatPerToken),
     Wrong("02.1", "moved-again", "clones what was joined", CopiedTwice),
@@ -232,10 +373,41 @@ WRONG = [
     Wrong("02.4", "seq-len-works", "counts what is not NaN whenever it is asked", LengthFromNumbers),
     Wrong("02.5", "count", "counts tokens once for K and once for V", lambda *lists: 2 * reusable_prefix(*lists)),
     Wrong("02.7", "mask-offset", "PyTorch's mask for the other corner", upper_left),
+    Wrong("02.1", "one-of-all", "keeps the last row of the batch", OneRow),
+    Wrong("02.1", "reads-slack", "reads all of its memory", ReadsItsRoom),
+    Wrong("02.1", "precision", "rounds to float16", RoundedOnTheWay),
+    Wrong("02.2", "not-merged", "joins the heads by hand", joined_by_hand),
+    Wrong("02.2", "residual-added", "adds x", with_residual),
+    Wrong("02.3", "one-buffer", "keeps one tensor each time", in_one_buffer),
+    Wrong("02.3", "one-row", "the best of all rows together", best_of_all_rows),
+    Wrong("02.4", "overflow", "takes a first append of any size", FirstIsFree),
+    Wrong("02.5", "matches-anywhere", "the longest run anywhere", common_run),
+    Wrong("02.5", "index-for-count", "the place of the last equal token", last_place),
+    Wrong(
+        "02.6",
+        "argument",
+        "all tokens but the newest",
+        lambda spec, tokens, batch, size: cache_bytes(spec, tokens - 1, batch, size),
+    ),
+    Wrong("02.6", "overflow", "in 32 bits", lambda *case: wrapped(cache_bytes(*case))),
+    Wrong("02.6", "bits", "an eighth, in whole numbers", lambda *case: cache_bytes(*case) >> 3),
+    Wrong("02.6", "units", "whole GiB", lambda *case: cache_bytes(*case) // 2**30),
+    Wrong(
+        "02.6",
+        "factor",
+        "tokens and rows added",
+        lambda spec, tokens, batch, size: cache_bytes(spec, tokens + batch, 1, size),
+    ),
+    Wrong("02.7", "new-tokens-unseen", "new tokens see what is held, and themselves", seeing(loners)),
+    Wrong("02.7", "window", "a window of as many as are new", seeing(short_sighted)),
+    Wrong("02.7", "offset-is-heads", "an offset of kv_len - heads", seeing(by_heads)),
+    Wrong("02.7", "mask-inverted", "True for hidden, but for the last row", seeing(upside_down)),
+    Wrong("02.7", "no-mask", "no mask where nothing is cached", seeing(blind_at_first)),
 ]
 
 RIGHT: list[tuple[str, Callable]] = [
     ("02.1", ZeroedMemory),
     ("02.2", step_through(lambda *heads: (x.double() for x in heads))),
     ("02.7", lower_right),
+    ("02.1", DoublesItsRoom),
 ]

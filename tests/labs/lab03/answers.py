@@ -451,7 +451,27 @@ def step_by_step(spec, gpu, users, context, tpot):
     return "fits"
 
 
+def only_news(calls, prefix, added, answer, input_price, output_price, cached_price):
+    """The cached part is the newest message and answer, where it should be all that went before."""
+    news = [prefix + added, *[answer + added] * (calls - 1)]
+    cached = [0, *news[:-1]]
+    return (sum(a * input_price + b * cached_price for a, b in zip(news, cached, strict=True))
+            + calls * answer * output_price) / 1e6  # fmt: skip
+
+
+def all_and_news(calls, prefix, added, answer, input_price, output_price, cached_price):
+    """All that is sent has the cached price, and what is new the input price as well."""
+    bill = 0.0
+    for call in range(1, calls + 1):
+        sent = prefix + call * added + (call - 1) * answer
+        bill += (sent * cached_price if call > 1 else 0) + (added + (answer if call > 1 else prefix)) * input_price
+    return (bill + calls * answer * output_price) / 1e6
+
+
 WRONG = [
+    Wrong("03.6", "news-cached", "caches the newest part only", only_news),
+    Wrong("03.6", "billed-twice", "bills all as cached, and the new part besides", all_and_news),
+    Wrong("03.4", "argument", "the context shared by the batch", lambda w, t, c, b, s: (w + t * (c // b) * b) / s),
     Wrong("03.1", "window-ignored", "every layer keeps every token", by_layer(both, lambda layer, tokens: tokens)),
     Wrong("03.1", "window-too-large", "a window is full from the first token on",
            by_layer(both, lambda layer, tokens: layer.window or tokens)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from labkit.labs.lab05.references import QuantizedLayer, quantize
+from labkit.labs.lab05.references import QuantizedLayer, packed_scores, quantize, quantize_cache
 from tests.labs.answer import Wrong
 
 
@@ -76,6 +76,65 @@ def one_skipped(count):
     return [(0, 32), (32, 40), *((start, min(start + 32, count)) for start in range(41, count, 32))]
 
 
+def zero_in_steps(x, nbits):
+    """A zero point of whole steps, which is no number of the group."""
+    _, scale, low = quantize(x, nbits)
+    safe = torch.where(scale == 0, 1.0, scale)
+    zero = (low / safe).round() * safe
+    return ((x - zero) / safe).round().clamp(0, 2**nbits - 1).to(torch.uint8), scale, torch.where(scale == 0, low, zero)
+
+
+def infinite_scale(x, nbits):
+    codes, scale, zero = quantize(x, nbits)
+    return codes, scale.where(scale > 0, torch.inf), zero
+
+
+def first_head_for_all(k, v, nbits, group_size):
+    return tuple(x[:, :1].expand_as(x).contiguous() for x in quantize_cache(k, v, nbits, group_size))
+
+
+class OnlyWhatCame(QuantizedLayer):
+    """As many groups as are due, cut from a long append alone; what waited before goes on waiting."""
+
+    def append(self, k, v):
+        size, kept = self.group_size, self.waiting or (k[:, :, :0], v[:, :, :0])
+        held = size * len(self.groups) + kept[0].shape[2] + k.shape[2]
+        due = max(0, held - self.residual_length) // size - len(self.groups)
+        if k.shape[2] < due * size:
+            (k, v), kept = (torch.cat(pair, 2) for pair in zip(kept, (k, v), strict=True)), (k[:, :, :0], v[:, :, :0])
+        for start in range(0, due * size, size):
+            self.groups.append(self.quantize_group(k[:, :, start : start + size], v[:, :, start : start + size]))
+        rest = (x[:, :, due * size :] for x in (k, v))
+        self.waiting = tuple(torch.cat(pair, 2) for pair in zip(kept, rest, strict=True))
+
+
+def first_zero(q, codes, scale, zero):
+    return packed_scores(q, codes, scale, torch.zeros_like(zero)) + (q[..., :1, :] * zero).sum(-1, keepdim=True)
+
+
+def first_scales(q, codes, scale, zero):
+    scale, zero = (x[(0,) * (x.dim() - 2)].expand_as(x) for x in (scale, zero))
+    return packed_scores(q, codes, scale, zero)
+
+
+def half_product(q, codes, scale, zero):
+    return ((q * scale).half() @ codes.half().mT).to(q.dtype) + (q * zero).sum(-1, keepdim=True)
+
+
+def every_nth(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), 2)
+    count = tokens.shape[2] // group_size
+    whole, rest = tokens[:, :, : count * group_size], tokens[:, :, count * group_size :]
+    return [whole.unflatten(2, (group_size, count))[:, :, :, i] for i in range(count)], rest
+
+
+def padded_with_zeros_of_the_first(waiting, new, group_size):
+    tokens = torch.cat((waiting, new), 2)
+    count = -(-tokens.shape[2] // group_size) * group_size
+    places = torch.arange(count).clamp(max=max(tokens.shape[2] - 1, 0))
+    return list(tokens[:, :, places].split(group_size, 2)) if tokens.shape[2] else [], tokens[:, :, :0]
+
+
 WRONG = [
     Wrong("05.1", "small-group", "least scale 1e-7", least(1e-7)),
     Wrong("05.1", "constant-group", "least scale 1e-8, which float16 does not hold", least(1e-8)),
@@ -89,6 +148,15 @@ WRONG = [
     Wrong("05.6", "large-tensors", "copies the codes to transpose them", copies_codes_to_transpose),
     Wrong("05.8", "part-length", "16 tokens in the second part", surprise_by(second_part_short)),
     Wrong("05.8", "tokens-skipped", "leaves token 40 out", surprise_by(one_skipped)),
+    Wrong("05.1", "zero-rounded", "a zero point of whole steps", zero_in_steps),
+    Wrong("05.1", "constant-group", "infinity for a scale of 0", infinite_scale),
+    Wrong("05.3", "one-for-all", "the first head for all", first_head_for_all),
+    Wrong("05.5", "groups-anew", "groups of each append alone", OnlyWhatCame),
+    Wrong("05.6", "zero-of-one-query", "the first query's zero term for all", first_zero),
+    Wrong("05.6", "one-for-all", "the first head's scales for all", first_scales),
+    Wrong("05.6", "precision", "the product in float16", half_product),
+    Wrong("05.7", "strided-groups", "tokens of a group lie apart", every_nth),
+    Wrong("05.7", "filled-up", "the last group filled with copies", padded_with_zeros_of_the_first),
 ]
 
 RIGHT: list[tuple[str, Callable]] = [("05.6", scores_by_baddbmm)]
