@@ -207,13 +207,14 @@ class Judge:
                 for dim in [*range(most), (0, 1)] if most > 2 else range(most):
                     if some and self.always_first(some, dim if isinstance(dim, tuple) else (dim,)):
                         what = " and ".join(f"`{names[place]}`" for place in some)
+                        along = "dimensions 0 and 1" if isinstance(dim, tuple) else f"dimension {dim}"
                         self.exercise.fail(
                             "one-for-all",
-                            seen=f"{seen}. It is what comes out where of {what} the first along dimension {dim} stands "
+                            seen=f"{seen}. It is what comes out where of {what} the first along {along} stands "
                             "in for all",
-                            cause=f"along dimension {dim} of {what}, the first was taken for all: an index 0, a part "
+                            cause=f"along {along} of {what}, the first was taken for all: an index 0, a part "
                             "made for one and used for all, or a loop that ends after one",
-                            look=f"every index of {what}, and every place where dimension {dim} is left out",
+                            look=f"every index of {what}, and every place where {along} may be left out",
                         )
 
     def always_first(self, places: Sequence[int], dims: Sequence[int]) -> bool:
