@@ -5,17 +5,17 @@
 One run, the lab model in float32.
 
 half: of passages of the project's texts 256 tokens go through the model at once, every layer keeps 128 of them, and the
-112 predictions that follow go through what is left. sinks: a window of 256 tokens, with no sink, one and four, over 768
+112 predictions that follow go through what is left; what is kept is also packed in 8 and 4 bits, and shared among heads
+(whose bytes are then more than half). sinks: a window of 256 tokens, with no sink, one and four, over 768
 tokens that come 8 at a time; the last 512 are scored. recall: a four-digit number planted early, in the middle or late
 in prose; the question is either read with the text, before eviction (known), or after it (not known). time: decode
-steps in alternation. A full cache of 2,000 tokens against one that evicts a token at every step; a layer that holds
-8,000 tokens against one that keeps a quarter of them.
+steps in alternation. A full cache of 2,000 tokens against one that evicts a token at every step, chosen then or several
+at once (`OVERHEAD`); a layer that holds 8,000 tokens against one that keeps a quarter of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 from collections.abc import Callable
@@ -27,13 +27,15 @@ from torch import Tensor
 
 from benchmarks.report import bar, begin, finish
 from labkit import models, quality, sizing
-from labkit.cache import Cache, EvictingCache, PreallocatedCache
+from labkit.cache import Cache, EvictingCache, GrowingCache, PreallocatedCache, Step
 from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Policy, Random, SnapKV, Window
+from labkit.cache.layer import Observer
 from labkit.device import set_threads
 from labkit.llama import Llama
 from labkit.measure import Timing, alternate, device_name
 from labkit.quality import Quality
 from labkit.quality.compare import score
+from labkit.quality.recall import wilson
 from labkit.specs import ModelSpec
 
 PROMPT, KEPT, SCORED = 256, 128, 112
@@ -49,7 +51,7 @@ PARTS = ("half", "sinks", "recall", "bytes", "time")
 # spread of their difference may change places.
 RANKING = ("SnapKV", "H2O, mean", "KeyDiff", "expected attention", "TOVA", "sinks and window", "key norm", "random")
 OVERHEAD = {  # policies at 2,000 tokens, and how many victims are chosen at once
-    "sinks and window": 1, "H2O": 1, "TOVA": 1, "key norm": 1, "SnapKV": 16, "KeyDiff": 16, "expected attention": 64,
+    "sinks and window": 1, "H2O": 1, "TOVA": 1, "key norm": 16, "SnapKV": 16, "KeyDiff": 16, "expected attention": 64,
 }  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def policies(model: Llama) -> dict[str, Policy]:
     return {
         "SnapKV": SnapKV(window=32),
         "SnapKV, window of 64": SnapKV(),
+        "SnapKV for a question": SnapKV(window=4, pool=13, pool_by="max", sinks=4),
         "H2O": H2O(),
         "H2O, mean": H2O(recent=0, mean=True),
         "KeyDiff": KeyDiff(),
@@ -89,6 +92,16 @@ def measure_half(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
         name: lambda policy=policy: Cache.evicting(model.spec.num_layers, policy, KEPT, during="prompt")
         for name, policy in policies(model).items()
     }
+    for nbits in (8, 4):
+        makers[f"SnapKV, int{nbits}"] = lambda nbits=nbits: Cache.evicting(
+            model.spec.num_layers, SnapKV(window=32), KEPT, during="prompt", nbits=nbits
+        )
+        makers[f"all, int{nbits}"] = lambda nbits=nbits: Cache.quantized(
+            model.spec.num_layers, nbits, group_size=32, residual_length=32
+        )
+    makers["SnapKV, heads share"] = lambda: Cache.evicting(
+        model.spec.num_layers, SnapKV(window=32), KEPT, during="prompt", safeguard=0.2
+    )
     found: dict[str, list[Quality]] = {}
     for tokens in texts.values():
         for start in PASSAGES:
@@ -122,13 +135,36 @@ def planted(encode: Callable[[str], list[int]], prose: list[int], number: str, p
     return [*prose[:at], *fact, *prose[at : TEXT_TOKENS - len(fact)]]
 
 
-def recalls(model: Llama, cache: Cache, text: list[int], question: list[int], answer: list[int], known: bool) -> bool:
-    """Whether every token of the answer is the likeliest, the text read in one pass and evicted after it."""
-    # Of a known question all but the last token is read with the text, so that eviction lies before the first answer.
-    first = len(text) + len(question) - 1 if known else len(text)
-    asked = text + question
-    model(torch.tensor([asked[:first]]), cache, last_only=True)
-    logits = model(torch.tensor([asked[first:] + answer[:-1]]), cache)[0, -len(answer) :]
+class Recorder(GrowingCache):
+    """A full cache that keeps the queries of the last pass, too."""
+
+    queries: Tensor | None = None
+
+    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
+        """As of every cache."""
+        self.queries = q
+        return super().attend(q, step, observe=observe)
+
+
+def read_once(model: Llama, text: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of a text in every layer: alike for all caches that evict when the text has ended."""
+    cache = Cache.of(model.spec.num_layers, Recorder)
+    model(torch.tensor([text]), cache, last_only=True)
+    return [(layer.queries, layer.k, layer.v) for layer in cache.layers]  # type: ignore[attr-defined]
+
+
+def fed(cache: Cache, read: list[tuple[Tensor, Tensor, Tensor]]) -> Cache:
+    """The cache after it has seen a text that was read once for all."""
+    with torch.no_grad(), cache.step([read[0][1].shape[2]]) as step:
+        for layer, (q, k, v) in zip(cache.layers, read, strict=True):
+            layer.append(k, v, step)
+            layer.attend(q, step)
+    return cache
+
+
+def recalls(model: Llama, cache: Cache, asked: list[int], answer: list[int]) -> bool:
+    """Whether every token of the answer is the likeliest behind what the cache holds and what is still `asked`."""
+    logits = model(torch.tensor([asked + answer[:-1]]), cache)[0, -len(answer) :]
     return logits.argmax(dim=-1).tolist() == answer
 
 
@@ -146,40 +182,40 @@ def measure_recall(
             text = planted(encode, proses[trial % len(proses)][start:], number, share_of_text)
             answer = encode(f" {number}")
             for known in (True, False):
-                for name, policy in policies(model).items():
-                    for share in SHARES:
-                        if share == 1.0 and name != "SnapKV":
+                # Of a known question all but the last token is read with the text: eviction lies before the answer.
+                first = len(text) + (len(question) - 1 if known else 0)
+                asked = text + question
+                read = read_once(model, asked[:first])
+                for name, policy in {"full": None, **policies(model)}.items():
+                    if "window of 64" in name:
+                        continue  # more than a budget of 12%
+                    for share in SHARES if policy is not None else (1.0,):
+                        if policy is not None and share == 1.0:
                             continue  # the full cache, whoever chooses
-                        if "window of 64" in name:
-                            continue
-                        cache = Cache.evicting(model.spec.num_layers, policy, share, during="prompt")
-                        hit = recalls(model, cache, text, question, answer, known)
-                        key = ("full" if share == 1.0 else name, share, known, place)
-                        hits, asked = found.get(key, (0, 0))
-                        found[key] = hits + hit, asked + 1
+                        cache = model.cache()
+                        if policy is not None:
+                            cache = Cache.evicting(model.spec.num_layers, policy, share, during="prompt")
+                        hit = recalls(model, fed(cache, read), asked[first:], answer)
+                        hits, tried = found.get((name, share, known, place), (0, 0))
+                        found[name, share, known, place] = hits + hit, tried + 1
     return found
-
-
-def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, by default at 95%."""
-    share, square = hits / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / trials + square / trials / 4) / (1 + square)
-    return middle - half, middle + half
 
 
 def wrong_bytes(model: Llama, tokens: Tensor) -> int:
     """By how many bytes caches were off from what sizing says of the budget, over all steps and policies."""
     off, budget = 0, 48
     heads, dim, layers = model.spec.num_heads, model.spec.head_dim, model.spec.num_layers
+    packing = sizing.Quantized(4, 16, 8, "float32", drops=False)
+    packed = {"nbits": 4, "group_size": 16, "residual_length": 8}
+    caches = [(Cache.evicting(layers, KeyNorm(), budget + 16, **packed), sizing.Evicting(budget + 16, packing=packing))]
     for policy in policies(model).values():
         policy = SnapKV(window=32) if isinstance(policy, SnapKV) else policy
         rows = 4 * heads * (dim * dim + dim + 1) if isinstance(policy, ExpectedAttention) else 0
-        tally = policy.lasting and not rows
-        kept = sizing.Evicting(budget, "float32", tally=tally, state_bytes=rows)
-        cache = Cache.evicting(layers, policy, budget)
-        for begin_, end in [(0, 64), *((i, i + 1) for i in range(64, 72)), (72, 80), (80, 81)]:
-            model(tokens[:, begin_:end], cache, last_only=True)
+        kept = sizing.Evicting(budget, "float32", tally=policy.lasting and not rows, state_bytes=rows)
+        caches.append((Cache.evicting(layers, policy, budget), kept))
+    for cache, kept in caches:
+        for first, end in [(0, 64), *((i, i + 1) for i in range(64, 72)), (72, 80), (80, 81)]:
+            model(tokens[:, first:end], cache, last_only=True)
             off += abs(cache.nbytes - sizing.cache_bytes(model.spec, end, 1, kept))
     return off
 

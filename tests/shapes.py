@@ -4,7 +4,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Quantized
+from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Quantized, Selecting
 from labkit.specs import GpuSpec, LayerGroup, LinkSpec, ModelSpec
 
 TINY = ModelSpec("tiny", 2, 6, 2, 8, 48, 96, 100, 64)  # large enough for several heads, layers and groups, no larger
@@ -55,6 +55,14 @@ FORMATS = st.one_of(
         victims=st.integers(0, 4),
         state_bytes=st.sampled_from([0, 600]),
     ),
+    st.builds(
+        Evicting,
+        st.integers(1, 90),
+        prompt_tokens=st.none() | st.integers(1, 120),
+        victims=st.just(0),
+        packing=st.builds(Quantized, st.sampled_from([2, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 40)),
+    ),
+    st.builds(Selecting, st.integers(20, 90), st.integers(1, 10), st.sampled_from(["float32", "float16", "float8"])),
 )
 
 

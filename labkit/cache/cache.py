@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
-from labkit.cache.evicting import Budget, EvictingCache, Policy, each_layer
+from labkit.cache.evicting import Budget, EvictingCache, EvictingQuantizedCache, Policy, each_layer
 from labkit.cache.layer import LayerCache, checked_rows
 from labkit.cache.paged import PagedCache, Pages
 from labkit.cache.paged_quantized import PagedQuantizedCache
 from labkit.cache.quantized import QuantizedCache
+from labkit.cache.selecting import SelectingCache
 from labkit.cache.step import Step
 from labkit.interrupts import uninterrupted
 
@@ -89,17 +91,33 @@ class Cache:
         num_layers: int,
         policy: Policy | Callable[[int], Policy],
         budget: Budget | Sequence[Budget] | Callable[[int], Budget],
+        *,
+        nbits: int | torch.dtype | None = None,
         **options: Any,
     ) -> Cache:
         """A cache that keeps the tokens `policy` chooses; the options are those of `EvictingCache`.
 
+        nbits: packs what is kept; the options are then those of `EvictingQuantizedCache`.
         policy: for every layer, or a function of its index. budget: tokens or a fraction of the prompt for every layer,
         a list with one for each (`pyramid` makes one), or a function of its index. `window`: as in `growing`.
         """
         policies = each_layer("policy", policy, num_layers)
         budgets = each_layer("budget", budget, num_layers)
         named = [one.for_layer(layer) if isinstance(one, Policy) else one for layer, one in enumerate(policies)]
-        return cls([EvictingCache(one, own, **options) for one, own in zip(named, budgets, strict=True)])
+        pairs = list(zip(named, budgets, strict=True))
+        if nbits is None:
+            return cls([EvictingCache(one, own, **options) for one, own in pairs])
+        return cls([EvictingQuantizedCache(one, own, nbits, **options) for one, own in pairs])
+
+    @classmethod
+    def selecting(cls, num_layers: int, budget: int | Sequence[int] | Callable[[int], int], **options: Any) -> Cache:
+        """A cache that keeps all and reads `budget` tokens; the options are those of `SelectingCache`.
+
+        budget: for every layer, a list with one for each, or a function of the layer's index: Quest reads all of the
+        first two, as `lambda layer: 10**9 if layer < 2 else 512` does. `window`: as in `growing`.
+        """
+        budgets = each_layer("budget", budget, num_layers)
+        return cls([SelectingCache(one, **options) for one in budgets])
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -174,7 +192,7 @@ class Cache:
         try:
             self.padding = step.padding
             yield step
-            plans = [layer.plan(step) for layer in self.layers]
+            plans = self.plan(step)
             self.torn = any(plan is not None for plan in plans)  # from here on: all of it, or a refusal
         except BaseException:
             self.torn = True
@@ -184,6 +202,11 @@ class Cache:
             self.torn = False
             raise
         self.settle(plans)
+
+    def plan(self, step: Step) -> list[Any]:
+        """What each layer will do at the end of this step; neighbours of one kind may decide together."""
+        kinds = [list(layers) for _, layers in groupby(self.layers, key=type)]
+        return [plan for layers in kinds for plan in layers[0].plan_all(layers, step)]
 
     def settle(self, plans: Sequence[Any]) -> None:
         """Let each layer do what it planned, all of them: an interrupt that comes in between waits."""

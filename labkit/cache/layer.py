@@ -7,7 +7,7 @@ Tensors are `[batch, num_kv_heads, tokens, head_dim]`; dtype and device come fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +99,11 @@ class LayerCache(ABC):
         It changes nothing. Every layer plans before the first settles: where one raises, all go back.
         """
         return None
+
+    @classmethod
+    def plan_all(cls, layers: Sequence[Any], step: Step) -> list[Any]:
+        """`plan` of several layers of this kind, for kinds that can decide for all of them at once."""
+        return [layer.plan(step) for layer in layers]
 
     def settle(self, plan: Any) -> None:
         """Do what was planned: no more than taking up what `plan` made, so that it cannot fail."""

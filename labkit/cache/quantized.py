@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from labkit import kernels
-from labkit.attention import Visibility
+from labkit.attention import Constants, Visibility
 from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step
 from labkit.kernels.packed_attention import packed_attention, wants_gradient
@@ -246,17 +246,9 @@ class QuantizedCache(LayerCache):
 
         On a GPU float8 needs compute capability 8.9; on a CPU codes must fill 16-bit words.
         """
-        if q.shape[2] != 1 or self.constants.soft_cap is not None or q.dtype == torch.float64:
+        if self.k is None or self.v is None or wants_gradient(*(self.sinks or ()), *(self.recent or ())):
             return None
-        if wants_gradient(q, *(self.sinks or ()), *(self.recent or ())):
-            return None
-        if q.is_cuda:
-            return packed_decode_attention if gpu_reads(self.quantize_keys.nbits, q.device) else None
-        if q.device.type == "cpu" and self.k is not None and self.v is not None:
-            from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
-
-            return on_cpu.packed_decode_attention_cpu if on_cpu.takes(q, self.k, self.v) else None
-        return None
+        return decode_kernel(q, self.k, self.v, self.constants)
 
     def forget_from(self, seq_len: int) -> None:
         """Forget the tokens from place `seq_len` on.
@@ -291,6 +283,19 @@ class QuantizedCache(LayerCache):
         packed = [None if x is None else x.of_rows(rows) for x in (self.k, self.v)]
         self.recent, self.sinks, (self.k, self.v) = recent, sinks, packed
         self.bytes_copied += self.nbytes
+
+
+def decode_kernel(q: Tensor, k: Packed, v: Packed, constants: Constants) -> Callable[..., Tensor] | None:
+    """The kernel that answers these queries over these packed tokens, if there is one."""
+    if q.shape[2] != 1 or constants.soft_cap is not None or q.dtype == torch.float64 or wants_gradient(q):
+        return None
+    if q.is_cuda:
+        return packed_decode_attention if gpu_reads(k.quantizer.nbits, q.device) else None
+    if q.device.type == "cpu":
+        from labkit.kernels import packed_attention_cpu as on_cpu  # Numba takes a while to import
+
+        return on_cpu.packed_decode_attention_cpu if on_cpu.takes(q, k, v) else None
+    return None
 
 
 def check_format(nbits: int | torch.dtype, metadata: torch.dtype) -> None:

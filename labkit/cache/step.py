@@ -105,6 +105,15 @@ class Step:
             self._places[device, "text"] = first + torch.arange(self.counts[0], device=device)
         return self._places[device, "text"]
 
+    def key_positions(self, num_kv_heads: int, device: torch.device | str) -> Tensor:
+        """Of each new token, int32 `[batch, num_kv_heads, new_tokens]`, -1 for padding. Made once: do not write it."""
+        device = torch.device(device)
+        if (device, num_kv_heads) not in self._places:
+            positions = self.text_positions(device).clamp(min=-1).to(torch.int32)
+            made = positions[:, None].expand(self.batch, num_kv_heads, -1).contiguous()
+            self._places[device, num_kv_heads] = made
+        return self._places[device, num_kv_heads]
+
     def places(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Row and index in that row of each new token, row after row, both int64 `[all new tokens]`. Made once."""
         device = torch.device(device)

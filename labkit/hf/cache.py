@@ -88,7 +88,7 @@ class WrappedCache(transformers.Cache):
         lengths = self.source.lengths
         counts = tuple(length - self.start for length in lengths)
         step = Step(counts, (self.start,) * len(lengths), self.source.padding)
-        self.source.settle([layer.plan(step) for layer in self.source.layers])
+        self.source.settle(self.source.plan(step))
 
     def forget_pass(self) -> None:
         """The next update begins a pass, whatever the last one was."""

@@ -56,7 +56,8 @@ class Recall:
     @property
     def share_spread(self) -> float:
         """Half of Wilson's interval at one standard error: unlike sqrt(p (1 - p) / n), not 0 when all or none hit."""
-        return math.sqrt(self.share * (1 - self.share) / self.facts + 0.25 / self.facts**2) / (1 + 1 / self.facts)
+        low, high = wilson(self.hits, self.facts, 1.0)
+        return (high - low) / 2
 
     @property
     def log_probability(self) -> float:
@@ -73,6 +74,14 @@ class Recall:
             f"{self.hits} of {self.facts} facts recalled, a share of {plus_minus(self.share, self.share_spread)}; "
             f"log-probability {plus_minus(self.log_probability, self.log_probability_spread)} nats per answer token"
         )
+
+
+def wilson(hits: int, trials: int, errors: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, so many standard errors to each side: by default the one of 95%."""
+    share, square = hits / trials, errors * errors / trials
+    middle = (share + square / 2) / (1 + square)
+    half = errors * math.sqrt(share * (1 - share) / trials + square / trials / 4) / (1 + square)
+    return middle - half, middle + half
 
 
 def recall(

@@ -17,7 +17,7 @@ from labkit.sizing.cache import (
     step_bytes,
 )
 from labkit.sizing.cost import Bill, Price, conversation_cost
-from labkit.sizing.formats import Dense, Evicting, Format, Paged, PagedQuantized, Quantized, kv_format
+from labkit.sizing.formats import Dense, Evicting, Format, Paged, PagedQuantized, Quantized, Selecting, kv_format
 from labkit.sizing.memory import (
     RESERVE,
     Split,
@@ -60,6 +60,7 @@ __all__ = [
     "Plan",
     "Price",
     "Quantized",
+    "Selecting",
     "SizeError",
     "Split",
     "all_reduce_seconds",

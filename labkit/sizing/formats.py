@@ -414,6 +414,8 @@ class Evicting:
     a policy notes of a request, in every layer.
     prompt_tokens: where eviction happens once, at the end of a prompt of so many, and what follows is kept; None where
     the budget always holds. What a pass holds of its own tokens until it ends is not counted.
+    packing: how what is kept is packed, whose dtype goes then for this one's. Where the budget always holds, whole
+    groups are evicted, so that down to `budget` - `group_size` + 1 tokens are held; none is chosen ahead.
     A layer with a latent or an `index_dim` keeps all, in `dtype`.
     """
 
@@ -423,10 +425,14 @@ class Evicting:
     tally: bool = False
     victims: int = 1
     state_bytes: int = 0
+    packing: Quantized | None = None
 
     def __post_init__(self) -> None:
         check_count("budget", self.budget)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.packing is not None and not isinstance(self.packing, Quantized):
+            raise SizeError(f"packing is a Quantized, as in Quantized(4), or None; got {shown(self.packing)}")
+        dtype = dtype_name(self.dtype)
+        object.__setattr__(self, "dtype", dtype if self.packing is None else self.packing.dtype)
         if self.prompt_tokens is not None:
             check_count("prompt_tokens", self.prompt_tokens)
         check_flag("tally", self.tally)
@@ -436,13 +442,14 @@ class Evicting:
     @property
     def name(self) -> str:
         """The dtype, and how many tokens are kept."""
-        kept = f"{self.dtype}, {self.budget:,} tokens kept"
+        dtype = self.dtype if self.packing is None else self.packing.name
+        kept = f"{dtype}, {self.budget:,} tokens kept"
         return kept if self.prompt_tokens is None else f"{kept} of a prompt of {self.prompt_tokens:,}"
 
     @property
     def bits_per_element(self) -> Fraction:
-        """Bits of the dtype; positions add 32 per token and KV head, a tally as many."""
-        return bits(self.dtype)
+        """Bits of the dtype, or as packed; positions add 32 per token and KV head, a tally as many."""
+        return bits(self.dtype) if self.packing is None else self.packing.bits_per_element
 
     @property
     def limit(self) -> int | None:
@@ -451,6 +458,8 @@ class Evicting:
 
     def keeps(self, tokens: int) -> int:
         """Tokens held after `tokens`."""
+        if self.packing is not None and self.prompt_tokens is None and tokens > self.budget:
+            return self.budget - (self.budget - tokens) % self.packing.group_size
         if self.prompt_tokens is None or tokens <= self.prompt_tokens:
             return min(tokens, self.budget)
         return min(self.prompt_tokens, self.budget) + tokens - self.prompt_tokens
@@ -463,8 +472,8 @@ class Evicting:
         """K, V, position and tally of a token for which none leaves; else nothing."""
         if not self.evicts(layer):
             return Dense(self.dtype).token_bytes(layer, position)
-        each = layer.elements_per_token * bits(self.dtype) / 8 + self.beside(layer)
-        return each * (self.keeps(position + 1) - self.keeps(position))
+        each = layer.elements_per_token * self.bits_per_element / 8 + self.beside(layer)
+        return each * max(0, self.keeps(position + 1) - self.keeps(position))
 
     def beside(self, layer: Layer) -> int:
         """Bytes of a token held besides K and V, all KV heads together."""
@@ -477,20 +486,101 @@ class Evicting:
         if not tokens:
             return layer.state_bytes
         held = self.keeps(tokens)
-        full = self.prompt_tokens is None and held == self.budget
+        full = self.prompt_tokens is None and self.packing is None and held == self.budget
         victims = 8 * layer.num_kv_heads * self.victims if full else 0
-        kept = to_bytes(held * layer.elements_per_token, self.dtype) + held * self.beside(layer)
-        return kept + victims + self.state_bytes + layer.state_bytes
+        beside = held * self.beside(layer) + victims
+        return self.numbers(layer, held) + beside + self.state_bytes + layer.state_bytes
+
+    def numbers(self, layer: Layer, held: int) -> int:
+        """Bytes of K and V of so many tokens held."""
+        if self.packing is None:
+            return to_bytes(held * layer.elements_per_token, self.dtype)
+        self.packing.check_head_dim(layer.k_dim, layer.v_dim)
+        return ceil(layer.elements_per_token * self.packing.bits_held(held) / 8)
 
     def model_bytes(self, tokens: int) -> int:
         """Nothing is shared."""
         return 0
 
     def read_bytes(self, layer: Layer, tokens: int) -> int:
-        """K and V of what is held; where a layer has a window, of no more than that."""
+        """K and V of what is held; where a layer has a window and nothing is packed, of no more than that."""
         if not self.evicts(layer):
             return Dense(self.dtype).read_bytes(layer, tokens)
+        if self.packing is not None:
+            return self.numbers(layer, self.keeps(tokens)) + layer.state_bytes
         return Dense(self.dtype).layer_bytes(layer, min(self.keeps(tokens), layer.tokens_held(tokens)))
+
+    def fullest(self, model: Layered, tokens: int) -> int:
+        """The longest: no token makes it smaller. With groups, a length just before one was packed, or evicted."""
+        if self.packing is None:
+            return tokens
+        ends = {tokens, min(tokens, self.budget)}
+        lengths = {at for end in ends for at in range(max(0, end - 2 * self.packing.group_size), end + 1)}
+        return max(sorted(lengths), key=lambda length: request_bytes(model, length, self))
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """K and V as they are, all of them, and of each page of `page_size` tokens two bounds for each channel of its keys.
+
+    budget: tokens of a request that a decode step reads at most, in pages; what a window hides is not counted off.
+    A layer with a latent or an `index_dim` is read whole, and keeps no such numbers.
+    """
+
+    budget: int
+    page_size: int = 16
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        check_count("page_size", self.page_size)
+        check_count("budget", self.budget, least=2 * self.page_size)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def name(self) -> str:
+        """The dtype, and how many tokens are read."""
+        return f"{self.dtype}, {self.budget:,} tokens read"
+
+    @property
+    def bits_per_element(self) -> Fraction:
+        """Bits of the dtype; the bounds of a page take as much as two keys besides."""
+        return bits(self.dtype)
+
+    @property
+    def limit(self) -> int | None:
+        """None."""
+        return None
+
+    def selects(self, layer: Layer) -> bool:
+        """Whether all that the layer keeps of a token is K and V."""
+        return layer.kind in ("full", "window", "hybrid") and not layer.index_dim
+
+    def bounds(self, layer: Layer, tokens: int) -> int:
+        """Bytes of the bounds of all pages."""
+        if not self.selects(layer):
+            return 0
+        return to_bytes(2 * -(-tokens // self.page_size) * layer.num_kv_heads * layer.k_dim, self.dtype)
+
+    def token_bytes(self, layer: Layer, position: int) -> Fraction:
+        """A token's own numbers, and its share of its page's bounds."""
+        own = token_bytes(layer, position, False, bits(self.dtype))
+        return own + Fraction(self.bounds(layer, self.page_size), self.page_size)
+
+    def layer_bytes(self, layer: Layer, tokens: int) -> int:
+        """All tokens, and the bounds."""
+        return Dense(self.dtype, drops=False).layer_bytes(layer, tokens) + self.bounds(layer, tokens)
+
+    def model_bytes(self, tokens: int) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def read_bytes(self, layer: Layer, tokens: int) -> int:
+        """All, up to the budget; beyond it the bounds, and whole pages but for the newest."""
+        if tokens <= self.budget or not self.selects(layer):
+            return Dense(self.dtype).read_bytes(layer, tokens)
+        newest = (tokens - 1) % self.page_size + 1
+        read = (self.budget // self.page_size - 1) * self.page_size + newest
+        return Dense(self.dtype, drops=False).layer_bytes(layer, read) + self.bounds(layer, tokens)
 
     def fullest(self, model: Layered, tokens: int) -> int:
         """The longest: no token makes it smaller."""

@@ -265,6 +265,10 @@ class TestScores:
         expected = pooled.unflatten(1, (KV_HEADS, GROUP)).mean(2)
         got = self.scores(SnapKV(window=6), k, v, q)[:, :, :-6].double()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+        by_head = before.unflatten(1, (KV_HEADS, GROUP)).mean(2)
+        expected = torch.stack([by_head[:, :, max(0, i - 2) : i + 3].amax(-1) for i in range(34)], dim=-1)
+        got = self.scores(SnapKV(window=6, pool_by="max"), k, v, q)[:, :, :-6].double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
     def test_of_expected_attention_are_the_papers_formula(self):
         q, k, v = drawn(1, 12, 3)
@@ -453,7 +457,7 @@ class TestUndo:
     def test_a_plan_that_fails_in_one_layer_evicts_in_none(self, name, before, count, monkeypatch):
         cache = self.made(name, before)
         was = [everything(layer) for layer in cache.layers]
-        monkeypatch.setattr(cache[1], "plan", lambda step: 1 / 0)
+        monkeypatch.setattr(cache[1], "plan", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             feed(cache, [count], seed=5)
         assert all(map(same, was, [everything(layer) for layer in cache.layers]))
@@ -657,10 +661,17 @@ class TestBadInput:
             (lambda: EvictingCache(Window, 8), "policy is one of labkit.cache.evicting's"),
             (lambda: EvictingCache(Window(), 8, during="decode"), 'during is "always" or "prompt"; got'),
             (lambda: EvictingCache(Window(), 8, every=0), "every is a number of steps, at least 1; got 0"),
+            (lambda: EvictingCache(Window(), 8, safeguard=0.2), 'take during="prompt" with safeguard'),
+            (lambda: EvictingCache(Window(), 8, during="prompt", safeguard=2.0), "a fraction of the budget, 0 to 1"),
+            (
+                lambda: EvictingCache(Window(), 8, during="prompt", safeguard=0.2, frequencies=FREQUENCIES),
+                "leave frequencies or safeguard out",
+            ),
             (lambda: Window(sinks=-1), "sinks are a number of tokens, 0 or more; got -1"),
             (lambda: H2O(recent=1.5), "recent is a number of tokens, or as a float a fraction"),
             (lambda: SnapKV(window=0), "window is a number of tokens, at least 1"),
             (lambda: SnapKV(pool=4), "pool is an odd number"),
+            (lambda: SnapKV(pool_by="sum"), 'pool_by is "mean" or "max"; got'),
             (lambda: ExpectedAttention(frequencies=FREQUENCIES, future=0), "future is a number of positions"),
             (lambda: Cache.evicting(3, Window(), [4, 5]), "budget is given for 2 layers, and there are 3"),
             (lambda: EvictingCache(Window(), 0.5).format, "known with the first tokens"),
@@ -736,6 +747,94 @@ class TestBudgets:
         feed(cache, [12], padding=[2, 5])
         assert cache[0].physical_len == 5
         assert (cache[0].positions >= 0).all()
+
+
+class TestHeadsThatShareABudget:
+    """Ada-KV: of all heads of a layer together the highest scores, and of each at least a few."""
+
+    @given(
+        tokens=st.integers(9, 30),
+        room=st.integers(5, 9),
+        safeguard=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+        pad=st.integers(0, 4),
+        name=st.sampled_from(["key norm", "H2O", "SnapKV"]),
+        dtype=st.sampled_from([torch.float64, torch.float32]),
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_they_keep_the_highest_of_all_and_attend_to_just_those(self, tokens, room, safeguard, pad, name, dtype):
+        policy, padding = POLICIES[name], [0, min(pad, tokens - room)]
+        options = {"during": "prompt", "safeguard": safeguard}
+        cache, whole = Cache.evicting(1, policy, room, **options), EvictingCache(policy, 999)
+        q, k, v = drawn(2, tokens, 1, dtype)
+        with cache.step([tokens] * 2, padding=padding) as step:
+            for layer in (cache[0], whole):
+                layer.append(k, v, step)
+                layer.attend(q, step)
+        held = whole.kept
+        newest = torch.tensor([[[tokens - 1]], [[tokens - 1 - padding[1]]]])
+        scores = policy.score(Held(k, v, held.positions, newest, Constants(), held.notes))
+        sure = max(1, int(safeguard * room))
+        for row in range(2):
+            ranks = {}
+            for head in range(KV_HEADS):
+                for at, position in enumerate(held.positions[row, head].tolist()):
+                    last = position > newest[row].item() - policy.recent_of(room)
+                    useful = (3, 0.0) if last else (2, scores[row, head, at].item())
+                    ranks[head, at] = useful if position >= 0 else (0, 0.0)
+            chosen = set()
+            for head in range(KV_HEADS):
+                own = sorted((key for key in ranks if key[0] == head), key=lambda key: ranks[key])
+                chosen |= set(own[-sure:])
+            rest = sorted((key for key in ranks if key not in chosen), key=lambda key: ranks[key])
+            missing = KV_HEADS * room - len(chosen)
+            chosen |= set(rest[len(rest) - missing :])
+            for head in range(KV_HEADS):
+                right = sorted(at - padding[row] for one, at in chosen if one == head and at >= padding[row])
+                got = cache[0].positions[row, head]
+                assert sorted(got[got >= 0].tolist()) == right
+        kept = cache[0].kept
+        slots = max((kept.positions[row, head] >= 0).sum().item() for row in range(2) for head in range(KV_HEADS))
+        assert kept.tokens == slots
+        assert cache.nbytes == 2 * KV_HEADS * kept.tokens * (2 * DIM * dtype.itemsize + 4)  # empty slots are counted
+        assert cache[0].format.budget == kept.tokens or not kept.hides
+        q, k, v = drawn(2, 3, 2, dtype)
+        with cache.step([3, 3]) as step:
+            cache[0].append(k, v, step)
+            out = cache[0].attend(q, step)
+        for row in range(2):
+            for head in range(KV_HEADS):
+                real = cache[0].positions[row, head] >= 0
+                first, mine = tokens - padding[row], slice(head * GROUP, (head + 1) * GROUP)
+                visible = Visibility(
+                    3, int(real.sum()), (first,), key_position=cache[0].positions[row, head][None, real]
+                )
+                sides = (x[row, head][real][None, None] for x in cache[0].held())
+                expected = attention(q[row : row + 1, mine], *sides, visible=visible)
+                bound = attention_bound(q, *cache[0].held()) * 20
+                torch.testing.assert_close(out[row : row + 1, mine], expected, rtol=0, atol=bound)
+
+    def test_what_is_evicted_is_gone_and_a_step_can_be_undone(self):
+        cache = Cache.evicting(2, KeyNorm(), 6, during="prompt", safeguard=0.2)
+        q, k, v = drawn(2, 14, 0)
+        k[:, 0, :9] *= 9  # the first head keeps few
+        v[:, 0, :9] = math.nan
+        with cache.step([14, 14]) as step:
+            for layer in cache.layers:
+                layer.append(k, v, step)
+                layer.attend(q, step)
+        assert cache[0].kept.hides
+        with pytest.raises(ValueError, match="what KeyNorm evicted after 14 is lost"):
+            cache.truncate(13)
+        was = [everything(layer) for layer in cache.layers]
+        with pytest.raises(KeyboardInterrupt), cache.step([1, 1]) as step:  # noqa: PT012
+            cache[0].append(*drawn(2, 1, 5)[1:], step)
+            raise KeyboardInterrupt
+        assert all(map(same, was, [everything(layer) for layer in cache.layers]))
+        assert all(out.isfinite().all() for out in feed(cache, [1, 3, 1], seed=4))
+        cache.truncate(15)
+        assert cache[0].physical_len == was[0][-1][0].shape[2] + 1
+        cache.select_rows(torch.tensor([1, 0]))
+        assert feed(cache, [1], seed=6)[0].isfinite().all()
 
 
 class TestThroughTheDecoder:

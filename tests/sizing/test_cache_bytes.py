@@ -13,6 +13,7 @@ from labkit import sizing, specs
 from labkit.cache import (
     Cache,
     EvictingCache,
+    EvictingQuantizedCache,
     GrowingCache,
     LayerCache,
     PagedCache,
@@ -20,6 +21,7 @@ from labkit.cache import (
     Pages,
     PreallocatedCache,
     QuantizedCache,
+    SelectingCache,
 )
 from labkit.cache.evicting import H2O, Notes, Policy, Window
 from labkit.cache.recording import RecordingCache
@@ -30,6 +32,7 @@ from labkit.sizing import (
     Paged,
     PagedQuantized,
     Quantized,
+    Selecting,
     SizeError,
     bytes_per_token,
     cache_bytes,
@@ -60,6 +63,11 @@ MAKE = {
     PagedCache: (just_enough, lambda dtype: Paged(BLOCK, dtype, drops=False)),
     PagedQuantizedCache: (lambda *sizes: just_enough(*sizes, 8, PagedQuantizedCache),
                           lambda dtype: PagedQuantized(4, 8, dtype, drops=False)),
+    SelectingCache: (lambda *_: lambda: SelectingCache(12, page_size=5), lambda dtype: Selecting(12, 5, dtype)),
+    EvictingQuantizedCache: (
+        lambda *_: lambda: EvictingQuantizedCache(Window(), 43, 4, group_size=8, residual_length=5),
+        lambda dtype: Evicting(43, victims=0, packing=Quantized(4, 8, 5, dtype, drops=False)),
+    ),
     EvictingCache: (lambda *_: lambda: EvictingCache(Window(), 23), lambda dtype: Evicting(23, dtype)),
 }  # fmt: skip
 
@@ -80,7 +88,7 @@ def test_every_cache_class_of_the_project_has_a_prediction():
 )
 def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype, cuts):
     make, kept = MAKE[kind]
-    if kind in (QuantizedCache, PagedQuantizedCache):
+    if kind in (QuantizedCache, PagedQuantizedCache, EvictingQuantizedCache):
         model = replace(model, head_dim=8 * model.head_dim)
     cache = Cache.of(model.num_layers, make(tokens, batch))
     for begin in range(0, tokens, cuts):

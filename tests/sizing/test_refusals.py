@@ -7,7 +7,7 @@ import math
 import pytest
 
 from labkit import sizing, specs
-from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Price, Quantized, SizeError
+from labkit.sizing import Dense, Evicting, Paged, PagedQuantized, Price, Quantized, Selecting, SizeError
 from labkit.specs import SpecError
 from tests.shapes import GPU, LINK, shape
 
@@ -31,6 +31,7 @@ COUNTS = [
     "num_kv_heads",
     "group_size",
     "block_size",
+    "page_size",
     "budget",
 ]
 FROM_ZERO = [
@@ -61,6 +62,7 @@ BAD = {  # by the argument's name: what it can never be
     "nbytes": NO_NUMBER,
     "nbits": [*NO_NUMBER, 3, 0, 4.0],
     "key_axis": [None, "head", 3, []],
+    "packing": [3, "int4", {}],
     **{name: [None, 3, "3", {}] for name in ("price", "floor", "plan")},
 }
 PLAN = {
@@ -77,7 +79,8 @@ RIGHT = {  # each public function with arguments that it takes
     "Dense": (Dense, {"dtype": "float16", "capacity": 9, "drops": True}),
     "Evicting": (
         Evicting,
-        {"budget": 9, "dtype": "float16", "prompt_tokens": 8, "tally": True, "victims": 2, "state_bytes": 4},
+        {"budget": 9, "dtype": "float16", "prompt_tokens": 8, "tally": True, "victims": 2, "state_bytes": 4,
+         "packing": Quantized(4, 8)},
     ),
     "Paged": (Paged, {"block_size": 16, "dtype": "float16", "drops": True}),
     "PagedQuantized": (
@@ -95,6 +98,7 @@ RIGHT = {  # each public function with arguments that it takes
             "symmetric": False, "key_axis": "token", "sink_length": 0, "drops": True,
         },
     ),
+    "Selecting": (Selecting, {"budget": 40, "page_size": 8, "dtype": "float16"}),
     "all_reduce_seconds": (sizing.all_reduce_seconds, {"model": MODEL, "ranks": 2, "tokens": 9, "link": LINK}),
     "arithmetic_intensity": (sizing.arithmetic_intensity, {"flops": 1.0, "nbytes": 2.0}),
     "attainable": (sizing.attainable, {"gpu": GPU, "intensity": 3.0, "dtype": "bfloat16"}),

@@ -28,6 +28,7 @@ def ranked(
     """Scores in which protection and uselessness are said as numbers, float32 `[batch, num_kv_heads, tokens]`.
 
     A score that is NaN counts as the lowest. newest: the position of the newest token, int or `[batch, 1, 1]`.
+    Of several layers at once: `[layers, batch, num_kv_heads, tokens]`.
     """
     ranks = torch.nan_to_num(scores.float(), nan=-MOST, posinf=MOST, neginf=-MOST)
     if recent:
@@ -44,6 +45,21 @@ def ranked(
 def highest(ranks: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest, in the order they lie in, int64 `[batch, num_kv_heads, count]`."""
     return ranks.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def highest_of_all(ranks: Tensor, count: int, sure: int) -> tuple[Tensor, Tensor]:
+    """Indices of the highest of all KV heads together, `count` for each on average and at least `sure`.
+
+    int64 `[batch, num_kv_heads, most]`, in the order they lie in, `most` as the head that gets most has; and which of
+    them are none, since their head gets fewer, bool.
+    """
+    own = ranks.topk(sure, dim=-1).indices
+    common = ranks.scatter(2, own, math.inf).flatten(1)
+    kept = torch.zeros_like(common, dtype=torch.bool).scatter(1, common.topk(count * ranks.shape[1]).indices, True)
+    kept = kept.view(ranks.shape)
+    most = int(kept.sum(dim=-1).max())
+    index = kept.float().topk(most, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return index, ~kept.gather(2, index)
 
 
 def lowest(ranks: Tensor, count: int) -> Tensor:

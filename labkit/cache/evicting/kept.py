@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ class Kept:
     """K and V `[batch, num_kv_heads, tokens, head_dim]`, positions int32 `[batch, num_kv_heads, tokens]`, and notes.
 
     victims: slots that the next tokens will take, in this order, int64 `[batch, num_kv_heads, any]`; None where the
-    next tokens are put behind. used: how many of them are taken.
+    next tokens are put behind. used: how many of them are taken. hides: whether slots may be empty, as of heads that
+    keep fewer tokens than another: their positions are -1, K and V 0.
     """
 
     k: Tensor
@@ -27,6 +29,7 @@ class Kept:
     notes: Notes = field(default_factory=Notes)
     victims: Tensor | None = None
     used: int = 0
+    hides: bool = False
 
     @property
     def tokens(self) -> int:
@@ -44,6 +47,10 @@ class Kept:
         """Tokens that can still be put in the place of a victim."""
         return 0 if self.victims is None else self.victims.shape[2] - self.used
 
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """K and V of all that is held."""
+        return self.k, self.v
+
     def extended(self, k: Tensor, v: Tensor, positions: Tensor) -> Kept:
         """With new tokens behind those held."""
         tokens = self.notes.tokens
@@ -52,6 +59,7 @@ class Kept:
             torch.cat((self.v, v), dim=2),
             torch.cat((self.positions, positions), dim=2),
             replace(self.notes, tokens=None if tokens is None else F.pad(tokens, (0, k.shape[2]))),
+            hides=self.hides,
         )
 
     def chosen(self, index: Tensor) -> Kept:
@@ -65,55 +73,74 @@ class Kept:
             replace(self.notes, tokens=None if tokens is None else tokens.gather(2, index)),
         )
 
+    def emptied(self, slots: Tensor) -> Kept:
+        """The same with nothing in these slots, bool `[batch, num_kv_heads, tokens]`."""
+        k, v = (x.masked_fill(slots[..., None], 0.0) for x in (self.k, self.v))
+        return Kept(k, v, self.positions.masked_fill(slots, -1), self.notes, hides=bool(slots.any()))
+
+    def noted(self, notes: Notes) -> Kept:
+        """The same with other notes."""
+        return Kept(self.k, self.v, self.positions, notes, self.victims, self.used, self.hides)
+
+    def doomed(self, victims: Tensor) -> Kept:
+        """The same with these victims, none of them taken."""
+        return Kept(self.k, self.v, self.positions, self.notes, victims, 0)
+
     def changed(self, change: Callable[[Tensor], Tensor]) -> Kept:
         """Each tensor changed: for what is done to all rows alike."""
         notes = Notes(
             None if self.notes.tokens is None else change(self.notes.tokens), tuple(map(change, self.notes.rows))
         )
         victims = None if self.victims is None else change(self.victims)
-        return Kept(change(self.k), change(self.v), change(self.positions), notes, victims, self.used)
+        return Kept(change(self.k), change(self.v), change(self.positions), notes, victims, self.used, self.hides)
 
     def first(self, tokens: int) -> Kept:
         """The first `tokens` slots, in memory of their own, without notes."""
         k, v, positions = (x[:, :, :tokens].clone() for x in (self.k, self.v, self.positions))
-        return Kept(k, v, positions)
+        return Kept(k, v, positions, hides=self.hides)
 
 
 @dataclass(frozen=True, eq=False)
 class Overwritten:
     """A token of each KV head whose slot the newest has taken: what it takes to put it back.
 
-    slot: int64 `[batch, num_kv_heads, 1]`.
+    slots: int64 `[batch * num_kv_heads]`, counted over the slots of all rows and KV heads. k, v: `[batch *
+    num_kv_heads, head_dim]`. positions: int32, as `slots`.
     """
 
-    slot: Tensor
+    slots: Tensor
     k: Tensor
     v: Tensor
     positions: Tensor
 
     @classmethod
     def of(cls, kept: Kept, slot: Tensor) -> Overwritten:
-        """What `kept` has in these slots."""
-        whole = cls.whole(kept, slot)
-        return cls(slot, kept.k.gather(2, whole), kept.v.gather(2, whole), kept.positions.gather(2, slot))
+        """What `kept` has in these slots, int64 `[batch, num_kv_heads]`."""
+        slots = slot.flatten() + first_slots(slot.numel(), kept.tokens, slot.device)
+        return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
 
     @staticmethod
-    def whole(kept: Kept, slot: Tensor) -> Tensor:
-        """The slot as an index into K and V."""
-        return slot[..., None].expand(-1, -1, -1, kept.k.shape[3])
+    def lines(kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        """K, V and positions, a line for each slot of all rows and KV heads: views."""
+        head_dim = kept.k.shape[3]
+        return kept.k.view(-1, head_dim), kept.v.view(-1, head_dim), kept.positions.view(-1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it but the slot, which is the victims'."""
+        """Bytes of all of it but the slots, which are the victims'."""
         return sum(map(size_of, (self.k, self.v, self.positions)))
 
     def put(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write one token of each KV head into the slot, in place."""
-        whole = self.whole(kept, self.slot)
-        kept.k.scatter_(2, whole, k)
-        kept.v.scatter_(2, whole, v)
-        kept.positions.scatter_(2, self.slot, positions)
+        """Write one token of each KV head, of these shapes, into the slots, in place."""
+        for held, new in zip(self.lines(kept), (k, v, positions), strict=True):
+            held.index_copy_(0, self.slots, new)
 
     def put_back(self, kept: Kept) -> None:
         """As it was. It takes no memory."""
         self.put(kept, self.k, self.v, self.positions)
+
+
+@lru_cache(maxsize=16)
+def first_slots(count: int, tokens: int, device: torch.device) -> Tensor:
+    """The first slot of each row and KV head, counted over all of them, int64 `[count]`."""
+    return torch.arange(count, device=device) * tokens

@@ -23,15 +23,16 @@ several tokens runs its tokens are held, too, and at its end for a moment the ol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from labkit.attention import Visibility, attention_weights, blended, is_count
+from labkit.attention import Visibility, attention_weights, blended, is_count, wide_dtype
 from labkit.cache.evicting.budgets import Budget, check_budget, check_protected, tokens_of
-from labkit.cache.evicting.choosing import highest, lowest, ranked
+from labkit.cache.evicting.choosing import highest, highest_of_all, lowest, ranked
 from labkit.cache.evicting.kept import Kept, Overwritten
 from labkit.cache.evicting.places import places_of, turned
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
@@ -58,9 +59,16 @@ class EvictingCache(LayerCache):
     a step; "prompt" evicts once, when the first step has ended, and grows from then on. every: how many victims a full
     cache chooses at once. With more than 1 the policy scores, and looks on for that, only once in so many decode steps,
     and the tokens that came since are safe meanwhile.
+    safeguard: shares what all KV heads of a layer keep among them by score (Ada-KV, arXiv:2407.11550): `budget` is then
+    what a head keeps on average, and `safeguard` the fraction of it that each is sure of (the paper's alpha, 0.2). None
+    gives all the same. Heads' slots lie in one tensor, as many as the head has that keeps most, and those are the
+    bytes: of a head that keeps fewer some are empty. It goes with `during="prompt"` alone, after which nothing is
+    evicted. Scores must mean the same in every head, as weights of attention do.
     frequencies: RoPE's, in radians per position, float `[head_dim / 2]` (`model.frequencies`): keys and queries are
     then turned to the places that the tokens held have in the cache, 0 to `budget` - 1, each time they are read
-    (StreamingLLM, arXiv:2309.17453). None leaves them as they came.
+    (StreamingLLM, arXiv:2309.17453). None leaves them as they came. A window without gaps is as far from a decode
+    step's query in the cache as it was in the text: there only the query is turned, for the sinks. Of other policies
+    all keys are, which takes longer than attention to them.
 
     Rows are of one length, padded at the left; padding is hidden, and evicted first, then what left the model's window.
     `truncate` goes back no further than to where the last token was lost. No gradient through what was evicted.
@@ -76,6 +84,7 @@ class EvictingCache(LayerCache):
         *,
         during: str = "always",
         every: int = 1,
+        safeguard: float | None = None,
         frequencies: Tensor | None = None,
         scale: float | None = None,
         window: int | None = None,
@@ -91,7 +100,10 @@ class EvictingCache(LayerCache):
             raise ValueError(f'during is "always" or "prompt"; got {during!r}')
         if not is_count(every) or every < 1:
             raise ValueError(f"every is a number of steps, at least 1; got {every!r}")
+        if safeguard is not None:
+            check_safeguard(safeguard, during, frequencies)
         self.policy, self.budget, self.during, self.every = policy, budget, during, int(every)
+        self.safeguard = safeguard
         self.frequencies = frequencies
         self.forget()
 
@@ -132,6 +144,8 @@ class EvictingCache(LayerCache):
         if not is_count(room):
             raise ValueError("a budget that is a fraction of the prompt is known with the first tokens: append before")
         always = self.during == "always"
+        if self.kept is not None and self.kept.hides:  # slots of the head that keeps most
+            room = self.kept.tokens - (self.seq_len - self.lost_at)
         return Evicting(
             budget=int(room), tally=always and self.policy.lasting, victims=self.victims_of(int(room)) if always else 0
         )
@@ -152,7 +166,7 @@ class EvictingCache(LayerCache):
 
     def held(self) -> tuple[Tensor, Tensor] | None:
         """K and V of the tokens held, slot by slot; `positions` says which they are."""
-        return None if self.kept is None else (self.kept.k, self.kept.v)
+        return None if self.kept is None else self.kept.dense()
 
     # Appending.
 
@@ -172,12 +186,12 @@ class EvictingCache(LayerCache):
         if self.room is None:
             self.room = tokens_of(self.budget, step)
         with torch.inference_mode(False):  # what is made inside could not be written outside
-            positions = positions_of(k, step)
+            positions = step.key_positions(k.shape[1], k.device)
             kept = self.kept
             if kept is None:
                 # A clone: a view would keep the projection's whole output alive.
                 k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
-                self.kept = Kept(k, v, positions)
+                self.kept = Kept(k, v, positions.clone())
             elif step.new_tokens == 1 and kept.victims_left and self.spare is None:
                 self.overwrite(kept, k, v, positions)
             else:
@@ -187,13 +201,13 @@ class EvictingCache(LayerCache):
     def overwrite(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
-        slot = kept.victims[:, :, kept.used : kept.used + 1]
+        slot = kept.victims[:, :, kept.used]
         notes = kept.notes
         if notes.tokens is not None:
-            notes = replace(notes, tokens=notes.tokens.scatter(2, slot, 0.0))
+            notes = Notes(notes.tokens.scatter(2, slot[:, :, None], 0.0), notes.rows)
         self.spare = Overwritten.of(kept, slot)
-        self.spare.put(kept, k, v, positions)
-        self.kept = replace(kept, notes=notes, used=kept.used + 1)
+        self.spare.put(kept, k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3]), positions.view(-1))
+        self.kept = Kept(kept.k, kept.v, kept.positions, notes, kept.victims, kept.used + 1)
 
     # Attending.
 
@@ -208,34 +222,67 @@ class EvictingCache(LayerCache):
         step = step or self.newest(q)
         self.attended = self.constants
         visible, positions = self.visible(step), step.text_positions(q.device)
-        k = kept.k
+        k, v = kept.dense()
         if self.frequencies is not None and kept.tokens < self.seq_len:
-            q, k, positions = self.in_places(q, kept, positions)
-        if not self.looks_on():
-            return self.answer(q, (k, kept.v), visible, observe)
-        known = None
+            if self.is_sinks_and_window(step) and q.shape[2] == 1 and observe is None and not self.looks_on():
+                return self.over_sinks_and_window(q, k, v, positions)
+            q, k, positions = self.in_places(q, k, kept.positions, positions)
+        watched, known = self.looks_on(), None
         if q.shape[2] == 1:  # the weights of one query are no more than a row: computed once, for both
-            known = attention_weights(q, k, self.constants, visible)
-            out = blended(known.to(q.dtype), kept.v)
-            self.bytes_read += size_of(k) + size_of(kept.v)
-            if observe is not None:
+            out, known = self.answer_one(q, k, v, visible, watched or observe is not None)
+            if observe is not None and known is not None:
                 observe(known.to(q.dtype))
         else:
-            out = self.answer(q, (k, kept.v), visible, observe)
+            out = self.answer(q, (k, v), visible, observe)
+        if not watched:
+            return out
         with torch.inference_mode(False), torch.no_grad():
             seen = Seen(
-                k, kept.v, kept.positions, newest_of(step, q.device), self.constants, kept.notes, q, positions,
+                k, v, kept.positions, newest_of(step, q.device), self.constants, kept.notes, q, positions,
                 visible, known,
             )  # fmt: skip
-            self.kept = replace(kept, notes=checked_notes(self.policy, self.policy.watch(seen), kept))
+            self.kept = kept.noted(checked_notes(self.policy, self.policy.watch(seen), kept))
         return out
+
+    def is_sinks_and_window(self, step: Step) -> bool:
+        """Whether the first slots are the sinks, the others the newest tokens without a gap, and all are visible."""
+        whole = isinstance(self.kept, Kept) and self.constants.window is None
+        return whole and self.policy.gapless and not self.has_padding(step)
+
+    def over_sinks_and_window(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Attention of one query per row at places in the cache, over sinks and a window.
+
+        The window is as far from the query as in the text, the sinks are nearer: for them the query is turned.
+        """
+        assert self.frequencies is not None
+        self.frequencies = self.frequencies.to(q.device)
+        own = k.shape[2] - 1
+        sinks, nearer = self.policy.sinks, turned(q, (own - positions)[:, None], self.frequencies)
+        self.bytes_read += size_of(k) + size_of(v)
+        grouped, near = (x.unflatten(1, (k.shape[1], -1))[:, :, :, 0] for x in (q, nearer))
+        scores = grouped @ k.mT
+        scores[..., :sinks] = near @ k[:, :, :sinks].mT
+        scores = scores * self.constants.scale_for(q.shape[3])
+        if self.constants.soft_cap is not None:
+            scores = self.constants.soft_cap * torch.tanh(scores / self.constants.soft_cap)
+        return (scores.softmax(dim=-1, dtype=wide_dtype(q)).to(q.dtype) @ v).view(q.shape)
+
+    def answer_one(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Visibility, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one query per row, and its weights, if they are wanted."""
+        if not wants_weights:
+            return self.answer(q, (k, v), visible), None
+        self.bytes_read += size_of(k) + size_of(v)
+        weights = attention_weights(q, k, self.constants, visible)
+        return blended(weights.to(q.dtype), v), weights
 
     def visible(self, step: Step) -> Visibility:
         """Who may see whom: by index while nothing has left; else by position, if anything held may be hidden at all.
 
         What was held stands before every new token, and new tokens lie at the end in their order, or there is only one.
         """
-        if self.physical_len == self.seq_len:
+        if self.physical_len == self.seq_len and self.kept is not None and not self.kept.hides:
             return step.visible
         if self.constants.window is None and not self.has_padding(step):
             return Visibility.newest(step.counts[0], self.physical_len)
@@ -244,17 +291,19 @@ class EvictingCache(LayerCache):
         )  # fmt: skip
 
     def has_padding(self, step: Step) -> bool:
-        """Whether some row still holds padding: it was evicted first, so that it is a matter of numbers."""
+        """Whether some slot holds padding, which is evicted first, so that numbers tell; or nothing."""
+        if self.kept is not None and self.kept.hides:
+            return True
         return bool(step.padding) and self.physical_len > min(
             after - skip for after, skip in zip(step.after, step.skipped, strict=True)
         )
 
-    def in_places(self, q: Tensor, kept: Kept, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def in_places(self, q: Tensor, k: Tensor, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys turned to their places among the tokens held, and the places of the queries."""
         assert self.frequencies is not None
         self.frequencies = self.frequencies.to(q.device)
-        places = places_of(kept.positions)
-        k = turned(kept.k, places - kept.positions, self.frequencies)
+        places = places_of(held)
+        k = turned(k, places - held, self.frequencies)
         last = places.amax(dim=(1, 2))[:, None]  # every KV head holds as many tokens of a row
         own = last - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
         return turned(q, (own - positions)[:, None], self.frequencies), k, own
@@ -273,20 +322,32 @@ class EvictingCache(LayerCache):
         """Whether the policy is shown this step."""
         return self.policy.watches and ((self.policy.lasting and self.during == "always") or self.decides())
 
-    def plan(self, step: Step) -> Plan | None:
-        """What is left when the step has ended. ValueError for scores of another shape."""
+    @classmethod
+    def plan_all(cls, layers: Sequence[EvictingCache], step: Step) -> list[Plan | None]:
+        """`plan` of several layers; where all are full and alike, their victims are chosen at once."""
+        if (victims := victims_together(layers, step)) is None:
+            return [layer.plan(step) for layer in layers]
+        return [layer.plan(step, some) for layer, some in zip(layers, victims, strict=True)]
+
+    def plan(self, step: Step, victims: Tensor | None = None) -> Plan | None:
+        """What is left when the step has ended. ValueError for scores of another shape.
+
+        victims: the slots that the next tokens take, where they are known and nothing is to be cut.
+        """
         if (kept := self.kept) is None:
             return None
         moved, lost_at = 0, self.lost_at if self.spare is None else self.seq_len
-        if self.decides():
+        if victims is not None:
+            kept = kept.doomed(victims)
+        elif self.decides():
             newest = newest_of(step, kept.k.device)
             with torch.inference_mode(False):
                 left = self.chosen(kept, step, newest)
-            if left.tokens < kept.tokens:
+            if left.tokens < kept.tokens or left.hides:
                 moved, lost_at = size_of(left.k) + size_of(left.v), self.seq_len
             kept = left
         if not (self.policy.lasting and self.during == "always"):
-            kept = replace(kept, notes=Notes())
+            kept = kept.noted(Notes())
         return Plan(kept, lost_at, moved)
 
     def settle(self, plan: Plan) -> None:
@@ -294,12 +355,24 @@ class EvictingCache(LayerCache):
         self.kept, self.lost_at, self.spare, self.first_ended = plan.kept, plan.lost_at, None, True
         self.bytes_copied += plan.moved
 
+    def kind_of_choice(self) -> tuple[Any, ...] | None:
+        """What layers must have in common to choose victims together; None where there is more to do, or nothing."""
+        kept = self.kept
+        if kept is None or self.during == "prompt" or kept.tokens != self.room or kept.victims_left:
+            return None
+        protected = self.policy.sinks, self.policy.recent_of(self.room), self.victims_of(self.room)
+        return kept.positions.shape, kept.k.dtype, kept.k.device, self.attended.window, protected
+
     def chosen(self, kept: Kept, step: Step, newest: int | Tensor) -> Kept:
         """What is held cut to the budget, and the victims among what is left, by the same scores."""
         assert self.room is not None
         recent, has_padding = self.policy.recent_of(self.room), self.has_padding(step)
         with torch.no_grad():
             scores = self.scores(kept, newest)
+            if self.safeguard is not None:
+                ranks = self.ranked(scores, kept, newest, recent, has_padding)
+                index, empty = highest_of_all(ranks, self.room, max(1, int(self.safeguard * self.room)))
+                return kept.chosen(index).emptied(empty)
             if kept.tokens > self.room:
                 index = highest(self.ranked(scores, kept, newest, recent, has_padding), self.room)
                 scores = scores.gather(2, index)
@@ -309,11 +382,11 @@ class EvictingCache(LayerCache):
             return kept
         with torch.no_grad():  # when the next token has come, one less of these is among the newest
             ranks = self.ranked(scores, kept, newest, max(0, recent - 1), has_padding)
-            return replace(kept, victims=lowest(ranks, self.victims_of(self.room)), used=0)
+            return kept.doomed(lowest(ranks, self.victims_of(self.room)))
 
     def scores(self, kept: Kept, newest: int | Tensor) -> Tensor:
         """What the policy says of each token, float `[batch, num_kv_heads, tokens]`."""
-        scores = self.policy.score(Held(kept.k, kept.v, kept.positions, newest, self.attended, kept.notes))
+        scores = self.policy.score(Held(*kept.dense(), kept.positions, newest, self.attended, kept.notes))
         if not isinstance(scores, Tensor) or scores.shape != kept.positions.shape:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
@@ -371,13 +444,32 @@ class EvictingCache(LayerCache):
         self.bytes_copied += size_of(kept.k) + size_of(kept.v)
 
 
-def positions_of(k: Tensor, step: Step) -> Tensor:
-    """Of each new token, int32 `[batch, num_kv_heads, new_tokens]`; -1 for padding."""
-    first = step.visible.first_query
-    if step.counts[0] == len(first) == 1:  # decode, all rows at the same position
-        return torch.full((*k.shape[:2], 1), max(-1, first[0]), dtype=torch.int32, device=k.device)
-    positions = step.text_positions(k.device).clamp(min=-1).to(torch.int32)
-    return positions[:, None].expand(k.shape[0], k.shape[1], -1).contiguous()
+def check_safeguard(safeguard: float, during: str, frequencies: Tensor | None) -> None:
+    """ValueError unless heads can share a budget so."""
+    if not isinstance(safeguard, float | int) or isinstance(safeguard, bool) or not 0 <= safeguard <= 1:
+        raise ValueError(f"safeguard is a fraction of the budget, 0 to 1; got {safeguard!r}")
+    if during != "prompt":
+        raise ValueError('heads share a budget once, when the prompt has ended: take during="prompt" with safeguard')
+    if frequencies is not None:
+        raise ValueError("places in the cache are for heads that keep equally many: leave frequencies or safeguard out")
+
+
+def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Tensor] | None:
+    """Victims of each of several full layers, chosen by the same operations; None where they cannot be."""
+    first = layers[0]
+    if len(layers) < 2 or any(layer.kind_of_choice() != first.kind_of_choice() for layer in layers):
+        return None
+    if (kept := first.kept) is None or first.room is None or first.kind_of_choice() is None:
+        return None
+    newest = newest_of(step, kept.k.device)
+    with torch.inference_mode(False), torch.no_grad():
+        scores = torch.stack([layer.scores(layer.kept, newest).float() for layer in layers if layer.kept is not None])
+        positions = torch.stack([layer.kept.positions for layer in layers if layer.kept is not None])
+        ranks = ranked(
+            scores, positions, newest, sinks=first.policy.sinks, window=first.attended.window,
+            recent=max(0, first.policy.recent_of(first.room) - 1), has_padding=first.has_padding(step),
+        )  # fmt: skip
+        return lowest(ranks, first.victims_of(first.room)).unbind()
 
 
 def newest_of(step: Step, device: torch.device) -> int | Tensor:

@@ -70,17 +70,18 @@ class SnapKV(Policy):
     """What the last `window` queries look at, and their neighbours (SnapKV, arXiv:2404.14469).
 
     window: the observation window, whose tokens are always kept. pool: tokens, an odd number, over which weights are
-    averaged, so that what stands around a token that is read is kept with it.
+    pooled, so that what stands around a token that is read is kept with it. pool_by: "mean" or "max".
 
-    Settled here: the mean over the window's queries; pooling by the mean with zeros at the ends, over the tokens before
-    the window, in the order of their positions (the paper's code pools by the mean, its text by the maximum); query
-    heads that share a KV head by their mean (SnapKV issue 22). That is kvpress's SnapKVPress. The paper evicts at the
-    end of the prompt only. Where eviction goes on, the window goes on as a running mean: each later query replaces
-    1 / `window` of what was noted, and so does each of a prompt that comes in pieces shorter than the window.
+    Settled here: the mean over the window's queries; pooling with zeros at the ends, over the tokens before the window,
+    in the order of their positions, by the mean unless said (the paper's code pools by the mean, its text by the
+    maximum); query heads that share a KV head by their mean (SnapKV issue 22). That is kvpress's SnapKVPress. The paper
+    evicts at the end of the prompt only. Where eviction goes on, the window goes on as a running mean: each later query
+    replaces 1 / `window` of what was noted, and so does each of a prompt that comes in pieces shorter than the window.
     """
 
     window: int = 64
     pool: int = 5
+    pool_by: str = "mean"
     recent: int | float = field(default=0, init=False)
     lasting: ClassVar[bool] = True
 
@@ -90,6 +91,8 @@ class SnapKV(Policy):
                 raise ValueError(f"{name} is a number of tokens, at least 1; got {getattr(self, name)!r}")
         if self.pool % 2 == 0:
             raise ValueError(f"pool is an odd number of tokens, one with as many at each side; got {self.pool}")
+        if self.pool_by not in ("mean", "max"):
+            raise ValueError(f'pool_by is "mean" or "max"; got {self.pool_by!r}')
         object.__setattr__(self, "recent", self.window)
         super().__post_init__()
 
@@ -103,5 +106,6 @@ class SnapKV(Policy):
         """That, pooled."""
         order = held.positions.argsort(dim=-1)
         before = held.tally.masked_fill(held.positions > held.newest - self.window, 0.0).gather(2, order)
-        pooled = F.avg_pool1d(before, self.pool, stride=1, padding=self.pool // 2)
+        pool = F.avg_pool1d if self.pool_by == "mean" else F.max_pool1d  # weights are never below the zeros at the ends
+        pooled = pool(before, self.pool, stride=1, padding=self.pool // 2)
         return pooled.scatter(2, order, pooled)

@@ -1,0 +1,116 @@
+"""The benchmark of eviction, on a tiny model: what it feeds, counts and judges."""
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import eviction
+from labkit import models
+from labkit.cache import Cache, EvictingCache
+from labkit.specs import ModelSpec
+
+TINY = ModelSpec(
+    "tiny", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, hidden_size=64, intermediate_size=96,
+    vocab_size=128, max_seq_len=1024, tied_head=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.random(TINY, torch.float32, prepack=False)
+
+
+def text(count, seed=0):
+    chance = random.Random(seed)
+    return [chance.randrange(128) for _ in range(count)]
+
+
+def test_a_cache_that_is_fed_holds_what_one_that_reads_the_text_does(model):
+    tokens = text(150)
+    read = eviction.read_once(model, tokens)
+    for policy in eviction.policies(model).values():
+        own, given = (Cache.evicting(2, policy, 70, during="prompt") for _ in range(2))
+        model(torch.tensor([tokens]), own)
+        eviction.fed(given, read)
+        for one, other in zip(own.layers, given.layers, strict=True):
+            assert torch.equal(one.positions, other.positions)
+            assert torch.equal(one.held()[0], other.held()[0])  # exact
+
+
+def test_an_answer_counts_when_every_token_of_it_is_the_likeliest(model):
+    tokens = text(40)
+    right = []
+    for _ in range(3):
+        cache = model.cache()
+        right.append(model(torch.tensor([tokens + right]), cache)[0, -1].argmax().item())
+    read = eviction.read_once(model, tokens[:30])
+    assert eviction.recalls(model, eviction.fed(model.cache(), read), tokens[30:], right)
+    wrong = [*right[:2], (right[2] + 1) % 128]
+    assert not eviction.recalls(model, eviction.fed(model.cache(), read), tokens[30:], wrong)
+
+
+@pytest.mark.parametrize(("place", "at"), [(0.0, 0), (0.5, 145), (1.0, 290)])
+def test_the_number_is_planted_where_it_is_said(place, at):
+    def encode(said):
+        assert said == " " + eviction.FACT.format(4821)
+        return [7] * 10
+
+    told = eviction.planted(encode, [1] * 400, "4821", place)
+    assert len(told) == eviction.TEXT_TOKENS
+    assert told[at : at + 10] == [7] * 10
+    assert told.count(7) == 10
+
+
+def test_recall_is_counted_cell_by_cell_and_judged_at_a_quarter():
+    found = {
+        ("full", 1.0, True, "early"): (10, 10), ("full", 1.0, False, "early"): (10, 10),
+        ("SnapKV", 0.25, True, "early"): (8, 10), ("TOVA", 0.25, True, "early"): (3, 10),
+        ("TOVA", 0.5, True, "early"): (10, 10), ("TOVA", 0.25, False, "early"): (10, 10),
+    }  # fmt: skip
+    figures, (entry,) = eviction.recall_figures(found)
+    assert (entry["value"], entry["holds"]) == (0.8, False)
+    cell = "recall, SnapKV at 25%, known, early"
+    assert figures[cell] == 0.8
+    assert figures[f"{cell}, low"] == pytest.approx(0.4902, abs=1e-4)  # Wilson's, from a table
+    assert figures[f"{cell}, high"] == pytest.approx(0.9433, abs=1e-4)
+    found["SnapKV", 0.25, True, "early"] = (9, 10)
+    assert eviction.recall_figures(found)[1][0]["holds"]
+
+
+def test_bytes_that_are_not_the_budgets_are_found(model, monkeypatch):
+    tokens = torch.tensor([text(81)])
+    assert eviction.wrong_bytes(model, tokens) == 0
+    held = EvictingCache.nbytes.fget
+    monkeypatch.setattr(EvictingCache, "nbytes", property(lambda self: held(self) + 1))
+    assert eviction.wrong_bytes(model, tokens) > 0
+
+
+def test_one_run_prints_figures_and_judges_every_part(model, monkeypatch, capsys):
+    def tokenizer(said, **_):
+        tokens = [ord(letter) % 128 for letter in said]
+        return SimpleNamespace(input_ids=torch.tensor([tokens]) if _.get("return_tensors") else tokens)
+
+    monkeypatch.setattr(eviction.models, "load", lambda **_: model)
+    monkeypatch.setattr(eviction.models, "tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(eviction.quality, "load_text", lambda name: "".join(map(chr, text(700))))
+    monkeypatch.setattr(eviction, "set_threads", lambda: None)
+    monkeypatch.setattr(eviction, "begin", lambda: None)
+    monkeypatch.setattr(eviction, "SEEN", 320)
+    monkeypatch.setattr(eviction, "PASSAGES", (0,))
+    monkeypatch.setattr(eviction, "RANKING", ("SnapKV", "random"))
+    names = ("half", "sinks", "bytes")
+    monkeypatch.setattr(sys, "argv", ["eviction", "--texts", "1", "--only", *names])
+    code = eviction.main()
+    said = capsys.readouterr().out
+    written = json.loads(said.strip().splitlines()[-1])
+    figures = written["figures"]
+    for name in ("SnapKV", "random", "SnapKV, int4", "SnapKV, heads share"):
+        assert figures[f"half, {name}: perplexity"] > 0
+    assert figures["window, 4 sinks, places in the cache: perplexity"] > 0
+    held = {entry["name"]: entry["holds"] for entry in written["bars"]}
+    assert held["bytes beside the budget's, all steps and policies"]
+    assert code == (0 if all(held.values()) else 1)
