@@ -245,9 +245,12 @@ class EvictingCache(LayerCache):
         return out
 
     def is_sinks_and_window(self, step: Step) -> bool:
-        """Whether the first slots are the sinks, the others the newest tokens without a gap, and all are visible."""
+        """Whether the first slots are the sinks, the others the newest tokens without a gap, and all are visible.
+
+        Not in rows that were padded: the tokens that took the padding's slots stand before the sinks.
+        """
         whole = isinstance(self.kept, Kept) and self.constants.window is None
-        return whole and self.policy.gapless and not self.has_padding(step)
+        return whole and self.policy.gapless and not any(step.padding or ())
 
     def over_sinks_and_window(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attention of one query per row at places in the cache, over sinks and a window.
