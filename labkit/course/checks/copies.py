@@ -146,8 +146,8 @@ def check_copies(exercise: type[Exercise], making: Making, k: Tensor, v: Tensor,
         exercise.fail(
             "broadcast-copies",
             seen=f"{seen}, though no line says copy",
-            cause="k and v met q with another number of batch dimensions: a product repeats them until both sides have "
-            "the same, and writes that out",
+            cause="k and v met q with batch dimensions of other sizes, or with fewer of them: a product repeats them "
+            "until both sides have the same, and writes that out",
             look="both sides of the product: 4 dimensions each, with [batch, num_kv_heads] in front",
         )
     if holds(made, k, v, GROUP):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import isclose
@@ -99,6 +100,7 @@ def judge(
     accuse(exercise, suspects, seen, fits=lambda formula: agrees(formula, cases, got))
     counted = all(isinstance(value, list) for case in cases for value in case)  # lists alone have no unit, no factor
     if not counted:
+        explain_rounding(exercise, [(got[index], wanted[index]) for index in wrong], seen)
         explain_ratio(exercise, got, wanted, seen)
     explain_ignored(exercise, answer, want, cases, got, wanted, seen)
     if not counted:
@@ -112,6 +114,25 @@ def judge(
         f"{len(cases) - len(wrong)} of {len(cases)} cases came out right",
         look="this case by hand, one step at a time" if counted else "this case by hand, one factor at a time",
     )
+
+
+def explain_rounding(exercise: type[Exercise], pairs: Sequence[tuple[float, float]], seen: str) -> None:
+    """Every result that is wrong is near the right one, which float32 does not hold, and is a number that it does."""
+    if all(isclose(a, b, rel_tol=1e-6) and single(a) == a and single(b) != b for a, b in pairs):
+        exercise.fail(
+            "rounded",
+            seen=seen,
+            cause="the formula is right, and the result was rounded: float32 holds 24 bits of a number, 7 digits or so",
+            look="where numbers become float32 tensors, or NumPy's: Python's own whole numbers lose no digit",
+        )
+
+
+def single(value: float) -> float:
+    """The float32 number nearest to `value`; infinity beyond the largest."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except (OverflowError, struct.error):
+        return float("inf")
 
 
 def explain_ratio(exercise: type[Exercise], got: Sequence[float], want: Sequence[float], seen: str) -> None:

@@ -151,7 +151,13 @@ class Judge:
         """Name a result that is an earlier call's, where the right one is another."""
         if type(got) is not type(own):
             return
+
+        def misshapen(one: Any, right: Any) -> bool:
+            return isinstance(one, Tensor) and isinstance(right, Tensor) and one.shape != right.shape
+
         for other, then, right in self.seen:
+            if misshapen(got, own) and misshapen(then, right):  # a result of a size that no call of these asks for
+                continue
             if other is not case and fits(got, then) and not fits(own, right):
                 self.exercise.fail(
                     "remembered",

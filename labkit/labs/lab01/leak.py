@@ -127,7 +127,8 @@ def suspects(q: Tensor, k: Tensor, v: Tensor) -> list[Suspect]:
                 "the mask was transposed, or triu stands for tril", "row i sees the columns up to i: tril",
                 "tokens see what is behind them and not what is before"),
         Suspect("mask-multiplied", [lambda: torch.softmax(scores * ~hidden, -1) * ~hidden @ v],
-                "the mask was multiplied with scores and with weights", hide, "the weights do not sum to 1"),
+                "hidden scores are 0, or a number near it, by a product with the mask or as what is filled in: exp(0) "
+                "is 1, a share that the mask then takes from the weights", hide, "the weights do not sum to 1"),
         Suspect("no-softmax", [lambda: scores.masked_fill(hidden, 0) @ v], "softmax is missing",
                 "scores, mask, softmax, product with V", "masked scores are used as weights"),
         Suspect("naive", [lambda: naive_softmax(scores.masked_fill(hidden, infinite)) @ v],

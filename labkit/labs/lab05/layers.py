@@ -80,17 +80,20 @@ class Form:
 
 
 class Recorder:
-    """quantize_group and restore of one layer. Each round adds `CHANGE`; `given` is what was to be quantized."""
+    """quantize_group and restore of one layer. Each round adds `CHANGE`; `given` is what was to be quantized.
 
-    def __init__(self, exercise: type[Exercise]) -> None:
-        self.exercise = exercise
+    copies: whether a form holds copies of what was given, as real ones do, or the very tensors.
+    """
+
+    def __init__(self, exercise: type[Exercise], *, copies: bool = True) -> None:
+        self.exercise, self.copies = exercise, copies
         self.given: list[tuple[Tensor, Tensor]] = []
         self.forms: list[Form] = []
 
     def quantize_group(self, k: Tensor, v: Tensor) -> Form:
         """Keep what was given, and return it as a form."""
         self.given.append((k.clone(), v.clone()))
-        self.forms.append(Form(self.exercise, k.clone(), v.clone()))
+        self.forms.append(Form(self.exercise, *(x.clone() if self.copies else x for x in (k, v))))
         return self.forms[-1]
 
     def restore(self, packed: Form) -> tuple[Tensor, Tensor]:

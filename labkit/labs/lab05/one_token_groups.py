@@ -44,6 +44,9 @@ RULES: tuple[tuple[str, tuple[Rule, ...], str, str], ...] = (
      "the number of whole groups: tokens // group_size"),
     ("new-tokens-only", (lambda w, n, g: split(n, g),), "groups are cut from the new tokens alone",
      "torch.cat((waiting, new), dim=2)"),
+    ("counted-in-new", (lambda w, n, g: split(n, g),),
+     "groups are cut from old and new tokens, but as many of them as the new tokens alone would fill",
+     "the number of groups: all tokens, those that waited among them, // group_size"),
     ("group-size",
      (*(lambda w, n, g, size=size: split(w + n, size) for size in range(1, 65)),
       lambda w, n, g: split(w + n, g - 1), lambda w, n, g: split(w + n, g + 1)),
@@ -75,6 +78,7 @@ class GroupsToQuantize(Exercise):
         "short-group": "The tokens behind the last whole group are not a group yet.",
         "one-group-only": "11 tokens hold two groups of 4.",
         "new-tokens-only": "Tokens that waited come first: join them with the new ones, then cut.",
+        "counted-in-new": "3 tokens wait and 1 comes. How many groups of 4 is that?",
         "group-size": "Which number in your slice is group_size?",
         "remainder-in-front": "Which tokens should still be exact, the oldest or the newest?",
         "empty-group": "torch.split of no tokens gives one piece of no tokens.",
@@ -214,15 +218,20 @@ class GroupsToQuantize(Exercise):
             self.fail("empty-group", seen=seen, cause="a loop or a split that makes a group of no tokens",
                       look="the case that no group is whole: an empty list")  # fmt: skip
         probes = ((0, 1, 4), (2, 1, 4), (0, 11, 4), (3, 6, 4), (2, 14, 3), (1, 39, 5))
-        cut = {}
+        cut, newer, oldest = {}, True, True
         for held, new, group_size in probes:
             try:
                 groups = answer(numbered(range(held)), numbered(range(held, held + new)), group_size)[0]
                 cut[held, new, group_size] = [group.shape[2] for group in groups]
+                tokens = [token for group in groups for token in ids(group)]
+                newer &= all(token >= held for token in tokens)
+                oldest &= tokens == list(range(len(tokens)))
             except Exception:  # what it raises there has its own case
                 continue
+        holds = {"new-tokens-only": newer, "counted-in-new": oldest}  # of sizes alike: which tokens are in the groups
         accuse(type(self), [
-            Suspect(diagnosis, any(cut and all(got == rule(*probe) for probe, got in cut.items()) for rule in rules),
+            Suspect(diagnosis, holds.get(diagnosis, True)
+                    and any(cut and all(got == rule(*probe) for probe, got in cut.items()) for rule in rules),
                     cause, look)
             for diagnosis, rules, cause, look in RULES
         ], seen)  # fmt: skip

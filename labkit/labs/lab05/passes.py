@@ -103,6 +103,7 @@ def suspects(rows: Tensor, targets: Tensor, surprises: Tensor) -> list[Suspect]:
     means = [[part.mean() for part in kind if len(part)] for kind in (
         [surprises[start : start + PART] for start in range(0, len(surprises), PART)],
         [surprises[max(start, FIRST - 1) : start + PART] for start in range(0, len(surprises), PART)],
+        [scored[start : start + PART] for start in range(0, len(scored), PART)],
         [surprises[start : start + PART] for start in range(FIRST, len(surprises), PART)],
         [surprises[start : start + PART] for start in range(PART, len(surprises), PART)],
         [surprises[start : start + PART - 1] for start in range(0, len(surprises), PART)],

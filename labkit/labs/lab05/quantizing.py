@@ -54,7 +54,8 @@ class Quantize(Exercise):
         "zero is the least number of the group, scale the range divided by the number of steps. A code says how many "
         "steps a number lies above zero, to the nearest. A range of 0 must not be divided by.",
         "low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)\nscale = (high - low) / (2**nbits - 1)\n"
-        "steps = (x - low) / torch.where(scale == 0, 1.0, scale)\n# round, then uint8; zero is low",
+        "steps = (x - low) / torch.where(scale == 0, 1.0, scale)\n"
+        "# round, clamp to the codes that there are, then uint8; zero is low",
     )
     hints_for: ClassVar = {
         "levels-miscounted": "4 bits make 2 * 2 * 2 * 2 codes. How many steps lie between the first and the last?",
@@ -69,6 +70,7 @@ class Quantize(Exercise):
         "zero-is-a-code": "The docstring's formula is codes * scale + zero. What must zero be for code 0 to give the "
         "least number?",
         "constant-group": "What is the scale of a group of equal numbers, and what is 0 / 0?",
+        "code-wraps": "How often does a scale that was rounded down fit into the range that it was made of?",
         "small-group": "What does your eps do to a group whose scale is smaller than eps?",
         "one-scale-for-all": "`x.min()` sees every group at once. Which method takes a dimension?",
     }
@@ -86,6 +88,7 @@ class Quantize(Exercise):
             self.judge(answer, x, nbits)
         self.judge_equal_numbers(answer)
         self.judge_small_numbers(answer)
+        self.judge_rounded_scales(answer)
         for shape, nbits, factor in (((11,), 4, 1.0), ((2, 3, 4, 5), 2, 1.0), ((3, 700), 8, 1e6), ((4, 2), 4, 1e-2)):
             self.judge(answer, torch.randn(shape) * factor + factor, nbits)
         for change, words in LAYOUTS:
@@ -295,7 +298,7 @@ class Quantize(Exercise):
             (equal.bfloat16(), "bfloat16, six times"),
         ):
             try:
-                with NaNAs255():
+                with AnotherMachine():
                     codes, scale, zero = self.parts(answer, x, 4)
             except NotYet as not_yet:
                 if not_yet.finding.diagnosis != "not-finite":
@@ -344,6 +347,32 @@ class Quantize(Exercise):
             most = 255 if dtype == torch.bfloat16 else 255.5  # as in judge_bfloat16
             self.judge_small(answer, x[((x - low) / scale).amax(-1) < most][:3])
 
+    def judge_rounded_scales(self, answer: Callable) -> None:
+        """Scales of which float16's rounding takes a large part: the greatest number lies more than the last code's
+        number of scales above the least, and has the last code all the same."""
+        for nbits, greatest in ((8, (357, 612, 5202)), (4, (21, 36, 66)), (2, (4, 7, 13))):
+            units = torch.rand(3, 8) * torch.tensor(greatest)[:, None]
+            units[:, 2], units[:, 5] = 0.0, torch.tensor(greatest)
+            x = (units.round() * torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps).half()
+            with AnotherMachine():
+                got = self.parts(answer, x, nbits)
+            if not (wrong := broken(x, got, nbits)).any():
+                continue
+            which, last = int(wrong.int().argmax()), 2**nbits - 1
+            steps = (x - x.amin(-1, keepdim=True)) / quantize(x, nbits)[1]
+            kept = got[0].long()
+            accuse(type(self), [
+                Suspect("code-wraps", any(torch.equal(kept, made % 256) for made in (
+                            steps.round().long(), (steps.float() + 0.5).floor().long(), steps.long())),
+                        "the scale was rounded down, so that the greatest number lies beyond the last code; what is "
+                        "beyond 255 wraps round in uint8" if last == 255 else
+                        "the scale was rounded down, so that the greatest number lies beyond the last code",
+                        f"the codes, before they become uint8: clamp(0, {last}), for any nbits 2**nbits - 1"),
+            ], f"float16 numbers of 0 to {x[which].max().item():.2g} in {nbits} bits: the greatest lies "
+               f"{steps[which].max().item():.0f} scales above the least and got code {int(kept[which, 5])} of "
+               f"{last}")  # fmt: skip
+            self.explain(answer, x, got, nbits, which)
+
     def judge_small(self, answer: Callable, x: Tensor) -> None:
         """Some groups of small numbers in 8 bits."""
         got = self.parts(answer, x, 8)
@@ -372,25 +401,33 @@ def broken(x: Tensor, quantized: tuple[Tensor, Tensor, Tensor], nbits: int) -> T
     """Which groups of different numbers break a promise, bool [...]: codes in range, both ends used, errors of half a
     scale at most.
 
-    Bounded: half a scale, and what rounding of the dtype adds to scale, zero and each of the last code's steps. The
-    greatest number's code may be as far from the last: in bfloat16 and 8 bits, by 7.
+    Bounded: half a scale, and what rounding of the dtype adds to scale, zero and each of the last code's steps: eps of
+    it, or half of the least number that the dtype holds. The greatest number's code may be as far from the last: in
+    bfloat16 and 8 bits, by 7.
     """
     last, eps = 2**nbits - 1, torch.finfo(x.dtype).eps
+    least_half = torch.finfo(x.dtype).smallest_normal * eps / 2
     if not x.numel():
         return torch.zeros(0, dtype=torch.bool)
     codes, scale, zero = (part.double() for part in quantized)
     error = (codes * scale + zero - x.double()).abs()
     bound = (0.5 + 4 * last * eps) * scale.abs() + 2 * eps * x.double().abs().amax(-1, keepdim=True)
+    bound += last * least_half
+    short = (4 * last * eps + last * least_half / scale.abs()).nan_to_num(0.0).floor()
     least, greatest = (codes.gather(-1, pick(-1, keepdim=True)) for pick in (x.argmin, x.argmax))
-    return ((codes > last) | (least != 0) | (greatest < last - int(4 * last * eps)) | (error > bound)).any(-1)
+    return ((codes > last) | (least != 0) | (greatest < last - short) | (error > bound)).any(-1)
 
 
-class NaNAs255(TorchDispatchMode):
-    """A machine that makes 255 of a NaN converted to uint8. C leaves it open: others make 0 of it."""
+class AnotherMachine(TorchDispatchMode):
+    """A machine that makes 255 of a NaN converted to uint8, and wraps numbers beyond 0 to 255 round. C leaves both
+    open: others make 0 of NaN, or the nearest byte of a number."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(func)
         if given is not None and result.dtype == torch.uint8 and args[given].is_floating_point():
-            result.masked_fill_(args[given].isnan(), 255)
+            x = args[given].double()
+            result.masked_fill_(x.isnan(), 255)
+            beyond = x.isfinite() & ((x < 0) | (x > 255))
+            result.copy_(torch.where(beyond, x.trunc().nan_to_num().remainder(256).to(torch.uint8), result))
         return result

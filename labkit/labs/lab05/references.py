@@ -63,10 +63,10 @@ def bits_per_element(tokens: int, nbits: int, group_size: int, residual_length: 
 class QuantizedLayer:
     """K and V of one layer: whole groups of tokens quantized, the newest tokens as they came.
 
-    quantize_group(k, v) is given K and V of group_size tokens and returns both in a form of its own; restore(packed)
-    gives such a pair of K and V back; only restore knows the form. Tokens wait in full precision, as copies,
-    until group_size of them can be quantized while at least residual_length newer ones stay. Each token is given to
-    quantize_group once, whatever the pieces it came in.
+    quantize_group(k, v) is given K and V of group_size tokens, which this layer does not change afterwards, and returns
+    both in a form of its own; restore(packed) gives such a pair of K and V back; only restore knows the form. Tokens
+    wait in full precision, as copies, until group_size of them can be quantized while at least residual_length newer
+    ones stay. Each token is given to quantize_group once, whatever the pieces it came in.
     """
 
     def __init__(self, group_size: int, residual_length: int, quantize_group: Callable, restore: Callable) -> None:

@@ -61,6 +61,7 @@ class QuantizedLayerExercise(Exercise):
         "sizes-swapped": "In which order does __init__ get the two sizes?",
         "joined-along": "K is [batch, num_kv_heads, tokens, head_dim]. Which dimension grows when a token comes?",
         "callers-tensor": "A slice or a plain assignment is the same memory as the caller's. clone() is not.",
+        "group-overwritten": "A slice of a buffer is the buffer's memory. Who writes there next?",
         "slice-keeps-all": "x[:, :, 100:] is small, and the memory behind it is that of x.",
         "keeps-restored": "Restored numbers are as large as those that came. Which form is small?",
         "no-residual": "x[:, :, :-0] holds nothing. Count from the front.",
@@ -76,14 +77,17 @@ class QuantizedLayerExercise(Exercise):
         for group_size in (4, 1):
             self.check_without_residual(answer, group_size)
         self.check_callers_tensor(answer)
+        self.check_given_stays(answer)
         self.check_memory(answer)
         for dtype in (torch.bfloat16, torch.float64):
             for contiguous in (True, False):
                 self.check_script(answer, dtype, contiguous=contiguous)
 
-    def made(self, answer: Callable, group_size: int, residual_length: int) -> tuple[Any, Recorder]:
-        """A cache, and the quantizer that it was given."""
-        recorder = Recorder(type(self))
+    def made(
+        self, answer: Callable, group_size: int, residual_length: int, *, copies: bool = True
+    ) -> tuple[Any, Recorder]:
+        """A cache, and the quantizer that it was given, which copies or keeps what comes."""
+        recorder = Recorder(type(self), copies=copies)
         make = partial(answer, group_size, residual_length, recorder.quantize_group, recorder.restore)
         return self.run(make), recorder
 
@@ -197,6 +201,25 @@ class QuantizedLayerExercise(Exercise):
                     cause="what waits is the caller's tensor, or a slice of it, not a copy",
                     look="where append keeps what waits: clone() it",
                 )
+
+    def check_given_stays(self, answer: Callable) -> None:
+        """A quantizer that keeps the very tensors it is given, as one does that changes nothing: they stay as they
+        were."""
+        for pieces in ((1,) * 20, (6, 9, 1, 4), (20, 1, 1, 30)):
+            cache, recorder = self.made(answer, 4, 3, copies=False)
+            held = 0
+            for piece in pieces:
+                self.run(partial(cache.append, *numbered_pair(held, piece)))
+                held += piece
+                for number, (form, given) in enumerate(zip(recorder.forms, recorder.given, strict=True)):
+                    if not (torch.equal(form.k, given[0]) and torch.equal(form.v, given[1])):
+                        self.fail(
+                            "group-overwritten",
+                            seen=f"group {number} was given to quantize_group, which kept the very tensors: after "
+                            f"{held} tokens they hold others than they did",
+                            cause="they are views of memory that append writes into again",
+                            look="the call of quantize_group: clone() what it is given of a buffer that is used again",
+                        )
 
     def check_read_again(self, cache: Any, got: tuple[Tensor, Tensor], where: str) -> None:
         """A second read gives the same."""

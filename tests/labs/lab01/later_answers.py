@@ -13,6 +13,10 @@ def mask_for_several(new_tokens, past):
         return causal_mask(new_tokens, past)
 
 
+def cut_from_a_table(new_tokens, past):
+    return causal_mask(64, 0)[past : past + new_tokens, : past + new_tokens]
+
+
 def last_three(q, k, v):
     return (attention_weights(q[:, :, -3:], k) @ v)[:, :, -1:]
 
@@ -118,6 +122,7 @@ WRONG = [
         "4 tokens held, always",
         lambda new, past: torch.ones(new, past + new, dtype=torch.bool).tril(4),
     ),
+    Wrong("01.2", "shape", "cut from a table of 64 positions", cut_from_a_table),
     Wrong("01.3", "left-pytorch", "through Python's lists", heads_in_lists),
     Wrong("01.3", "one-for-all", "the first sequence for all", split_of_first),
     Wrong("01.4", "frequencies-turned-round", "position over frequency", by_wavelengths),
@@ -129,6 +134,12 @@ WRONG = [
         "mask-weak",
         "-5 for a hidden score",
         causal_by(lambda scores, hidden: scores.masked_fill(hidden, -5).softmax(-1)),
+    ),
+    Wrong(
+        "01.6",
+        "mask-multiplied",
+        "-1e-9 for a hidden score, and weights times the mask",
+        causal_by(lambda scores, hidden: scores.masked_fill(hidden, -1e-9).softmax(-1) * ~hidden),
     ),
     Wrong(
         "01.6",

@@ -389,6 +389,7 @@ WRONG = [
         "all tokens but the newest",
         lambda spec, tokens, batch, size: cache_bytes(spec, tokens - 1, batch, size),
     ),
+    Wrong("02.6", "rounded", "in float32", lambda *case: int(torch.tensor(cache_bytes(*case)).float().item())),
     Wrong("02.6", "overflow", "in 32 bits", lambda *case: wrapped(cache_bytes(*case))),
     Wrong("02.6", "bits", "an eighth, in whole numbers", lambda *case: cache_bytes(*case) >> 3),
     Wrong("02.6", "units", "whole GiB", lambda *case: cache_bytes(*case) // 2**30),

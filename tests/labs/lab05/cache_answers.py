@@ -351,7 +351,7 @@ class InABuffer:
             self.buffer[:, :, :, self.count] = pair[:, :, :, 0]
             self.count += 1
             if self.count == self.size + self.keep:
-                self.groups.append(self.quantize(*self.buffer[:, :, :, : self.size]))
+                self.groups.append(self.quantize(*self.buffer[:, :, :, : self.size].clone()))
                 self.buffer[:, :, :, : self.keep] = self.buffer[:, :, :, self.size :].clone()
                 self.count = self.keep
 

@@ -135,7 +135,89 @@ def padded_with_zeros_of_the_first(waiting, new, group_size):
     return list(tokens[:, :, places].split(group_size, 2)) if tokens.shape[2] else [], tokens[:, :, :0]
 
 
+def unclamped(finish):
+    """Quantizes with steps made whole by `finish` and not clamped."""
+
+    def answer(x, nbits):
+        _, scale, low = quantize(x, nbits)
+        return finish((x - low) / torch.where(scale == 0, 1.0, scale)), scale, low
+
+    return answer
+
+
+class ReusedRoom(QuantizedLayer):
+    """Groups are views of memory for group_size + residual_length tokens, which next tokens are written into."""
+
+    def append(self, k, v):
+        size, room = self.group_size, self.group_size + self.residual_length
+        if self.waiting is None:
+            self.room = tuple(x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (k, v))
+            self.held = 0
+        for place in range(k.shape[2]):
+            for kept, new in zip(self.room, (k, v), strict=True):
+                kept[:, :, self.held] = new[:, :, place]
+            self.held += 1
+            if self.held == room:
+                self.groups.append(self.quantize_group(*(kept[:, :, :size] for kept in self.room)))
+                self.held = self.residual_length
+                for kept in self.room:
+                    kept[:, :, : self.held] = kept[:, :, size:].clone()
+        self.waiting = tuple(kept[:, :, : self.held] for kept in self.room)
+
+
+class RoomAndCopies(ReusedRoom):
+    """Right: what is given away is a copy."""
+
+    def __init__(self, group_size, residual_length, quantize_group, restore):
+        super().__init__(group_size, residual_length, lambda k, v: quantize_group(k.clone(), v.clone()), restore)
+
+
+def as_many_as_new(waiting, new, group_size):
+    tokens, count = torch.cat((waiting, new), 2), new.shape[2] // group_size
+    return list(tokens[:, :, : count * group_size].split(group_size, 2))[:count], tokens[:, :, count * group_size :]
+
+
+def of_new_alone(waiting, new, group_size):
+    count = new.shape[2] // group_size * group_size
+    rest = torch.cat((waiting, new[:, :, count:]), 2)
+    return list(new[:, :, :count].split(group_size, 2)) if count else [], rest
+
+
+def surprise_in_float32(finish):
+    """05.8 with log_softmax in float32 and `finish` of the mean."""
+
+    def answer(model, tokens, cache):
+        rows = torch.cat([model(part, cache)[0] for part in tokens.split(32, dim=1)]).float().log_softmax(-1)
+        return finish(-rows[63:-1].gather(1, tokens[0, 64:, None]).mean().item())
+
+    return answer
+
+
+def parts_alike(model, tokens, cache):
+    rows = torch.cat([model(part, cache)[0] for part in tokens.split(32, dim=1)])[63:-1]
+    parts = zip(rows.split(32), tokens[0, 64:].split(32), strict=True)
+    return torch.stack([F.cross_entropy(*part) for part in parts]).mean().item()
+
+
 WRONG = [
+    Wrong(
+        "05.1",
+        "code-wraps",
+        "no clamp, whole numbers on the way",
+        unclamped(lambda steps: steps.round().long().to(torch.uint8)),
+    ),
+    Wrong("05.1", "code-wraps", "no clamp", unclamped(lambda steps: steps.round().to(torch.uint8))),
+    Wrong(
+        "05.1",
+        "code-wraps",
+        "half added, and no clamp",
+        unclamped(lambda steps: (steps.float() + 0.5).floor().to(torch.uint8)),
+    ),
+    Wrong("05.5", "group-overwritten", "views of memory that is used again", ReusedRoom),
+    Wrong("05.7", "counted-in-new", "as many groups as the new tokens fill", as_many_as_new),
+    Wrong("05.7", "new-tokens-only", "groups of the new tokens alone", of_new_alone),
+    Wrong("05.8", "mean-of-means", "the mean of the means of tokens 64 to 95, 96 to 127", parts_alike),
+    Wrong("05.8", "rounded", "rounded to 6 digits", surprise_in_float32(lambda mean: round(mean, 6))),
     Wrong("05.1", "small-group", "least scale 1e-7", least(1e-7)),
     Wrong("05.1", "constant-group", "least scale 1e-8, which float16 does not hold", least(1e-8)),
     Wrong("05.1", "constant-group", "least scale 1e-12, which float16 does not hold", least(1e-12)),
@@ -159,4 +241,8 @@ WRONG = [
     Wrong("05.7", "filled-up", "the last group filled with copies", padded_with_zeros_of_the_first),
 ]
 
-RIGHT: list[tuple[str, Callable]] = [("05.6", scores_by_baddbmm)]
+RIGHT: list[tuple[str, Callable]] = [
+    ("05.6", scores_by_baddbmm),
+    ("05.5", RoomAndCopies),
+    ("05.8", surprise_in_float32(float)),
+]

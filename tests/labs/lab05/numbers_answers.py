@@ -149,7 +149,7 @@ def quantize_mended_afterwards(x, nbits):
     """Right: divides 0 by 0, and replaces the codes that came of it."""
     low, high = ends(x)
     scale = (high - low) / (2**nbits - 1)
-    codes = ((x - low) / scale).round().to(torch.uint8)
+    codes = ((x - low) / scale).round().clamp(max=2**nbits - 1).to(torch.uint8)
     return torch.where(high == low, 0, codes).to(torch.uint8), scale, low
 
 
@@ -168,7 +168,7 @@ def quantize_with_a_least_scale(x, nbits):
     low = x.min(dim=-1, keepdim=True).values
     scale = (x.max(dim=-1, keepdim=True).values - low) / (2**nbits - 1)
     scale = scale.clamp(min=torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)
-    return ((x - low) / scale + 0.5).floor().byte(), scale, low
+    return ((x - low) / scale + 0.5).floor().clamp(max=2**nbits - 1).byte(), scale, low
 
 
 def quantize_by_the_nearest_mark(x, nbits):
@@ -263,7 +263,8 @@ def quantize_row_by_row(x, nbits):
         zero[place] = row.min()
         if row.max() > row.min():
             scale[place] = (row.max() - row.min()) / ((1 << nbits) - 1)
-            codes[place] = ((row - zero[place]) / scale[place]).round().to(torch.uint8)
+            steps = ((row - zero[place]) / scale[place]).round()
+            codes[place] = torch.minimum(steps, steps.new_tensor((1 << nbits) - 1)).to(torch.uint8)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1), zero.view(*x.shape[:-1], 1)
 
 
