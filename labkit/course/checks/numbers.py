@@ -118,7 +118,7 @@ def judge(
 
 def explain_rounding(exercise: type[Exercise], pairs: Sequence[tuple[float, float]], seen: str) -> None:
     """Every result that is wrong is near the right one, which float32 does not hold, and is a number that it does."""
-    if all(isclose(a, b, rel_tol=1e-6) and single(a) == a and single(b) != b for a, b in pairs):
+    if all(single(a) == a and single(b) != b and isclose(a, b, rel_tol=1e-6) for a, b in pairs):
         exercise.fail(
             "rounded",
             seen=seen,

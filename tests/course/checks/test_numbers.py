@@ -82,6 +82,7 @@ def test_infinity_equals_only_itself() -> None:
         (lambda w, h: w**h, "values"),
         (lambda w, h: math.inf, "ignored"),
         (lambda w, h: 10**400, "ignored"),
+        (lambda w, h: -(10**400), "ignored"),
         (lambda w, h: None, "returned-none"),
     ],
 )
@@ -163,6 +164,22 @@ def test_a_sum_in_place_of_a_product_is_named() -> None:
     with pytest.raises(NotYet) as caught:
         judge(Double, lambda w, h: w + h, area, [*CASES, (2, 9)], (), what="the area")
     assert caught.value.finding.cause == "height and width were added where they should be multiplied"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda w, h: int(numpy.float32(w * h)), "rounded"),
+        (lambda w, h: w * h + 1, "term"),
+        (lambda w, h: w * h + (w > 100), "values"),
+    ],
+    ids=["in float32", "one more", "one more where it is large"],
+)
+def test_a_product_in_float32_is_rounded_and_one_that_is_off_by_one_is_not(answer, said: str) -> None:
+    cases = [(3, 5), (7, 5), (40_001, 5_003), (1_000_003, 257)]  # float32 holds all whole numbers up to 16,777,216
+    with pytest.raises(NotYet) as caught:
+        judge(Double, answer, area, cases, (), what="the area", whole=True)
+    assert caught.value.finding.diagnosis == said
 
 
 def test_the_same_number_in_every_case_names_no_argument() -> None:

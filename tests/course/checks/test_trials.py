@@ -218,3 +218,14 @@ def test_nan_in_some_calls_of_a_right_answer_names_no_mistake() -> None:
 
 def test_sizes_and_small_tables_may_be_read_out() -> None:
     assert verdict(lambda q, k, v: attend(q, k, v) if torch.arange(50).tolist() else None) == "pass"
+
+
+def test_a_result_is_remembered_only_when_its_size_was_right_in_some_call() -> None:
+    kept: list = []
+
+    def the_first_for_all(q, k, v):
+        kept.append(right(q, k, v))
+        return kept[0].clone()
+
+    assert verdict(the_first_for_all) == "remembered"
+    assert verdict(lambda q, k, v: q.new_zeros(0, 64)) == "shape"
