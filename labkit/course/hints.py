@@ -21,6 +21,10 @@ GENERAL = {
     "units": "Write the unit behind each factor and cancel them. What is left should be the unit that is asked for.",
     "bits": "A byte is 8 bits: which of the two does the size of one element give?",
     "ignored": "Change only this argument by hand and follow it: which line is the first that should notice?",
+    "argument": "Follow the argument that the check named, line by line: what does it count, and what changes it?",
+    "one-for-all": "Give two rows, or two heads, that differ, and print both results: where do they become alike?",
+    "overflow": "Which step puts a number into a tensor or an array? Print its dtype and the largest number it holds.",
+    "rounded": "Which step turns whole numbers into floats? Print its dtype, and compare before and after.",
     "layout": "A transposed or sliced tensor lies in memory in another order. `reshape` copes, `view` does not.",
     "precision": "Find the step that is computed in fewer bits than the tensors have, or a small number that is added "
     "to a large one.",
