@@ -1,1 +1,14 @@
 """Lab 07, eviction: references in one module, one module per exercise (or per kind of them) for its check."""
+
+from __future__ import annotations
+
+from labkit.course.contents import LabContents
+from labkit.labs.lab07.windows import AppendBounded, RingSlot, WindowPositions
+
+CONTENTS = LabContents(
+    "07",
+    "Eviction",
+    exercises=(WindowPositions(), AppendBounded(), RingSlot()),
+    predictions=(),
+    quizzes=(),
+)  # fmt: skip

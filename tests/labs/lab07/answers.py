@@ -1,0 +1,8 @@
+"""Wrong answers to lab 07, and other right ones."""
+
+from __future__ import annotations
+
+from tests.labs.lab07 import window_answers
+
+WRONG = window_answers.WRONG
+RIGHT = window_answers.RIGHT
