@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from labkit.course.contents import LabContents
+from labkit.labs.lab07.always import Protected
+from labkit.labs.lab07.keeping import KeepBest
 from labkit.labs.lab07.windows import AppendBounded, RingSlot, WindowPositions
 
 CONTENTS = LabContents(
     "07",
     "Eviction",
-    exercises=(WindowPositions(), AppendBounded(), RingSlot()),
+    exercises=(WindowPositions(), KeepBest(), Protected(), AppendBounded(), RingSlot()),
     predictions=(),
     quizzes=(),
 )  # fmt: skip
