@@ -5,12 +5,16 @@ from __future__ import annotations
 from labkit.course.contents import LabContents
 from labkit.labs.lab07.always import Protected
 from labkit.labs.lab07.keeping import KeepBest
+from labkit.labs.lab07.receiving import AttentionReceived
+from labkit.labs.lab07.snapping import SnapKVScores
 from labkit.labs.lab07.windows import AppendBounded, RingSlot, WindowPositions
 
 CONTENTS = LabContents(
     "07",
     "Eviction",
-    exercises=(WindowPositions(), KeepBest(), Protected(), AppendBounded(), RingSlot()),
+    exercises=(
+        WindowPositions(), KeepBest(), AttentionReceived(), Protected(), SnapKVScores(), AppendBounded(), RingSlot(),
+    ),
     predictions=(),
     quizzes=(),
 )  # fmt: skip

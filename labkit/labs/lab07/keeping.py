@@ -46,7 +46,7 @@ def wrong_choices(scores: Tensor, budget: int) -> list[tuple[str, list[Callable[
     tokens, count = scores.shape[2], min(budget, scores.shape[2])
 
     def top(x: Tensor, largest: bool = True) -> Tensor:
-        return x.topk(count, dim=-1, largest=largest).indices.sort(dim=-1).values.expand(scores.shape[:2] + (count,))
+        return x.topk(count, dim=-1, largest=largest).indices.sort(dim=-1).values.expand(*scores.shape[:2], count)
 
     def by_mask(mask: Tensor) -> Tensor:
         return torch.arange(tokens).expand(scores.shape)[mask].view(*scores.shape[:2], count)
