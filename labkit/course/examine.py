@@ -365,8 +365,9 @@ def check_callable(exercise: Exercise, answer: Any) -> None:
         )
     with contextlib.suppress(TypeError, ValueError):
         wanted, got = inspect.signature(reference), inspect.signature(answer)
+        by_name = [name for name, parameter in wanted.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
         try:
-            got.bind(*wanted.parameters)
+            got.bind(*(name for name in wanted.parameters if name not in by_name), **dict.fromkeys(by_name))
         except TypeError as error:
             exercise.fail(
                 "signature",

@@ -17,7 +17,7 @@ import torch
 
 from labkit.course import cards
 from labkit.course.examine import TimeIsUp, Trial, Verdict, examine, too_slow
-from labkit.course.exercise import Finding, NotYet
+from labkit.course.exercise import Exercise, Finding, NotYet
 from tests.course.exercises import Count, Counter, Double, Scaled, double
 from tests.course.timeouts import timeouts
 
@@ -593,3 +593,31 @@ def test_a_default_belongs_to_the_blank_and_so_does_its_name(answer, status: str
     if verdict.finding:
         assert verdict.finding.diagnosis == "signature"
         assert "`factor` has a default in the blank, 3.0" in verdict.finding.seen
+
+
+class Bounded(Exercise):
+    """A check of these tests: a blank whose parameters are given by name, as those of a dataclass may be."""
+
+    id = "90.3"
+    reference = staticmethod(lambda x, *, most=9, least=0: min(max(x, least), most))
+
+    def examine(self, answer) -> None:
+        if self.call(answer, 12, most=10) != 10:
+            self.fail("beyond", seen="more than most", cause="-", look="-")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (lambda x, *, most=9, least=0: min(max(x, least), most), "pass"),
+        (lambda x, least=0, most=9: min(max(x, least), most), "pass"),
+        (lambda x, *, most=9: min(x, most), "not yet"),
+        (lambda x: min(x, 10), "not yet"),
+        (lambda x, *, most=8, least=0: min(x, most), "not yet"),
+    ],
+)
+def test_parameters_that_a_blank_takes_by_name_are_asked_for_by_name(answer, status: str) -> None:
+    verdict = examine(Bounded(), answer)
+    assert verdict.status == status
+    if verdict.finding:
+        assert verdict.finding.diagnosis == "signature"
