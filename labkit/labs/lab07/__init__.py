@@ -5,6 +5,7 @@ from __future__ import annotations
 from labkit.course.contents import LabContents
 from labkit.labs.lab07.always import Protected
 from labkit.labs.lab07.keeping import KeepBest
+from labkit.labs.lab07.own_policy import OwnPolicy
 from labkit.labs.lab07.placing import AtPlaces
 from labkit.labs.lab07.receiving import AttentionReceived
 from labkit.labs.lab07.snapping import SnapKVScores
@@ -15,7 +16,7 @@ CONTENTS = LabContents(
     "Eviction",
     exercises=(
         WindowPositions(), KeepBest(), AttentionReceived(), Protected(), SnapKVScores(), AppendBounded(), RingSlot(),
-        AtPlaces(),
+        AtPlaces(), OwnPolicy(),
     ),
     predictions=(),
     quizzes=(),
