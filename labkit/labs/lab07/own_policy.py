@@ -251,9 +251,9 @@ class OwnPolicy(Exercise):
                 got, want = (cache.positions.sort(dim=-1).values for cache in (one, other))  # type: ignore[attr-defined]
                 if not torch.equal(got, want):
                     row, head, _ = (got != want).nonzero()[0].tolist()
-                    self.fail("other-tokens", seen=f"{told}: layer {layer} holds {got[row, head].tolist()}; it "
-                              f"should hold {want[row, head].tolist()}",
-                              cause="alone, watch and score were right: what they do depends on the step, the layer, or "
+                    self.fail("other-tokens", seen=f"{told}: layer {layer} holds {got[row, head].tolist()}; "
+                              f"it should hold {want[row, head].tolist()}",
+                              cause="alone, watch and score were right: what they do depends on the step, the layer or "
                               "what was asked before, or another method of Policy was changed",
                               look="the class, top to bottom: only watch and score are needed")  # fmt: skip
 

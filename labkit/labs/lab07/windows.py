@@ -182,7 +182,7 @@ def same_as(rule: Callable) -> Callable[[tuple[int, int, int], list[int]], bool]
 
 # A script: budget, sinks, num_kv_heads, head_dim, and the tokens of each append.
 SCRIPTS = (
-    (6, 2, 2, 4, (3, 1, 1, 1, 1, 1, 1, 1)),  # token by token, past the budget
+    (6, 2, 2, 4, (1, 1, 1, 1, 1, 1, 1, 3, 1)),  # token by token, past the budget
     (6, 2, 3, 8, (13, 1, 4, 1)),  # a prompt that is longer
     (5, 0, 1, 6, (2, 3, 4, 1, 9)),  # no sinks; appends that end at the budget
     (4, 3, 2, 5, (1, 1, 6, 1, 1)),  # a window of one token
