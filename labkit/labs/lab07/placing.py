@@ -99,12 +99,16 @@ def suspects(k: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
                 "sine and cosine changed places", formula),
         Suspect("degrees", [by(places - positions, math.pi / 180), by(places - positions, 180 / math.pi)],
                 "radians were taken for degrees, or turned into them", "the unit of `frequencies`: radians"),
-        Suspect("whole-turns", [by(places - positions, 2 * math.pi)], "radians were taken for whole turns",
+        Suspect("whole-turns", [by(places - positions, 2 * math.pi), by(places - positions, 0.5 / math.pi)],
+                "radians were taken for whole turns",
                 "the unit of `frequencies`: radians"),
         Suspect("frequencies-inverted", [
                     lambda: turned(k, (places - positions)[..., None] / frequencies).to(k.dtype),
                     lambda: turned(k, (places - positions)[..., None] * frequencies.flip(0)).to(k.dtype)],
                 "the frequencies were divided by, or taken in reverse order", "the angle: n * frequencies[i]"),
+        Suspect("in-few-bits", [lambda dtype=dtype: at_places(k.to(dtype), positions, frequencies).to(k.dtype)
+                                for dtype in BITS],
+                "the keys were turned into a dtype of fewer bits", "every dtype that is written down"),
         Suspect("not-turned", [k], "the keys came back as they are", way),
         Suspect("as-if-turned-twice", [by(2 * (places - positions))], "keys were turned twice as far", way),
     ]  # fmt: skip
@@ -144,7 +148,7 @@ class AtPlaces(Exercise):
             Case(call(3, 2, 5, 12, step=9, seed=1, base=500.0)),
             Case(call(1, 4, 11, 20, step=3, seed=2, whole=torch.int32)),
             Case(call(2, 2, 6, 4, step=1, seed=3), "nothing dropped"),
-            Case(call(2, 1, 4, 16, step=5, seed=4, first=1000), "no token of the first thousand"),
+            Case(call(2, 1, 4, 16, step=5, seed=4, first=150), "no token of the first 150"),
             Case(call(1, 3, 1, 6, step=50, seed=5), "one token"),
             Case(call(4, 1, 30, 2, step=2, seed=6), "one pair of channels"),
         ]

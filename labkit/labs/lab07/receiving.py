@@ -17,6 +17,7 @@ from labkit.course.exercise import NotYet
 from labkit.labs.lab07.references import attention_received
 from labkit.labs.lab07.weighing import (
     Scores,
+    check_far_down,
     check_rows,
     exact_weights,
     far_down,
@@ -145,6 +146,9 @@ def suspects(q: Tensor, k: Tensor, block: int) -> list[Suspect]:
                 "the first query was counted twice", loop),
         Suspect("per-visible-query", [lambda: each(weights().sum(2)) / weights().gt(0).sum(2)[:, :num_kv_heads]],
                 "each sum was divided by how many queries see the key", "the docstring: summed over queries"),
+        Suspect("in-few-bits", [lambda dtype=dtype: attention_received(q.to(dtype), k.to(dtype), block)
+                                for dtype in (torch.bfloat16, torch.float16)],
+                "q and k were turned into a dtype of fewer bits", "every dtype that is written down"),
         Suspect("itself-left-out", [lambda: each((weights() * ~torch.eye(kv_len, dtype=torch.bool)[-new:]).sum(2))],
                 "the weight that a token gives to itself was left out", queries),
     ]  # fmt: skip
@@ -210,7 +214,7 @@ class AttentionReceived(Scores):
                 dtypes=(torch.bfloat16, torch.float16))  # fmt: skip
         self.check_large(answer, Case((*large(*pair(6, 2, 9, 5, 2, 8)), 4), "scores in the hundreds"))
         far = Case((*far_down(6, 2, 3, 4), 2), "all scores near -100,000")
-        Judge(type(self), answer, right, suspects, what, False, [*cases, far]).call(far)
+        check_far_down(type(self), answer, right, suspects, cases, far)
         judge = Judge(type(self), answer, right, lambda *_: (), what, False, cases)
         judge.call(Case(sink(260), "a first token that all queries read"), "precision")
         self.check_work(answer)

@@ -13,11 +13,13 @@ from torch import Tensor
 from labkit.course.checks.attention import Turn, attend
 from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.trials import Case, Judge, compare
+from labkit.course.checks.tensors import agree
+from labkit.course.checks.trials import Case, Judge, compare, described
 from labkit.course.exercise import NotYet
 from labkit.labs.lab07.references import snapkv_scores
 from labkit.labs.lab07.weighing import (
     Scores,
+    check_far_down,
     check_rows,
     exact_weights,
     far_down,
@@ -143,7 +145,8 @@ def suspects(q: Tensor, k: Tensor, window: int, pool: int) -> list[Suspect]:
                 "the last `window` tokens did not get infinity", window_last),
         Suspect("window-one-off", [lambda: mean(last=window - 1), lambda: mean(last=window + 1)],
                 "one token too many or too few got infinity", window_last),
-        Suspect("window-keys-cut", [lambda: before_only(softmax(future()[..., :-window]).mean(2))],
+        Suspect("window-keys-cut", [lambda: before_only(softmax(future()[..., :-window]).mean(2)),
+                                    lambda: before_only(attend(q[:, :, -window:], k[:, :, :-window], None).mean(2))],
                 "the window's own keys were cut off before softmax, so that the others share all attention",
                 "the order: softmax over all tokens first, then the window's places are set to 0"),
         Suspect("window-unmasked", [lambda: scored(softmax(future()).mean(2))],
@@ -253,12 +256,24 @@ class SnapKVScores(Scores):
             Case((*pair(8, 2, 6, 0, 1, 12), 3, 9), "a pool wider than the text"),
             Case((*pair(4, 2, 300, 0, 1, 8), 32, 5)),
         ]
+        self.check_infinity(answer, cases[0])
         compare(type(self), answer, right, cases, suspects=suspects, what=what,
                 dtypes=(torch.bfloat16, torch.float16))  # fmt: skip
         self.check_large(answer, Case((*large(*pair(6, 2, 14, 0, 2, 8)), 5, 3), "scores in the hundreds"))
         far = Case((*far_down(6, 2, 9, 0), 4, 3), "all scores near -100,000")
-        Judge(type(self), answer, right, suspects, what, False, [*cases, far]).call(far)
+        check_far_down(type(self), answer, right, suspects, cases, far)
         self.check_work(answer)
+
+    def check_infinity(self, answer: Callable, case: Case) -> None:
+        """All is right but the window, which has finite numbers."""
+        got, want = self.call(answer, *case.args), right(*case.args)
+        last = want == INF
+        if isinstance(got, Tensor) and got.shape == want.shape and got[last].isfinite().all() and agree(
+                got[~last], want[~last], 1e-5):  # fmt: skip
+            self.fail("window-finite", seen=f"with {described(snapkv_scores, case)}: the window's tokens get "
+                      f"{got[last].amax():g} at most; they should get infinity",
+                      cause="the last `window` tokens keep what they have, or a number stands for infinity: a score "
+                      "may be greater", look="the last `window` places of what is returned")  # fmt: skip
 
     def check_large(self, answer: Callable, case: Case) -> None:
         """Scores whose exp is infinite."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from labkit.course.checks.attention import attend
 from labkit.course.checks.effort import EMPTY, Effort, Kernels, check_stays, effort_of
-from labkit.course.checks.tensors import heads
+from labkit.course.checks.tensors import agree, heads
+from labkit.course.checks.trials import Case, Judge
 from labkit.course.exercise import Exercise, NotYet
 from labkit.ledger import tensors_in
 
@@ -66,7 +67,7 @@ def exact_weights(q: Tensor, k: Tensor) -> Tensor:
 class Rows(Kernels):
     """Notes the largest tensor of weights that is made, in rows, and the largest of any floats but masks.
 
-    What has rows (or columns) that sum to 1 are weights.
+    What has rows (or columns) of fractions that sum to 1 are weights.
     """
 
     def __init__(self, keys: int) -> None:
@@ -88,7 +89,7 @@ class Rows(Kernels):
         if numbers.any():
             self.numel = max(self.numel, x.numel())
         for dim in (-1, -2):
-            if x.shape[dim] >= self.keys // 2 and bool((x >= 0).all()):
+            if numbers.any() and x.shape[dim] >= self.keys // 2 and bool((x >= 0).all()):
                 sums = x.double().sum(dim)
                 if ((sums - 1).abs() < 0.02).double().mean() > 0.9:
                     self.rows = max(self.rows, sums.numel())
@@ -103,6 +104,15 @@ def check_rows(exercise: type[Exercise], run: Callable[[], Any], keys: int, allo
     if made.rows <= allowed and made.numel >= whole * keys // 2:  # scores of all, whatever became of them
         return whole
     return made.rows
+
+
+def check_far_down(
+    exercise: type[Exercise], answer: Callable, right: Callable, suspects: Callable, cases: Sequence[Case], far: Case
+) -> None:
+    """A case in which a finite number hides no key. Far off only counts: near -1e5, float32 keeps two decimals."""
+    got, want = exercise.call(answer, *far.args), right(*far.args)
+    if not agree(got, want, 0.05):
+        Judge(exercise, answer, right, suspects, "the scores", False, [*cases, far]).call(far)
 
 
 def overflow(exercise: type[Exercise], not_yet: NotYet) -> None:

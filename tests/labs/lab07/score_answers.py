@@ -164,6 +164,30 @@ def received_scaled_queries(q, k, block):
     return received(scale=lambda d: 1.0)(q.float() / math.sqrt(q.shape[3]), k.float(), block)
 
 
+def received_by_fused(q, k, block):
+    """PyTorch's attention, with the rows of an identity for values: what comes out are the weights."""
+    keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    total, first = torch.zeros(*keys.shape[:3]), k.shape[2] - q.shape[2]
+    one_hot = torch.eye(k.shape[2]).expand(*keys.shape[:2], -1, -1)
+    for some in q.float().split(block, dim=2):
+        sees = torch.arange(k.shape[2]) <= torch.arange(first, first + some.shape[2])[:, None]
+        total += F.scaled_dot_product_attention(some, keys, one_hot, attn_mask=sees).sum(dim=2)
+        first += some.shape[2]
+    return total.unflatten(1, (k.shape[1], -1)).mean(dim=2)
+
+
+def received_by_logsumexp(q, k, block):
+    return received(weigh=lambda scores, sees: torch.where(sees, scores, -torch.inf).log_softmax(-1).exp())(q, k, block)
+
+
+def received_exp_of_difference(q, k, block):
+    def by_difference(scores, sees):
+        scores = scores.masked_fill(~sees, -INF)
+        return (scores - scores.logsumexp(dim=-1, keepdim=True)).exp()
+
+    return received(weigh=by_difference)(q, k, block)
+
+
 # 07.5
 
 
@@ -332,9 +356,15 @@ WRONG = [
     Wrong("07.5", "not-pooled", "no pooling", snapkv(pool_by=lambda x, pool: x)),
     Wrong("07.5", "one-sided", "pooled over what came before", snapkv(pool_by=causal_pool)),
     Wrong("07.5", "window-finite", "no infinity", snapkv(end=None)),
+    Wrong("07.5", "window-finite", "a large number for the window", snapkv(end=1e9)),
     Wrong("07.5", "window-finite", "1 for the window", snapkv(end=1.0)),
     Wrong("07.5", "window-keys-cut", "softmax without the window's keys", snapkv(weights=without_window_keys),
           "SnapKV's code cuts after softmax"),
+    Wrong("07.5", "window-keys-cut", "keys without the window's",
+          lambda q, k, window, pool: snapkv(weights=lambda q, k, window: F.pad(
+              window_weights(q[:, :, -window:], k[:, :, :-window], window), (0, window)))(q, k, window, pool)),
+    Wrong("07.3", "in-few-bits", "in bfloat16",
+          lambda q, k, block: attention_received(q.bfloat16(), k.bfloat16(), block)),
     Wrong("07.5", "window-unmasked", "no mask in the window", snapkv(weights=unmasked)),
     Wrong("07.5", "masked-from-the-start", "tril(0)", snapkv(weights=masked_from_start)),
     Wrong("07.5", "sum-over-queries", "a sum over queries",
@@ -366,6 +396,9 @@ RIGHT = [
     ("07.3", received_full_mask),
     ("07.3", received_online),
     ("07.3", received_scaled_queries),
+    ("07.3", received_by_fused),
+    ("07.3", received_by_logsumexp),
+    ("07.3", received_exp_of_difference),
     ("07.5", snapkv()),
     ("07.5", snap_from_received),
     ("07.5", snap_by_conv),

@@ -44,6 +44,12 @@ def positions_one_less(seq_len, budget, sinks):
     return list(range(sinks)) + list(range(seq_len - (budget - sinks) + 1, seq_len))
 
 
+def positions_one_more_sink(seq_len, budget, sinks):
+    if seq_len <= budget:
+        return list(range(seq_len))
+    return list(range(sinks + 1)) + list(range(seq_len - (budget - sinks) + 1, seq_len))
+
+
 def positions_without_newest(seq_len, budget, sinks):
     if seq_len <= budget:
         return list(range(seq_len))
@@ -299,6 +305,7 @@ WRONG = [
     Wrong("07.1", "sinks-besides-budget", "the same, listed twice where they overlap", positions_overlapping),
     Wrong("07.1", "window-one-longer", "one token too many", positions_one_more),
     Wrong("07.1", "window-one-shorter", "one token too few", positions_one_less),
+    Wrong("07.1", "one-sink-more", "one sink more, one newest less", positions_one_more_sink),
     Wrong("07.1", "newest-missing", "the range ends one too early", positions_without_newest),
     Wrong("07.1", "counts-one-more", "position seq_len is held", positions_next_token),
     Wrong("07.1", "counts-from-one", "positions from 1", positions_from_one),
@@ -318,6 +325,8 @@ WRONG = [
     Wrong("07.d1", "positions-from-held", "only seq_len mended, and the window's end with it",
           bounded(first="cache.k.shape[1]", before="cache.seq_len += k.shape[1]",
                   recent="cache.seq_len - (cache.budget - cache.sinks)")),
+    Wrong("07.d1", "length-is-held", "positions from the last one, seq_len from what is held",
+          bounded(**{**HELD, "first": "int(cache.positions[-1]) + 1 if len(cache.positions) else 0"})),
     Wrong("07.d1", "length-stays", "seq_len is never set", bounded(before="pass")),
     Wrong("07.d1", "length-by-one", "seq_len counts appends", bounded(before="cache.seq_len += 1")),
     Wrong("07.d1", "length-before-dropping", "seq_len before dropping",
