@@ -163,7 +163,7 @@ class Protected(Exercise):
         self.check_infinity(answer, cases[0].args)
         compare(type(self), answer, protected, cases, suspects=suspects, what="the scores", exact=True,
                 dtypes=(torch.float32, torch.bfloat16, torch.float16))  # fmt: skip
-        args = held(2, 2, 40, 4, 12, seen=60)
+        args = held(2, 2, 14, 3, 4, seen=20)
         check_stays(type(self), effort_of(lambda: self.run(lambda: answer(*args))))
 
     def check_infinity(self, answer: Callable, args: tuple[Tensor, Tensor, int, int]) -> None:

@@ -158,7 +158,7 @@ class AtPlaces(Exercise):
         for k, positions, frequencies in (far, cases[0].args, cases[5].args):  # frequencies stay what they are
             for dtype in (torch.float32, *BITS):
                 judge.call(Case((k.to(dtype), positions, frequencies), str(dtype).removeprefix("torch.")), "precision")
-        check_stays(type(self), effort_of(lambda: self.run(lambda: answer(*far))))
+        check_stays(type(self), effort_of(lambda: self.run(lambda: answer(*cases[0].args))))
 
 
 def call(batch: int, num_kv_heads: int, tokens: int, head_dim: int, *, step: int, seed: int = 0, first: int = 0,

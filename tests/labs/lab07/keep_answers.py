@@ -136,6 +136,17 @@ def keep_by_loop(k, v, positions, scores, budget):
     return *out, kept
 
 
+def keep_head_by_head(k, v, positions, scores, budget):
+    rows = []
+    for one in zip(k, v, positions, scores, strict=True):
+        heads = []
+        for keys, values, where, marks in zip(*one, strict=True):
+            chosen = sorted(marks.topk(min(budget, len(marks))).indices.tolist())
+            heads.append((keys[chosen], values[chosen], where[chosen]))
+        rows.append([torch.stack(parts) for parts in zip(*heads, strict=True)])
+    return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+
+
 def keep_by_mask(k, v, positions, scores, budget):
     count = min(budget, scores.size(-1))
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count).indices, True)
@@ -338,6 +349,7 @@ WRONG = [
 
 RIGHT = [
     ("07.2", keep_by_loop),
+    ("07.2", keep_head_by_head),
     ("07.2", keep_by_mask),
     ("07.2", keep_by_indexing),
     ("07.2", keep_take_along),
