@@ -274,7 +274,6 @@ class AppendBounded(Exercise):
     """Seen and held are two numbers."""
 
     id, title, minutes, difficulty = "07.d1", "Debug: seen and held", 4, 2
-    needs = ("07.1",)
     reference = staticmethod(append_bounded)
     why = (
         "seq_len goes on by the new tokens and never goes back: the next token's position is how many have been seen. "
@@ -443,7 +442,6 @@ class RingSlot(Exercise):
     """A ring behind the sinks."""
 
     id, title, minutes, difficulty = "07.d2", "Debug: the edge of the window", 4, 2
-    needs = ("07.1",)
     reference = staticmethod(ring_slot)
     why = (
         "Behind the sinks lies a ring of budget - sinks slots, in which position `sinks` comes first. Counted from "
