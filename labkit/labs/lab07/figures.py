@@ -1,0 +1,159 @@
+"""Figures of lab 07: eviction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from labkit.labs.lab07.tasks import Score
+from labkit.labs.lab07.timeline import Timeline
+from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, row_of
+
+LINES = {0: COLORS["without cache"], 1: COLORS["query"], 4: COLORS["with cache"]}
+
+
+def attention_by_position(shares: Tensor) -> Figure:
+    """How much attention each position gets, `[layers, tokens]`, averaged over heads and later queries."""
+    fig, axes = figure(8.6, 3.4)
+    least = 1e-4
+    image = bare(axes).imshow(shares.clamp(min=least), aspect="auto", cmap=HEAT, norm=LogNorm(least, 1),
+                              interpolation="nearest")  # fmt: skip
+    axes.set(xlabel="position in the text", ylabel="layer")
+    bar = fig.colorbar(image, ax=axes, pad=0.01)
+    bar.set_label("share of the attention\n(log scale)")
+    return fig
+
+
+def hitters(received: Tensor, words: Sequence[str], most: int = 10) -> Figure:
+    """The tokens that got most attention, `[tokens]`, with their positions; the rest as one bar."""
+    share = (received / received.sum()).double().cpu()
+    order = share.argsort(descending=True)[:most].tolist()
+    names = [f"{shown(words[place])}  {place}" for place in order]
+    fig, axes = figure(7.0, 0.26 * (most + 1) + 0.9)
+    values = [100 * share[place].item() for place in order]
+    rest = 100 - sum(values)
+    axes.barh(range(most), values, color=COLORS["with cache"])
+    axes.barh(most, rest, color=COLORS["reserve"])
+    axes.set_yticks(range(most + 1), [*names, f"the other {len(words) - most}"])
+    axes.invert_yaxis()
+    for place, value in enumerate([*values, rest]):
+        axes.text(value + 0.5, place, f"{value:.1f}%", va="center", fontsize=8)
+    axes.set(xlabel="share of the attention, %", ylabel="token and position", xlim=(0, max(*values, rest) * 1.12))
+    return fig
+
+
+def shown(word: str) -> str:
+    """A token as a label: its spaces and line breaks made visible, nothing that matplotlib would set as a formula."""
+    return word.replace("\n", "⏎").replace(" ", "·").replace("$", r"\$") or "∅"
+
+
+def losses_over_text(losses: Mapping[int | None, Tensor], budget: int, average: int = 32) -> Figure:
+    """Running means of the loss per token, by the number of sinks; None is the full cache."""
+    fig, axes = figure(8.0, 3.4)
+    for sinks, values in losses.items():
+        kernel = torch.ones(1, 1, average, dtype=values.dtype) / average
+        mean = torch.nn.functional.conv1d(values[None, None], kernel)[0, 0]
+        name = "everything kept" if sinks is None else f"{sinks} sink{'s' if sinks != 1 else ''}"
+        axes.plot(range(average, len(values) + 1), mean, color=COLORS["theory"] if sinks is None else LINES[sinks],
+                  label=name, linestyle="--" if sinks is None else "-")  # fmt: skip
+    axes.axvline(budget, color=COLORS["reserve"], linewidth=1)
+    axes.text(budget + 2, axes.get_ylim()[1], "the budget is full", va="top", fontsize=8, color=COLORS["theory"])
+    axes.set(xlabel="tokens seen", ylabel=f"loss, nats per token\n(mean of the last {average})")
+    axes.legend(fontsize=8, loc="upper left")
+    return fig
+
+
+def kept(by_policy: Mapping[str, Sequence[float]], fact: Sequence[int], question: int) -> Figure:
+    """By how many KV heads each position of a text is kept, a row per policy. fact: positions of what will be asked
+    for; question: where the question begins."""
+    fig, axes = figure(8.8, 0.42 * len(by_policy) + 1.3)
+    shares = torch.tensor([list(values) for values in by_policy.values()])
+    image = bare(axes).imshow(shares, aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(by_policy)), list(by_policy))
+    for first, last, name in ((fact[0], fact[-1], "the fact"), (question, shares.shape[1] - 1, "the question")):
+        axes.annotate("", (first - 0.5, -0.75), (last + 0.5, -0.75), annotation_clip=False,
+                      arrowprops={"arrowstyle": "|-|", "mutation_scale": 3, "color": COLORS["highlight"]})  # fmt: skip
+        axes.text((first + last) / 2, -0.95, name, ha="center", va="bottom", fontsize=8, color=COLORS["highlight"])
+    axes.set(xlabel="position in the text")
+    axes.set_title(" ", fontsize=10)  # room for the marks
+    fig.colorbar(image, ax=axes, pad=0.01).set_label("share of KV heads\nthat keep it")
+    return fig
+
+
+def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
+    """Policies by tasks: the share of the answers' tokens that are right; of `first`, the perplexity over the full
+    cache's."""
+    tasks, caches = list(found), list(next(iter(found.values())))
+    fig, axes = figure(9.2, 0.42 * len(tasks) + 1.5)
+    values = [[goodness(found[task][cache], task == first) for cache in caches] for task in tasks]
+    bare(axes).imshow(values, aspect="auto", cmap=HEAT, vmin=0, vmax=1)
+    for row, task in enumerate(tasks):
+        for column, cache in enumerate(caches):
+            score = found[task][cache]
+            text = f"{score.perplexity:.2f}x" if task == first else f"{100 * score.share:.0f}%"
+            axes.text(column, row, text, ha="center", va="center", fontsize=9,
+                      color="black" if values[row][column] > 0.55 else "white")  # fmt: skip
+    axes.set_xticks(range(len(caches)), [name.replace(", ", ",\n") for name in caches], fontsize=8)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return fig
+
+
+def goodness(score: Score, by_perplexity: bool) -> float:
+    """From 0 to 1, for the colour: the share that is right, or one over the perplexity's ratio."""
+    return min(1.0, 1 / score.perplexity) if by_perplexity else score.share
+
+
+def bytes_over_tokens(by_cache: Mapping[str, Sequence[int]], first: int) -> Figure:
+    """MB that caches hold after each token; the first value is of `first` tokens."""
+    fig, axes = figure(7.4, 3.2)
+    for (name, values), color, marker in zip(by_cache.items(), CYCLE, MARKERS, strict=False):
+        seen = range(first, first + len(values))
+        axes.plot(seen, [value / 1e6 for value in values], color=color, label=name, marker=marker,
+                  markevery=max(1, len(values) // 8), markersize=4)  # fmt: skip
+    axes.set(xlabel="tokens seen", ylabel="MB held", ylim=(0, None))
+    axes.legend(fontsize=8, loc="upper left")
+    return fig
+
+
+def timelines(lines: Sequence[Timeline]) -> Figure:
+    """Which positions each policy holds after each token, a panel for each policy."""
+    fig, panels = row_of(len(lines), 2.5 * len(lines) + 0.9, 3.1)
+    for axes, line in zip(panels, lines, strict=True):
+        image = bare(axes).imshow(line.held, aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="position")
+        axes.set_title(line.policy, fontsize=9)
+    panels[0].set(ylabel="tokens seen")
+    fig.colorbar(image, ax=panels, pad=0.01).set_label("share of KV heads that hold it")
+    return fig
+
+
+def moment_of(line: Timeline, moment: int, per_row: int = 9) -> Figure:
+    """The text as far as it was read, each token's box coloured by how many KV heads hold it; what lost holders with
+    this token is framed."""
+    rows = -(-len(line.words) // per_row)
+    fig, axes = figure(9.0, 0.5 * rows + 0.5)
+    bare(axes).axis("off")
+    colors = plt.get_cmap(HEAT)
+    lost = set(line.dropped(moment)[:8])
+    for place, word in enumerate(line.words):
+        row, column = divmod(place, per_row)
+        if place <= moment:
+            share = line.held[moment][place]
+            face, ink = colors(share), "black" if share > 0.55 else "white"
+        else:
+            face, ink = "#FFFFFF", "#999999"
+        frame = COLORS["highlight"] if place in lost else "#BBBBBB"
+        axes.add_patch(plt.Rectangle((column + 0.02, rows - row - 0.92), 0.96, 0.84, facecolor=face, edgecolor=frame,
+                                     linewidth=2.2 if place in lost else 0.6))  # fmt: skip
+        axes.text(column + 0.5, rows - row - 0.5, shown(word)[:12], ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlim=(0, per_row), ylim=(0, rows))
+    return fig

@@ -1,0 +1,143 @@
+"""Work for a cache that has forgotten: what is read, what is asked when it has, and what the answer is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from labkit import quality
+from labkit.cache import Cache
+from labkit.course import waiting
+from labkit.labs.lab07.reading import read
+from labkit.llama import Llama
+
+MakeCache = Callable[[], Cache]
+FACT = " The number of the harbour master's locker is {}."
+QUESTION = "\nThe number of the harbour master's locker is"
+PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
+OWNERS = ("harbour master", "pilot", "cook")
+WORDS = ("anchor", "basket", "candle", "donkey", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
+         "ladder", "mirror", "needle", "orange", "pocket")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """Token ids. text: what is read, after which the cache evicts. asked: what comes then; answer: what should follow."""
+
+    name: str
+    text: tuple[int, ...]
+    asked: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def places(self, question: Sequence[int]) -> tuple[list[int], int]:
+        """Where the answer stands in the text, the position of each of its tokens, and where a question that the text
+        ends with begins. question: its tokens."""
+        length = len(self.answer)
+        first = next(i for i in range(len(self.text)) if self.text[i : i + length] == self.answer)
+        return list(range(first, first + length)), len(self.text) + len(self.asked) - len(question)
+
+
+@dataclass(frozen=True)
+class Score:
+    """hits: answers whose every token was the likeliest, of `trials`; share: of the answers' tokens. perplexity: of the
+    answers' tokens, over what the full cache gave."""
+
+    hits: int
+    trials: int
+    share: float
+    perplexity: float
+
+
+def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
+    """One task of each kind, about prose of the project's own; another `seed` takes other prose and numbers."""
+    chance = random.Random(seed)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    names = sorted(path.stem for path in quality.TEXTS.glob("*.txt"))
+    whole = encode(quality.load_text(names[seed % len(names)]))
+    prose = whole[(start := chance.randrange(0, 1500)) : start + text_tokens]
+    made = [Task("the text goes on", tuple(prose), (), tuple(whole[start + text_tokens : start + text_tokens + 48]))]
+
+    def planted(facts: Mapping[float, str]) -> list[int]:
+        out, left = list(prose[: text_tokens - sum(len(encode(fact)) for fact in facts.values())]), facts
+        for place in sorted(left, reverse=True):
+            at = int(place * len(out))
+            out[at:at] = encode(left[place])
+        return out
+
+    def known(name: str, text: Sequence[int], question: str, answer: str) -> Task:
+        asked = encode(question)
+        return Task(name, (*text, *asked[:-1]), (asked[-1],), tuple(encode(answer)))
+
+    for place, share in PLACES.items():
+        number = str(chance.randint(1000, 9999))
+        made.append(known(f"a number, {place}", planted({share: FACT.format(number)}), QUESTION, f" {number}"))
+    numbers = [str(chance.randint(1000, 9999)) for _ in OWNERS]
+    several = planted({
+        0.2 + 0.3 * i: f" The number of the {owner}'s locker is {number}."
+        for i, (owner, number) in enumerate(zip(OWNERS, numbers, strict=True))
+    })  # fmt: skip
+    which = chance.randrange(len(OWNERS))
+    made.append(known("one number of three", several, f"\nThe number of the {OWNERS[which]}'s locker is",
+                      f" {numbers[which]}"))  # fmt: skip
+    words = " ".join(chance.sample(WORDS, 10))
+    made.append(known("a list, copied", [*encode(f"The list: {words}.\n"), *prose], "\nThe list:", f" {words}"))
+    number = str(chance.randint(1000, 9999))
+    system = f"<|im_start|>system\nThe number of the guest's room is {number}.<|im_end|>\n<|im_start|>user\n"
+    talk = [*encode(system + "Tell me a story.<|im_end|>\n<|im_start|>assistant\n"), *prose[:200]]
+    turn = ("<|im_end|>\n<|im_start|>user\nWhat is the number of the guest's room?<|im_end|>\n<|im_start|>assistant\n"
+            "The number of the guest's room is")  # fmt: skip
+    made.append(known("a conversation's first line", talk, turn, f" {number}"))
+    number = str(chance.randint(1000, 9999))
+    made.append(Task("a number, asked for later", tuple(planted({0.5: FACT.format(number)})), tuple(encode(QUESTION)),
+                     tuple(encode(f" {number}"))))  # fmt: skip
+    return made
+
+
+@torch.inference_mode()
+def answered(model: Llama, cache: Cache, task: Task) -> tuple[list[bool], float]:
+    """Of each token of the answer whether it was the likeliest, and the sum of their log-probabilities."""
+    logits = []
+    if task.asked:
+        logits.append(model(torch.tensor([task.asked], device=model.device), cache, last_only=True))
+        rest = task.answer
+    else:  # the text's last token has been read: the first token that follows it serves as the question
+        logits.append(model(torch.tensor([task.answer[:1]], device=model.device), cache, last_only=True))
+        rest = task.answer[1:]
+    if len(rest) > 1:
+        logits.append(model(torch.tensor([rest[:-1]], device=model.device), cache))
+    logs = torch.cat(logits, dim=1)[0].double().log_softmax(dim=-1)
+    want = torch.tensor(rest, device=logs.device)
+    return (logs.argmax(dim=-1) == want).tolist(), logs.gather(1, want[:, None]).sum().item()
+
+
+def table(
+    model: Llama, tokenizer: Any, caches: Mapping[str, MakeCache], trials: int, text_tokens: int = 300
+) -> dict[str, dict[str, Score]]:
+    """Scores by task and cache; `caches` has "full", the ceiling. Every cache gets the same texts."""
+    found: dict[str, dict[str, list[tuple[list[bool], float]]]] = {}
+    for trial in waiting.bar(range(trials), "texts"):
+        for task in tasks(tokenizer, trial, text_tokens):
+            reading = read(model, torch.tensor([task.text], device=model.device))
+            for name, make in caches.items():
+                result = answered(model, reading.given(make()), task)
+                found.setdefault(task.name, {}).setdefault(name, []).append(result)
+    return {task: scores(by_cache) for task, by_cache in found.items()}
+
+
+def scores(by_cache: Mapping[str, Sequence[tuple[list[bool], float]]]) -> dict[str, Score]:
+    """One task's results as scores, beside the cache called "full"."""
+    full = sum(logs for _, logs in by_cache["full"])
+    made = {}
+    for name, results in by_cache.items():
+        tokens = sum(len(hits) for hits, _ in results)
+        ratio = torch.tensor((full - sum(logs for _, logs in results)) / tokens).exp().item()
+        hits = [all(one) for one, _ in results]
+        made[name] = Score(sum(hits), len(hits), sum(sum(one) for one, _ in results) / tokens, ratio)
+    return made
