@@ -17,15 +17,19 @@ from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, row_o
 LINES = {0: COLORS["without cache"], 1: COLORS["query"], 4: COLORS["with cache"]}
 
 
-def attention_by_position(shares: Tensor) -> Figure:
-    """How much attention each position gets, `[layers, tokens]`, averaged over heads and later queries."""
-    fig, axes = figure(8.6, 3.4)
-    least = 1e-4
-    image = bare(axes).imshow(shares.clamp(min=least), aspect="auto", cmap=HEAT, norm=LogNorm(least, 1),
-                              interpolation="nearest")  # fmt: skip
-    axes.set(xlabel="position in the text", ylabel="layer")
-    bar = fig.colorbar(image, ax=axes, pad=0.01)
-    bar.set_label("share of the attention\n(log scale)")
+def attention_by_position(shares: Tensor, first: int = 16) -> Figure:
+    """How much attention each position gets, `[layers, tokens]`, averaged over heads and later queries; the `first`
+    positions once more, enlarged."""
+    fig, (near, whole) = row_of(2, 9.2, 3.4, widths=(1, 2.4))
+    least, tokens = 1e-4, shares.shape[1]
+    for axes, last in ((near, first), (whole, tokens)):
+        image = bare(axes).imshow(shares[:, :last].clamp(min=least), aspect="auto", cmap=HEAT, norm=LogNorm(least, 1),
+                                  interpolation="nearest")  # fmt: skip
+    near.set(xlabel="position in the text", ylabel="layer", title=f"the first {first} tokens")
+    whole.set(xlabel="position in the text", title=f"all {tokens}")
+    for axes in (near, whole):
+        axes.title.set_fontsize(9)
+    fig.colorbar(image, ax=whole, pad=0.01).set_label("share of the attention\n(log scale)")
     return fig
 
 
