@@ -7,6 +7,7 @@ from labkit.labs.lab07.always import Protected
 from labkit.labs.lab07.keeping import KeepBest
 from labkit.labs.lab07.own_policy import OwnPolicy
 from labkit.labs.lab07.placing import AtPlaces
+from labkit.labs.lab07.questions import PREDICTIONS, QUIZZES
 from labkit.labs.lab07.receiving import AttentionReceived
 from labkit.labs.lab07.snapping import SnapKVScores
 from labkit.labs.lab07.windows import AppendBounded, RingSlot, WindowPositions
@@ -18,6 +19,6 @@ CONTENTS = LabContents(
         WindowPositions(), KeepBest(), AttentionReceived(), Protected(), SnapKVScores(), AppendBounded(), RingSlot(),
         AtPlaces(), OwnPolicy(),
     ),
-    predictions=(),
-    quizzes=(),
+    predictions=PREDICTIONS,
+    quizzes=QUIZZES,
 )  # fmt: skip

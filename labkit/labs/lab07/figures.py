@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -152,7 +152,7 @@ def moment_of(line: Timeline, moment: int, per_row: int = 9) -> Figure:
         row, column = divmod(place, per_row)
         if place <= moment:
             share = line.held[moment][place]
-            face, ink = colors(share), "black" if share > 0.55 else "white"
+            face, ink = to_hex(colors(share)), "black" if share > 0.55 else "white"
         else:
             face, ink = "#FFFFFF", "#999999"
         frame = COLORS["highlight"] if place in lost else "#BBBBBB"

@@ -7,7 +7,7 @@ from labkit.course.contents import Prediction, Quiz
 PREDICTIONS = (
     Prediction("07.p1", "Share of all attention that the first token gets", "%", 1.25),
     Prediction("07.p2", "Perplexity once the first token has left the window, over the full cache's", "times", 1.25),
-    Prediction("07.p3", "Numbers recalled of those asked for only after half of the text was dropped", "%", 1.5),
+    Prediction("07.p3", "Tokens right of a number that is asked for when three quarters are gone, SnapKV", "%", 1.5),
 )
 
 QUIZZES = (
@@ -61,8 +61,8 @@ QUIZZES = (
         {"a": "SnapKV: it is best at a quarter", "b": "None of them finds what nobody had asked for yet",
          "c": "A window with sinks", "d": "Random"},
         {"a": "It keeps what the last queries look at. When it decides, no question is there.",
-         "b": "What will be asked for cannot be seen in attention that has not happened. Keep it all, in fewer bits or in "
-         "memory that is read by pages.",
+         "b": "What will be asked for cannot be seen in attention that has not happened. Keep it all, in fewer bits, "
+         "or in pages of which few are read.",
          "c": "It keeps the end of the document and forgets the rest.",
          "d": "It keeps each token with a chance of one quarter: a number of four tokens hardly ever whole."},
         "b",
@@ -79,8 +79,8 @@ QUIZZES = (
     ),
     Quiz(
         "07.q7",
-        "int4 keeps every token in a quarter of the bytes, eviction a quarter of the tokens in all their bits. Where is "
-        "eviction better?",
+        "int4 keeps every token in a quarter of the bytes, eviction a quarter of the tokens in all their bits. Where "
+        "is eviction better?",
         {"a": "Wherever bytes count", "b": "Where a step should read fewer tokens, and the text has no end",
          "c": "Where facts must be found", "d": "With small models"},
         {"a": "The bytes are the same.",

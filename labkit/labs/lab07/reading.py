@@ -107,7 +107,8 @@ def kept_share(cache: Cache, tokens: int) -> list[float]:
     """Of each position of a text, which share of all the layers' KV heads hold it."""
     counts, heads = torch.zeros(tokens), 0
     for layer in cache.layers:
-        assert isinstance(layer, EvictingCache) and layer.positions is not None
+        assert isinstance(layer, EvictingCache)
+        assert layer.positions is not None
         heads += layer.positions.shape[1]
         counts += torch.bincount(layer.positions[0].flatten().long().cpu(), minlength=tokens)
     return (counts / heads).tolist()

@@ -106,10 +106,12 @@ class LastLook(Policy):
     """
 
     def watch(self, seen: Seen) -> Notes:
+        """What the newest query gives each token."""
         mean = seen.weights(1)[:, :, 0].mean(dim=1, keepdim=True)
         return Notes(mean.expand(-1, seen.k.shape[1], -1))
 
     def score(self, held: Held) -> Tensor:
+        """What was noted."""
         return held.tally
 
 

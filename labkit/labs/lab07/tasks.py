@@ -26,7 +26,7 @@ WORDS = ("anchor", "basket", "candle", "donkey", "engine", "feather", "garden", 
 
 @dataclass(frozen=True)
 class Task:
-    """Token ids. text: what is read, after which the cache evicts. asked: what comes then; answer: what should follow."""
+    """Token ids. text: what is read; then the cache evicts. asked: what comes then. answer: what should follow."""
 
     name: str
     text: tuple[int, ...]

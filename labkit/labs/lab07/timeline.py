@@ -51,4 +51,3 @@ def timeline(
         answer.append(int(model(torch.tensor([answer[-1:]], device=model.device), cache)[0, -1].argmax()))
     words = tuple(tokenizer.decode([token]) for token in tokens[0].tolist())
     return Timeline(name, budget, words, tuple(held), tokenizer.decode(answer))
-
