@@ -71,7 +71,7 @@ def read(model: Llama, tokens: Tensor) -> Reading:
 
 
 @torch.inference_mode()
-def losses(model: Llama, tokens: Tensor, cache: Cache, chunk: int = 8) -> Tensor:
+def losses(model: Llama, tokens: Tensor, cache: Cache, chunk: int = 16) -> Tensor:
     """Minus the log-probability of each next token, in nats, `[tokens - 1]`, the text read `chunk` tokens a step."""
     found = []
     for start in range(0, tokens.shape[1] - 1, chunk):

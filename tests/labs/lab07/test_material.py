@@ -1,0 +1,187 @@
+"""What lab 07 measures with: a text read once stands for a text read by each cache, and tasks are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from labkit import models
+from labkit.cache import Cache
+from labkit.cache.evicting import H2O, TOVA, KeyDiff, KeyNorm, Policy, SnapKV, Window
+from labkit.labs.lab07.reading import by_queries, kept_share, losses, read
+from labkit.labs.lab07.references import attention_received, snapkv_scores
+from labkit.labs.lab07.tasks import PLACES, QUESTION, Score, Task, answered, scores, table, tasks
+from labkit.labs.lab07.timeline import Timeline, timeline
+from labkit.llama import Llama
+from labkit.specs import ModelSpec
+
+SPEC = ModelSpec("tiny", 3, 4, 2, 16, 48, 96, 100, 512)
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return models.random(SPEC, prepack=False)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, SPEC.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
+
+
+def kept(cache: Cache) -> list[Tensor]:
+    return [layer.positions.sort(dim=-1).values for layer in cache.layers]
+
+
+@pytest.mark.parametrize("policy", [Window(sinks=2), KeyNorm(), KeyDiff(), H2O(), TOVA(), SnapKV(window=4)], ids=str)
+def test_a_cache_that_is_given_a_reading_holds_what_it_holds_after_reading(
+    model: Llama, tokens: Tensor, policy: Policy
+) -> None:
+    given = read(model, tokens).given(Cache.evicting(SPEC.num_layers, policy, 20, during="prompt"))
+    own = Cache.evicting(SPEC.num_layers, policy, 20, during="prompt")
+    model(tokens, own, last_only=True)
+    assert all(map(torch.equal, kept(given), kept(own)))
+    follows = torch.tensor([[7, 8, 9]])
+    # Bounded: K and V are the same numbers, attention over them is summed in another order of slots at most.
+    torch.testing.assert_close(model(follows, given), model(follows, own), rtol=1e-5, atol=1e-5)
+
+
+def test_a_readings_weights_are_those_of_each_query(model: Llama, tokens: Tensor) -> None:
+    reading = read(model, tokens)
+    weights = reading.weights(1, 10, 30)
+    assert weights.shape == (4, 20, 30)
+    assert all((weights[:, row, 11 + row :] == 0).all() for row in range(19))
+    # Bounded: a softmax's weights add up to 1, each of up to 30 rounded in float32.
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4, 20), rtol=0, atol=30 * 2**-23)
+    received = torch.zeros(2, 30)
+    for query in range(30):
+        received[:, : query + 1] += reading.weights(1, query, query + 1)[:, 0].unflatten(0, (2, 2)).mean(dim=1)
+    mine = attention_received(reading.q[1][:, :, :30], reading.k[1][:, :, :30], 7)[0]
+    torch.testing.assert_close(mine, received, rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_made_of_a_function_keeps_what_labkits_own_keeps(model: Llama, tokens: Tensor) -> None:
+    reading = read(model, tokens)
+    pairs = [
+        (by_queries(lambda q, k: snapkv_scores(q, k, 4, 5)), SnapKV(window=4, pool=5)),
+        (by_queries(lambda q, k: attention_received(q, k, 16), recent=0.5), H2O()),
+    ]
+    for own, theirs in pairs:
+        caches = [Cache.evicting(SPEC.num_layers, policy, 20, during="prompt") for policy in (own, theirs)]
+        assert all(map(torch.equal, *(kept(reading.given(cache)) for cache in caches)))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 200])
+def test_losses_do_not_depend_on_the_pieces_a_text_is_read_in(model: Llama, tokens: Tensor, chunk: int) -> None:
+    logs = model(tokens[:, :-1])[0].double().log_softmax(dim=-1)
+    want = -logs.gather(1, tokens[0, 1:, None])[:, 0]
+    # Bounded: logits of one pass and of pieces differ by the order in which float32 products are summed.
+    torch.testing.assert_close(losses(model, tokens, model.cache(), chunk), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kept_share_counts_the_heads_that_hold_a_position(model: Llama, tokens: Tensor) -> None:
+    cache = Cache.evicting(SPEC.num_layers, Window(sinks=2), 10)
+    model(tokens, cache, last_only=True)
+    assert kept_share(cache, 60) == [1.0] * 2 + [0.0] * 50 + [1.0] * 8
+    cache = Cache.evicting(SPEC.num_layers, KeyNorm(), 10)
+    model(tokens, cache, last_only=True)
+    assert sum(kept_share(cache, 60)) == pytest.approx(10)
+
+
+class TestTasks:
+    @pytest.fixture(scope="class")
+    def tokenizer(self):
+        return models.tokenizer()
+
+    def test_each_asks_for_something_that_its_text_says(self, tokenizer) -> None:
+        made = tasks(tokenizer, seed=3)
+        assert len({task.name for task in made}) == len(made) == 8
+        for task in made[1:]:
+            text, answer = tokenizer.decode(task.text), tokenizer.decode(task.answer)
+            assert answer.strip() in text, task.name
+            asked = tokenizer.decode([*task.text, *task.asked])
+            assert asked.endswith(("is", ":")), task.name
+        later = made[-1]
+        assert QUESTION not in tokenizer.decode(later.text)
+        assert tokenizer.decode(later.asked) == QUESTION
+        for task in made[1:-1]:
+            assert len(task.asked) == 1, "all but the question's last token is read before anything is evicted"
+
+    def test_a_number_stands_where_its_task_says(self, tokenizer) -> None:
+        question = tokenizer(QUESTION, add_special_tokens=False).input_ids
+        for task, share in zip(tasks(tokenizer, seed=4)[1:4], PLACES.values(), strict=True):
+            number, asked = task.places(question)
+            assert task.text[number[0] : number[-1] + 1] == task.answer
+            assert number[0] / asked == pytest.approx(share, abs=0.08)
+            assert (*task.text[asked:], *task.asked) == tuple(question)
+
+    def test_another_seed_takes_other_prose_and_numbers(self, tokenizer) -> None:
+        one, same, other = (tasks(tokenizer, seed) for seed in (1, 1, 2))
+        assert one == same
+        assert all(a.text != b.text and a.answer != b.answer for a, b in zip(one, other, strict=True))
+
+
+def test_an_answer_is_judged_by_the_models_own_next_tokens(model: Llama) -> None:
+    text = (3, 14, 15, 92, 65, 35)
+    greedy: list[int] = []
+    for _ in range(4):
+        greedy.append(int(model(torch.tensor([[*text, 7, *greedy]]))[0, -1].argmax()))
+    cache = model.cache()
+    model(torch.tensor([text]), cache, last_only=True)
+    hits, logs = answered(model, cache, Task("", text, (7,), tuple(greedy)))
+    assert hits == [True] * 4
+    whole = model(torch.tensor([[*text, 7, *greedy[:-1]]]))[0, -4:].double().log_softmax(dim=-1)
+    assert logs == pytest.approx(whole.gather(1, torch.tensor(greedy)[:, None]).sum().item(), abs=1e-3)
+    wrong = (greedy[0], greedy[1], (greedy[2] + 1) % 100, greedy[3])
+    cache = model.cache()
+    model(torch.tensor([text]), cache, last_only=True)
+    assert answered(model, cache, Task("", text, (7,), wrong))[0][:3] == [True, True, False]
+
+
+def test_a_text_that_goes_on_is_judged_from_its_second_token(model: Llama) -> None:
+    text, follows = (3, 14, 15, 92), (65, 35, 89)
+    cache = model.cache()
+    model(torch.tensor([text]), cache, last_only=True)
+    hits, logs = answered(model, cache, Task("", text, (), follows))
+    whole = model(torch.tensor([[*text, *follows[:-1]]]))[0, -2:].double().log_softmax(dim=-1)
+    assert len(hits) == 2
+    assert logs == pytest.approx(whole.gather(1, torch.tensor(follows[1:])[:, None]).sum().item(), abs=1e-3)
+
+
+def test_scores_count_tokens_and_compare_with_the_full_cache() -> None:
+    got = scores(
+        {"full": [([True, True], -1.0), ([True, False], -3.0)], "x": [([True, False], -2.0), ([False, False], -6.0)]}
+    )
+    assert got["full"] == Score(1, 2, 0.75, 1.0)
+    assert (got["x"].hits, got["x"].trials, got["x"].share) == (0, 2, 0.25)
+    assert got["x"].perplexity == pytest.approx(torch.tensor(1.0).exp().item())  # 4 nats more over 4 tokens
+
+
+def test_the_table_has_every_task_and_cache_and_the_full_cache_as_its_ceiling() -> None:
+    tokenizer, spec = models.tokenizer(), models.load(device="cpu").spec
+    small = models.random(ModelSpec("tiny", 2, 4, 2, 16, 48, 96, spec.vocab_size, 512), prepack=False)
+    caches = {"full": small.cache, "window": lambda: Cache.evicting(2, Window(), 0.25, during="prompt")}
+    found = table(small, tokenizer, caches, trials=1, text_tokens=120)
+    assert list(found) == [task.name for task in tasks(tokenizer, 0, 120)]
+    assert all(list(by) == ["full", "window"] and by["full"].perplexity == 1.0 for by in found.values())
+
+
+def test_a_timeline_holds_the_budget_and_says_what_was_dropped() -> None:
+    model, tokenizer = models.load(device="cpu"), models.tokenizer()
+    line = timeline(
+        model, tokenizer, "One two three four five six seven", Window(sinks=1), "window", 4, answer_tokens=2
+    )
+    tokens = len(line.words)
+    assert tokens == 7
+    assert [sum(held) for held in line.held] == pytest.approx([1, 2, 3, 4, 4, 4, 4])
+    assert [line.dropped(moment) for moment in range(tokens)] == [[], [], [], [], [1], [2], [3]]
+    assert "".join(line.words) == "One two three four five six seven"
+    assert line.answer
+
+
+def test_what_lost_most_holders_comes_first_among_the_dropped() -> None:
+    line = Timeline(
+        "p", 2, ("a", "b", "c", "d"), ((1, 0, 0, 0), (1, 1, 0, 0), (0.9, 0.5, 1, 0), (0.9, 0.1, 0.6, 1)), "x"
+    )
+    assert line.dropped(2) == [1, 0]
+    assert line.dropped(3) == [1, 2]
