@@ -198,6 +198,7 @@ class KeepBest(Exercise):
         for place, suspects in parts:
             own, right = (part(function, place) for function in (answer, keep_best))
             compare(type(self), own, right, cases, suspects=suspects, what=PARTS[place], exact=True, dtypes=DTYPES)
+        self.check_precision(answer)
         self.check_ties(answer)
         self.check_memory(answer, cases[2].args)
         args = layer(2, 2, 14, 4, 6, seed=9)  # one head's indices may be a list
@@ -217,6 +218,18 @@ class KeepBest(Exercise):
             self.fail("budget-beyond-tokens", seen=not_yet.finding.seen,
                       cause="a smaller budget is taken; with fewer tokens than the budget there is nothing to choose",
                       look="what happens when k.shape[2] is no more than budget: all tokens stay")  # fmt: skip
+
+    def check_precision(self, answer: Callable) -> None:
+        """Scores in float32 beside K and V in half precision: they are compared as they are."""
+        for dtype in (torch.bfloat16, torch.float16):
+            k, v, positions, scores, budget = close(layer(2, 2, 30, 3, 11, seed=8))
+            args = (k.to(dtype), v.to(dtype), positions, scores.float(), budget)
+            got, want = self.call(answer, *args)[2], keep_best(*args)[2]
+            if not torch.equal(got.long(), want.long()):
+                self.fail("rounds-scores", seen=f"{told(args)}, scores that differ in the seventh digit: positions "
+                          f"{got[0, 0].tolist()} are kept, and {want[0, 0].tolist()} have the highest scores",
+                          cause=f"the scores were rounded, as to k's dtype, {dtype}, before they were compared",
+                          look="what is done with scores before the choice: nothing has to be")  # fmt: skip
 
     def check_ties(self, answer: Callable) -> None:
         """Equal scores, infinite ones among them: any of them may stay, as many as there is room for."""

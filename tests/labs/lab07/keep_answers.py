@@ -55,6 +55,10 @@ def keep_slice(k, v, positions, scores, budget):
     return tuple(x[:, :, :count] for x in (k.gather(2, vectors), v.gather(2, vectors), positions.gather(2, order)))
 
 
+def keep_by_scores_like_k(k, v, positions, scores, budget):
+    return by_index(lambda s, b: best(s.type_as(k), b))(k, v, positions, scores, budget)
+
+
 def keep_indices(k, v, positions, scores, budget):
     k, v, _ = by_index(best)(k, v, positions, scores, budget)
     return k, v, best(scores, min(budget, scores.shape[2])).to(positions.dtype)
@@ -312,6 +316,7 @@ WRONG = [
     Wrong("07.2", "not-a-tuple", "positions are not returned", keep_two),
     Wrong("07.2", "equal-scores", "by a threshold", keep_by_threshold),
     Wrong("07.2", "precision", "scores compared in bfloat16", keep_scores_in_bfloat16),
+    Wrong("07.2", "rounds-scores", "scores in k's dtype", keep_by_scores_like_k),
     Wrong("07.2", "left-pytorch", "sorted as lists", keep_by_lists),
     Wrong("07.2", "layout", "a view of k", keep_view),
     Wrong("07.2", "absolute", "without signs", by_index(lambda s, b: best(s.abs(), b))),
