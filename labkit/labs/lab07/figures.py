@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
@@ -64,7 +65,8 @@ def losses_over_text(losses: Mapping[int | None, Tensor], budget: int, average: 
         mean = torch.nn.functional.conv1d(values[None, None], kernel)[0, 0]
         name = "everything kept" if sinks is None else f"{sinks} sink{'s' if sinks != 1 else ''}"
         axes.plot(range(average, len(values) + 1), mean, color=COLORS["theory"] if sinks is None else LINES[sinks],
-                  label=name, linestyle="--" if sinks is None else "-")  # fmt: skip
+                  label=name, linestyle="--" if sinks is None else ":" if sinks == 4 else "-",
+                  linewidth=2.5 if sinks == 1 else 1.5)  # fmt: skip
     axes.axvline(budget, color=COLORS["reserve"], linewidth=1)
     axes.text(budget + 2, axes.get_ylim()[1], "the budget is full", va="top", fontsize=8, color=COLORS["theory"])
     axes.set(xlabel="tokens seen", ylabel=f"loss, nats per token\n(mean of the last {average})")
@@ -78,8 +80,10 @@ def kept(by_policy: Mapping[str, Sequence[float]], fact: Sequence[int], question
     fig, axes = figure(8.8, 0.42 * len(by_policy) + 1.3)
     shares = torch.tensor([list(values) for values in by_policy.values()])
     image = bare(axes).imshow(shares, aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+    for row in range(1, len(by_policy)):
+        axes.axhline(row - 0.5, color="white", linewidth=3)
     axes.set_yticks(range(len(by_policy)), list(by_policy))
-    for first, last, name in ((fact[0], fact[-1], "the fact"), (question, shares.shape[1] - 1, "the question")):
+    for first, last, name in ((fact[0], fact[-1], "the number"), (question, shares.shape[1] - 1, "the question")):
         axes.annotate("", (first - 0.5, -0.75), (last + 0.5, -0.75), annotation_clip=False,
                       arrowprops={"arrowstyle": "|-|", "mutation_scale": 3, "color": COLORS["highlight"]})  # fmt: skip
         axes.text((first + last) / 2, -0.95, name, ha="center", va="bottom", fontsize=8, color=COLORS["highlight"])
@@ -102,8 +106,10 @@ def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
             text = f"{score.perplexity:.2f}x" if task == first else f"{100 * score.share:.0f}%"
             axes.text(column, row, text, ha="center", va="center", fontsize=9,
                       color="black" if values[row][column] > 0.55 else "white")  # fmt: skip
-    axes.set_xticks(range(len(caches)), [name.replace(", ", ",\n") for name in caches], fontsize=8)
-    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(caches)), [name.replace(", ", ",\n") for name in caches], fontsize=9)
+    rows = [f"{task}\n(perplexity: low is good)" if task == first else task for task in tasks]
+    axes.set_yticks(range(len(tasks)), rows, fontsize=9)
+    axes.axhline(tasks.index(first) + 0.5, color="white", linewidth=6)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -132,7 +138,9 @@ def timelines(lines: Sequence[Timeline]) -> Figure:
     """Which positions each policy holds after each token, a panel for each policy."""
     fig, panels = row_of(len(lines), 2.5 * len(lines) + 0.9, 3.1)
     for axes, line in zip(panels, lines, strict=True):
-        image = bare(axes).imshow(line.held, aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+        come = torch.ones(len(line.held), len(line.words)).tril().bool()
+        held = np.ma.masked_array(line.held, mask=~come.numpy())  # what has not come yet is white, what left is dark
+        image = bare(axes).imshow(held, aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
         axes.set(xlabel="position")
         axes.set_title(line.policy, fontsize=9)
     panels[0].set(ylabel="tokens seen")

@@ -38,10 +38,10 @@ def keep_best(k: Tensor, v: Tensor, positions: Tensor, scores: Tensor, budget: i
 def attention_received(q: Tensor, k: Tensor, block: int) -> Tensor:
     """The attention that each key gets from all these queries: float32 [batch, num_kv_heads, kv_len].
 
-    q: [batch, num_heads, new_tokens, head_dim], those of the newest tokens. k: [batch, num_kv_heads, kv_len, head_dim],
-    theirs included. No query sees a later key; query head h reads KV head h // num_queries_per_kv. The weights are
-    summed over queries; of the query heads that share a KV head the mean is taken. Weights of at most `block` queries
-    exist at a time, [batch, num_heads, block, kv_len].
+    q: [batch, num_heads, new_tokens, head_dim], of the newest tokens. k: [batch, num_kv_heads, kv_len, head_dim], with
+    the new tokens' own. No query sees a later key; query head h reads KV head h // num_queries_per_kv. The weights,
+    softmax(q k / sqrt(head_dim)), are summed over queries; of the query heads that share a KV head the mean is taken.
+    Weights of at most `block` queries exist at a time, [batch, num_heads, block, kv_len].
     """
     batch, _, new_tokens, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -89,7 +89,7 @@ def at_places(k: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     k: [batch, num_kv_heads, tokens, head_dim], each turned by RoPE to its position. positions: int [batch,
     num_kv_heads, tokens], ascending along tokens. frequencies: [head_dim / 2], in radians per position. To turn by n
     positions makes of channels (a, b), those at i and i + head_dim / 2, (a cos - b sin, b cos + a sin) with the angle
-    n * frequencies[i].
+    n * frequencies[i]. They come back in k's dtype.
     """
     places = torch.arange(k.shape[2], device=k.device)
     angle = (places - positions)[..., None] * frequencies
@@ -101,8 +101,8 @@ class LastLook(Policy):
     """Keeps the tokens at which the newest query looks, the same in every KV head of a layer (TOVA).
 
     watch notes for each token its weight for the newest query, the mean over all query heads; score returns what was
-    noted. seen.weights(1): the newest query's weights, [batch, num_heads, 1, tokens]. Notes(x): x is [batch,
-    num_kv_heads, tokens]; held.tally gives it back.
+    noted. seen.weights(1): the newest query's weights, [batch, num_heads, 1, tokens]. seen.k: [batch, num_kv_heads,
+    tokens, head_dim]. Notes(x): x is [batch, num_kv_heads, tokens]; held.tally gives it back.
     """
 
     def watch(self, seen: Seen) -> Notes:

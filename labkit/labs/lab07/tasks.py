@@ -34,11 +34,12 @@ class Task:
     answer: tuple[int, ...]
 
     def places(self, question: Sequence[int]) -> tuple[list[int], int]:
-        """Where the answer stands in the text, the position of each of its tokens, and where a question that the text
-        ends with begins. question: its tokens."""
-        length = len(self.answer)
-        first = next(i for i in range(len(self.text)) if self.text[i : i + length] == self.answer)
-        return list(range(first, first + length)), len(self.text) + len(self.asked) - len(question)
+        """Where the answer stands in the text, the position of each of its tokens, and where the text has `question`,
+        given as its tokens, last."""
+        asked = tuple(question)
+        first = next(i for i in range(len(self.text)) if self.text[i : i + len(self.answer)] == self.answer)
+        begins = [i for i in range(len(self.text)) if self.text[i : i + len(asked)] == asked]
+        return list(range(first, first + len(self.answer))), begins[-1]
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,24 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
     made = [Task("the text goes on", tuple(prose), (), tuple(whole[start + text_tokens : start + text_tokens + 48]))]
 
     def planted(facts: Mapping[float, str]) -> list[int]:
-        out, left = list(prose[: text_tokens - sum(len(encode(fact)) for fact in facts.values())]), facts
-        for place in sorted(left, reverse=True):
-            at = int(place * len(out))
-            out[at:at] = encode(left[place])
+        """The prose with each fact behind the sentence that ends nearest to its place."""
+        out = list(prose[: text_tokens - sum(len(encode(fact)) for fact in facts.values())])
+        ends = [i + 1 for i, token in enumerate(out) if tokenizer.decode([token]).endswith(".")] or [len(out)]
+        nearest = {place: min(ends, key=lambda end: abs(end - place * len(out))) for place in facts}
+        for place in sorted(facts, reverse=True):
+            out[nearest[place] : nearest[place]] = encode(facts[place])
         return out
 
+    def put(question: str, answer: str) -> tuple[list[int], list[int]]:
+        """A space before the answer, where it is a token of its own, is asked, not answered."""
+        asked, answered = encode(question), encode(answer)
+        while not tokenizer.decode(answered[:1]).strip():
+            asked.append(answered.pop(0))
+        return asked, answered
+
     def known(name: str, text: Sequence[int], question: str, answer: str) -> Task:
-        asked = encode(question)
-        return Task(name, (*text, *asked[:-1]), (asked[-1],), tuple(encode(answer)))
+        asked, answered = put(question, answer)
+        return Task(name, (*text, *asked[:-1]), (asked[-1],), tuple(answered))
 
     for place, share in PLACES.items():
         number = str(chance.randint(1000, 9999))
@@ -95,8 +105,9 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
             "The number of the guest's room is")  # fmt: skip
     made.append(known("a conversation's first line", talk, turn, f" {number}"))
     number = str(chance.randint(1000, 9999))
-    made.append(Task("a number, asked for later", tuple(planted({0.5: FACT.format(number)})), tuple(encode(QUESTION)),
-                     tuple(encode(f" {number}"))))  # fmt: skip
+    asked, answer = put(QUESTION, f" {number}")
+    later = tuple(planted({0.5: FACT.format(number)}))
+    made.append(Task("a number, asked for later", later, tuple(asked), tuple(answer)))
     return made
 
 
