@@ -13,7 +13,7 @@ from labkit.attention import Constants, Visibility
 from labkit.cache import Cache
 from labkit.cache.evicting import Held, Notes, Policy, Seen
 from labkit.course.checks.suspects import Suspect, accuse
-from labkit.course.checks.tensors import agree, budget, draw, first_place
+from labkit.course.checks.tensors import agree, budget, draw, first_place, shape_difference
 from labkit.course.exercise import Exercise
 from labkit.labs.lab07.references import LastLook
 
@@ -196,8 +196,7 @@ class OwnPolicy(Exercise):
                       look="the return of watch: Notes(x), x [batch, num_kv_heads, tokens]")  # fmt: skip
         if notes.tokens.shape != want.shape:
             self.fail("noted-shape", seen=f"watch, {told}: noted is {list(notes.tokens.shape)}; it should be "
-                      f"{list(want.shape)}", cause="a dimension is missing or too many, or has as many entries as "
-                      "there are query heads",
+                      f"{list(want.shape)}", cause=shape_difference(notes.tokens.shape, want.shape)[0],
                       look="x of Notes(x): one number for each token, for each KV head")  # fmt: skip
         if notes.tokens.isnan().any():
             self.fail("not-finite", seen=f"watch, {told}: NaN was noted", cause="a division by 0, or infinity was "
