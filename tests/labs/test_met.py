@@ -75,5 +75,5 @@ def test_the_published_counts_meet_the_courses_bars() -> None:
 def test_the_readme_says_what_the_newest_meeting_gave() -> None:
     total = newest()
     said = " ".join((MEETINGS.parents[2] / "README.md").read_text(encoding="utf-8").split())
-    assert f"of {total['wrong']} wrong ones it refused {total['refused']}" in said
-    assert f"of {total['right']} right ones it accepted {total['accepted']}" in said
+    assert f"of {total['wrong']} wrong ones they refused {total['refused']}" in said
+    assert f"of {total['right']} right ones they accepted {total['accepted']}" in said
