@@ -1,17 +1,17 @@
 """What to forget: quality, recall, bytes and time of caches that evict, against the full one.
 
-    python -m benchmarks.eviction [--texts 6] [--trials 40] [--rounds 7] [--only half sinks recall bytes time]
+    python -m benchmarks.eviction [--texts 6] [--trials 40] [--rounds 7] [--only half kvpress sinks recall bytes time]
 
 One run, the lab model in float32.
 
 half: of passages of the project's texts 256 tokens go through the model at once, every layer keeps 128 of them, and the
 112 predictions that follow go through what is left; what is kept is also packed in 8 and 4 bits, and shared among heads
-(whose bytes are then more than half). sinks: a window of 256 tokens, with no sink, one and four, over 768
-tokens that come 8 at a time; the last 512 are scored. recall: a four-digit number planted early, in the middle or late
-in prose; the question is either read with the text, before eviction (known), or after it (not known). time: decode
-steps in alternation. A full cache of 2,000 tokens against one that evicts a token at every step, chosen then or several
-at once (`OVERHEAD`); the caches of a step, without the model's products, that hold 8,000 tokens against those that keep
-a quarter of them.
+(whose bytes are then more than half). kvpress: the same passages and policies in kvpress, in an environment of its own.
+sinks: a window of 256 tokens, with no sink, one and four, over 768 tokens that come 8 at a time; the last 512 are
+scored. recall: a four-digit number planted early, in the middle or late in prose; the question is either read with the
+text, before eviction (known), or after it (not known). time: decode steps in alternation. A full cache of 2,000 tokens
+against one that evicts a token at every step, chosen then or several at once (`OVERHEAD`); the caches of a step,
+without the model's products, that hold 8,000 tokens against those that keep a quarter of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the labs: a busy neigh
 import torch
 from torch import Tensor
 
+from benchmarks import kvpress_environment, kvpress_side
 from benchmarks.report import bar, begin, finish
 from labkit import models, quality, sizing
 from labkit.cache import Cache, GrowingCache, Step
@@ -47,7 +48,7 @@ SHARES = (1.0, 0.5, 0.25, 0.12)
 PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
 FACT = "The number of the harbour master's locker is {}."
 QUESTION = "\nThe number of the harbour master's locker is"
-PARTS = ("half", "sinks", "recall", "bytes", "time")
+PARTS = ("half", "kvpress", "sinks", "recall", "bytes", "time")
 # The ranking at half the cache that another library gave on another text; neighbours that differ by less than the
 # spread of their difference may change places.
 RANKING = ("SnapKV", "H2O, mean", "KeyDiff", "expected attention", "TOVA", "sinks and window", "key norm", "random")
@@ -104,13 +105,31 @@ def measure_half(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
         model.spec.num_layers, SnapKV(window=32), KEPT, during="prompt", safeguard=0.2
     )
     found: dict[str, list[Quality]] = {}
-    for tokens in texts.values():
-        for start in PASSAGES:
-            part = tokens[:, start : start + PROMPT + SCORED + 1]
-            if part.shape[1] == PROMPT + SCORED + 1:
-                for name, result in passage_quality(model, part, makers).items():
-                    found.setdefault(name, []).append(result)
+    for place, part in enumerate(passages(texts)):
+        drawn = Random(seed=place)  # of its own for each passage: one draw for all would be luck
+        makers["random"] = lambda drawn=drawn: Cache.evicting(model.spec.num_layers, drawn, KEPT, during="prompt")
+        for name, result in passage_quality(model, part, makers).items():
+            found.setdefault(name, []).append(result)
     return {name: Quality.pooled(parts) for name, parts in found.items()}
+
+
+def passages(texts: dict[str, Tensor]) -> list[Tensor]:
+    """Pieces of the texts, int `[1, 369]` each: a prompt, what is scored, and the token after it."""
+    size = PROMPT + SCORED + 1
+    pieces = [tokens[:, start : start + size] for tokens in texts.values() for start in PASSAGES]
+    return [piece for piece in pieces if piece.shape[1] == size]
+
+
+def beside_kvpress(half: dict[str, Quality], texts: dict[str, Tensor]) -> tuple[dict[str, float], list[dict]]:
+    """kvpress' perplexities on the same passages, and the bars of ours beside them; `random` is another draw there."""
+    theirs = kvpress_side.measure([piece[0].tolist() for piece in passages(texts)], prompt=PROMPT, kept=KEPT)
+    for name, value in theirs.items():
+        print(f"  kvpress, {name:<24} perplexity {value:.3f}", flush=True)
+    figures = {f"half, {name}: kvpress' perplexity": round(value, 3) for name, value in theirs.items()}
+    both = [name for name in theirs if name in half and name != "random"]
+    return figures, [
+        bar(f"{name}: perplexity less kvpress'", half[name].perplexity - theirs[name], "<=", 0.1) for name in both
+    ]
 
 
 def measure_sinks(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
@@ -323,6 +342,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     arguments = parser.parse_args()
     set_threads()
+    if "kvpress" in arguments.only:
+        try:
+            kvpress_environment.ready()  # before the look at how busy the machine is: making it is work
+        except kvpress_environment.NotMade as error:
+            raise SystemExit(
+                f"{error}\nOr leave it out: --only {' '.join(part for part in PARTS if part != 'kvpress')}"
+            ) from None
     begin()
     model, tokenizer = models.load(device="cpu"), models.tokenizer()
     texts = {name: tokenizer(quality.load_text(name), return_tensors="pt").input_ids for name in names}
@@ -343,6 +369,9 @@ def main() -> int:
         bars.append(bar("SnapKV's perplexity over the full cache's", half["SnapKV"].ratio, "<=", 1.05))
         order = sorted(RANKING, key=lambda name: half[name].perplexity)
         print(f"  from best to worst: {', '.join(order)}")
+    if "kvpress" in arguments.only and "half" in arguments.only:
+        more, own = beside_kvpress(half, texts)
+        figures, bars = figures | more, bars + own
     if "sinks" in arguments.only:
         print(f"a window of {WINDOW} of {SEEN} tokens:")
         sinks = measure_sinks(model, texts)
