@@ -611,9 +611,7 @@ class TestPlacesInTheCache:
         pad=st.integers(0, 4),
         name=st.sampled_from(["sinks and window", "key norm", "random"]),
     )
-    @example(
-        counts=[1, 1], pad=2, name="sinks and window"
-    )  # a token takes the slot of padding
+    @example(counts=[1, 1], pad=2, name="sinks and window")  # a token takes the slot of padding
     @settings(max_examples=25, deadline=None)
     def test_attention_is_that_of_keys_that_came_there(self, counts, pad, name):
         counts, padding = [7, *counts], [0, pad]
