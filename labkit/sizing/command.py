@@ -8,11 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 from labkit import sizing, specs
-from labkit.sizing import Dense, Format, Paged, Quantized, SizeError
+from labkit.sizing import Dense, Evicting, Format, Paged, PagedQuantized, Quantized, SizeError
 from labkit.sizing.links import link_between
 from labkit.sizing.listing import listing
 from labkit.sizing.memory import on_one_rank
@@ -25,7 +25,7 @@ NUMBER = re.compile(r"(\d{1,4000}|\d{1,3}(?:,\d{3}){1,999})([KM]?)", re.ASCII | 
 FACTORS = {"": 1, "K": 1024, "M": 1024**2}
 PARAMETERS = 10**15
 QUANTIZED = {"group_size": 1, "residual_length": 0, "sink_length": 0}  # and the least that each can be
-ARGUMENT = re.compile(r"(?<![\w-])(parameters|group_size|residual_length|sink_length|block_size)\b(?:=(\w*))?")
+ARGUMENT = re.compile(r"(?<![\w-])(parameters|group_size|residual_length|sink_length|block_size|budget)\b(?:=(\w*))?")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         else:
             answer, text = sizes(options)
     except SizeError as error:
-        answer, text, problems = {}, "", [in_flags(str(error))]
+        said = str(error) if options.block_size is None else str(error).replace("group_size", "block_size")
+        answer, text, problems = {}, "", [in_flags(said)]  # a block in few bits is a group
     except SpecError as error:
         answer, text, problems = {}, "", [str(error)]
     if answer:
@@ -145,18 +146,24 @@ def kv_format(options: argparse.Namespace) -> Format:
     name = dtype("--kv-dtype", options.kv_dtype, "float16")
     given: dict[str, Any] = {
         field: count(f"--{field.replace('_', '-')}", text, least=least)
-        for field, least in {**QUANTIZED, "block_size": 1}.items()
+        for field, least in {**QUANTIZED, "block_size": 1, "budget": 1}.items()
         if (text := getattr(options, field)) is not None
     }
-    block = given.pop("block_size", None)
-    if name.startswith("int"):
-        if block is not None:
-            raise SizeError(f"--block-size is for K and V as they are, in float16 or float8; --kv-dtype is {name}")
-        return Quantized(int(name.removeprefix("int")), **given)
-    if given:
-        flag = next(iter(given)).replace("_", "-")
-        raise SizeError(f"--{flag} is for K and V in few bits, as with --kv-dtype int4; --kv-dtype is {name}")
-    return Dense(name) if block is None else Paged(block, name)
+    block, budget = given.pop("block_size", None), given.pop("budget", None)
+    if block is not None and budget is not None:
+        raise SizeError("--budget keeps tokens that need not lie side by side: leave --block-size out")
+    few = int(name.removeprefix("int")) if name.startswith("int") else None
+    if given and (few is None or block is not None):
+        flag = f"--{next(iter(given)).replace('_', '-')}"
+        if few is None:
+            raise SizeError(f"{flag} is for K and V in few bits, as with --kv-dtype int4; --kv-dtype is {name}")
+        raise SizeError(f"a block of K and V in few bits is a group, and the newest waits: leave {flag} out")
+    if block is not None:
+        return Paged(block, name) if few is None else PagedQuantized(few, block)
+    kept = None if few is None else Quantized(few, **given)
+    if budget is not None:
+        return Evicting(budget, name) if kept is None else Evicting(budget, victims=0, packing=kept)
+    return kept or Dense(name)
 
 
 def memory_of(model: ModelSpec, kept: Format, weight_dtype: str) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def memory_of(model: ModelSpec, kept: Format, weight_dtype: str) -> dict[str, An
         "weight_dtype": weight_dtype,
         "weights": sizing.weight_bytes(model, weight_dtype),
         "kv_dtype": kept.name,
-        "kv_format": {"kind": type(kept).__name__.lower(), **vars(kept)},
+        "kv_format": {"kind": type(kept).__name__.lower(), **asdict(cast(Any, kept))},
         "bits_per_element": float(kept.bits_per_element),
         "bits_per_element_of_latents": latent and float(8 * kept.token_bytes(latent, 0) / latent.elements_per_token),
         "bytes_per_token": number(sizing.bytes_per_token(model, kept)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.sizing.cache import head_width, step_bytes
-from labkit.sizing.formats import Format
+from labkit.sizing.formats import Evicting, Format, kv_format
 from labkit.sizing.memory import ceil_div, on_one_rank
 from labkit.sizing.units import (
     LIMIT,
@@ -167,7 +167,7 @@ def _floor(
     check_spec("gpu", gpu)
     weights = ceil_div(to_bytes(weights_met(model, new * batch), weight_dtype), ranks)
     cache = step_bytes(on_one_rank(model, ranks), past + new, batch, dtype)
-    flops = ceil_div(step_flops(model, new, past=past, batch=batch), ranks)
+    flops = ceil_div(step_flops(model, new, past=left_of(model, past, kv_format(dtype)), batch=batch), ranks)
     return Floor(
         weights,
         cache,
@@ -176,6 +176,13 @@ def _floor(
         computing=flops / math_rate(gpu, weight_dtype),
         communicating=all_reduce_seconds(model, ranks, new * batch, link),
     )
+
+
+def left_of(model: ModelSpec, past: int, kept: Format) -> int:
+    """How many of `past` tokens later queries meet: what is left of them, where every layer evicts."""
+    if isinstance(kept, Evicting) and past and all(kept.evicts(layer) for layer in model.layer_counts):
+        return kept.keeps(past + 1) - 1
+    return past
 
 
 def all_reduce_seconds(model: ModelSpec, ranks: int, tokens: int, link: LinkSpec | None) -> float:

@@ -193,7 +193,13 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
             "head_dim of 96: take a --group-size that does, as in --group-size 32",
         ),
         (["qwen2.5-7b", "--sink-length", "4"], "--sink-length is for K and V in few bits, as with --kv-dtype int4"),
-        (["qwen2.5-7b", "--kv-dtype", "int2", "--block-size", "16"], "--block-size is for K and V as they are"),
+        (["qwen2.5-7b", "--kv-dtype", "int2", "--block-size", "16", "--group-size", "16"], "leave --group-size out"),
+        (["qwen2.5-7b", "--kv-dtype", "int2", "--block-size", "3"], "take a --block-size that is a multiple of 8"),
+        (
+            ["phi-3-mini-4k", "--kv-dtype", "int4", "--block-size", "64"],
+            "head_dim of 96: take a --block-size that does, as in --block-size 32",
+        ),
+        (["qwen2.5-7b", "--budget", "512", "--block-size", "16"], "leave --block-size out"),
         (["qwen2.5-7b", "--list"], "--list only lists: leave out 'qwen2.5-7b'"),
         (["--list", "gpus", "--users", "3"], "--list only lists: leave out --users"),
         (["~no-such-user/config.json"], "no-such-user"),
@@ -287,6 +293,7 @@ COUNTING = {  # each flag that counts: what it needs beside it, and what it cann
     "--residual-length": (["--kv-dtype", "int4"], []),
     "--sink-length": (["--kv-dtype", "int4"], []),
     "--block-size": ([], ["0"]),
+    "--budget": ([], ["0"]),
     "--context": ([], ["0"]),
     "--reserve": (H100, ["1", "1e999"]),
     "--kv-dtype": ([], ["8"]),
@@ -324,6 +331,10 @@ def test_how_k_and_v_are_kept_is_said_by_flags(answer):
     for arguments, kept in (
         (few, sizing.Quantized(4, 32, 128, sink_length=4)),
         (blocks, sizing.Paged(32, "float8")),
+        (["--kv-dtype", "int4", "--block-size", "32"], sizing.PagedQuantized(4, 32)),
+        (["--budget", "512"], sizing.Evicting(512)),
+        (["--kv-dtype", "fp8", "--budget", "512"], sizing.Evicting(512, "float8")),
+        (["--kv-dtype", "int4", "--budget", "512"], sizing.Evicting(512, victims=0, packing=sizing.Quantized(4))),
     ):
         said = answer("qwen2.5-7b", *arguments)
         assert said["kv_dtype"] == kept.name

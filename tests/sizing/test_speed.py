@@ -157,3 +157,14 @@ class TestFloors:
     def test_what_cannot_be_is_one_clear_line(self, make, message):
         with pytest.raises(SizeError, match=message):
             make()
+
+
+def test_a_query_meets_what_a_budget_has_left() -> None:
+    model, gpu = specs.model("qwen2.5-7b"), specs.gpu("h100-80gb")
+    kept = sizing.Evicting(1024)
+    short, long = (decode_floor(model, gpu, tokens, dtype=kept) for tokens in (4096, 131_072))
+    assert short == long
+    assert decode_floor(model, gpu, 1000, dtype=kept).flops == decode_floor(model, gpu, 1000).flops
+    assert long.flops == step_flops(model, 1, past=1023)
+    latent = specs.model("deepseek-v3")  # keeps all
+    assert decode_floor(latent, gpu, 4096, dtype=kept).flops == decode_floor(latent, gpu, 4096).flops
