@@ -49,8 +49,7 @@ PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
 FACT = "The number of the harbour master's locker is {}."
 QUESTION = "\nThe number of the harbour master's locker is"
 PARTS = ("half", "kvpress", "sinks", "recall", "bytes", "time")
-# The ranking at half the cache that another library gave on another text; neighbours that differ by less than the
-# spread of their difference may change places.
+# The policies that are ranked, from best to worst.
 RANKING = ("SnapKV", "H2O, mean", "KeyDiff", "expected attention", "TOVA", "sinks and window", "key norm", "random")
 OVERHEAD = {  # policies at 2,000 tokens, and how many victims are chosen at once
     "sinks and window": 1, "H2O": 1, "TOVA": 1, "key norm": 16, "SnapKV": 16, "KeyDiff": 16, "expected attention": 64,
@@ -127,9 +126,8 @@ def beside_kvpress(half: dict[str, Quality], texts: dict[str, Tensor]) -> tuple[
         print(f"  kvpress, {name:<24} perplexity {value:.3f}", flush=True)
     figures = {f"half, {name}: kvpress' perplexity": round(value, 3) for name, value in theirs.items()}
     both = [name for name in theirs if name in half and name != "random"]
-    return figures, [
-        bar(f"{name}: perplexity less kvpress'", half[name].perplexity - theirs[name], "<=", 0.1) for name in both
-    ]
+    apart = {name: abs(half[name].perplexity - theirs[name]) for name in both}
+    return figures, [bar(f"{name}: perplexity beside kvpress'", off, "<=", 0.1) for name, off in apart.items()]
 
 
 def measure_sinks(model: Llama, texts: dict[str, Tensor]) -> dict[str, Quality]:
@@ -342,6 +340,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     arguments = parser.parse_args()
     set_threads()
+    if "kvpress" in arguments.only and "half" not in arguments.only:
+        parser.error("kvpress is measured beside `half`: name both")
     if "kvpress" in arguments.only:
         try:
             kvpress_environment.ready()  # before the look at how busy the machine is: making it is work
@@ -370,7 +370,11 @@ def main() -> int:
         order = sorted(RANKING, key=lambda name: half[name].perplexity)
         print(f"  from best to worst: {', '.join(order)}")
     if "kvpress" in arguments.only and "half" in arguments.only:
-        more, own = beside_kvpress(half, texts)
+        try:
+            more, own = beside_kvpress(half, texts)
+        except kvpress_side.KvpressError as error:  # what was measured before is kept
+            print(f"  {error}")
+            more, own = {}, [bar("kvpress ran", 0, ">=", 1)]
         figures, bars = figures | more, bars + own
     if "sinks" in arguments.only:
         print(f"a window of {WINDOW} of {SEEN} tokens:")
@@ -403,7 +407,8 @@ def main() -> int:
     for entry in bars:
         print(f"  {'holds' if entry['holds'] else 'MISSED':<7} {entry['name']}: {entry['value']} ({entry['bar']})")
     command = f"python -m benchmarks.eviction --texts {arguments.texts} --trials {arguments.trials}"
-    return finish("eviction", figures, bars, "cpu", f"{command} --rounds {arguments.rounds}")
+    only = "" if tuple(arguments.only) == PARTS else f" --only {' '.join(arguments.only)}"
+    return finish("eviction", figures, bars, "cpu", f"{command} --rounds {arguments.rounds}{only}")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Press:
 
 
 # By the names that the same policies of ours have in `eviction.policies`, and with their parameters. RandomPress gets
-# no seed of its own: with one it would draw the same for every layer. It draws anew for every passage, where one `seed`
-# of our Random draws alike for all; from draw to draw perplexity moves by a quarter and more.
+# no seed of its own: with one it would draw the same for every layer. From draw to draw perplexity moves by a quarter
+# and more.
 PRESSES = {
     "full": Press(""),
     "SnapKV": Press("SnapKVPress", {"window_size": 32, "kernel_size": 5}),

@@ -39,6 +39,8 @@ class LayerCache(ABC):
     """Whether rows may differ in length."""
     evicts: ClassVar[bool] = False
     """Whether tokens may leave: what is held are then others than the first `physical_len`, and not in their order."""
+    selects: ClassVar[bool] = False
+    """Whether a step may read less than what is held."""
     shared: Any = None
     """What the layers of one model's cache have in common, block tables say; its `nbytes` count once, not by layer."""
 

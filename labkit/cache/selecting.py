@@ -33,6 +33,7 @@ class SelectingCache(GrowingCache):
     """
 
     takes_ragged = False
+    selects = True
 
     def __init__(
         self,
@@ -97,15 +98,21 @@ class SelectingCache(GrowingCache):
 
     def forget_from(self, seq_len: int) -> None:
         """Keep a copy of the first `seq_len` tokens, and bound the page that was cut."""
-        super().forget_from(seq_len)
-        self.bound(seq_len // self.page_size)
+        mark = self.mark()
+        try:
+            super().forget_from(seq_len)
+            self.bound(seq_len // self.page_size)
+        except BaseException:
+            self.restore(mark)
+            raise
 
     def choose_rows(self, rows: Tensor) -> None:
         """Copy the chosen rows, their bounds with them."""
         assert self.low is not None
         assert self.high is not None
+        low, high = (x.index_select(0, rows.to(x.device)) for x in (self.low, self.high))
         super().choose_rows(rows)
-        self.low, self.high = (x.index_select(0, rows.to(x.device)) for x in (self.low, self.high))
+        self.low, self.high = low, high
 
     def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
         """Attention of the newest tokens' queries; of a single query for each row over the pages that it reads.
@@ -130,7 +137,7 @@ class SelectingCache(GrowingCache):
         return self.answer(q, (k, v), seen, observe)
 
     def bounds_of(self, q: Tensor) -> Tensor:
-        """No key of a page has a larger product with the query: `[batch, num_heads, pages]`."""
+        """But for rounding, no key of a page has a larger product with the query: `[batch, num_heads, pages]`."""
         assert self.low is not None
         assert self.high is not None
         grouped = q[:, :, 0].unflatten(1, (self.low.shape[1], -1))

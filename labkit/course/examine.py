@@ -306,7 +306,7 @@ def too_slow(limit: float, taken: float, computed: float, over: bool) -> Finding
     seen = f"no answer after {allowed:g} seconds" + (f", {computed:.1f} of them at work" if waited else "")
     if not over:
         seen += f"; after {taken:.0f} it is still in a call that cannot be interrupted, and was left there"
-    elif taken > WAITING * limit + 1:
+    elif taken > allowed + 1 and (waited or computed > limit + 1):
         seen += f"; it took {taken:.1f}, in a call that cannot be interrupted"
     if waited:
         return Finding(

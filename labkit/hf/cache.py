@@ -29,6 +29,11 @@ class WrappedCache(transformers.Cache):
                 "a cache that evicts holds other tokens than transformers' masks speak of, and its policy looks at "
                 "queries: use wrap(cache, model)"
             )
+        if not attends and any(layer.selects for layer in source.layers):
+            raise CannotHold(
+                "a cache that reads a part of what it holds chooses it by the query, and transformers would read all: "
+                "use wrap(cache, model)"
+            )
         for layer in self.wrapped:
             layer.attended = self.after_layer
         if attends and not all(layer.constants.causal for layer in source.layers):

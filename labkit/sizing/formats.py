@@ -435,9 +435,23 @@ class Evicting:
         object.__setattr__(self, "dtype", dtype if self.packing is None else self.packing.dtype)
         if self.prompt_tokens is not None:
             check_count("prompt_tokens", self.prompt_tokens)
+        self.check_packing()
         check_flag("tally", self.tally)
         check_count("victims", self.victims, least=0)
         check_count("state_bytes", self.state_bytes, least=0)
+
+    def check_packing(self) -> None:
+        """SizeError for what no cache can do with groups."""
+        if self.packing is None:
+            return
+        if self.packing.sink_length:
+            raise SizeError("a budget's sinks are packed with the others: leave sink_length out")
+        least = self.packing.residual_length + 3 * self.packing.group_size
+        if self.prompt_tokens is None and self.budget < least:
+            raise SizeError(
+                f"a budget of {self.budget:,} tokens leaves no group of {self.packing.group_size} to evict: take "
+                f"at least {least:,}, or a smaller group_size"
+            )
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.sizing.cache import head_width, step_bytes
-from labkit.sizing.formats import Evicting, Format, kv_format
+from labkit.sizing.formats import Evicting, Format, Selecting, kv_format
 from labkit.sizing.memory import ceil_div, on_one_rank
 from labkit.sizing.units import (
     LIMIT,
@@ -179,9 +179,11 @@ def _floor(
 
 
 def left_of(model: ModelSpec, past: int, kept: Format) -> int:
-    """How many of `past` tokens later queries meet: what is left of them, where every layer evicts."""
+    """How many of `past` tokens later queries meet: what every layer has left of them, or reads."""
     if isinstance(kept, Evicting) and past and all(kept.evicts(layer) for layer in model.layer_counts):
         return kept.keeps(past + 1) - 1
+    if isinstance(kept, Selecting) and all(kept.selects(layer) for layer in model.layer_counts):
+        return min(past, kept.budget - 1)
     return past
 
 

@@ -644,6 +644,24 @@ class TestPlacesInTheCache:
                     )
                     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)  # bounded: float64's angles
 
+    def test_a_window_that_scores_otherwise_is_no_window(self):
+        """The short way is for tokens without a gap."""
+
+        class Every(Window):
+            def score(self, held):
+                return (held.positions % 3 == 0).float()
+
+        q, k, v = drawn(1, 12, 0)
+        outs = []
+        for observe in (None, lambda weights: None):  # whoever observes goes the long way
+            layer = (cache := Cache.evicting(1, Every(sinks=1), 6, frequencies=FREQUENCIES))[0]
+            for start, count in ((0, 8), (8, 1), (9, 1), (10, 1)):
+                with cache.step([count]) as step:
+                    layer.append(k[:, :, start : start + count], v[:, :, start : start + count], step)
+                    out = layer.attend(q[:, :, start : start + count], step, observe=observe)
+            outs.append(out)
+        torch.testing.assert_close(*outs, rtol=0, atol=1e-9)  # bounded: float64's angles
+
     def test_frequencies_of_another_head_dim_are_an_error(self):
         cache = Cache.evicting(1, Window(), 6, frequencies=FREQUENCIES[:3])
         with pytest.raises(ValueError, match="3 frequencies turn 6 channels; keys have 8"):

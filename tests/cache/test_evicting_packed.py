@@ -1,23 +1,25 @@
 """Caches that evict and pack: which tokens, which groups, which bytes, and what can be undone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labkit import models
 from labkit.attention import Constants, Visibility, attention
 from labkit.cache import Cache, EvictingQuantizedCache
-from labkit.cache.evicting import H2O, KeyNorm, Policy, SnapKV, Window
+from labkit.cache.evicting import H2O, KeyNorm, Notes, Policy, SnapKV, Window
 from labkit.cache.evicting.packed import group_ranks
 from labkit.generation import generate
 from labkit.kernels.quantize import quantized
 from labkit.quantization import Quantizer
+from labkit.sizing import cache_bytes
 from tests.bounds import attention_bound
 from tests.cache.test_evicting import DIM, KV_HEADS, drawn, feed
-from tests.shapes import TINY
+from tests.shapes import TINY, shape
 
 OPTIONS = {"nbits": 8, "group_size": 8, "residual_length": 3}
 POLICIES: dict[str, Policy] = {
@@ -73,6 +75,8 @@ def test_the_first_cut_keeps_what_the_dense_cache_keeps_and_packs_it(name, durin
     window=st.sampled_from([None, None, 7, 30]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(counts=[30, 11, 1], pad=3, name="key norm", during="always", window=None, dtype=torch.float64)
+@example(counts=[19, 8, 22, 14, 36, 1, 6, 1, 21], pad=3, name="H2O", during="always", window=None, dtype=torch.float64)
 @settings(max_examples=60, deadline=None)
 def test_attention_is_that_over_what_is_held_and_bytes_are_the_formats(counts, pad, name, during, window, dtype):
     padding = [0, min(pad, counts[0] - 1)]
@@ -182,7 +186,7 @@ def test_a_range_that_float16_cannot_hold_makes_all_metadata_bfloat16():
         cache[0].append(k, v, step)
     with cache.step([16]) as step:
         cache[0].append(k[:, :, :16] * 1e6, v[:, :, :16], step)
-    assert cache[0].kept.packed[0].quantizer.metadata == torch.bfloat16
+    assert [x.quantizer.metadata for x in cache[0].kept.packed] == [torch.bfloat16] * 2  # kernels take one format
     assert all(x.isfinite().all() for x in cache[0].held())
     with cache.step([1]) as step:
         cache[0].append(k[:, :, :1], v[:, :, :1], step)
@@ -204,6 +208,50 @@ def test_through_the_decoder_bytes_stay_below_those_of_a_full_one_and_padding_ch
     window = alone[0].positions[0, 0].tolist()
     assert window[-20:] == list(range(28, 48))
     assert batch[0].positions[1, 0].tolist()[-20:] == list(range(28, 48))
+
+
+def test_where_no_victim_is_chosen_ahead_a_policy_that_has_not_looked_on_is_not_asked():
+    class Noted(Policy):
+        def watch(self, seen):
+            return Notes(rows=(seen.k.norm(dim=-1),))
+
+        def score(self, held):
+            return held.notes.rows[0]
+
+    cache = Cache.evicting(2, Noted(), 40, **OPTIONS)
+    for turn, count in enumerate((40, 1, 1)):
+        q, k, v = drawn(1, count, turn, torch.float32)
+        with cache.step([count]) as step:
+            for layer in cache.layers:
+                layer.append(k, v, step)
+                layer.attend(q, step)
+    assert cache[0].physical_len == 34
+
+
+def test_gradients_reach_what_waits():
+    cache = Cache.evicting(1, Window(), 40, **OPTIONS)
+    q, k, v = drawn(1, 20, 0, torch.float32)
+    with cache.step([20]) as step:
+        cache[0].append(k, v, step)
+    new = k[:, :, :1].clone().requires_grad_()
+    with cache.step([1]) as step:
+        cache[0].append(new, v[:, :, :1], step)
+        cache[0].attend(q[:, :, :1], step).sum().backward()
+    assert new.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("prompt", [30, 60])
+def test_its_format_is_what_it_takes_also_once_a_prompt_was_cut(prompt):
+    cache = Cache.evicting(2, KeyNorm(), 40, during="prompt", **OPTIONS)
+    for turn, count in enumerate((prompt, *[1] * 12)):
+        q, k, v = drawn(1, count, turn, torch.float32)
+        with cache.step([count]) as step:
+            for layer in cache.layers:
+                layer.append(k, v, step)
+                layer.attend(q, step)
+        kept = replace(cache[0].format, packing=replace(cache[0].format.packing, dtype="float32"))
+        model = shape(num_layers=2, num_heads=q.shape[1], num_kv_heads=KV_HEADS, head_dim=DIM)
+        assert cache.nbytes == cache_bytes(model, step.after[0], 1, kept)
 
 
 class TestBadInput:

@@ -130,6 +130,20 @@ def test_going_back_and_choosing_rows_keep_the_bounds_right():
     feed(cache, [1, 1], batch=3)
 
 
+def test_a_cut_that_fails_leaves_what_was(monkeypatch):
+    cache = Cache([SelectingCache(8, page_size=PAGE)])
+    feed(cache, [10])
+    before = cache[0].k.clone(), cache[0].low.clone()
+    monkeypatch.setattr(SelectingCache, "bound", lambda self, first: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        cache.truncate(6)
+    monkeypatch.undo()
+    assert cache.seq_len == 10
+    assert torch.equal(cache[0].k, before[0])
+    assert torch.equal(cache[0].low, before[1])
+    feed(cache, [1])
+
+
 def test_through_the_decoder_a_budget_above_all_changes_nothing_and_first_layers_may_read_all():
     model = models.random(TINY)
     tokens = torch.randint(0, 100, (1, 30), generator=torch.Generator().manual_seed(0))

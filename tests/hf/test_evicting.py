@@ -107,3 +107,9 @@ def test_a_plan_that_fails_evicts_in_no_layer(monkeypatch):
     with torch.no_grad():
         theirs(prompt(tokens=1), past_key_values=wrap(fork, theirs))
     assert {layer.physical_len for layer in fork.layers} == {8}
+
+
+def test_a_cache_that_reads_a_part_needs_the_model() -> None:
+    cache = Cache.selecting(2, 32)
+    with pytest.raises(CannotHold, match=r"chooses it by the query.*use wrap\(cache, model\)"):
+        wrap(cache)

@@ -183,9 +183,7 @@ def test_every_way_to_evict_takes_what_is_predicted_at_every_step(
                 layer.append(*torch.zeros(2, batch, 3, new, 8, dtype=dtype), step)
                 layer.attend(torch.zeros(batch, 6, new, 8, dtype=dtype), step)
         noted = 12 if isinstance(policy, Summing) and during == "always" else 0
-        kept = replace(
-            cache[0].format, dtype=dtype, prompt_tokens=prompt if during == "prompt" else None, state_bytes=noted
-        )
+        kept = replace(cache[0].format, dtype=dtype, state_bytes=noted)
         assert cache.nbytes == cache_bytes(shape(num_layers=2, head_dim=8), step.after[0], batch, kept)
 
 

@@ -200,6 +200,8 @@ def test_a_config_or_a_folder_with_one_is_a_model(answer, config, monkeypatch):
             "head_dim of 96: take a --block-size that does, as in --block-size 32",
         ),
         (["qwen2.5-7b", "--budget", "512", "--block-size", "16"], "leave --block-size out"),
+        (["qwen2.5-7b", "--budget", "32", "--kv-dtype", "int4"], "at least 256, or a smaller --group-size"),
+        (["qwen2.5-7b", "--budget", "512", "--kv-dtype", "int4", "--sink-length", "4"], "leave --sink-length out"),
         (["qwen2.5-7b", "--list"], "--list only lists: leave out 'qwen2.5-7b'"),
         (["--list", "gpus", "--users", "3"], "--list only lists: leave out --users"),
         (["~no-such-user/config.json"], "no-such-user"),

@@ -79,7 +79,7 @@ RIGHT = {  # each public function with arguments that it takes
     "Dense": (Dense, {"dtype": "float16", "capacity": 9, "drops": True}),
     "Evicting": (
         Evicting,
-        {"budget": 9, "dtype": "float16", "prompt_tokens": 8, "tally": True, "victims": 2, "state_bytes": 4,
+        {"budget": 200, "dtype": "float16", "prompt_tokens": 8, "tally": True, "victims": 2, "state_bytes": 4,
          "packing": Quantized(4, 8)},
     ),
     "Paged": (Paged, {"block_size": 16, "dtype": "float16", "drops": True}),

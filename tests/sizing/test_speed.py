@@ -166,5 +166,6 @@ def test_a_query_meets_what_a_budget_has_left() -> None:
     assert short == long
     assert decode_floor(model, gpu, 1000, dtype=kept).flops == decode_floor(model, gpu, 1000).flops
     assert long.flops == step_flops(model, 1, past=1023)
+    assert decode_floor(model, gpu, 131_072, dtype=sizing.Selecting(1024)).flops == long.flops
     latent = specs.model("deepseek-v3")  # keeps all
     assert decode_floor(latent, gpu, 4096, dtype=kept).flops == decode_floor(latent, gpu, 4096).flops

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +115,7 @@ class Overwritten:
     @classmethod
     def of(cls, kept: Kept, slot: Tensor) -> Overwritten:
         """What `kept` has in these slots, int64 `[batch, num_kv_heads]`."""
-        slots = slot.flatten() + first_slots(slot.numel(), kept.tokens, slot.device)
+        slots = slot.flatten() + kept.tokens * torch.arange(slot.numel(), device=slot.device)
         return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
 
     @staticmethod
@@ -127,8 +126,8 @@ class Overwritten:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it but the slots, which are the victims'."""
-        return sum(map(size_of, (self.k, self.v, self.positions)))
+        """Bytes of all of it."""
+        return sum(map(size_of, (self.slots, self.k, self.v, self.positions)))
 
     def put(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write one token of each KV head, of these shapes, into the slots, in place."""
@@ -138,9 +137,3 @@ class Overwritten:
     def put_back(self, kept: Kept) -> None:
         """As it was. It takes no memory."""
         self.put(kept, self.k, self.v, self.positions)
-
-
-@lru_cache(maxsize=16)
-def first_slots(count: int, tokens: int, device: torch.device) -> Tensor:
-    """The first slot of each row and KV head, counted over all of them, int64 `[count]`."""
-    return torch.arange(count, device=device) * tokens

@@ -36,6 +36,7 @@ from labkit.cache.evicting.choosing import highest, highest_of_all, lowest, rank
 from labkit.cache.evicting.kept import Kept, Overwritten
 from labkit.cache.evicting.places import places_of, turned
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
+from labkit.cache.evicting.window import Window
 from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step
 from labkit.sizing import Evicting
@@ -112,7 +113,7 @@ class EvictingCache(LayerCache):
         self.kept: Kept | None = None
         self.spare: Overwritten | None = None  # the token whose slot was taken since a step ended
         self.room: int | None = None  # the budget in tokens
-        self.first_ended = False
+        self.first_ended = 0  # tokens seen when the first step had ended
         self.lost_at = 0  # tokens seen when the last one was lost for good
         self.attended = self.constants  # what was computed with, as far as known
 
@@ -147,7 +148,10 @@ class EvictingCache(LayerCache):
         if self.kept is not None and self.kept.hides:  # slots of the head that keeps most
             room = self.kept.tokens - (self.seq_len - self.lost_at)
         return Evicting(
-            budget=int(room), tally=always and self.policy.lasting, victims=self.victims_of(int(room)) if always else 0
+            budget=int(room),
+            tally=always and self.policy.lasting,
+            victims=self.victims_of(int(room)) if always else 0,
+            prompt_tokens=None if always else self.first_ended or None,
         )
 
     @property
@@ -250,7 +254,8 @@ class EvictingCache(LayerCache):
         Not in rows that were padded: the tokens that took the padding's slots stand before the sinks.
         """
         whole = isinstance(self.kept, Kept) and self.constants.window is None
-        return whole and self.policy.gapless and not any(step.padding or ())
+        gapless = self.policy.gapless and type(self.policy).score is Window.score  # a subclass may score otherwise
+        return whole and gapless and not any(step.padding)
 
     def over_sinks_and_window(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attention of one query per row at places in the cache, over sinks and a window.
@@ -355,13 +360,17 @@ class EvictingCache(LayerCache):
 
     def settle(self, plan: Plan) -> None:
         """Hold what was planned."""
-        self.kept, self.lost_at, self.spare, self.first_ended = plan.kept, plan.lost_at, None, True
+        self.kept, self.lost_at, self.spare = plan.kept, plan.lost_at, None
+        self.first_ended = self.first_ended or self.seq_len
         self.bytes_copied += plan.moved
 
     def kind_of_choice(self) -> tuple[Any, ...] | None:
         """What layers must have in common to choose victims together; None where there is more to do, or nothing."""
         kept = self.kept
         if kept is None or self.during == "prompt" or kept.tokens != self.room or kept.victims_left:
+            return None
+        alone = type(self).ranked is not EvictingCache.ranked or type(self).chosen is not EvictingCache.chosen
+        if alone or not self.victims_of(self.room):
             return None
         protected = self.policy.sinks, self.policy.recent_of(self.room), self.victims_of(self.room)
         return kept.positions.shape, kept.k.dtype, kept.k.device, self.attended.window, protected
@@ -374,7 +383,7 @@ class EvictingCache(LayerCache):
             scores = self.scores(kept, newest)
             if self.safeguard is not None:
                 ranks = self.ranked(scores, kept, newest, recent, has_padding)
-                index, empty = highest_of_all(ranks, self.room, max(1, int(self.safeguard * self.room)))
+                index, empty = highest_of_all(ranks, self.room, max(1, int(self.safeguard * self.room + 1e-9)))
                 return kept.chosen(index).emptied(empty)
             if kept.tokens > self.room:
                 index = highest(self.ranked(scores, kept, newest, recent, has_padding), self.room)

@@ -1,10 +1,10 @@
 """A cache that forgets, and packs what it keeps: fewer tokens, and fewer bits for each.
 
-A packed token cannot be taken out of its group. So the first cut chooses tokens one by one, as `EvictingCache` does,
-and packs those that are left, `group_size` neighbours among them to a group; from then on whole groups go, each KV
-head's own. A group is as good as its tokens are on average (settled here: by the mean, so that one token does not hold
-31 others). Tokens wait in full precision until a group is complete; groups are packed at the end of a step, not in the
-midst of it, so that a policy looks at numbers that are not rounded yet.
+A packed token cannot be taken out of its group. So where nothing is packed yet, as at the end of a long prompt, the cut
+chooses tokens one by one, as `EvictingCache` does, and those that are left are packed, `group_size` neighbours among
+them to a group; from then on whole groups go, each KV head's own. A group is as good as its tokens are on average
+(settled here: by the mean, so that one token does not hold 31 others). Tokens wait in full precision until a group is
+complete; groups are packed at the end of a step, before one is chosen to go.
 
 **Bytes.** Those of the format for the tokens held, and of each token and KV head 4 for its position, 4 more where a
 policy notes a number for each token in later steps too. Nothing else: victims are whole groups, and not chosen ahead.
@@ -30,7 +30,7 @@ from labkit.cache.evicting.policy import Notes, Policy
 from labkit.cache.layer import Observer, size_of
 from labkit.cache.quantized import check_device_has, check_format, decode_kernel
 from labkit.cache.step import Step
-from labkit.kernels.packed_attention import packed_attention
+from labkit.kernels.packed_attention import packed_attention, wants_gradient
 from labkit.kernels.quantize import quantized
 from labkit.quantization import Packed, Quantizer
 from labkit.sizing import Evicting, Quantized
@@ -112,6 +112,8 @@ class KeptPacked:
         for x, before, quantizer in zip((self.k, self.v), held, quantizers, strict=True):
             packs.append(joined(x[:, :, :count], before, quantizer))
             waits.append(x[:, :, count:].clone(memory_format=torch.contiguous_format))
+        if len({pack.quantizer.metadata for pack in packs}) > 1:  # kernels take K and V of one format
+            packs = [widened(pack) for pack in packs]
         return KeptPacked((packs[0], packs[1]), waits[0], waits[1], self.positions, self.notes)
 
     def changed(self, rows: Tensor) -> KeptPacked:
@@ -133,14 +135,19 @@ class KeptPacked:
 
 
 def joined(x: Tensor, before: Packed | None, quantizer: Quantizer) -> Packed:
-    """`x` packed, behind what is packed. Where float16 cannot hold a group's range all metadata becomes bfloat16."""
+    """`x` packed, behind what is packed. Where float16 cannot hold a group's range, its metadata becomes bfloat16."""
     quantizer = quantizer if before is None else before.quantizer
     new = quantized(x, quantizer)
     if new.overflows(x):
-        quantizer = replace(quantizer, metadata=torch.bfloat16)
-        before = None if before is None else quantized(before.dequantize(), quantizer)
-        new = quantized(x, quantizer)
+        before = None if before is None else widened(before)
+        new = quantized(x, replace(quantizer, metadata=torch.bfloat16))
     return new.tiles(0, len(new.rows)) if before is None else before.joined(new)
+
+
+def widened(packed: Packed) -> Packed:
+    """The same numbers with metadata in bfloat16."""
+    wide = replace(packed.quantizer, metadata=torch.bfloat16)
+    return packed if packed.quantizer == wide else quantized(packed.dequantize(), wide)
 
 
 class EvictingQuantizedCache(EvictingCache):
@@ -148,7 +155,7 @@ class EvictingQuantizedCache(EvictingCache):
 
     nbits, group_size, residual_length, key_axis, symmetric, metadata: as of `QuantizedCache`; sinks are the policy's,
     and are packed with the others. The other options are those of `EvictingCache`, without `every`.
-    A policy that looks on at every step (`Policy.lasting`) makes K dense for it: take it with `during="prompt"`.
+    A policy that looks on at every step (`Policy.lasting`) makes K and V dense for it: take it with `during="prompt"`.
     """
 
     def __init__(
@@ -192,6 +199,11 @@ class EvictingQuantizedCache(EvictingCache):
         super().validate(k, v, step)
         if self.kept is not None:
             return
+        if self.frequencies is not None and any(step.padding):
+            raise ValueError(
+                "groups may mix padding and tokens, so that heads hold different numbers of tokens: leave frequencies "
+                "out, or padding"
+            )
         self.packing.check_head_dim(k.shape[3], v.shape[3])
         check_device_has(self.quantizers[0].nbits, k.device)
         room, size = tokens_of(self.budget, step), self.packing.group_size
@@ -202,6 +214,10 @@ class EvictingQuantizedCache(EvictingCache):
                 f"a budget of {room} tokens leaves no group of {size} to evict beside the sinks and the newest: take a "
                 f"budget of at least {least}, or smaller groups"
             )
+
+    def has_padding(self, step: Step) -> bool:
+        """Whether some slot may hold padding: a group of padding and tokens goes or stays as one."""
+        return any(step.padding)
 
     def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Let the new tokens wait."""
@@ -226,7 +242,7 @@ class EvictingQuantizedCache(EvictingCache):
         self.attended = self.constants
         visible, (k, v) = self.visible(step or self.newest(q)), kept.packed
         answer: Callable[..., Tensor] | None = None
-        if visible.key_position is None:
+        if visible.key_position is None and not wants_gradient(kept.k, kept.v):
             answer = decode_kernel(q, k, v, self.constants)
         self.bytes_read += k.nbytes + v.nbytes + size_of(kept.k) + size_of(kept.v)
         return (answer or packed_attention)(q, k, v, self.constants, visible, after=(kept.k, kept.v))

@@ -161,7 +161,7 @@ class Protected(Exercise):
         cases.append(Case((first[0].masked_fill(first[0] < 0, -INF), *first[1:]), "some scores -inf"))
         cases.append(Case((first[0] * 3e4, *first[1:]), "scores in the ten thousands"))
         self.check_infinity(answer, cases[0].args)
-        compare(type(self), answer, protected, cases, suspects=suspects, what="the scores", exact=True,
+        compare(type(self), answer, protected, cases, suspects=suspects, what="the result", exact=True,
                 dtypes=(torch.float32, torch.bfloat16, torch.float16))  # fmt: skip
         args = held(2, 2, 14, 3, 4, seen=20)
         check_stays(type(self), effort_of(lambda: self.run(lambda: answer(*args))))

@@ -64,7 +64,8 @@ def losses_over_text(losses: Mapping[int | None, Tensor], budget: int, average: 
         kernel = torch.ones(1, 1, average, dtype=values.dtype) / average
         mean = torch.nn.functional.conv1d(values[None, None], kernel)[0, 0]
         name = "everything kept" if sinks is None else f"{sinks} sink{'s' if sinks != 1 else ''}"
-        axes.plot(range(average, len(values) + 1), mean, color=COLORS["theory"] if sinks is None else LINES[sinks],
+        color = COLORS["theory"] if sinks is None else LINES.get(sinks, COLORS["reference GPU"])
+        axes.plot(range(average, len(values) + 1), mean, color=color,
                   label=name, linestyle="--" if sinks is None else ":" if sinks == 4 else "-",
                   linewidth=2.5 if sinks == 1 else 1.5)  # fmt: skip
     axes.axvline(budget, color=COLORS["reserve"], linewidth=1)

@@ -68,7 +68,7 @@ def wrong_choices(scores: Tensor, budget: int) -> list[tuple[str, list[Callable[
             lambda: top(scores.mean(1, keepdim=True)), lambda: top(scores.amax(1, keepdim=True)),
             lambda: top(scores.mean((0, 1), keepdim=True)), lambda: top(scores.mean(0, keepdim=True)),
             lambda: top(scores.amax((0, 1), keepdim=True))],
-         "several KV heads, or rows, share one choice: the scores were averaged", every),
+         "several KV heads, or rows, share one choice: by the mean of their scores, or the greatest", every),
         ("first-head-for-all", [lambda: top(scores[:, :1]), lambda: top(scores[:1]), lambda: top(scores[:1, :1])],
          "the choice of the first KV head, or of the first row, was taken for all", every),
         ("order-for-rank", [

@@ -74,7 +74,7 @@ def noted(seen: Seen) -> list[Suspect]:
         Suspect("max-over-heads", [of_all(newest.amax(1)), newest.unflatten(1, (num_kv_heads, -1)).amax(2)],
                 "of the query heads the greatest weight was taken, not the mean", heads),
         Suspect("one-head", [of_all(newest[:, 0]), of_all(newest[:, -1]), newest[:, :num_kv_heads]],
-                "one query head stands for all", heads),
+                "one query head's weights were taken for a KV head, not the mean of all", heads),
         Suspect("all-queries", [of_all(every.mean((1, 2))), of_all(every.sum(2).mean(1)), seen.received(),
                                 seen.received() / new],
                 "the weights of all the step's queries were taken", query),

@@ -152,7 +152,7 @@ class AtPlaces(Exercise):
             Case(call(1, 3, 1, 6, step=50, seed=5), "one token"),
             Case(call(4, 1, 30, 2, step=2, seed=6), "one pair of channels"),
         ]
-        compare(type(self), answer, right, cases, suspects=suspects, what="the keys", dtypes=(torch.float64,))
+        compare(type(self), answer, right, cases, suspects=suspects, what="the result", dtypes=(torch.float64,))
         judge = Judge(type(self), answer, right, lambda *_: (), "the keys", False, cases)
         far = call(2, 2, 40, 64, step=300, seed=7, base=10_000.0)
         for k, positions, frequencies in (far, cases[0].args, cases[5].args):  # frequencies stay what they are

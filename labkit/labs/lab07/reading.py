@@ -109,6 +109,7 @@ def kept_share(cache: Cache, tokens: int) -> list[float]:
     for layer in cache.layers:
         assert isinstance(layer, EvictingCache)
         assert layer.positions is not None
-        heads += layer.positions.shape[1]
-        counts += torch.bincount(layer.positions[0].flatten().long().cpu(), minlength=tokens)
+        places = layer.positions[0]
+        heads += places.shape[0]
+        counts += torch.bincount(places[places >= 0].long().cpu(), minlength=tokens)  # -1: a slot without a token
     return (counts / heads).tolist()

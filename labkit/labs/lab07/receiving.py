@@ -115,7 +115,9 @@ def suspects(q: Tensor, k: Tensor, block: int) -> list[Suspect]:
         Suspect("sum-over-heads", [lambda: each(weights().sum(2)) * group],
                 "the query heads of a KV head were summed; their mean is asked for", heads,
                 "every score is as many times too large as query heads share a KV head"),
-        Suspect("mean-over-queries", [lambda: each(weights().mean(2)), lambda: each(weights().sum(2)) / kv_len,
+        Suspect("divided-by-keys", [lambda: each(weights().sum(2)) / kv_len],
+                "the sums were divided by the number of keys", queries),
+        Suspect("mean-over-queries", [lambda: each(weights().mean(2)),
                                       lambda: each(weights().sum(2)) / block,
                                       lambda: each(torch.stack([part / min(block, new - i * block) for i, part in
                                                                 enumerate(by_blocks(q, k, block, seen))]).sum(0)),
@@ -229,8 +231,8 @@ class AttentionReceived(Scores):
             raise
 
     def check_work(self, answer: Callable) -> None:
-        """Of 120 queries in blocks of 5, how many rows of weights exist at a time."""
-        num_heads, new, block = 4, 120, 5
+        """Of 127 queries, a prime, in blocks of 5: how many rows of weights exist at a time."""
+        num_heads, new, block = 4, 127, 5
         q, k = pair(num_heads, 2, new, 30, 1, 8)
         run = partial(answer, q, k, block)
         rows = check_rows(type(self), run, k.shape[2], num_heads * block, num_heads * new)
@@ -239,7 +241,7 @@ class AttentionReceived(Scores):
         )
         seen += f"rows of weights existed at a time, of which a block has {num_heads * block}"
         look = "the slice of q that meets the keys: q[:, :, start : start + block]"
-        if rows >= new:
+        if rows % new == 0:
             self.fail("all-at-once", seen=seen, cause="weights of all queries are made before they are summed: for a "
                       "text of 8,000 tokens that is 64 million numbers for each head", look=look)  # fmt: skip
         if rows > num_heads * block:
