@@ -205,6 +205,20 @@ def test_a_check_runs_in_one_thread_of_pytorch_and_puts_the_number_back() -> Non
         torch.set_num_threads(1)  # as tests/conftest.py has it
 
 
+def test_a_number_of_threads_that_an_answer_sets_reaches_no_later_thread() -> None:
+    def greedy(x):
+        torch.set_num_threads(3)
+        return x * 2
+
+    seen: list[int] = []
+    assert torch.get_num_threads() == 1  # as tests/conftest.py has it
+    assert examine(Double(), greedy).status == "pass"
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [1]
+
+
 def test_a_call_that_does_not_come_back_is_left_behind() -> None:
     held = threading.Lock()
     held.acquire()
