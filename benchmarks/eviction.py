@@ -29,14 +29,14 @@ from torch import Tensor
 from benchmarks import kvpress_environment, kvpress_side
 from benchmarks.report import bar, begin, finish
 from labkit import models, quality, sizing
-from labkit.cache import Cache, GrowingCache, Step
+from labkit.cache import Cache
 from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Policy, Random, SnapKV, Window
-from labkit.cache.layer import Observer
 from labkit.device import set_threads
 from labkit.llama import Llama
 from labkit.measure import Timing, alternate, device_name
 from labkit.quality import Quality
 from labkit.quality.compare import score
+from labkit.quality.reading import read
 from labkit.quality.recall import wilson
 from labkit.specs import ModelSpec
 
@@ -153,33 +153,6 @@ def planted(encode: Callable[[str], list[int]], prose: list[int], number: str, p
     return [*prose[:at], *fact, *prose[at : TEXT_TOKENS - len(fact)]]
 
 
-class Recorder(GrowingCache):
-    """A full cache that keeps the queries of the last pass, too."""
-
-    queries: Tensor | None = None
-
-    def attend(self, q: Tensor, step: Step | None = None, *, observe: Observer | None = None) -> Tensor:
-        """As of every cache."""
-        self.queries = q
-        return super().attend(q, step, observe=observe)
-
-
-def read_once(model: Llama, text: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Queries, keys and values of a text in every layer: alike for all caches that evict when the text has ended."""
-    cache = Cache.of(model.spec.num_layers, Recorder)
-    model(torch.tensor([text]), cache, last_only=True)
-    return [(layer.queries, layer.k, layer.v) for layer in cache.layers]  # type: ignore[attr-defined]
-
-
-def fed(cache: Cache, read: list[tuple[Tensor, Tensor, Tensor]]) -> Cache:
-    """The cache after it has seen a text that was read once for all."""
-    with torch.no_grad(), cache.step([read[0][1].shape[2]]) as step:
-        for layer, (q, k, v) in zip(cache.layers, read, strict=True):
-            layer.append(k, v, step)
-            layer.attend(q, step)
-    return cache
-
-
 def recalls(model: Llama, cache: Cache, asked: list[int], answer: list[int]) -> bool:
     """Whether every token of the answer is the likeliest behind what the cache holds and what is still `asked`."""
     logits = model(torch.tensor([asked + answer[:-1]]), cache)[0, -len(answer) :]
@@ -203,7 +176,7 @@ def measure_recall(
                 # Of a known question all but the last token is read with the text: eviction lies before the answer.
                 first = len(text) + (len(question) - 1 if known else 0)
                 asked = text + question
-                read = read_once(model, asked[:first])
+                reading = read(model, torch.tensor([asked[:first]]))
                 for name, policy in {"full": None, **policies(model)}.items():
                     if "window of 64" in name:
                         continue  # more than a budget of 12%
@@ -213,7 +186,7 @@ def measure_recall(
                         cache = model.cache()
                         if policy is not None:
                             cache = Cache.evicting(model.spec.num_layers, policy, share, during="prompt")
-                        hit = recalls(model, fed(cache, read), asked[first:], answer)
+                        hit = recalls(model, reading.given(cache), asked[first:], answer)
                         hits, tried = found.get((name, share, known, place), (0, 0))
                         found[name, share, known, place] = hits + hit, tried + 1
     return found

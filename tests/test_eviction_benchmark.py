@@ -11,6 +11,7 @@ import torch
 from benchmarks import eviction
 from labkit import models
 from labkit.cache import Cache, EvictingCache
+from labkit.quality.reading import read
 from labkit.specs import ModelSpec
 
 TINY = ModelSpec(
@@ -31,11 +32,11 @@ def text(count, seed=0):
 
 def test_a_cache_that_is_fed_holds_what_one_that_reads_the_text_does(model):
     tokens = text(150)
-    read = eviction.read_once(model, tokens)
+    reading = read(model, torch.tensor([tokens]))
     for policy in eviction.policies(model).values():
         own, given = (Cache.evicting(2, policy, 70, during="prompt") for _ in range(2))
         model(torch.tensor([tokens]), own)
-        eviction.fed(given, read)
+        reading.given(given)
         for one, other in zip(own.layers, given.layers, strict=True):
             assert torch.equal(one.positions, other.positions)
             assert torch.equal(one.held()[0], other.held()[0])  # exact
@@ -47,10 +48,10 @@ def test_an_answer_counts_when_every_token_of_it_is_the_likeliest(model):
     for _ in range(3):
         cache = model.cache()
         right.append(model(torch.tensor([tokens + right]), cache)[0, -1].argmax().item())
-    read = eviction.read_once(model, tokens[:30])
-    assert eviction.recalls(model, eviction.fed(model.cache(), read), tokens[30:], right)
+    reading = read(model, torch.tensor([tokens[:30]]))
+    assert eviction.recalls(model, reading.given(model.cache()), tokens[30:], right)
     wrong = [*right[:2], (right[2] + 1) % 128]
-    assert not eviction.recalls(model, eviction.fed(model.cache(), read), tokens[30:], wrong)
+    assert not eviction.recalls(model, reading.given(model.cache()), tokens[30:], wrong)
 
 
 @pytest.mark.parametrize(("place", "at"), [(0.0, 0), (0.5, 145), (1.0, 290)])

@@ -36,6 +36,8 @@ class Setting:
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], Any]
+    hidden: bool = False
+    """Whether another thread may have changed it for those to come, unseen by this one: then it is always written."""
 
 
 def attribute(owner: Any, name: str) -> Setting:
@@ -168,7 +170,7 @@ BACKENDS = (
 SETTINGS = [
     # PyTorch
     Setting("torch's random states", torch_states, set_torch_states),
-    Setting("threads", torch.get_num_threads, torch.set_num_threads),
+    Setting("threads", torch.get_num_threads, torch.set_num_threads, hidden=True),
     Setting("default tensor type", torch._C._get_default_device, set_tensor_type),
     Setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("deterministic algorithms", deterministic, set_deterministic),
@@ -227,8 +229,7 @@ def restored() -> Iterator[None]:
     finally:
         for setting, value in before:
             with contextlib.suppress(Exception):  # one that cannot be put back must not keep the others from it
-                # A thread sees its own number of threads; what another one set holds for those that begin later.
-                if setting.name == "threads" or not is_still(setting, value):
+                if setting.hidden or not is_still(setting, value):
                     setting.write(value)
 
 

@@ -254,8 +254,7 @@ class EvictingCache(LayerCache):
         Not in rows that were padded: the tokens that took the padding's slots stand before the sinks.
         """
         whole = isinstance(self.kept, Kept) and self.constants.window is None
-        gapless = self.policy.gapless and type(self.policy).score is Window.score  # a subclass may score otherwise
-        return whole and gapless and not any(step.padding)
+        return whole and type(self.policy).score is Window.score and not any(step.padding)
 
     def over_sinks_and_window(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attention of one query per row at places in the cache, over sinks and a window.

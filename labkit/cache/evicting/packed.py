@@ -276,7 +276,7 @@ class EvictingQuantizedCache(EvictingCache):
                 kept = self.with_packed(kept)
             ranks = self.ranked(self.scores(kept, newest), kept, newest, recent, has_padding)
             if kept.packed is None:
-                room = self.room if self.during == "prompt" else held_of(kept.tokens, self.room, size)
+                room = self.room if self.during == "prompt" else self.format.keeps(kept.tokens)
                 return kept.chosen(highest(ranks, room))
             count = -(-(kept.tokens - self.room) // size)
             of_groups = group_ranks(ranks[:, :, : kept.packed_tokens].unflatten(2, (-1, size)))
@@ -288,11 +288,6 @@ class EvictingQuantizedCache(EvictingCache):
         with torch.inference_mode(False):
             self.kept = self.kept.changed(rows.to(self.kept.k.device))  # type: ignore[arg-type]
         self.bytes_copied += self.kept.nbytes
-
-
-def held_of(tokens: int, budget: int, group_size: int) -> int:
-    """Tokens held after `tokens` where whole groups go: at most the budget, and as many modulo `group_size` as came."""
-    return tokens if tokens <= budget else budget - (budget - tokens) % group_size
 
 
 def group_ranks(ranks: Tensor) -> Tensor:

@@ -134,9 +134,6 @@ class Policy(ABC):
     """Whether notes are needed in later steps; else they are dropped when the step has ended, and `watch` is only asked
     in steps at whose end something is evicted."""
 
-    gapless: ClassVar[bool] = False
-    """Whether what is kept beside the sinks are always the newest, without a gap."""
-
     def __post_init__(self) -> None:
         if not is_count(self.sinks) or self.sinks < 0:
             raise ValueError(f"sinks are a number of tokens, 0 or more; got {self.sinks!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,8 +17,6 @@ class Window(Policy):
     tokens the positions that they have in the cache; that is `EvictingCache(frequencies=...)`, and goes with every
     policy. Without it they keep the positions of the text, as most other code does.
     """
-
-    gapless: ClassVar[bool] = True
 
     def score(self, held: Held) -> Tensor:
         """Its position."""

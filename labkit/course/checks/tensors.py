@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -86,17 +85,19 @@ def shape_difference(got: Sequence[int], want: Sequence[int]) -> tuple[str, str]
     another length. They are counted from 0."""
     got, want, docstring = list(got), list(want), "the shapes in the docstring, line by line"
     more, fewer = len(got) - len(want), len(want) - len(got)
-    ones = "of length 1" if prod(got) == prod(want) else ""
     if more > 0:
         if [n for n in got if n != 1] == [n for n in want if n != 1]:
-            return f"{dimensions(more)} {ones} too many", "what adds one: unsqueeze, None in an index, keepdim=True"
+            return (
+                f"{dimensions(more)} of length 1 too many",
+                "what adds one: unsqueeze, None in an index, keepdim=True",
+            )
         where = [place for place in range(len(got)) if got[:place] + got[place + 1 :] == want] if more == 1 else []
         long = f": dimension {where[0]}, of length {got[where[0]]}" if where else ""
         return f"{dimensions(more)} too many{long}", docstring
     if fewer > 0:
         if [n for n in got if n != 1] == [n for n in want if n != 1]:
             return (
-                f"{dimensions(fewer)} {ones} missing",
+                f"{dimensions(fewer)} of length 1 missing",
                 "an index such as -1 drops its dimension, a slice keeps it; so does keepdim=True in a sum or a maximum",
             )
         joined = [place for place in range(len(want) - 1)

@@ -45,9 +45,6 @@ def suspects(scores: Tensor, positions: Tensor, sinks: int, recent: int) -> list
     def inf(always: Tensor) -> Tensor:
         return scores.masked_fill(always, INF)
 
-    def always(x: Tensor) -> Tensor:
-        return x.expand(scores.shape)
-
     slices = scores.clone()
     slices[..., :sinks] = INF
     slices[..., -recent:] = INF
@@ -82,8 +79,7 @@ def suspects(scores: Tensor, positions: Tensor, sinks: int, recent: int) -> list
                 "the oldest and the newest of those held were protected: by rank, not by position", by_position),
         Suspect("one-recent-more", [inf(first | (positions >= newest - recent))],
                 "one token too many counts as recent: the newest itself is the first of them", recent_where),
-        Suspect("one-recent-less", [inf(first | (positions > newest - recent + 1)),
-                                    inf(first | (positions > newest + 1 - recent) & always(torch.tensor(recent > 0)))],
+        Suspect("one-recent-less", inf(first | (positions > newest - recent + 1)),
                 "one token too few counts as recent", recent_where),
         Suspect("one-sink-more", [inf((positions <= sinks) | last)], "one sink too many: position `sinks` is none",
                 "the test of the sinks: positions below `sinks`"),

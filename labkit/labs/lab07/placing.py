@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.cache.evicting.places import spun
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import draw
@@ -20,9 +21,8 @@ BITS = (torch.bfloat16, torch.float16)
 
 
 def turned(k: Tensor, angle: Tensor) -> Tensor:
-    """Keys turned by these angles, [batch, num_kv_heads, tokens, head_dim / 2], in the wider of the two dtypes."""
-    a, b = k.chunk(2, dim=-1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
+    """Keys turned by these angles, [batch, num_kv_heads, tokens, head_dim / 2], in k's dtype."""
+    return spun(k, angle.cos(), angle.sin())
 
 
 def right(k: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def suspects(k: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
 
     def by(steps: Tensor, scale: float = 1.0) -> Callable[[], Tensor]:
         """Turned by so many positions."""
-        return lambda: turned(k, steps.expand(positions.shape)[..., None] * frequencies * scale).to(k.dtype)
+        return lambda: turned(k, steps.expand(positions.shape)[..., None] * frequencies * scale)
 
     def pairs(angle: Tensor) -> Tensor:
         """Channels 2 i and 2 i + 1 are partners."""
@@ -103,8 +103,8 @@ def suspects(k: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
                 "radians were taken for whole turns",
                 "the unit of `frequencies`: radians"),
         Suspect("frequencies-inverted", [
-                    lambda: turned(k, (places - positions)[..., None] / frequencies).to(k.dtype),
-                    lambda: turned(k, (places - positions)[..., None] * frequencies.flip(0)).to(k.dtype)],
+                    lambda: turned(k, (places - positions)[..., None] / frequencies),
+                    lambda: turned(k, (places - positions)[..., None] * frequencies.flip(0))],
                 "the frequencies were divided by, or taken in reverse order", "the angle: n * frequencies[i]"),
         Suspect("in-few-bits", [lambda dtype=dtype: at_places(k.to(dtype), positions, frequencies).to(k.dtype)
                                 for dtype in BITS],

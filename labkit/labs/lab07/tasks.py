@@ -12,8 +12,8 @@ import torch
 from labkit import quality
 from labkit.cache import Cache
 from labkit.course import waiting
-from labkit.labs.lab07.reading import read
 from labkit.llama import Llama
+from labkit.quality.reading import read
 
 MakeCache = Callable[[], Cache]
 FACT = " The number of the harbour master's locker is {}."

@@ -9,7 +9,7 @@ import torch
 
 from labkit.cache import Cache
 from labkit.cache.evicting import Policy
-from labkit.labs.lab07.reading import kept_share
+from labkit.labs.lab07.material import kept_share
 from labkit.llama import Llama
 
 

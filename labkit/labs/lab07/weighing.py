@@ -115,12 +115,17 @@ def check_far_down(
         Judge(exercise, answer, right, suspects, "the scores", False, [*cases, far]).call(far)
 
 
-def overflow(exercise: type[Exercise], not_yet: NotYet) -> None:
-    """Name what makes NaN of scores in the hundreds, where others were right."""
-    if not_yet.finding.diagnosis == "not-finite":
-        exercise.fail("scores-overflow", seen=not_yet.finding.seen, cause="exp of a score above 88 is infinite in "
-                      "float32: a softmax takes the greatest score off first",
-                      look="where weights are made of scores: softmax does that by itself")  # fmt: skip
+def check_large(exercise: type[Exercise], answer: Callable, right: Callable, args: tuple[Any, ...]) -> None:
+    """Scores in the hundreds, whose exp is infinite, where others were right."""
+    case = Case(args, "scores in the hundreds")
+    try:
+        Judge(exercise, answer, right, lambda *_: (), "the scores", False, [case]).call(case)
+    except NotYet as not_yet:
+        if not_yet.finding.diagnosis == "not-finite":
+            exercise.fail("scores-overflow", seen=not_yet.finding.seen, cause="exp of a score above 88 is infinite in "
+                          "float32: a softmax takes the greatest score off first",
+                          look="where weights are made of scores: softmax does that by itself")  # fmt: skip
+        raise
 
 
 def wide(dtype: torch.dtype) -> bool:

@@ -9,11 +9,12 @@ from torch import Tensor
 from labkit import models
 from labkit.cache import Cache
 from labkit.cache.evicting import H2O, TOVA, KeyDiff, KeyNorm, Policy, SnapKV, Window
-from labkit.labs.lab07.reading import by_queries, kept_share, losses, read
+from labkit.labs.lab07.material import by_queries, kept_share, losses
 from labkit.labs.lab07.references import attention_received, snapkv_scores
 from labkit.labs.lab07.tasks import PLACES, QUESTION, Score, Task, answered, scores, table, tasks
 from labkit.labs.lab07.timeline import Timeline, timeline
 from labkit.llama import Llama
+from labkit.quality.reading import read
 from labkit.specs import ModelSpec
 
 SPEC = ModelSpec("tiny", 3, 4, 2, 16, 48, 96, 100, 512)

@@ -1,0 +1,59 @@
+"""What lab 07 measures with: losses along a text, a policy made of a function, and who still holds a position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.cache import Cache, EvictingCache
+from labkit.cache.evicting import Held, Notes, Policy, Seen
+from labkit.llama import Llama
+
+
+@torch.inference_mode()
+def losses(model: Llama, tokens: Tensor, cache: Cache, chunk: int = 16) -> Tensor:
+    """Minus the log-probability of each next token, in nats, `[tokens - 1]`, the text read `chunk` tokens a step."""
+    found = []
+    for start in range(0, tokens.shape[1] - 1, chunk):
+        given = tokens[:, start : min(start + chunk, tokens.shape[1] - 1)]
+        logs = model(given, cache)[0].double().log_softmax(dim=-1)
+        following = tokens[0, start + 1 : start + 1 + given.shape[1], None]
+        found.append(-logs.gather(1, following)[:, 0])
+    return torch.cat(found).cpu()
+
+
+def by_queries(function: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Policy:
+    """A policy that scores tokens at a prompt's end by `function(q, k)`, `[batch, num_kv_heads, tokens]`. The options
+    are those of every policy: sinks and recent."""
+    return ByQueries(**options, function=function)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ByQueries(Policy):
+    """Scores of one step's queries and keys."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def watch(self, seen: Seen) -> Notes:
+        """What the function says."""
+        return Notes(self.function(seen.q, seen.k))
+
+    def score(self, held: Held) -> Tensor:
+        """That."""
+        return held.tally
+
+
+def kept_share(cache: Cache, tokens: int) -> list[float]:
+    """Of each position of a text, which share of all the layers' KV heads hold it."""
+    counts, heads = torch.zeros(tokens), 0
+    for layer in cache.layers:
+        assert isinstance(layer, EvictingCache)
+        assert layer.positions is not None
+        places = layer.positions[0]
+        heads += places.shape[0]
+        counts += torch.bincount(places[places >= 0].long().cpu(), minlength=tokens)  # -1: a slot without a token
+    return (counts / heads).tolist()
