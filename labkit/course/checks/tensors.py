@@ -91,9 +91,7 @@ def shape_difference(got: Sequence[int], want: Sequence[int]) -> tuple[str, str]
                 f"{dimensions(more)} of length 1 too many",
                 "what adds one: unsqueeze, None in an index, keepdim=True",
             )
-        where = [place for place in range(len(got)) if got[:place] + got[place + 1 :] == want] if more == 1 else []
-        long = f": dimension {where[0]}, of length {got[where[0]]}" if where else ""
-        return f"{dimensions(more)} too many{long}", docstring
+        return f"{dimensions(more)} too many{only_one(got, want)}", docstring
     if fewer > 0:
         if [n for n in got if n != 1] == [n for n in want if n != 1]:
             return (
@@ -104,9 +102,7 @@ def shape_difference(got: Sequence[int], want: Sequence[int]) -> tuple[str, str]
                   if [*want[:place], want[place] * want[place + 1], *want[place + 2 :]] == got]  # fmt: skip
         if fewer == 1 and joined:
             return f"dimensions {joined[0]} and {joined[0] + 1} have become one", docstring
-        where = [place for place in range(len(want)) if want[:place] + want[place + 1 :] == got] if fewer == 1 else []
-        long = f": dimension {where[0]}, of length {want[where[0]]}" if where else ""
-        return f"{dimensions(fewer)} missing{long}", docstring
+        return f"{dimensions(fewer)} missing{only_one(want, got)}", docstring
     other = [place for place, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
     if sorted(got) == sorted(want):
         return (
@@ -116,6 +112,12 @@ def shape_difference(got: Sequence[int], want: Sequence[int]) -> tuple[str, str]
         ), docstring
     lengths = ", ".join(f"dimension {place} is {got[place]:,} long instead of {want[place]:,}" for place in other)
     return lengths, docstring
+
+
+def only_one(longer: list[int], shorter: list[int]) -> str:
+    """Which single dimension, left out of one shape, gives the other; nothing where none does."""
+    where = [place for place in range(len(longer)) if longer[:place] + longer[place + 1 :] == shorter]
+    return f": dimension {where[0]}, of length {longer[where[0]]}" if where else ""
 
 
 def dimensions(count: int) -> str:
