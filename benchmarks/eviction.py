@@ -342,7 +342,7 @@ def main() -> int:
         bars.append(bar("SnapKV's perplexity over the full cache's", half["SnapKV"].ratio, "<=", 1.05))
         order = sorted(RANKING, key=lambda name: half[name].perplexity)
         print(f"  from best to worst: {', '.join(order)}")
-    if "kvpress" in arguments.only and "half" in arguments.only:
+    if "kvpress" in arguments.only:
         try:
             more, own = beside_kvpress(half, texts)
         except kvpress_side.KvpressError as error:  # what was measured before is kept

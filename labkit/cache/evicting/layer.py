@@ -467,11 +467,12 @@ def check_safeguard(safeguard: float, during: str, frequencies: Tensor | None) -
 
 def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Tensor] | None:
     """Victims of each of several full layers, chosen by the same operations; None where they cannot be."""
-    first = layers[0]
-    if len(layers) < 2 or any(layer.kind_of_choice() != first.kind_of_choice() for layer in layers):
+    first, kinds = layers[0], {layer.kind_of_choice() for layer in layers}
+    if len(layers) < 2 or len(kinds) > 1 or None in kinds:
         return None
-    if (kept := first.kept) is None or first.room is None or first.kind_of_choice() is None:
-        return None
+    kept = first.kept
+    assert kept is not None
+    assert first.room is not None
     newest = newest_of(step, kept.k.device)
     with torch.inference_mode(False), torch.no_grad():
         scores = torch.stack([layer.scores(layer.kept, newest).float() for layer in layers if layer.kept is not None])
