@@ -18,6 +18,14 @@ GROUPS = st.one_of(
     st.builds(LayerGroup, st.just("state"), st.integers(1, 3), state_bytes=st.integers(1, 900)),
     st.builds(LayerGroup, st.just("shared"), st.integers(1, 3)),
 )
+PACKINGS = st.builds(Quantized, st.sampled_from([2, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 40))
+
+
+def packed_budget(packing: Quantized, more: int) -> Evicting:
+    """A budget held while decoding: three groups besides what stays in full precision, and `more`."""
+    return Evicting(packing.residual_length + 3 * packing.group_size + more, victims=0, packing=packing)
+
+
 FORMATS = st.one_of(
     st.builds(
         Dense,
@@ -55,13 +63,8 @@ FORMATS = st.one_of(
         victims=st.integers(0, 4),
         state_bytes=st.sampled_from([0, 600]),
     ),
-    st.builds(
-        Evicting,
-        st.integers(1, 90),
-        prompt_tokens=st.none() | st.integers(1, 120),
-        victims=st.just(0),
-        packing=st.builds(Quantized, st.sampled_from([2, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 40)),
-    ),
+    st.builds(packed_budget, PACKINGS, st.integers(0, 60)),
+    st.builds(Evicting, st.integers(1, 90), prompt_tokens=st.integers(1, 120), victims=st.just(0), packing=PACKINGS),
     st.builds(Selecting, st.integers(20, 90), st.integers(1, 10), st.sampled_from(["float32", "float16", "float8"])),
 )
 
