@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from labkit.course.commands import add_all
 from labkit.printable import printable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
     opener.set_defaults(run=run_open)
     _add_size(commands)
+    add_all(commands)
     return parser
 
 
