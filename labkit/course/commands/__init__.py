@@ -1,7 +1,7 @@
 """What `labkit` can be told beyond what a learner needs every day: one module a command.
 
-Each has `add(commands)`, which adds its parser, with `run` set to a function that takes the options and returns the exit
-status. Modules import what is slow inside `run`.
+Each has `add(commands)`, which adds its parser, with `run` set to a function that takes the options and returns the
+exit status. Modules import what is slow inside `run`.
 """
 
 from __future__ import annotations
