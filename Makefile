@@ -5,7 +5,7 @@
 # make notebooks  run the notebooks in place and keep their outputs (authors)
 # make docs       write the kill table, the claims and the README's picture anew (authors)
 # make lock       renew requirements.lock with uv (authors)
-# make clean      remove .venv, .venv-kvpress, .venv-vllm and build leftovers; keeps work/ and the model
+# make clean      remove .venv, .venv-kvpress, .venv-vllm, tests/node/node_modules and build leftovers; keeps work/ and the model
 #
 # PYTHON=   the Python that makes .venv, 3.11 to 3.13
 # PIP_ARGS= more arguments for pip, such as --index-url for a build of torch without CUDA
@@ -25,6 +25,12 @@ KEY := $(shell cat pyproject.toml requirements.lock | cksum | tr ' ' '-')
 ifeq ($(value PY),.venv/bin/python)
 LAB_READY := .venv/.lab-$(KEY)
 TEST_READY := .venv/.test-$(KEY)
+endif
+
+# What tests need from npm. Where there is no npm they are skipped, and say so; with CI=true they fail.
+NODE := tests/node
+ifneq ($(shell command -v npm),)
+NODE_READY := $(NODE)/.npm-$(shell cat $(NODE)/package.json $(NODE)/package-lock.json 2>/dev/null | cksum | tr ' ' '-')
 endif
 
 # What was given, as one word of the shell, whatever is in it: $(call one_word,NAME). A ~/ at its beginning is the home folder.
@@ -56,14 +62,14 @@ lint: $(TEST_READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-unit: lint
+unit: lint $(NODE_READY)
 	$(PY) -m labkit.course.cli model
 	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS) --dist worksteal
 
 notebooks-test: unit
 	$(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
 
-browser: notebooks-test
+browser: notebooks-test $(NODE_READY)
 	@if [ -n $(call one_word,CHROMIUM) ]; then \
 		CHROMIUM=$(call one_word,CHROMIUM) $(PY) -m pytest tests/browser; \
 	else \
@@ -98,7 +104,8 @@ lock:
 	rm .lock.tmp
 
 clean:
-	rm -rf .venv .venv-kvpress .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-kvpress .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		$(NODE)/node_modules $(NODE)/.npm-* $(NODE)/.lock
 
 define RIGHT_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -119,6 +126,12 @@ ONCE := labkit/course/once.py
 .venv/.test-$(KEY): .venv/.made
 	$(PY) $(ONCE) $@ $(PY) -m pip install -c requirements.lock $(PIP_ARGS) -e '.[test]'
 	@touch .venv/.lab-$(KEY)
+
+# Exactly what the lock file says, and none of the packages' own scripts. Tests get on without it outside CI.
+$(NODE_READY): | $(TEST_READY)
+	@$(PY) $(ONCE) $@ npm ci --prefix $(NODE) --ignore-scripts --engine-strict --no-audit --no-fund || { \
+		echo "npm could not install what $(NODE)/package-lock.json names: the tests that need it are skipped." >&2; \
+		[ "$$CI" != true ]; }
 
 .venv-vllm/.vllm-0.32.0:
 	$(RIGHT_PYTHON)
