@@ -19,7 +19,7 @@ PACKAGE = ROOT / "labkit"
 
 # From the bottom; rooms of one floor do not know each other. A room is a module or a package of labkit.
 FLOORS = (
-    ("files", "interrupts", "limits", "printable"),
+    ("files", "interrupts", "limits", "places", "printable"),
     ("device", "lab_model"),
     ("specs",),
     ("sizing",),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from labkit.course.commands import add_all
+from labkit.places import checkout, course_folder
 from labkit.printable import printable
 
-ROOT = Path(__file__).resolve().parents[2]
 JUPYTER = Path(__file__).resolve().parent / "jupyter"  # settings for JupyterLab: no questions about news
 FIRST_LAB = "01_attention_basics.ipynb"
 
@@ -160,7 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=run_doctor)
     model = commands.add_parser("model", help="fetch the lab model, or verify the one that is there")
     model.set_defaults(run=run_model)
-    opener = commands.add_parser("open", help="open the labs in JupyterLab")
+    opener = commands.add_parser("open", help="put the notebooks into a folder and open them in JupyterLab")
+    opener.add_argument(
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="for your copies; a changed one stays as it is (default: work/ in a checkout, or else the current folder "
+        "if it is empty, or else kv-cache-labs/ in it)",
+    )
     opener.add_argument("--port", default=os.environ.get("PORT") or "8888", help="default: PORT, or 8888")
     opener.add_argument("--host", help="default: HOST if it is this machine's own, or 127.0.0.1")
     opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
@@ -217,7 +224,7 @@ def host_from_environment() -> str:
             return str(address)
         _complain(
             f"HOST={host} in the environment would let other machines in and is left out; "
-            f"if that is meant, type `make lab HOST={host}`"
+            f"if that is meant, type `{typed(host=host)}`"
         )
     return "127.0.0.1"
 
@@ -246,20 +253,20 @@ def run_model(options: argparse.Namespace) -> int:
 
 
 def run_open(options: argparse.Namespace) -> int:
-    """Make sure of the model, refresh `work/`, then become JupyterLab."""
-    from labkit.course.workspace import refresh
+    """Make sure of the model, refresh the learner's copies, then become JupyterLab."""
+    from labkit.course.workspace import refresh, work_folder
     from labkit.lab_model import ensure_lab_model
 
     host = options.host or host_from_environment()
     port = check_address(host, options.port)
+    work = work_folder(options.folder, checkout())
     if not os.environ.get("LABKIT_MODEL", "").strip():
         ensure_lab_model()
-    work = ROOT / "work"
-    lines = refresh(ROOT / "notebooks", work)
+    lines = refresh(course_folder("notebooks"), work)
     with contextlib.suppress(OSError):  # the labs open also where nobody reads this
         print("".join(f"{line}\n" for line in lines), end="", flush=True)
     command = jupyter_command(work, host, port, no_browser=options.no_browser)
-    os.execve(command[0], command, jupyter_environment(dict(os.environ)))
+    os.execve(command[0], command, jupyter_environment(dict(os.environ), work))
 
 
 def run_size(options: argparse.Namespace) -> int:
@@ -269,17 +276,17 @@ def run_size(options: argparse.Namespace) -> int:
     return run(options)
 
 
-def jupyter_environment(environment: dict[str, str]) -> dict[str, str]:
-    """What JupyterLab and its kernels inherit, from what this process has."""
+def jupyter_environment(environment: dict[str, str], work: Path) -> dict[str, str]:
+    """What JupyterLab, which opens `work`, and its kernels inherit, from what this process has."""
     # One more place to look for settings: the learner's own come first and stay as they are.
     places = [environment.get("JUPYTER_CONFIG_PATH"), str(JUPYTER)]
     environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # why: docs/design.md
-    return environment | spare_folders()
+    return environment | spare_folders(work)
 
 
-def spare_folders() -> dict[str, str]:
-    """Places in `work/` for what Jupyter and IPython keep in the home folder, where that cannot be written to."""
+def spare_folders(work: Path) -> dict[str, str]:
+    """Places in `work` for what Jupyter and IPython keep in the home folder, where that cannot be written to."""
     from jupyter_core.paths import jupyter_config_dir, jupyter_data_dir, jupyter_runtime_dir
 
     from labkit.course.doctor import writable
@@ -292,14 +299,21 @@ def spare_folders() -> dict[str, str]:
     }
     bad = [name for name, folder in homes.items() if not writable(name, Path(folder), "").ok]
     if bad:
-        _complain("the home folder cannot be written to: Jupyter keeps its settings in work/.home")
-    return {name: str(ROOT / "work" / ".home" / name.lower()) for name in bad}
+        _complain(f"the home folder cannot be written to: Jupyter keeps its settings in {work.name}/.home")
+    return {name: str(work / ".home" / name.lower()) for name in bad}
+
+
+def typed(host: str = "", port: str | int = "") -> str:
+    """How a learner says where to listen: to make in a checkout, to labkit where a wheel was installed."""
+    if checkout():
+        return "make lab" + (f" HOST={host}" if host else "") + (f" PORT={port}" if port else "")
+    return "labkit open" + (f" --host {host}" if host else "") + (f" --port {port}" if port else "")
 
 
 def check_address(host: str, port: str) -> int:
     """The port as a number, if JupyterLab can listen on it; AddressError says what to type otherwise."""
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
-        raise AddressError(f"PORT={port[:20]} is not a port: give a number from 1 to 65535, as in `make lab PORT=8889`")
+        raise AddressError(f"PORT={port[:20]} is not a port: give a number from 1 to 65535, as in `{typed(port=8889)}`")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -307,14 +321,14 @@ def check_address(host: str, port: str) -> int:
             probe.bind(address)
     except (socket.gaierror, ValueError):  # ValueError: no name at all, as of too many characters
         raise AddressError(
-            f"HOST={host[:80]} is not an address: leave it out, or type `make lab HOST=127.0.0.1`"
+            f"HOST={host[:80]} is not an address: leave it out, or type `{typed(host='127.0.0.1')}`"
         ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             other = int(port) + 1 if int(port) < 65535 else 8888
-            problem = f"port {port} is in use: stop what runs there, or choose another, as in `make lab PORT={other}`"
+            problem = f"port {port} is in use: stop what runs there, or choose another, as in `{typed(port=other)}`"
         else:
-            problem = f"{host}:{port} cannot be used ({error.strerror}): choose others with `make lab HOST=… PORT=…`"
+            problem = f"{host}:{port} cannot be used ({error.strerror}): choose others with `{typed('…', '…')}`"
         raise AddressError(problem) from None
     return int(port)
 

@@ -1,4 +1,4 @@
-"""The learner's copy of the notebooks: refreshed, never overwritten.
+"""The learner's copy of the notebooks: where it lies, and how it is refreshed without overwriting anything.
 
 A file in the work folder may be replaced only if it is, byte for byte, a version that was put there by `refresh`. The
 manifest lists those versions; whatever is not in it belongs to the learner.
@@ -11,13 +11,40 @@ import json
 import os
 from pathlib import Path
 
-from labkit.files import locked, make_folder, read_text, remove_leftovers, write_whole
+from labkit.files import locked, make_folder, read_text, remove_leftovers, user_path, write_whole
+from labkit.places import checkout
 
 MANIFEST = ".labkit-copies.json"
+FOLDER = "kv-cache-labs"  # made by an installed wheel where the current folder holds other things
 
 
 class WorkspaceError(RuntimeError):
     """The work folder cannot be used; the message says why and what to do."""
+
+
+def work_folder(asked: str | None = None, top: Path | None = None) -> Path:
+    """The folder for the learner's copies: `asked`, or `work/` in the checkout `top`.
+
+    Without a checkout: the current folder, if nothing but the copies lies there, or else `kv-cache-labs/` in it.
+    Raises WorkspaceError.
+    """
+    try:
+        if asked is not None:
+            return user_path(asked)
+        if top is not None:
+            return top / "work"
+        here = user_path(".")
+        empty = all(name.startswith(".") for name in os.listdir(here))
+    except OSError as error:
+        where = f"The folder {asked}" if asked else "The current folder"
+        remedy = "name another, as in `labkit open ~/labs`"
+        raise WorkspaceError(f"{where} cannot be used ({error.strerror}): {remedy}.") from error
+    return here if empty or (here / MANIFEST).exists() else here / FOLDER
+
+
+def opens() -> str:
+    """What a learner types to open the labs: `make lab` in a checkout, `labkit open` where a wheel was installed."""
+    return "make lab" if checkout() else "labkit open"
 
 
 def refresh(notebooks: Path, work: Path) -> list[str]:
@@ -29,7 +56,7 @@ def refresh(notebooks: Path, work: Path) -> list[str]:
     lines: list[str] = []
     try:
         make_folder(work)
-        with locked(work.parent / f".{work.name}", timeout=60):
+        with locked(work / MANIFEST, timeout=60):
             remove_leftovers(work / MANIFEST)
             copies = _read(work / MANIFEST)
             for source in sorted(notebooks.glob("*.ipynb")):
@@ -40,7 +67,7 @@ def refresh(notebooks: Path, work: Path) -> list[str]:
         done = f"done so far: {', '.join(lines)}; the rest is as it was" if lines else "no notebook in it was changed"
         raise WorkspaceError(
             f"The work folder {work} cannot be used ({error.strerror or 'another process holds its lock'}). Make it a "
-            f"writable folder with free space and run `make lab` again; {done}."
+            f"writable folder with free space and run `{opens()}` again; {done}."
         ) from error
     return lines
 
@@ -69,7 +96,7 @@ def _refresh_one(source: Path, work: Path, copies: dict[str, list[str]]) -> str 
 def _kept_back(target: Path) -> str:
     return (
         f"{target.name}: yours is kept; a newer version exists. To get it, rename yours in {target.parent.name}/ and "
-        "run `make lab` again."
+        f"run `{opens()}` again."
     )
 
 

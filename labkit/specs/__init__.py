@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from labkit.places import course_folder
 from labkit.specs.files import SpecError, line_of, read, read_text, short
 from labkit.specs.gpu import GpuFile, GpuSpec, LinkSpec
 from labkit.specs.hf_config import decoder_spec, from_hf_config
@@ -44,7 +45,7 @@ __all__ = [
 
 Named = TypeVar("Named", GpuSpec, LinkSpec)
 Stamp = tuple[int, int]
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = course_folder("data")
 
 
 def model(name: str) -> ModelSpec:

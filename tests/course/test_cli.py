@@ -13,13 +13,13 @@ import urllib.request
 import pytest
 from traitlets.config import Config
 
-from labkit import lab_model
+from labkit import lab_model, places
 from labkit.course import cli, doctor
 from labkit.course.guard import Guarded
 from labkit.course.workspace import WorkspaceError
 from labkit.quality.texts import load_text
 
-ROOT = cli.ROOT
+ROOT = places.checkout()
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,8 @@ def opened(monkeypatch, tmp_path):
     commands = []
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / cli.FIRST_LAB).write_text("{}")
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(cli, "course_folder", lambda name: tmp_path / name)
     monkeypatch.setattr(lab_model, "ensure_lab_model", lambda **_: tmp_path)
     monkeypatch.setattr(cli.os, "execve", lambda program, command, environment: commands.append(command))
     return commands
@@ -187,7 +188,7 @@ def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_pa
     settings = {"IdentityProvider": {"token": ""}, "ServerApp": {"token": "", "password": ""}}
     (tmp_path / "JUPYTER_CONFIG_DIR/jupyter_server_config.json").write_text(json.dumps(settings))
     command = cli.jupyter_command(work, "127.0.0.1", free, no_browser=True)
-    environment = cli.jupyter_environment({**os.environ, **own, "JUPYTER_TOKEN": ""})
+    environment = cli.jupyter_environment({**os.environ, **own, "JUPYTER_TOKEN": ""}, work)
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -304,16 +305,16 @@ def test_a_home_that_cannot_be_written_to_is_said_once_and_jupyter_keeps_its_fil
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.spare_folders() == {}
+    assert cli.spare_folders(tmp_path / "work") == {}
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    spare = cli.spare_folders()
+    spare = cli.spare_folders(tmp_path / "work")
     assert spare.keys() == {"JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"}
     assert len(set(spare.values())) == 4
-    assert all(folder.startswith(str(ROOT / "work" / ".home")) for folder in spare.values())
+    assert all(folder.startswith(str(tmp_path / "work" / ".home")) for folder in spare.values())
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-    assert "JUPYTER_RUNTIME_DIR" not in cli.spare_folders()  # one that was named and is good stays
+    assert "JUPYTER_RUNTIME_DIR" not in cli.spare_folders(tmp_path / "work")  # one that was named and is good stays
 
 
 BROKEN = {"reader gone": BrokenPipeError(errno.EPIPE, "Broken pipe"), "disk full": OSError(errno.ENOSPC, "No space")}
@@ -493,9 +494,10 @@ def test_a_name_that_cannot_be_is_one_line_for_every_user_of_it(named, tmp_path,
 
 
 def test_jupyter_gets_our_settings_after_the_learners_own_and_asks_nothing_about_news() -> None:
-    environment = cli.jupyter_environment({"JUPYTER_CONFIG_PATH": "mine", "GOMP_SPINCOUNT": "5"})
+    work = ROOT / "work"
+    environment = cli.jupyter_environment({"JUPYTER_CONFIG_PATH": "mine", "GOMP_SPINCOUNT": "5"}, work)
     assert environment["JUPYTER_CONFIG_PATH"].split(os.pathsep) == ["mine", str(cli.JUPYTER)]
     assert environment["GOMP_SPINCOUNT"] == "5"
-    assert cli.jupyter_environment({})["JUPYTER_CONFIG_PATH"] == str(cli.JUPYTER)
+    assert cli.jupyter_environment({}, work)["JUPYTER_CONFIG_PATH"] == str(cli.JUPYTER)
     overrides = json.loads((cli.JUPYTER / "labconfig" / "default_setting_overrides.json").read_text())
     assert overrides["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"

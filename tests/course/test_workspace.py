@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from labkit.course import workspace
-from labkit.course.workspace import MANIFEST, WorkspaceError, refresh
+from labkit.course.workspace import FOLDER, MANIFEST, WorkspaceError, refresh, work_folder
 
 NAMES = ("01_a.ipynb", "02_b.ipynb")
 
@@ -29,7 +29,7 @@ def test_new_notebooks_are_copied_and_only_notebooks(folders):
     notebooks, work = folders
     (notebooks / "notes.txt").write_text("x")
     assert refresh(notebooks, work) == ["01_a.ipynb: copied"]
-    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, NAMES[0]]
+    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, f"{MANIFEST}.lock", NAMES[0]]
 
 
 def test_a_second_refresh_says_and_writes_nothing(folders):
@@ -101,7 +101,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_no_leftover(folders, 
     with pytest.raises(WorkspaceError, match="No space left on device"):
         refresh(notebooks, work)
     assert (work / NAMES[0]).read_text() == "one"
-    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, NAMES[0]]
+    assert sorted(path.name for path in work.iterdir()) == [MANIFEST, f"{MANIFEST}.lock", NAMES[0]]
 
 
 def test_a_disk_that_fills_up_on_the_way_tells_what_was_done_so_far(folders, monkeypatch):
@@ -163,6 +163,34 @@ def test_a_file_where_the_folder_should_be_is_one_clear_error(folders):
     with pytest.raises(WorkspaceError, match="cannot be used"):
         refresh(notebooks, work)
     assert work.read_text() == "not a folder"
+
+
+def test_in_a_checkout_the_copies_lie_in_work_and_anywhere_where_one_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert work_folder(None, tmp_path / "top") == tmp_path / "top" / "work"
+    assert work_folder("labs", tmp_path / "top") == tmp_path / "labs"
+    assert work_folder("labs") == tmp_path / "labs"
+
+
+def test_an_installed_wheel_takes_an_empty_folder_and_makes_one_where_other_things_lie(folders, monkeypatch):
+    notebooks, work = folders
+    work.mkdir()
+    (work / ".venv").mkdir()  # hidden: nobody's work
+    monkeypatch.chdir(work)
+    assert work_folder() == work
+    refresh(notebooks, work_folder())
+    assert work_folder() == work  # as before, though it is not empty any more
+    monkeypatch.chdir(notebooks)
+    assert work_folder() == notebooks / FOLDER
+
+
+def test_a_folder_that_cannot_be_is_one_clear_error(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for asked in (None, "~nobody-of-this-name/labs"):
+        with pytest.raises(WorkspaceError, match="cannot be used"):
+            work_folder(asked)
 
 
 class LearnerAndUpdates(RuleBasedStateMachine):

@@ -1,0 +1,22 @@
+"""Where the course's own files lie: at the top of a checkout, inside the package in an installed wheel.
+
+`setup.py` maps the one to the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def course_folder(name: str, package: Path = PACKAGE) -> Path:
+    """`data` or `notebooks`: the folder in the package, where a wheel has it, or the one beside it."""
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def checkout(package: Path = PACKAGE) -> Path | None:
+    """The top of the tree that the package is read from; None where a wheel was installed."""
+    top = package.parent
+    return top if (top / "notebooks").is_dir() and (top / "pyproject.toml").is_file() else None
