@@ -109,7 +109,7 @@ def reveal(prediction: Prediction, guess: float | None, value: float) -> str:
     if ratio <= prediction.within:
         return f"{lead}{said}: close."
     if prediction.unit == "%" and ratio < 2:  # a percentage of a percentage could be either
-        points = f"{abs(guess - value):.2g}"
+        points = number(float(f"{abs(guess - value):.2g}"))
         return f"{lead}{said}: {points} {'point' if points == '1' else 'points'} too {side}."
     if ratio < 2:
         return f"{lead}{said}: {abs(guess - value) / value:.0%} too {side}."

@@ -155,6 +155,14 @@ def test_a_guessed_percentage_is_off_by_points(guess: float, said: str) -> None:
     assert cards.reveal(prediction, guess, 47) == f"00.p1 · it is 47 %. You said {guess} %: {said}"
 
 
+@pytest.mark.parametrize(
+    ("guess", "said"), [(300, "130 points too high."), (100, "70 points too low."), (3000, "18 times too high.")]
+)
+def test_points_from_a_hundred_on_are_written_as_people_write_them(guess: float, said: str) -> None:
+    prediction = Prediction("00.p1", "How much?", "%", within=1.1)
+    assert cards.reveal(prediction, guess, 170).endswith(said)
+
+
 @pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3, 4], 10**400, None.__class__])
 def test_a_guess_that_is_no_number_is_refused_with_an_example(lab: Lab, guess) -> None:
     with pytest.raises(ValueError, match=r"one number, such as guess=10"):
