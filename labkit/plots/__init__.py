@@ -1,5 +1,6 @@
 """Figures: `style` is what the labs share. What one lab draws is in its folder, `labkit/labs/labNN/figures.py`."""
 
+from labkit.plots.described import described
 from labkit.plots.style import (
     COLORS,
     CYCLE,
@@ -19,6 +20,7 @@ __all__ = [
     "MARKERS",
     "against_length",
     "bare",
+    "described",
     "figure",
     "plain_ticks",
     "row_of",

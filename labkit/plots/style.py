@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from labkit.measure import Timing
+from labkit.plots.described import Described, described, ends
 
 COLORS = {
     "query": "#E69F00",
@@ -46,9 +47,9 @@ STYLE: dict[Any, Any] = {
 
 
 def figure(width: float = 7.0, height: float = 3.4, columns: int = 1, **options) -> tuple[Figure, Axes]:
-    """A figure in the labs' style, sizes in inches; `columns` panels side by side."""
+    """A figure in the labs' style, sizes in inches; `columns` panels side by side. `described` gives it its words."""
     plt.rcParams.update(STYLE)
-    return plt.subplots(1, columns, figsize=(width, height), **options)
+    return plt.subplots(1, columns, figsize=(width, height), FigureClass=Described, **options)
 
 
 def row_of(
@@ -56,7 +57,9 @@ def row_of(
 ) -> tuple[Figure, list[Axes]]:
     """A row of panels, as a list; `widths` are relative."""
     plt.rcParams.update(STYLE)
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, width_ratios=widths)
+    fig, axes = plt.subplots(
+        1, columns, figsize=(width, height), squeeze=False, width_ratios=widths, FigureClass=Described
+    )
     return fig, list(axes[0])
 
 
@@ -116,4 +119,5 @@ def against_length(
         plain_ticks(axes.yaxis)
     if len(curves) > 1 or level:
         axes.legend(fontsize=8)
-    return fig
+    mark = f" The dashed line: {level[1]}." if level else ""
+    return described(fig, f"{ylabel} against {xlabel}, as lines. {ends(curves, lengths)}.{mark}")

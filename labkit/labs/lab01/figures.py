@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from labkit.plots.described import described, ends, listed, number, spans
 from labkit.plots.style import COLORS, HEAT, bare, figure, row_of
 
 
@@ -41,7 +42,15 @@ def lookup(query: Tensor, keys: Tensor, weights: Tensor, names: Sequence[str], f
         axes.set_xlim(low - 0.05 * (high - low), high + 0.4 * (high - low or 1))
         axes.grid(visible=False)  # it would cross the numbers
         axes.set_title(title, fontsize=10)
-    return fig
+    fits = ", ".join(
+        f"{name} {score:.3g} and {weight:.2f}"
+        for name, score, weight in zip(names, scores, weights.tolist(), strict=True)
+    )
+    return described(
+        fig,
+        f"A query and {len(names)} key cards as rows of numbers, {listed(features)}; beside them, as bars, "
+        f"each card's score and weight: {fits}.",
+    )
 
 
 def largest_weights(unscaled: Tensor, scaled: Tensor) -> Figure:
@@ -53,7 +62,11 @@ def largest_weights(unscaled: Tensor, scaled: Tensor) -> Figure:
     axes.hist(unscaled.tolist(), bins=bins, color=outline, label="scores as they are", histtype="step", linewidth=2)
     axes.set(xlabel="largest weight of a query over 32 keys", ylabel="number of queries", xlim=(0, 1))
     axes.legend()
-    return fig
+    return described(
+        fig,
+        "Histograms of the largest weight that a query gives to one of 32 keys. Scores as they are: half lie "
+        f"above {unscaled.median():.2f}. Scores / sqrt(head_dim): half lie above {scaled.median():.2f}.",
+    )
 
 
 def permissions(mask: Tensor, past: int) -> Figure:
@@ -73,7 +86,12 @@ def permissions(mask: Tensor, past: int) -> Figure:
     axes.set_ylabel("query")
     axes.set_xticks([j + 0.5 for j in range(kv_len)], [str(j) for j in range(kv_len)])
     axes.set_yticks([i + 0.5 for i in range(new_tokens)], [f"new {i} (at {past + i})" for i in range(new_tokens)])
-    return fig
+    rows = "; ".join(
+        f"new {i} (at {past + i}): {spans(row.nonzero().flatten().tolist())}" for i, row in enumerate(mask.cpu())
+    )
+    return described(
+        fig, f"A grid of {new_tokens} new tokens by {kv_len} keys, {past} of them held. Keys that may be seen: {rows}."
+    )
 
 
 def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, right: Tensor) -> Figure:
@@ -101,7 +119,15 @@ def heads_in_memory(tokens: int, num_heads: int, head_dim: int, wrong: Tensor, r
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel(f"a row's {head_dim} numbers")
     fig.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
-    return fig
+    mixed, whole = (
+        listed(str(token) for token in sorted(set(heads[0].flatten().tolist()))) for heads in (wrong, right)
+    )
+    return described(
+        fig,
+        f"The numbers of {num_heads} heads in two grids, each number marked by its token. Left, view to the "
+        f"final shape: head 0 has numbers of tokens {mixed} alone. Right, each head has all tokens in order: "
+        f"head 0 has tokens {whole}.",
+    )
 
 
 def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
@@ -123,7 +149,16 @@ def turning(frequencies: Tensor, distances: Tensor, scores: Tensor) -> Figure:
         ["query at position 100", "query at position 5,000"],
         loc="upper left", ncols=2, fontsize=8, bbox_to_anchor=(0, 1.17),
     )  # fmt: skip
-    return fig
+    turns = listed(
+        f"pair {pair} every {number(2 * math.pi / float(frequencies[pair]))} positions" for pair in (0, 8, 16)
+    )
+    apart = float((scores[0] - scores[1]).abs().max())
+    return described(
+        fig,
+        f"Left, the angle of three pairs against the position, each a saw of whole turns: {turns}. Right, the "
+        "score against the distance of query and key, from the query at position 100 and from the one at "
+        f"5,000: two curves {'one on the other' if apart < 0.05 else f'up to {number(apart)} apart'}.",
+    )
 
 
 def key_change(change: Mapping[str, Sequence[float]]) -> Figure:
@@ -135,7 +170,12 @@ def key_change(change: Mapping[str, Sequence[float]]) -> Figure:
     axes.axhline(1.2e-7, color=COLORS["theory"], linestyle=":", label="spacing of float32 numbers, 1.2e-7")
     axes.set(xlabel="layer", ylabel="relative change of old keys\n(0 drawn at 1e-9)", ylim=(5e-10, 10))
     axes.legend(fontsize=8)
-    return fig
+    most = listed(f"{name}: up to {max(values):.1e}" for name, values in change.items())
+    return described(
+        fig,
+        f"Relative change of the old tokens' keys in each of {len(change['mask on'])} layers, log scale. "
+        f"{most}; the spacing of float32 numbers, 1.2e-7, is a dotted line.",
+    )
 
 
 def last_row(weights: Tensor, words: Sequence[str], title: str = "") -> Figure:
@@ -154,7 +194,12 @@ def last_row(weights: Tensor, words: Sequence[str], title: str = "") -> Figure:
     axes.set_title(title, fontsize=10)
     axes.set_xticks(range(tokens), words, rotation=60, ha="right")
     axes.set_yticks(range(tokens), words)
-    return fig
+    weight, place = weights[-1].max(0)
+    return described(
+        fig,
+        f"Attention weights of {tokens} words, {title}, as a triangle of queries by keys. The last row, the "
+        f"one that the next token needs, is framed: “{words[-1]}” gives most, {weight:.0%}, to “{words[int(place)]}”.",
+    )
 
 
 def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figure:
@@ -171,7 +216,12 @@ def tower(weights: Tensor, words: Sequence[str], layers: Sequence[int]) -> Figur
         axes.set_xlabel("key (white: hidden)")
     panels[0].set_ylabel("query")
     fig.colorbar(image, ax=panels, label="weight", shrink=0.8)
-    return fig
+    firsts = listed(f"{weights[layer, :, 2:, 0].mean():.0%} in layer {layer}" for layer in layers)
+    return described(
+        fig,
+        f"Attention weights of {len(words)} words in {len(layers)} layers, each the mean of its heads, as "
+        f"triangles of queries by keys. The share that goes to the first word, from the third on: {firsts}.",
+    )
 
 
 def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
@@ -185,7 +235,13 @@ def where_weight_goes(shares: Mapping[str, Sequence[float]]) -> Figure:
     axes.set(xlabel="layer", ylabel="share of attention,\nfrom the third token on", ylim=(0, 1))
     axes.set(xlim=(-0.5, len(bottom) - 0.5), xticks=sorted({*range(0, len(bottom), 5), len(bottom) - 1}))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, fontsize=8)
-    return fig
+    means = listed(
+        f"{name} {sum(values) / len(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+        for name, values in shares.items()
+    )
+    return described(
+        fig, f"Stacked bars, one for each layer: where attention goes. Mean over layers, and range: {means}."
+    )
 
 
 def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str) -> Figure:
@@ -199,7 +255,15 @@ def attention_row(weights: Tensor, words: Sequence[str], query: int, title: str)
     axes.set(ylabel="weight", ylim=(0, top), xlim=(-0.6, len(words) - 0.4))
     axes.set_xlabel("key (orange: the asking token itself; grey: hidden)")
     axes.set_title(title, fontsize=10)
-    return fig
+    best = weights[: query + 1].topk(min(3, query + 1))
+    most = listed(
+        f"{weight:.0%} to {place} “{words[place]}”"
+        for weight, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    )
+    return described(
+        fig,
+        f"Bars: {title}, a bar for each of {len(words)} words. Most goes to: {most}; words after {query} are hidden.",
+    )
 
 
 def times_by_length(
@@ -215,4 +279,6 @@ def times_by_length(
     axes.set(xlabel="tokens in the prompt", ylabel=ylabel)
     axes.set_title(title, fontsize=10)
     axes.legend()
-    return fig
+    return described(
+        fig, f"{ylabel} against tokens in the prompt, both axes logarithmic. {ends(seconds, lengths, 'ms', 1e3)}."
+    )

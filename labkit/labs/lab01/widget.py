@@ -13,7 +13,7 @@ from labkit.cache.recording import RecordingCache
 from labkit.labs.lab01 import figures
 from labkit.labs.lab01.sentence import MOST, labels
 from labkit.llama import Llama
-from labkit.widgets import picture, png, wide
+from labkit.widgets import picture, wide
 
 
 def read_sentence(model: Llama, tokenizer, sentence: str, limit: int = MOST) -> tuple[list[str], Tensor]:
@@ -84,7 +84,7 @@ class AttentionExplorer(ipywidgets.VBox):
         row, query = self.row(), self.query.value
         head = "the mean of all heads" if self.head.value < 0 else f"head {self.head.value}"
         title = f"layer {self.layer.value}, {head}: where “{self.words[query]}” looks"
-        self.image.value = png(figures.attention_row(row, self.words, query, title))
+        self.image.show(figures.attention_row(row, self.words, query, title))
         best = row.topk(min(3, query + 1)).indices.tolist()
         shares = ", ".join(f"{row[i]:.0%} to {i} “{html.escape(self.words[i])}”" for i in best)
         self.label.value = (

@@ -9,6 +9,7 @@ from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
+from labkit.plots.described import described, ends, final, listed, number
 from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line
 
 KEPT = 0.3  # opacity of what a step finds in the cache
@@ -40,7 +41,14 @@ def work_per_step(prompt: int, steps: int) -> Figure:
     }
     patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color], alpha=alpha) for color, alpha in marks.values()]
     fig.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
-    return fig
+    cached = prompt + steps - 1
+    without = sum(range(prompt, prompt + steps))
+    return described(
+        fig,
+        f"Which tokens each of {steps} steps runs, as two grids of positions by steps. Without a cache a step "
+        f"runs every token so far, {without} in all. With a cache the first step runs the prompt's {prompt} "
+        f"and each later one a single token, {cached} in all; the others are held.",
+    )
 
 
 def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, layers_done: int) -> Figure:
@@ -71,7 +79,13 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in marks]
     handles, names = [*patches, end_of_prompt], [*(name for name, _ in marks), "end of the prompt"]
     axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    return fig
+    held = f"tokens 0 to {first - 1} are held in every layer" if first else "nothing is held yet"
+    new = f"token {first}" if end == first + 1 else f"tokens 0 to {end - 1}"
+    return described(
+        fig,
+        f"A cache as a grid of {num_layers} layers by {len(words)} tokens; {phase}: {held}, {new} appended in "
+        f"{layers_done} of {num_layers} layers, the rest is empty.",
+    )
 
 
 def time_per_token(
@@ -96,7 +110,16 @@ def time_per_token(
     axes.set(yscale="log", xlabel="position of the new token", ylabel="ms per token (log scale)")
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    medians = {name: [timing.median for timing in timings] for name, timings in seconds.items()}
+    records = "".join(
+        f" Recorded on {device}, {name}, as points."
+        for device, name in dict.fromkeys((device, name) for device, name, _, _ in recorded)
+    )
+    return described(
+        fig,
+        "Milliseconds per token against its position, log scale: measured, and the theory as dotted lines. "
+        f"{ends(medians, positions, 'ms', 1e3)}. Theory: {ends(theory, positions, 'ms', 1e3)}.{records}",
+    )
 
 
 def moved_and_held(moved: Mapping[str, Sequence[float]], held: Mapping[str, Sequence[float]]) -> Figure:
@@ -108,7 +131,12 @@ def moved_and_held(moved: Mapping[str, Sequence[float]], held: Mapping[str, Sequ
             axes.plot(range(1, len(values) + 1), values, color=colors[name], label=name)
         axes.set(xlabel="tokens appended", ylabel=f"{what}, all layers", ylim=(0, None))
         axes.legend(fontsize=8)
-    return fig
+    last = len(next(iter(held.values())))
+    return described(
+        fig,
+        f"Two panels of lines against tokens appended. MB moved so far, at {last} tokens: {final(moved)}. MB "
+        f"held: {final(held)}.",
+    )
 
 
 def step_times(seconds: Sequence[float], prompt: int) -> Figure:
@@ -120,7 +148,12 @@ def step_times(seconds: Sequence[float], prompt: int) -> Figure:
     axes.set_xticks(range(0, len(seconds), 4))
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (colors[0], colors[-1])]
     axes.legend(patches, [f"prefill, {prompt} tokens: TTFT", "decode, 1 token each: TPOT"], fontsize=8)
-    return fig
+    rest = sorted(1e3 * value for value in seconds[1:])
+    return described(
+        fig,
+        f"Bars of milliseconds per step: prefill of {prompt} tokens {number(1e3 * seconds[0])} ms, then "
+        f"{len(rest)} decode steps of one token, {number(rest[0])} to {number(rest[-1])} ms each.",
+    )
 
 
 def tokens_per_turn(stateless: Sequence[int], stateful: Sequence[int]) -> Figure:
@@ -135,7 +168,11 @@ def tokens_per_turn(stateless: Sequence[int], stateful: Sequence[int]) -> Figure
     axes.set_xticks(range(len(stateless)), [f"turn {turn + 1}" for turn in range(len(stateless))])
     axes.set(ylabel="tokens run")
     axes.legend(fontsize=8)
-    return fig
+    turns = "; ".join(
+        f"turn {turn}: {all} stateless, {new} stateful"
+        for turn, (all, new) in enumerate(zip(stateless, stateful, strict=True), 1)
+    )
+    return described(fig, f"Tokens run in each turn of a conversation, pairs of bars. {turns}.")
 
 
 def change_by_layer(changes: Sequence[float]) -> Figure:
@@ -147,4 +184,11 @@ def change_by_layer(changes: Sequence[float]) -> Figure:
             axes.annotate("0", (layer, 0), ha="center", va="bottom", fontsize=8)
     axes.set(xlabel="layer", ylabel="change of the other tokens' keys\n(fraction of their norm)", ylim=(0, None))
     axes.grid(False, axis="x")
-    return fig
+    same = [layer for layer, change in enumerate(changes) if change < 1e-3]
+    largest = max(range(len(changes)), key=lambda layer: changes[layer])
+    return described(
+        fig,
+        f"Bars, one for each of {len(changes)} layers: change of the other tokens' keys as a fraction of their "
+        f"norm. {'No change in layer ' + listed(map(str, same)) + '; ' if same else ''}the largest, "
+        f"{changes[largest]:.2f}, in layer {largest}.",
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ipywidgets
 
 from labkit.labs.lab02 import figures
-from labkit.widgets import picture, png, wide
+from labkit.widgets import picture, wide
 
 
 class CacheStepper(ipywidgets.VBox):
@@ -46,9 +46,7 @@ class CacheStepper(ipywidgets.VBox):
     def draw(self, change: object = None) -> None:
         """Bring picture and label up to date."""
         before, new = self.held()
-        self.image.value = png(
-            figures.cache_fill(self.words, self.prompt, self.num_layers, self.step.value, self.layer.value)
-        )
+        self.image.show(figures.cache_fill(self.words, self.prompt, self.num_layers, self.step.value, self.layer.value))
         what = f"prefill of {new} tokens" if self.step.value == 0 else f"“{html.escape(self.words[before])}”"
         self.label.value = (
             f"step {self.step.value}: {what}; {self.layer.value} of {self.num_layers} layers have appended; "

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from labkit.measure import Timing
+from labkit.plots.described import described, ends, listed, number
 from labkit.plots.style import COLORS, CYCLE, MARKERS, figure, plain_ticks, timed_line
 
 
@@ -24,7 +25,10 @@ def cache_growth(lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -
     powers_of_two(axes, lengths)
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    return described(
+        fig,
+        f"GB of one request's cache against its tokens, both axes logarithmic. {ends(sizes, lengths, 'GB')}.",
+    )
 
 
 def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], published: Sequence[float]) -> Figure:
@@ -44,7 +48,12 @@ def memory_parts(rows: Sequence[str], parts: Mapping[str, Sequence[float]], publ
     axes.set(xlabel="GiB (2³⁰ bytes)", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), markerscale=0.5)
-    return fig
+    bars = "; ".join(
+        f"{name}: {listed(f'{part} {number(sizes[row])}' for part, sizes in parts.items())}, published total "
+        f"{number(published[row])}"
+        for row, name in enumerate(rows)
+    )
+    return described(fig, f"Stacked bars of GiB, with a mark at the published total. {bars}.")
 
 
 def frontier(curves: Mapping[str, Sequence[tuple[int, int]]], *, title: str = "") -> Figure:
@@ -61,7 +70,15 @@ def frontier(curves: Mapping[str, Sequence[tuple[int, int]]], *, title: str = ""
     powers_of_two(axes, contexts)
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    said = "; ".join(
+        f"{name}: {pairs[0][1]:,} requests of {pairs[0][0]:,} tokens, {pairs[-1][1]:,} of {pairs[-1][0]:,}"
+        for name, pairs in curves.items()
+    )
+    return described(
+        fig,
+        "How many requests fit against the tokens of each, both axes logarithmic, falling "
+        f"lines{': ' * bool(title)}{title}. {said}.",
+    )
 
 
 def decode_times(
@@ -74,7 +91,12 @@ def decode_times(
         axes.plot(contexts, [value * 1e3 for value in floors[name]], ":", color=color, label=f"{name}, floor")
     axes.set(xlabel="tokens held by each request", ylabel="ms per step", ylim=(0, None))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    medians = {name: [timing.median for timing in samples] for name, samples in timings.items()}
+    return described(
+        fig,
+        "Milliseconds per decode step against tokens held by each request: measured points, the floor as a "
+        f"dotted line. {ends(medians, contexts, 'ms', 1e3)}. Floor: {ends(floors, contexts, 'ms', 1e3)}.",
+    )
 
 
 def throughput(
@@ -115,7 +137,22 @@ def throughput(
     plain_ticks(axes.yaxis)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    said = "; ".join(
+        f"{name}: {number(values[0])} at {batches[0]:,}, up to {limits[name]:,} requests fit, ceiling "
+        f"{number(ceilings[name])}"
+        for name, values in rates.items()
+    )
+    stars = (
+        " K and V equal the weights (stars) at "
+        f"{listed(f'{number(at)} requests of {name}' for name, at in balances.items())}."
+        if balances
+        else ""
+    )
+    return described(
+        fig,
+        "Tokens per second of all requests together against their number, both axes logarithmic: rising lines "
+        f"that flatten towards a dashed ceiling, dotted where more than fit. {said}.{stars}",
+    )
 
 
 def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figure:
@@ -150,7 +187,17 @@ def roofline(flop_per_s: float, bytes_per_s: float, points: Mapping[str, Sequenc
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    said = "; ".join(
+        f"{kind}: "
+        f"{listed(f'{label} at {number(x)} operations per byte, {number(y / 1e9)} GFLOP/s' for label, x, y in triples)}"
+        for kind, triples in points.items()
+    )
+    return described(
+        fig,
+        "A roofline, both axes logarithmic: operations per second against operations per byte. The roof rises "
+        f"with {number(bytes_per_s / 1e9)} GB/s up to {number(ridge)} operations per byte and is flat at "
+        f"{number(flop_per_s / 1e9)} GFLOP/s from there. {said}.".replace("\n", " "),
+    )
 
 
 def powers_of_two(axes: Axes, values: Sequence[int]) -> None:

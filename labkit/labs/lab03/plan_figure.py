@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from labkit.plots.described import described
 from labkit.plots.style import COLORS, figure
 from labkit.sizing import GB, Plan
 from labkit.sizing.report import count_users
@@ -38,7 +39,17 @@ def plan_bars(plans: Sequence[Plan]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(False, axis="y")
     axes.legend(handles=_legend(plans), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, fontsize=8)
-    return fig
+    return described(fig, "Bars of a device's memory in GB, one for each plan. " + " ".join(map(_words, plans)))
+
+
+def _words(plan: Plan) -> str:
+    """One bar in words."""
+    parts = ", ".join(f"{part} {_size(getattr(plan, part) / GB)}" for part in PARTS[:3])
+    left = f"{_size(plan.free / GB)} free" if plan.fits else f"{_size(-plan.free / GB)} over, it does not fit"
+    return (
+        f"{plan.model} on {plan.ranks} x {plan.gpu}, {plan.context:,} tokens x {count_users(plan.users)}, K and V in "
+        f"{plan.kv_dtype}: {parts} of {_size(plan.memory / GB)}, {left}; TPOT at least {_time(plan.step)}."
+    )
 
 
 def _needed(plan: Plan) -> float:

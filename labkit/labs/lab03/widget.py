@@ -12,7 +12,7 @@ from labkit.sizing import SizeError, gigabytes
 from labkit.sizing.links import link_between
 from labkit.sizing.report import count_users
 from labkit.specs import SpecError
-from labkit.widgets import choice, picture, png, wide, with_value
+from labkit.widgets import choice, picture, wide, with_value
 
 CONTEXTS = [2**power for power in range(10, 21)]
 USERS = [2**power for power in range(13)]
@@ -82,7 +82,7 @@ class Planner(ipywidgets.VBox):
             return
         # The text first: it takes a few milliseconds, a picture a hundred.
         self.label.value = "<br>".join(html.escape(line) for line in summary(self.plan))
-        self.image.value = png(plan_figure.plan_bars([self.plan]))
+        self.image.show(plan_figure.plan_bars([self.plan]))
         self.image.layout.display = None
 
 

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from labkit.measure import Timing
+from labkit.plots.described import described, ends, number
 from labkit.plots.style import COLORS, bare, figure, plain_ticks, row_of, timed_line, whiskers
 
 WAYS = {"MHA": COLORS["theory"], "GQA, repeated": COLORS["without cache"], "GQA, grouped": COLORS["with cache"]}
@@ -42,7 +43,11 @@ def head_groups(num_heads: int, kv_heads: Sequence[int]) -> Figure:
         axes.axis("off")
     fig.legend([heads, held], ["query head", "KV head: K and V, cached"], loc="outside lower center", ncols=2,
                  fontsize=8)  # fmt: skip
-    return fig
+    return described(
+        fig,
+        f"{num_heads} query heads above, KV heads below, a line from each query head to the KV head that it "
+        f"reads. {'; '.join(f'{count} KV heads: {num_heads // count} query heads share each' for count in kv_heads)}.",
+    )
 
 
 def expansion_times(
@@ -63,7 +68,13 @@ def expansion_times(
     axes.minorticks_off()
     plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    medians = {name: [timing.median for timing in values] for name, values in timings.items()}
+    return described(
+        fig,
+        "Milliseconds of one layer's decode step against tokens held, both axes logarithmic: measured, and "
+        f"the bytes' floor as dotted lines. {ends(medians, contexts, 'ms', 1e3)}. Floors: "
+        f"{ends(theory, contexts, 'ms', 1e3)}.",
+    )
 
 
 def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
@@ -93,7 +104,12 @@ def kept_per_token(rows: Sequence[tuple[str, str, float, float]]) -> Figure:
     would = plt.Line2D([], [], marker="|", linestyle="", color=COLORS["theory"], markersize=11, markeredgewidth=2)
     axes.legend([*marks, would], [*used, "with MHA"], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(False, axis="y")
-    return fig
+    said = "; ".join(
+        f"{name} ({kind}) {number(kept / 1024)}, MHA {number(full / 1024)}" for name, kind, kept, full in rows
+    )
+    return described(
+        fig, f"KiB per token, all layers, on a logarithmic axis: what each model keeps, and what MHA would. {said}."
+    )
 
 
 def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float) -> Figure:
@@ -116,7 +132,12 @@ def perplexities(rows: Mapping[str, tuple[float, float, float]], guessing: float
     axes.set(xscale="log", xlabel="perplexity (log scale; whiskers: one standard error of the difference)")
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(10, max(max(high for *_, high in rows.values()), guessing) * 40))
     axes.grid(False, axis="y")
-    return fig
+    said = "; ".join(f"{name} {number(value)}" for name, (value, _, _) in rows.items())
+    return described(
+        fig,
+        f"Perplexity of changed models, points with whiskers on a logarithmic axis. {said}; guessing "
+        f"{number(guessing)}.",
+    )
 
 
 def over_ranks(curves: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
@@ -146,4 +167,13 @@ def over_ranks(curves: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figur
         axes.minorticks_off()
     handles, names = panels[0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
-    return fig
+    said = "; ".join(
+        f"{name}: on {max(points)} GPUs {number(points[max(points)][0])} of it on each, "
+        f"{number(points[max(points)][1])} times it on all together"
+        for name, points in curves.items()
+    )
+    return described(
+        fig,
+        f"One request's cache over 1 to {ranks[-1]} GPUs, both axes logarithmic: left the share on each GPU, "
+        f"right all GPUs together. {said}.",
+    )

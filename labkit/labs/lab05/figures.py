@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from labkit.measure import Timing
+from labkit.plots.described import described, ends, listed, number
 from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, plain_ticks, row_of, timed_line, whiskers
 
 FORMATS = {
@@ -47,8 +48,8 @@ def rounding(x: Sequence[float], nbits: Sequence[int]) -> Figure:
             zero + np.arange(top + 1) * scale, [row] * (top + 1), "|", markersize=13, color=COLORS["theory"],
             markeredgewidth=0.6 if count > 5 else 1.4, label=None if row else "levels",
         )  # fmt: skip
-        for number, level in zip(values, back, strict=True):
-            axes.plot([number, level], [row - 0.5, row], color=COLORS["query"], linewidth=1, zorder=1)
+        for one, level in zip(values, back, strict=True):
+            axes.plot([one, level], [row - 0.5, row], color=COLORS["query"], linewidth=1, zorder=1)
         axes.plot(
             values, [row - 0.5] * len(values), "o", markersize=6, color=COLORS["key"], label=None if row else "numbers"
         )
@@ -60,7 +61,12 @@ def rounding(x: Sequence[float], nbits: Sequence[int]) -> Figure:
     axes.set(xlabel="value of the number", ylim=(len(nbits) - 0.65, -0.75))
     axes.grid(False, axis="y")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
-    return fig
+    said = "; ".join(name.replace("\n", ", ") for name in names)
+    return described(
+        fig,
+        f"{len(values)} numbers from {values.min():g} to {values.max():g}, tied by lines to the levels that "
+        f"they come back as, a row for each number of bits. {said}.",
+    )
 
 
 def channel_sizes(keys: Tensor, values: Tensor, num_kv_heads: int = 1) -> Figure:
@@ -82,7 +88,16 @@ def channel_sizes(keys: Tensor, values: Tensor, num_kv_heads: int = 1) -> Figure
     panels[0].set_ylabel("layer")
     bar = fig.colorbar(image, ax=panels, label="mean absolute value", extend="min")
     plain_ticks(bar.ax.yaxis)
-    return fig
+    said = "; ".join(
+        f"{name} from {number(sizes.min().item())} to {number(sizes.max().item())}, and half of the layers have a "
+        f"channel {number((sizes.max(1).values / sizes.median(1).values).median().item())} times the middle one or more"
+        for name, sizes in (("keys", keys.float()), ("values", values.float()))
+    )
+    return described(
+        fig,
+        f"Mean absolute value of each channel in {keys.shape[0]} layers, two heat maps of layers by channels, "
+        f"log scale: {said}.",
+    )
 
 
 def token_channel_map(x: Tensor, y: Tensor, titles: Sequence[str]) -> Figure:
@@ -92,7 +107,19 @@ def token_channel_map(x: Tensor, y: Tensor, titles: Sequence[str]) -> Figure:
         image = heat(axes, values.abs(), "channel", vmin=0)
         axes.set(ylabel="token", title=title)
         fig.colorbar(image, ax=axes, label="absolute value")
-    return fig
+    said = "; ".join(
+        f"{title}: mean {number(part.abs().mean().item())}, largest {number(part.abs().max().item())}, and "
+        f"{strength(part)}"
+        for title, part in zip(titles, (x, y), strict=True)
+    )
+    return described(fig, f"Absolute values as heat maps of {x.shape[0]} tokens by {x.shape[1]} channels. {said}.")
+
+
+def strength(x: Tensor) -> str:
+    """How far the largest channel of `[tokens, channels]` stands out, in words."""
+    means = x.abs().float().mean(0)
+    times = number((means.max() / means.median()).item())
+    return f"the largest channel, {int(means.argmax())}, is {times} times the middle one"
 
 
 def error_maps(maps: Mapping[str, Tensor], *, largest: float | None = None) -> Figure:
@@ -110,7 +137,13 @@ def error_maps(maps: Mapping[str, Tensor], *, largest: float | None = None) -> F
         axes.set_title(f"{name}\nRMS {values.square().mean().sqrt().item():.3g}", fontsize=9)
     panels[0].set_ylabel("token")
     fig.colorbar(image, ax=panels, label="absolute error (pale: exact)", extend="both" if largest else "min")
-    return fig
+    said = "; ".join(
+        f"{name}: RMS {number(values.square().mean().sqrt().item())}, largest {number(values.max().item())}"
+        for name, values in errors.items()
+    )
+    return described(
+        fig, f"Absolute errors of one head's numbers as heat maps of tokens by channels, log scale. {said}."
+    )
 
 
 def axis_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -129,7 +162,11 @@ def axis_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.margins(y=0.12)
     axes.grid(False, axis="x")
     axes.legend(title="scale and zero point", title_fontsize=8, **BESIDE)
-    return fig
+    said = "; ".join(
+        f"{tensor}: {listed(f'{way} {number(error)}' for way, error in group.items())}"
+        for tensor, group in errors.items()
+    )
+    return described(fig, f"Bars of the relative RMS error by the way to share a scale and zero point. {said}.")
 
 
 def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]) -> Figure:
@@ -160,7 +197,15 @@ def quality_against_bits(points: Mapping[str, tuple[float, float, float, float]]
         axes.yaxis.set_major_locator(MaxNLocator(6) if most < 1.6 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.minorticks_off()
     axes.legend(**BESIDE)
-    return fig
+    said = "; ".join(
+        f"{name}: {number(nbits)} bits, {number(ratio) if ratio >= 2 else f'{ratio:.3f}'}"
+        for name, (nbits, ratio, _, _) in points.items()
+    )
+    return described(
+        fig,
+        "Perplexity over the full cache's against bits per element, metadata included, both axes logarithmic, "
+        f"points with whiskers. {said}.",
+    )
 
 
 def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing]]) -> Figure:
@@ -187,7 +232,12 @@ def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: names[index] not in timings)  # the upright line last
     axes.legend([handles[index] for index in order], [names[index] for index in order], **BESIDE)
-    return fig
+    medians = {name: [timing.median for timing in values] for name, values in timings.items()}
+    return described(
+        fig,
+        "Milliseconds of one layer's decode step against tokens held, both axes logarithmic. "
+        f"{ends(medians, contexts, 'ms', 1e3)}.",
+    )
 
 
 def bytes_parts(rows: Mapping[str, Mapping[str, float]], unit: str = "bits per element") -> Figure:
@@ -205,7 +255,10 @@ def bytes_parts(rows: Mapping[str, Mapping[str, float]], unit: str = "bits per e
     axes.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.1 * start.max()))
     axes.grid(False, axis="y")
     axes.legend(**BESIDE)
-    return fig
+    said = "; ".join(
+        f"{name}: {listed(f'{part} {number(size)}' for part, size in row.items())}" for name, row in rows.items()
+    )
+    return described(fig, f"Stacked bars: where {unit} go. {said}.")
 
 
 def heat(axes: Axes, values: Tensor, xlabel: str, **scale):

@@ -15,7 +15,7 @@ from labkit.labs.lab05 import figures
 from labkit.llama import Llama
 from labkit.quality import Quality
 from labkit.sizing import Quantized, SizeError
-from labkit.widgets import choice, picture, png, wide, with_value
+from labkit.widgets import choice, picture, wide, with_value
 
 NBITS = [8, 4, 2]
 KEY_AXES = ["channel", "token"]
@@ -99,7 +99,7 @@ class Quantizing(ipywidgets.VBox):
             return
         self.label.value = "<br>".join(html.escape(line) for line in lines)
         title = f"|K − K̂|, layer {self.layer}, KV head {self.head}: int{kept.nbits} per {kept.key_axis}"
-        self.image.value = png(figures.error_maps({title: error}, largest=self.largest))
+        self.image.show(figures.error_maps({title: error}, largest=self.largest))
         self.image.layout.display = None
         if self.setting not in self.measured:
             self.quality.value = "measuring the perplexity …"  # sent at once: the measurement takes seconds

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from labkit.labs.lab06.material import Moment, Scene
+from labkit.plots.described import Described, described, ends, listed
 from labkit.plots.style import COLORS, CYCLE, bare, figure, plain_ticks, row_of
 
 EMPTY = "#FFFFFF"
@@ -60,7 +61,13 @@ def memory_map() -> Figure:
         for color, alpha, hatch, _ in marks
     ]
     fig.legend(patches, [name for *_, name in marks], loc="outside lower center", ncols=4, fontsize=8)
-    return fig
+    return described(
+        fig,
+        f"{slots} slots of memory in three rows, each with the same three requests. Room for the longest: "
+        f"pieces of {room} slots, {slots - sum(final)} of all slots never filled. As much as each will need: less room "
+        f"for each, with gaps between them that requests which ended left. Blocks of {block}: each request's "
+        f"blocks lie anywhere, only the end of its last block is empty.",
+    )
 
 
 def memory_over_time(ways: Mapping[str, Sequence[Moment]], slots: int) -> Figure:
@@ -81,7 +88,15 @@ def memory_over_time(ways: Mapping[str, Sequence[Moment]], slots: int) -> Figure
         axes.title.set_fontsize(9)
     panels[0].set_ylabel("% of all slots")
     fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    return fig
+    said = "; ".join(
+        f"{name}: up to {max(moment.running for moment in moments)} requests at once, {len(moments):,} steps, "
+        f"on average {sum(moment.held for moment in moments) / len(moments) / slots:.0%} of the slots hold a "
+        f"token and {sum(moment.never for moment in moments) / len(moments) / slots:.0%} are taken and never filled"
+        for name, moments in ways.items()
+    )
+    return described(
+        fig, f"What {slots:,} slots are used for while a trace runs, stacked areas over decode steps. {said}."
+    )
 
 
 def block_sizes(
@@ -100,7 +115,10 @@ def block_sizes(
         axes.set_xticks(list(sizes), [str(size) for size in sizes], fontsize=8)
         axes.minorticks_off()
     plain_ticks(right.yaxis)
-    return fig
+    costs = ends({"slots that stay empty": empty, "common tokens not shared": unshared}, sizes, "%")
+    return described(
+        fig, f"Against the block size, log scale. Left: {costs}. Right: {ends({'blocks of a request': blocks}, sizes)}."
+    )
 
 
 def blocks_of(scene: Scene, num_blocks: int, block_size: int, names: Sequence[str]) -> Figure:
@@ -108,7 +126,9 @@ def blocks_of(scene: Scene, num_blocks: int, block_size: int, names: Sequence[st
 
     names: everyone who appears in the story, so that each keeps one colour.
     """
-    fig, (memory, tables) = plt.subplots(2, 1, figsize=(8.4, 4.0), height_ratios=(1, 2.2), layout="constrained")
+    fig, (memory, tables) = plt.subplots(
+        2, 1, figsize=(8.4, 4.0), height_ratios=(1, 2.2), layout="constrained", FigureClass=Described
+    )
     colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
     for axes in (bare(memory), bare(tables)):
         axes.set(xlim=(0, num_blocks), xticks=[], yticks=[])
@@ -131,7 +151,18 @@ def blocks_of(scene: Scene, num_blocks: int, block_size: int, names: Sequence[st
     tables.set(ylim=(0, len(names)))
     tables.set_yticks([len(names) - 0.5 - row for row in range(len(names))], names, fontsize=9)
     tables.tick_params(length=0)
-    return fig
+    tables_said = "; ".join(
+        f"{name}, {scene.tables[name][1]} tokens: blocks {listed(map(str, scene.tables[name][0]))}"
+        for name in names
+        if scene.tables.get(name, ((), 0))[0]
+    )
+    shared = [block for block, owners in sorted(scene.owners.items()) if len(owners) > 1]
+    shared_said = f" Shared: {listed(map(str, shared))}." if shared else ""
+    return described(
+        fig,
+        f"{num_blocks} blocks of {block_size} tokens, coloured by who holds them, and each request's table "
+        f"below. {scene.text}: {tables_said or 'nobody holds a block'}.{shared_said}",
+    )
 
 
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00")

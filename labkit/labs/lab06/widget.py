@@ -9,7 +9,7 @@ import ipywidgets
 
 from labkit.labs.lab06 import figures
 from labkit.labs.lab06.material import Scene, names_in
-from labkit.widgets import picture, png, wide
+from labkit.widgets import picture, wide
 
 
 class BlockStory(ipywidgets.VBox):
@@ -30,7 +30,7 @@ class BlockStory(ipywidgets.VBox):
     def draw(self, change: object = None) -> None:
         """Bring picture and label up to date."""
         scene = self.scenes[self.moment.value]
-        self.image.value = png(figures.blocks_of(scene, self.num_blocks, self.block_size, self.names))
+        self.image.show(figures.blocks_of(scene, self.num_blocks, self.block_size, self.names))
         shared = sum(len(owners) > 1 for owners in scene.owners.values())
         free = self.num_blocks - len(scene.owners)
         self.label.value = (

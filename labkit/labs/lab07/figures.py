@@ -13,6 +13,7 @@ from torch import Tensor
 
 from labkit.labs.lab07.tasks import Score
 from labkit.labs.lab07.timeline import Timeline
+from labkit.plots.described import described, ends, listed
 from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, row_of
 
 LINES = {0: COLORS["without cache"], 1: COLORS["query"], 4: COLORS["with cache"]}
@@ -31,7 +32,13 @@ def attention_by_position(shares: Tensor, first: int = 16) -> Figure:
     for axes in (near, whole):
         axes.title.set_fontsize(9)
     fig.colorbar(image, ax=whole, pad=0.01).set_label("share of the attention\n(log scale)")
-    return fig
+    mean = shares.mean(0)
+    return described(
+        fig,
+        f"Share of the attention that each of {tokens} positions gets in {shares.shape[0]} layers, heat maps "
+        f"on a log scale, the first {first} enlarged. Averaged over layers, position 0 gets {mean[0]:.0%}, "
+        f"positions 1 to {first - 1} together {mean[1:first].sum():.0%}, all later ones {mean[first:].sum():.0%}.",
+    )
 
 
 def hitters(received: Tensor, words: Sequence[str], most: int = 10) -> Figure:
@@ -49,7 +56,14 @@ def hitters(received: Tensor, words: Sequence[str], most: int = 10) -> Figure:
     for place, value in enumerate([*values, rest]):
         axes.text(value + 0.5, place, f"{value:.1f}%", va="center", fontsize=8)
     axes.set(xlabel="share of the attention, %", ylabel="token and position", xlim=(0, max(*values, rest) * 1.12))
-    return fig
+    said = ", ".join(
+        f"“{words[place].strip()}” at {place} {value:.1f}%" for place, value in zip(order, values, strict=True)
+    )
+    return described(
+        fig,
+        f"Bars: the {most} tokens that get most attention, and all others as one. {said}; the other "
+        f"{len(words) - most} together {rest:.1f}%.",
+    )
 
 
 def shown(word: str) -> str:
@@ -72,7 +86,15 @@ def losses_over_text(losses: Mapping[int | None, Tensor], budget: int, average: 
     axes.text(budget + 2, axes.get_ylim()[1], "the budget is full", va="top", fontsize=8, color=COLORS["theory"])
     axes.set(xlabel="tokens seen", ylabel=f"loss, nats per token\n(mean of the last {average})")
     axes.legend(fontsize=8, loc="upper left")
-    return fig
+    means = "; ".join(
+        f"{'everything kept' if sinks is None else f'sinks: {sinks}'}: {values[budget:].mean():.2f}"
+        for sinks, values in losses.items()
+    )
+    return described(
+        fig,
+        f"Loss per token over {len(next(iter(losses.values())))} tokens seen, running means of {average}. "
+        f"Until the budget of {budget} is full all lines are one. Mean after that, nats: {means}.",
+    )
 
 
 def kept(by_policy: Mapping[str, Sequence[float]], fact: Sequence[int], question: int) -> Figure:
@@ -91,7 +113,15 @@ def kept(by_policy: Mapping[str, Sequence[float]], fact: Sequence[int], question
     axes.set(xlabel="position in the text")
     axes.set_title(" ", fontsize=10)  # room for the marks
     fig.colorbar(image, ax=axes, pad=0.01).set_label("share of KV heads\nthat keep it")
-    return fig
+    said = "; ".join(
+        f"{name}: {100 * sum(values[place] for place in fact) / len(fact):.0f}%" for name, values in by_policy.items()
+    )
+    return described(
+        fig,
+        f"Which positions of a text each policy keeps, a heat map of policies by {shares.shape[1]} positions, "
+        f"with the number and the question marked. Share of KV heads that keep the number's tokens, {fact[0]} "
+        f"to {fact[-1]}: {said}.",
+    )
 
 
 def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
@@ -115,7 +145,15 @@ def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    return fig
+
+    def cell(score: Score, task: str) -> str:
+        return f"{score.perplexity:.2f}x" if task == first else f"{100 * score.share:.0f}%"
+
+    said = "; ".join(
+        f"{task}: {listed(f'{cache} {cell(score, task)}' for cache, score in row.items())}"
+        for task, row in found.items()
+    )
+    return described(fig, f"A table of tasks by policies, coloured from bad to good. {said}.")
 
 
 def goodness(score: Score, by_perplexity: bool) -> float:
@@ -132,7 +170,8 @@ def bytes_over_tokens(by_cache: Mapping[str, Sequence[int]], first: int) -> Figu
                   markevery=max(1, len(values) // 8), markersize=4)  # fmt: skip
     axes.set(xlabel="tokens seen", ylabel="MB held", ylim=(0, None))
     axes.legend(fontsize=8, loc="upper left")
-    return fig
+    last = first + len(next(iter(by_cache.values()))) - 1
+    return described(fig, f"MB held against tokens seen, as lines. {ends(by_cache, (first, last), 'MB', 1e-6)}.")
 
 
 def timelines(lines: Sequence[Timeline]) -> Figure:
@@ -146,7 +185,16 @@ def timelines(lines: Sequence[Timeline]) -> Figure:
         axes.set_title(line.policy, fontsize=9)
     panels[0].set(ylabel="tokens seen")
     fig.colorbar(image, ax=panels, pad=0.01).set_label("share of KV heads that hold it")
-    return fig
+    said = "; ".join(
+        f"{line.policy}: {sum(share > 0 for share in line.held[-1])} of {len(line.words)} positions held by "
+        f"some KV head, {sum(share > 0 for share in line.held[-1][:4])} of the first 4"
+        for line in lines
+    )
+    return described(
+        fig,
+        "Which positions each policy holds after each token, a panel for each: tokens seen downwards, "
+        f"positions to the right. At the end, {said}.",
+    )
 
 
 def moment_of(line: Timeline, moment: int, per_row: int = 9) -> Figure:
@@ -169,4 +217,10 @@ def moment_of(line: Timeline, moment: int, per_row: int = 9) -> Figure:
                                      linewidth=2.2 if place in lost else 0.6))  # fmt: skip
         axes.text(column + 0.5, rows - row - 0.5, shown(word)[:12], ha="center", va="center", fontsize=8, color=ink)
     axes.set(xlim=(0, per_row), ylim=(0, rows))
-    return fig
+    gone = sum(share < 1e-6 for share in line.held[moment][: moment + 1])
+    let_go = listed(f"“{line.words[place].strip()}” at {place}" for place in sorted(lost)) if lost else "none"
+    return described(
+        fig,
+        f"The text in {len(line.words)} boxes, coloured by how many KV heads hold each token. {line.policy}, "
+        f"{moment + 1} tokens read: {gone} held by none; with this token others let go of (framed): {let_go}.",
+    )

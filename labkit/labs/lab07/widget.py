@@ -9,7 +9,7 @@ import ipywidgets
 
 from labkit.labs.lab07 import figures
 from labkit.labs.lab07.timeline import Timeline
-from labkit.widgets import picture, png, wide
+from labkit.widgets import picture, wide
 
 
 class Forgetting(ipywidgets.VBox):
@@ -32,7 +32,7 @@ class Forgetting(ipywidgets.VBox):
     def draw(self, change: object = None) -> None:
         """Bring picture and label up to date."""
         line, moment = self.lines[self.policy.value], self.moment.value
-        self.image.value = png(figures.moment_of(line, moment))
+        self.image.show(figures.moment_of(line, moment))
         gone = sum(share < 1e-6 for share in line.held[moment][: moment + 1])
         self.label.value = (
             f"{moment + 1} tokens seen, {min(moment + 1, line.budget)} held by each KV head; {gone} held by none. "

@@ -47,12 +47,12 @@ def test_read_sentence_gives_rows_that_sum_to_one_and_see_nothing_later(explorer
 
 
 def test_every_control_of_the_explorer_changes_picture_and_label(explorer: AttentionExplorer) -> None:
-    seen = {(explorer.label.value, explorer.image.value)}
+    seen = {(explorer.label.value, explorer.image.png)}
     for count, (control, value) in enumerate(
         [(explorer.layer, 2), (explorer.head, 3), (explorer.query, 2), (explorer.sentence, "a dog sat on a cat")], 2
     ):
         control.value = value
-        seen.add((explorer.label.value, explorer.image.value))
+        seen.add((explorer.label.value, explorer.image.png))
         assert len({label for label, _ in seen}) == len({image for _, image in seen}) == count
 
 

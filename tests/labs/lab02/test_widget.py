@@ -26,11 +26,11 @@ def test_bytes_count_every_layer_that_has_appended(stepper):
 
 
 def test_the_picture_follows_both_sliders(stepper):
-    seen = {bytes(stepper.image.value)}
+    seen = {stepper.image.png}
     stepper.step.value = 1
-    seen.add(bytes(stepper.image.value))
+    seen.add(stepper.image.png)
     stepper.layer.value = 1
-    seen.add(bytes(stepper.image.value))
+    seen.add(stepper.image.png)
     assert len(seen) == 3
 
 

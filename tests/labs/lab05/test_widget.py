@@ -86,13 +86,13 @@ def test_the_share_is_that_of_a_cache_that_was_filled(model, widget) -> None:
     [("nbits", 2), ("key_axis", "token"), ("group_size", 16), ("residual_length", 64), ("sink_length", 4)],
 )
 def test_each_control_measures_and_draws_anew_once(widget, measured, control, value) -> None:
-    before = widget.setting, bytes(widget.image.value), widget.quality.value
+    before = widget.setting, widget.image.png, widget.quality.value
     getattr(widget, control).value = value
     assert len(measured) == 1
     assert widget.setting != before[0]
-    assert bytes(widget.image.value) != before[1]
+    assert widget.image.png != before[1]
     assert widget.quality.value != before[2]
-    assert bytes(widget.image.value).startswith(b"\x89PNG")
+    assert widget.image.png.startswith(b"\x89PNG")
 
 
 def test_the_ratio_is_that_of_a_comparison_by_hand(model, tokens, widget) -> None:
@@ -111,14 +111,14 @@ def test_the_ratio_is_that_of_a_comparison_by_hand(model, tokens, widget) -> Non
 
 
 def test_going_back_measures_nothing_again_and_says_the_same(widget, measured) -> None:
-    first = widget.label.value, bytes(widget.image.value), widget.quality.value
+    first = widget.label.value, widget.image.png, widget.quality.value
     widget.nbits.value = 4
     assert len(measured) == 1
     widget.nbits.value = 8
     widget.nbits.value = 4
     widget.nbits.value = 8
     assert len(measured) == 1
-    assert (widget.label.value, bytes(widget.image.value), widget.quality.value) == first
+    assert (widget.label.value, widget.image.png, widget.quality.value) == first
     assert set(widget.measured) == {(8, "channel", 32, 0, 0), (4, "channel", 32, 0, 0)}
 
 
@@ -126,13 +126,13 @@ def test_bytes_and_picture_are_there_before_the_measurement_ends(widget, monkeyp
     seen, real = [], quality.compare
 
     def watch(*args, **how):
-        seen.append((widget.label.value, bytes(widget.image.value), widget.quality.value))
+        seen.append((widget.label.value, widget.image.png, widget.quality.value))
         return real(*args, **how)
 
     monkeypatch.setattr(quality, "compare", watch)
     widget.nbits.value = 4
     ((label, image, said),) = seen
-    assert (label, image) == (widget.label.value, bytes(widget.image.value))
+    assert (label, image) == (widget.label.value, widget.image.png)
     assert said.startswith("measuring")
     assert not widget.quality.value.startswith("measuring")
 

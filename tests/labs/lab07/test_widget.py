@@ -39,11 +39,11 @@ def test_it_begins_at_the_last_token_of_the_first_policy(widget: Forgetting) -> 
 
 
 def test_another_policy_and_another_token_change_picture_and_words(widget: Forgetting) -> None:
-    seen = {widget.image.value}
+    seen = {widget.image.png}
     widget.policy.value = "TOVA"
     assert "grey" in widget.label.value
-    seen.add(widget.image.value)
+    seen.add(widget.image.png)
     widget.moment.value = 2
     assert widget.label.value.startswith("3 tokens seen, 3 held by each KV head; 0 held by none.")
-    seen.add(widget.image.value)
+    seen.add(widget.image.png)
     assert len(seen) == 3
