@@ -41,13 +41,13 @@ def work_per_step(prompt: int, steps: int) -> Figure:
     }
     patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color], alpha=alpha) for color, alpha in marks.values()]
     fig.legend(patches, list(marks), loc="outside lower center", ncols=3, fontsize=8)
-    cached = prompt + steps - 1
+    fewest = prompt + steps - 1
     without = sum(range(prompt, prompt + steps))
     return described(
         fig,
         f"Which tokens each of {steps} steps runs, as two grids of positions by steps. Without a cache a step "
         f"runs every token so far, {without} in all. With a cache the first step runs the prompt's {prompt} "
-        f"and each later one a single token, {cached} in all; the others are held.",
+        f"and each later one a single token, {fewest} in all; the others are held.",
     )
 
 
@@ -79,11 +79,11 @@ def cache_fill(words: Sequence[str], prompt: int, num_layers: int, step: int, la
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in marks]
     handles, names = [*patches, end_of_prompt], [*(name for name, _ in marks), "end of the prompt"]
     axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    held = f"tokens 0 to {first - 1} are held in every layer" if first else "nothing is held yet"
+    found = f"tokens 0 to {first - 1} are held in every layer" if first else "nothing is held yet"
     new = f"token {first}" if end == first + 1 else f"tokens 0 to {end - 1}"
     return described(
         fig,
-        f"A cache as a grid of {num_layers} layers by {len(words)} tokens; {phase}: {held}, {new} appended in "
+        f"A cache as a grid of {num_layers} layers by {len(words)} tokens; {phase}: {found}, {new} appended in "
         f"{layers_done} of {num_layers} layers, the rest is empty.",
     )
 

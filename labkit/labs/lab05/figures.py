@@ -232,11 +232,11 @@ def reading_times(contexts: Sequence[int], timings: Mapping[str, Sequence[Timing
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: names[index] not in timings)  # the upright line last
     axes.legend([handles[index] for index in order], [names[index] for index in order], **BESIDE)
-    medians = {name: [timing.median for timing in values] for name, values in timings.items()}
+    curves = {name: [timing.median for timing in values] for name, values in timings.items()}
     return described(
         fig,
         "Milliseconds of one layer's decode step against tokens held, both axes logarithmic. "
-        f"{ends(medians, contexts, 'ms', 1e3)}.",
+        f"{ends(curves, contexts, 'ms', 1e3)}.",
     )
 
 
