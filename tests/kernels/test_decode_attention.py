@@ -16,6 +16,7 @@ from labkit.kernels.decode_attention import decode_attention, decode_between
 from labkit.kernels.split import merge
 from tests.attending import how
 from tests.bounds import attention_bound
+from tests.pairs import every_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,9 +46,9 @@ def assert_agrees(q, k, v, **options):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 64, 300])
-@pytest.mark.parametrize("head_dim", [8, 64, 80])
+@pytest.mark.parametrize(
+    ("dtype", "kv_len", "head_dim"), every_pair(DTYPES, [1, 15, 16, 17, 64, 300], [8, 64, 80]), ids=str
+)
 def test_any_length_and_head_dim(dtype, kv_len, head_dim):
     assert_agrees(*tensors(2, 2, 3, kv_len, head_dim, dtype))
 

@@ -15,6 +15,7 @@ from labkit.kernels.decode_step import (
     rotate_and_store_plain,
 )
 from labkit.kernels.matvec import matvec, matvec_plain, sizes
+from tests.pairs import every_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -32,9 +33,9 @@ def assert_near(got, exact, dtype, terms, size):
     assert bool(((got.double() - exact).abs() <= bound).all()), (got.double() - exact).abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 7, 64, 576, 1000])
-@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "size", "has_delta"), every_pair(DTYPES, [1, 7, 64, 576, 1000], [False, True]), ids=str
+)
 def test_the_norm_of_a_sum_and_the_sum(dtype, size, has_delta):
     x, weight = normal(3, size, dtype=dtype), normal(size, dtype=dtype, seed=1)
     delta = normal(3, size, dtype=dtype, seed=2) if has_delta else None
@@ -59,9 +60,9 @@ def test_a_gate(dtype, size):
     assert_near(gate(gate_up), exact, dtype, 8, exact.abs())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [2, 24, 64, 128])
-@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (7, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads"), every_pair(DTYPES, [2, 24, 64, 128], [(3, 1), (4, 4), (7, 1)]), ids=str
+)
 def test_rotated_and_stored_in_the_place_of_each_row_and_nowhere_else(dtype, head_dim, heads):
     num_heads, num_kv_heads = heads
     qkv = normal(2, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
@@ -83,10 +84,13 @@ def test_rotated_and_stored_in_the_place_of_each_row_and_nowhere_else(dtype, hea
     assert torch.equal(v.nan_to_num(9.0).double(), wide_v.nan_to_num(9.0))  # exact: V is copied
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outs", "columns"), [(1, 1), (5, 17), (64, 64), (33, 600), (130, 1024)])
-@pytest.mark.parametrize("rows", [None, 4, 8])
-def test_a_product_of_any_shape(dtype, outs, columns, rows):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rows"),
+    every_pair(DTYPES, [(1, 1), (5, 17), (64, 64), (33, 600), (130, 1024)], [None, 4, 8]),
+    ids=str,
+)
+def test_a_product_of_any_shape(dtype, shape, rows):
+    outs, columns = shape
     x, weight, bias = (
         normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(1, columns), (outs, columns), (outs,)])
     )

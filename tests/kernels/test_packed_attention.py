@@ -23,6 +23,7 @@ from labkit.ledger import ledger
 from labkit.quantization import FLOAT8, Quantizer, hadamard
 from tests.attending import how
 from tests.bounds import attention_bound
+from tests.pairs import every_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -74,9 +75,7 @@ def assert_agrees(q, k, v, options, wide, **more):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("nbits", CODES, ids=str)
+@pytest.mark.parametrize(("nbits", "head_dim", "dtype"), every_pair(CODES, [64, 80, 96, 128, 256], DTYPES), ids=str)
 def test_any_head_dim_and_dtype(nbits, head_dim, dtype):
     assert_agrees(*case(1, 2, 3, 75, head_dim, dtype, quantizers(nbits), before=2))
 

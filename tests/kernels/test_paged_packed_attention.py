@@ -23,6 +23,7 @@ from labkit.quantization import Packed
 from tests.bounds import attention_bound
 from tests.kernels.test_packed_attention import CODES, DEVICE, DTYPES, in_a_process, quantizers
 from tests.kernels.test_paged_attention import visible_of
+from tests.pairs import every_pair
 
 ON_CPU = [paged_packed_decode_attention_cpu] if DEVICE == "cpu" else []
 EVERY = [paged_packed_decode_attention, paged_packed_attention, *ON_CPU]
@@ -104,17 +105,13 @@ def assert_agrees(q, k, v, waiting, table, parts, constants=PLAIN, padding=None,
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [8, 16, 48])
-@pytest.mark.parametrize("nbits", CODES, ids=str)
+@pytest.mark.parametrize(("nbits", "block_size", "dtype"), every_pair(CODES, [8, 16, 48], DTYPES), ids=str)
 def test_any_bits_block_size_and_dtype(nbits, block_size, dtype):
     assert_agrees(*case([1, block_size, 75, 2 * block_size + 1], 2, 3, 48, quantizers(nbits, block_size), dtype))
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [24, 64, 80, 256])
-@pytest.mark.parametrize("nbits", [8, 4])
+@pytest.mark.parametrize(("nbits", "head_dim", "dtype"), every_pair([8, 4], [24, 64, 80, 256], DTYPES), ids=str)
 def test_any_head_dim(nbits, head_dim, dtype):
     assert_agrees(*case([33, 6], 2, 3, head_dim, quantizers(nbits, 8), dtype))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from labkit.course.catalogue import contents, numbers
 from labkit.course.examine import examine
-from labkit.course.exercise import Exercise
+from labkit.course.exercise import Exercise, Finding
 from tests.labs.answer import Wrong
 
 COUNTED = ("wrong", "refused", "fitting", "misleading", "right", "accepted")
@@ -53,17 +53,35 @@ def first_meetings() -> str:
     return "\n".join(rows) + "\n"
 
 
-def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> str:
-    """The table as markdown, from the verdicts of the checks."""
-    rows = []
-    for wrong in sorted(answers, key=lambda wrong: wrong.exercise):
-        finding = examine(exercises[wrong.exercise], wrong.answer).finding
-        said = (f"`{finding.diagnosis}`", finding.seen) if finding else ("**accepted**", "")
-        cells = [wrong.exercise, wrong.mistake + (f" ({wrong.source})" if wrong.source else ""), *said]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+def row(wrong: Wrong, finding: Finding | None) -> str:
+    """A wrong answer's line of the table, from what its check found."""
+    said = (f"`{finding.diagnosis}`", finding.seen) if finding else ("**accepted**", "")
+    cells = [wrong.exercise, wrong.mistake + (f" ({wrong.source})" if wrong.source else ""), *said]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def in_order(answers: Sequence[Wrong]) -> list[Wrong]:
+    """Wrong answers as the table lists them."""
+    return sorted(answers, key=lambda wrong: wrong.exercise)
+
+
+def page(rows: Sequence[str], exercises: Mapping[str, Exercise]) -> str:
+    """The table as markdown, from its lines."""
     return (
         HEAD + first_meetings() + KNOWN + "\n".join(rows) + f"\n\n{len(rows)} wrong answers, {len(exercises)} checks.\n"
     )
+
+
+def kill_table(answers: Sequence[Wrong], exercises: Mapping[str, Exercise]) -> str:
+    """The table as markdown, from the verdicts of the checks."""
+    found = (examine(exercises[wrong.exercise], wrong.answer).finding for wrong in in_order(answers))
+    return page([row(wrong, finding) for wrong, finding in zip(in_order(answers), found, strict=True)], exercises)
+
+
+def published() -> list[str]:
+    """The lines of the published table, one for each wrong answer."""
+    text = TABLE.read_text(encoding="utf-8")
+    return [line for line in text[text.index(KNOWN) + len(KNOWN) :].splitlines() if line.startswith("| ")]
 
 
 def gather() -> tuple[list[Wrong], dict[str, Exercise]]:

@@ -12,10 +12,11 @@ from labkit.course.catalogue import contents, numbers
 from labkit.course.examine import examine
 from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
-from tests.labs.kill_table import TABLE, gather, kill_table
+from tests.labs.kill_table import TABLE, gather, in_order, page, published, row
 
 LABS = {number: contents(number) for number in numbers()}
 WRONG, EXERCISES = gather()
+PUBLISHED = published()
 RIGHT: list[tuple[str, object]] = [
     pair for number in LABS for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
 ]
@@ -34,12 +35,15 @@ def test_check_accepts_another_right_way_of_writing_it(exercise: str, answer) ->
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
-def test_check_rejects_a_wrong_answer_with_its_diagnosis(wrong: Wrong) -> None:
+def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_run(wrong: Wrong) -> None:
+    """And in the words that the kill table publishes."""
     verdict = examine(EXERCISES[wrong.exercise], wrong.answer)
     assert verdict.status == "not yet", f"{wrong.mistake} was accepted"
     assert verdict.finding is not None
     assert verdict.finding.diagnosis == wrong.diagnosis, verdict.finding
     assert all((verdict.finding.seen, verdict.finding.cause, verdict.finding.look)), verdict.finding
+    assert row(wrong, verdict.finding) in PUBLISHED, "run `make docs` to write the kill table anew"
+    assert examine(EXERCISES[wrong.exercise], wrong.answer) == verdict
 
 
 def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart() -> None:
@@ -78,11 +82,9 @@ def test_every_option_of_every_question_has_its_own_answer() -> None:
             assert len(set(quiz.answers.values())) == len(quiz.options) >= 3, quiz.id
 
 
-def test_the_published_kill_table_is_what_the_checks_do_now() -> None:
-    assert TABLE.read_text(encoding="utf-8") == kill_table(WRONG, EXERCISES), "run `make docs` to write it anew"
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
-def test_a_check_says_the_same_when_its_cell_is_run_again(wrong: Wrong) -> None:
-    first = examine(EXERCISES[wrong.exercise], wrong.answer)
-    assert examine(EXERCISES[wrong.exercise], wrong.answer) == first
+def test_the_published_kill_table_has_a_line_for_each_wrong_answer_and_nothing_besides() -> None:
+    """That each line is what the check says now, the test of each wrong answer tells."""
+    assert TABLE.read_text(encoding="utf-8") == page(PUBLISHED, EXERCISES), "run `make docs` to write it anew"
+    begins = [row(wrong, None).partition("**accepted**")[0] for wrong in in_order(WRONG)]
+    assert len(PUBLISHED) == len(begins)
+    assert all(line.startswith(begin) for line, begin in zip(PUBLISHED, begins, strict=True))
