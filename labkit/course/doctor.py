@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit.places import checkout
 from labkit.printable import printable
 
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -20,6 +21,8 @@ MORE_MEMORY = "close other programs, or raise the limit (ulimit -v, a container'
 SETTING = "correct the setting and start again"
 REINSTALL = (
     "run `make clean` and `make lab` again (in an environment of your own: `pip install -c requirements.lock -e .`)"
+    if checkout()
+    else "install it again: `pip install --force-reinstall` and the wheel that you installed"
 )
 
 
@@ -60,7 +63,8 @@ def card() -> str:
 def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Line:
     """Python is one of those that the labs are tested on."""
     ok = OLDEST <= version[:2] <= NEWEST
-    remedy = "install Python 3.11, 3.12 or 3.13, then `make clean` and `make lab PYTHON=python3.12`"
+    then = "`make clean` and `make lab PYTHON=python3.12`" if checkout() else "labkit into an environment of that one"
+    remedy = f"install Python 3.11, 3.12 or 3.13, then {then}"
     return Line("Python", ok, f"Python {'.'.join(map(str, version))}", remedy)
 
 
@@ -118,7 +122,7 @@ def check_model(thorough: bool = False) -> Line:
     folder = _cache() / NAME
     reason = damage(folder, thorough)
     if reason:
-        remedy = "run `make lab` again, or `labkit model`: it fetches 93 MB, once"
+        remedy = f"{'run `make lab` again, or' if checkout() else 'run'} `labkit model`: it fetches 93 MB, once"
         return Line("model", False, f"{NAME} in {folder}: {reason}", remedy)
     return Line("model", True, f"{NAME} in {folder}")
 
