@@ -15,8 +15,9 @@ VERSIONS = ("python", "torch", "transformers", "cuda")
 STALE_DAYS = 30  # between a benchmark on a GPU and the commit that is released
 RUNS = """# What was verified of release {version}
 
-Commit `{commit}`, of {date}. A row tells of one lab, run from top to bottom under strict nbval at this
-commit: every cell whose output is not measured must print what the notebook stores. What is said to be not run was not run.
+Commit `{commit}`, of {date}. A row tells of one lab, run from top to bottom under strict nbval at
+this commit: every cell whose output is not measured must print what the notebook stores. What is said to be not run was
+not run.
 
 | lab | edition | on | cells | result | date | commit | versions |
 |---|---|---|---|---|---|---|---|
