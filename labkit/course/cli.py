@@ -18,7 +18,7 @@ from labkit.course.commands import add_all
 from labkit.places import checkout, course_folder
 from labkit.printable import printable
 
-JUPYTER = Path(__file__).resolve().parent / "jupyter"  # settings for JupyterLab: no questions about news
+JUPYTER = Path(__file__).resolve().parent / "jupyter"  # for JupyterLab: settings, words for pictures and sliders
 FIRST_LAB = "01_attention_basics.ipynb"
 
 
@@ -278,9 +278,9 @@ def run_size(options: argparse.Namespace) -> int:
 
 def jupyter_environment(environment: dict[str, str], work: Path) -> dict[str, str]:
     """What JupyterLab, which opens `work`, and its kernels inherit, from what this process has."""
-    # One more place to look for settings: the learner's own come first and stay as they are.
-    places = [environment.get("JUPYTER_CONFIG_PATH"), str(JUPYTER)]
-    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
+    # One more place to look for settings and extensions: the learner's own come first and stay as they are.
+    for name in ("JUPYTER_CONFIG_PATH", "JUPYTER_PATH"):
+        environment[name] = os.pathsep.join(filter(None, [environment.get(name), str(JUPYTER)]))
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # why: docs/design.md
     return environment | spare_folders(work)
 

@@ -207,6 +207,9 @@ def test_the_command_serves_a_lab_to_who_has_the_token_and_to_nobody_else(tmp_pa
             notification = json.load(response)["schema"]["properties"]
         assert notification["fetchNews"]["default"] == "false"
         assert notification["checkForUpdates"]["default"] is False
+        extension = f"{address}/lab/extensions/kv-cache-labs/static/words.js?token={token}"
+        with urllib.request.urlopen(extension, timeout=10) as response:
+            assert b"_JUPYTERLAB" in response.read()
     finally:
         server.terminate()
         server.wait(20)
@@ -498,6 +501,7 @@ def test_jupyter_gets_our_settings_after_the_learners_own_and_asks_nothing_about
     environment = cli.jupyter_environment({"JUPYTER_CONFIG_PATH": "mine", "GOMP_SPINCOUNT": "5"}, work)
     assert environment["JUPYTER_CONFIG_PATH"].split(os.pathsep) == ["mine", str(cli.JUPYTER)]
     assert environment["GOMP_SPINCOUNT"] == "5"
-    assert cli.jupyter_environment({}, work)["JUPYTER_CONFIG_PATH"] == str(cli.JUPYTER)
+    for name in ("JUPYTER_CONFIG_PATH", "JUPYTER_PATH"):
+        assert cli.jupyter_environment({}, work)[name] == str(cli.JUPYTER)
     overrides = json.loads((cli.JUPYTER / "labconfig" / "default_setting_overrides.json").read_text())
     assert overrides["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
