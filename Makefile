@@ -1,9 +1,14 @@
 # make lab        set up, then open the labs in JupyterLab     PORT= HOST=
+# make setup      the same without opening anything (containers, editors)
 # make test       set up, then lint, tests, notebooks, browser
 # make gpu        tests, notebooks and benchmarks on a CUDA GPU; figures go to data/results/   WORKERS=
 # make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.5 GB (more for a GPU)
 # make notebooks  run the notebooks in place and keep their outputs (authors)
-# make docs       write the kill table, the claims and the README's picture anew (authors)
+# make docs       write the kill table, the claims, the README's picture and badges anew (authors)
+# make verify     run all editions' notebooks of this commit under strict nbval, keep the JUnit (authors)   JUNIT=
+# make release    dist/VERSION from this commit (authors)   VERSION= JUNIT= GPU=1
+# make publish    put dist/VERSION on GitHub, with its program gh (authors)   VERSION=
+# make drift      make lock, then make test: do the newest versions still serve? (CI, weekly)
 # make lock       renew requirements.lock with uv (authors)
 # make clean      remove .venv, .venv-kvpress, .venv-vllm, tests/node/node_modules and build leftovers; keeps work/ and the model
 #
@@ -50,10 +55,14 @@ LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(
 # What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
 SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
-.PHONY: lab test lint unit notebooks-test browser gpu vllm notebooks docs lock clean
+.PHONY: setup verify release publish drift drift-issue lab test lint unit notebooks-test browser gpu vllm notebooks docs lock clean
 
 lab: $(LAB_READY)
 	@$(PY) -m labkit.course.cli open $(LISTEN) $(ARGS)
+
+setup: $(LAB_READY)
+	@$(PY) -m labkit.course.cli model
+	@$(PY) -m labkit.course.cli open --no-server
 
 test: lint unit notebooks-test browser
 
@@ -95,6 +104,31 @@ docs: $(TEST_READY)
 	$(PY) -m tests.labs.kill_table
 	$(PY) -m labkit.claims
 	$(PY) docs/pictures.py
+	$(PY) docs/badges.py
+
+JUNIT ?=
+verify: $(TEST_READY)
+	$(PY) -m labkit.course.cli model
+	$(PY) -m labkit.course.cli verify $(if $(JUNIT),$(call one_word,JUNIT),dist/nbval.xml)
+
+release: $(TEST_READY)
+	$(PY) -m labkit.course.cli model
+	$(PY) -m labkit.course.cli release $(call one_word,VERSION) $(if $(GPU),--gpu) $(if $(JUNIT),--junit $(JUNIT))
+
+publish:
+	gh release create v$(call one_word,VERSION) --verify-tag --notes-file dist/$(call one_word,VERSION)/VERIFIED.md dist/$(call one_word,VERSION)/*
+
+drift: $(TEST_READY)
+	$(PY) -m pip install --quiet uv
+	PATH="$$PWD/.venv/bin:$$PATH" $(MAKE) lock
+	$(MAKE) test
+
+# One open issue is enough: a second week of the same drift is a comment on it.
+drift-issue:
+	@open=$$(gh issue list --search 'in:title "Drift:"' --state open --json number --jq '.[0].number // empty'); \
+	text="The labs do not hold with the newest versions that pyproject.toml allows. The run: $$RUN"; \
+	if [ -n "$$open" ]; then gh issue comment "$$open" --body "$$text"; \
+	else gh issue create --title "Drift: make test fails with the newest versions" --body "$$text"; fi
 
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \

@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     opener.add_argument("--port", default=os.environ.get("PORT") or "8888", help="default: PORT, or 8888")
     opener.add_argument("--host", help="default: HOST if it is this machine's own, or 127.0.0.1")
+    opener.add_argument("--no-server", action="store_true", help="put the notebooks there, and start nothing")
     opener.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
     opener.set_defaults(run=run_open)
     _add_size(commands)
@@ -257,14 +258,18 @@ def run_open(options: argparse.Namespace) -> int:
     from labkit.course.workspace import refresh, work_folder
     from labkit.lab_model import ensure_lab_model
 
-    host = options.host or host_from_environment()
-    port = check_address(host, options.port)
+    host, port = "", 0
+    if not options.no_server:
+        host = options.host or host_from_environment()
+        port = check_address(host, options.port)
     work = work_folder(options.folder, checkout())
     if not os.environ.get("LABKIT_MODEL", "").strip():
         ensure_lab_model()
     lines = refresh(course_folder("notebooks"), work)
     with contextlib.suppress(OSError):  # the labs open also where nobody reads this
         print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    if options.no_server:
+        return 0
     command = jupyter_command(work, host, port, no_browser=options.no_browser)
     os.execve(command[0], command, jupyter_environment(dict(os.environ), work))
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST_LAB = "01_attention_basics.ipynb"
 NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=180", "--nbval-kernel-startup-timeout=120")
 
-pytestmark = pytest.mark.xdist_group("wheel")  # built once
+pytestmark = [pytest.mark.xdist_group("wheel"), pytest.mark.timeout(900)]  # built once, by one worker where it can be
 
 
 class Built(NamedTuple):
