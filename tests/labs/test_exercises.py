@@ -12,7 +12,7 @@ from labkit.course.catalogue import contents, numbers
 from labkit.course.examine import examine
 from labkit.course.exercise import Exercise
 from tests.labs.answer import Wrong
-from tests.labs.kill_table import TABLE, gather, in_order, page, published, row
+from tests.labs.kill_table import MISTAKES, PAGES, TABLE, gather, in_order, pages, published, row, told_to_teachers
 
 LABS = {number: contents(number) for number in numbers()}
 WRONG, EXERCISES = gather()
@@ -84,7 +84,13 @@ def test_every_option_of_every_question_has_its_own_answer() -> None:
 
 def test_the_published_kill_table_has_a_line_for_each_wrong_answer_and_nothing_besides() -> None:
     """That each line is what the check says now, the test of each wrong answer tells."""
-    assert TABLE.read_text(encoding="utf-8") == page(PUBLISHED, EXERCISES), "run `make docs` to write it anew"
+    files = [TABLE, *sorted(PAGES.iterdir())]
+    written = {path.relative_to(TABLE.parent).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    assert written == pages(PUBLISHED, EXERCISES), "run `make docs` to write it anew"
     begins = [row(wrong, None).partition("**accepted**")[0] for wrong in in_order(WRONG)]
     assert len(PUBLISHED) == len(begins)
     assert all(line.startswith(begin) for line, begin in zip(PUBLISHED, begins, strict=True))
+
+
+def test_what_teachers_are_told_of_mistakes_is_the_kill_tables() -> None:
+    assert MISTAKES.read_text(encoding="utf-8") == told_to_teachers(PUBLISHED, WRONG), "run `make docs`"
