@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from labkit.course import settings
+from labkit.course.checks.tensors import SHIFT
 from labkit.course.exercise import Exercise, Finding, NotYet, line_of, short
 
 TIME_LIMIT = 20.0  # seconds of computing for one check; the slowest reference needs under 2
@@ -55,23 +56,26 @@ class TimeIsUp(BaseException):
     """Not an Exception: a learner's `except Exception` must not swallow it."""
 
 
-def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patience: float = PATIENCE) -> Verdict:
+def examine(
+    exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patience: float = PATIENCE, seed: int = 0
+) -> Verdict:
     """Put `answer` to the test. Holds back what it prints, puts back what it sets, and never raises for a wrong answer.
 
     The check sees float32 as the default dtype, the CPU as the default device, one thread for each of PyTorch's
-    functions, and seeded random numbers. One process has one random state: what another thread draws meanwhile is drawn
-    from the check's. limit: seconds that it may compute; it is stopped after `WAITING` times as many on the wall, too.
+    functions, and random numbers from `seed` on: another seed makes other tensors of the same sizes. One process has
+    one random state: what another thread draws meanwhile is drawn from the check's. limit: seconds that it may compute;
+    it is stopped after `WAITING` times as many on the wall, too.
     A call that is still not back `patience` seconds later is left behind in its thread. A check inside a check has the
     outer one's time.
     """
     trial = Trial(exercise, answer)
     if isinstance(threading.current_thread(), Trial):
         with settings.restored():
-            prepare()
+            prepare(SHIFT[0])
             return Verdict(*trial.judge())
     with ONE_AT_A_TIME, settings.restored():
         start = time.monotonic()
-        prepare()
+        prepare(seed)
         trial.shield()
         try:
             trial.start()
@@ -81,6 +85,7 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patie
                 trial.finish(0.0, patience)
                 raise
         finally:
+            SHIFT[0] = 0
             computed = trial.computed()
             trial.released = True
             if trial.over:
@@ -93,17 +98,18 @@ def examine(exercise: Exercise, answer: Any, *, limit: float = TIME_LIMIT, patie
     return Verdict(*trial.result, trial.stdout.text())
 
 
-def prepare() -> None:
+def prepare(seed: int = 0) -> None:
     """What every check starts from, whatever the learner set before."""
     if torch._C._get_default_device() != "cpu":
         settings.set_tensor_type("cpu")
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)  # tensors are small: on a busy machine a second thread is mostly waited for
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    torch.default_generator.manual_seed(0)  # not torch.manual_seed: before CUDA is in use, it keeps the seed for then
+    SHIFT[0] = seed
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: before CUDA is used, it keeps the seed for then
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(seed)
 
 
 class Trial(threading.Thread):

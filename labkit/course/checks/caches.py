@@ -22,6 +22,7 @@ from torch import Tensor
 
 from labkit.course.checks.effort import Effort, check_stays, effort_of
 from labkit.course.checks.held import bytes_behind, tensors_behind
+from labkit.course.checks.tensors import shifted
 from labkit.course.checks.trials import sliced, transposed
 from labkit.course.exercise import Exercise, NotYet
 from labkit.ledger import memory_of
@@ -282,7 +283,7 @@ def run_script(
     make: makes a cache for given sizes. counts: tokens of an append, drawn at random; where a cache is nearly full, one
     too many and as many as fit are among them. Tensors come in several layouts. The operations are the same each time.
     """
-    draw, caches = random.Random(steps), [Beside(exercise, make, each, explain) for each in sizes]
+    draw, caches = random.Random(shifted(steps)), [Beside(exercise, make, each, explain) for each in sizes]
     for _ in range(steps):
         one = draw.choice(caches)
         room = None if one.sizes.capacity is None else one.sizes.capacity - one.held

@@ -21,9 +21,17 @@ def heads(num_heads: int, num_kv_heads: int, new: int, held: int, *, batch: int 
     return [torch.randn(batch, count, tokens, head_dim, dtype=torch.float64) for count, tokens in shapes]
 
 
+SHIFT = [0]  # what `examine` adds to each seed that is written down in a check: 0, or that of hidden cases
+
+
+def shifted(seed: int) -> int:
+    """The seed of a check's own random numbers: another one in every set of hidden cases."""
+    return (seed + 1_000_003 * SHIFT[0]) % 2**63
+
+
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, the same on every device: drawn on the CPU."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shifted(seed)), dtype=torch.float64).to(dtype)
 
 
 def agree(got: Any, want: Tensor, tolerance: float = TIGHT, *, nan: bool = False) -> bool:

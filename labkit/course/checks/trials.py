@@ -26,7 +26,7 @@ from torch import Tensor
 from labkit.course.checks.effort import Effort, check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import TIGHT, agree, budget, first_place, short_value
-from labkit.course.exercise import Exercise, NotYet
+from labkit.course.exercise import Exercise, NotYet, accept
 from labkit.ledger import tensors_in
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -126,6 +126,7 @@ class Judge:
             self.accuse_rounding(case, got, own)
             self.accuse_one_for_all(f"{self.told(case)}: {name}: {first_place(a, c, tolerance)}")
             self.exercise.explain_values(a, c, what=f"{self.told(case)}: {name}", tolerance=tolerance)
+        accept()
 
     def call_the_others(self) -> None:
         """Call the answer in the plain cases that are still to come, so that a suspect has to fit there too."""

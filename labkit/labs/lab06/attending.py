@@ -12,7 +12,7 @@ from labkit.course.checks.attention import neighbours
 from labkit.course.checks.attention import suspects as attention_suspects
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import LOOSE, agree, draw
+from labkit.course.checks.tensors import LOOSE, agree, draw, shifted
 from labkit.course.checks.trials import LAYOUTS, Case, Judge, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab06.references import paged_attention
@@ -29,7 +29,7 @@ def batch(
     padding: entries of the table behind the last block of the longest row.
     """
     counts = [-(-length // size) for length in lengths]
-    order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(seed)).int()
+    order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(shifted(seed))).int()
     table = torch.full((len(lengths), max(counts) + padding), -1, dtype=torch.int32)
     for row, (blocks, count) in enumerate(zip(order[: sum(counts)].split(counts), counts, strict=True)):
         table[row, :count] = blocks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import agree
+from labkit.course.checks.tensors import agree, shifted
 from labkit.course.checks.trials import Case, compare
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.references import slots_of
@@ -21,7 +21,7 @@ FORMULA = "slot = block * block_size + place: which block, and which place withi
 
 def tables(rows: int, blocks: int, size: int, new: int, *, most: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, int]:
     """Random rows of different lengths, and positions that they have blocks for, their last ones among them."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(shifted(seed))
     table = torch.randperm(rows * blocks + 5, generator=random)[: rows * blocks].view(rows, blocks).int() + most
     lengths = torch.randint(1, blocks + 1, (rows,), generator=random)
     lengths[-1] = blocks

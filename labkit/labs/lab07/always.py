@@ -10,7 +10,7 @@ from torch import Tensor
 
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import agree, draw
+from labkit.course.checks.tensors import agree, draw, shifted
 from labkit.course.checks.trials import Case, compare, described
 from labkit.course.exercise import Exercise
 from labkit.labs.lab07.references import protected
@@ -22,7 +22,7 @@ def held(batch: int, num_kv_heads: int, tokens: int, sinks: int, recent: int, *,
          whole: torch.dtype = torch.int64, seed: int = 0) -> tuple[Tensor, Tensor, int, int]:  # fmt: skip
     """Random scores; positions of `tokens` of the `seen` tokens of each row, in any order: each KV head its own choice,
     the newest among them. Rows have seen different numbers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     positions = torch.zeros(batch, num_kv_heads, tokens, dtype=whole)
     for row in range(batch):
         newest = seen - 1 + 2 * row

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import agree, draw
+from labkit.course.checks.tensors import agree, draw, shifted
 from labkit.course.checks.trials import Case, compare, described, same_kind
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab07.references import keep_best
@@ -28,7 +28,7 @@ def layer(batch: int, num_kv_heads: int, tokens: int, head_dim: int, budget: int
 
     Every KV head of every row has positions and an order of its own; with an odd seed, positions are in the thousands.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     k, v = (draw(batch, num_kv_heads, tokens, head_dim, seed=2 * seed + n) for n in range(2))
     shape = (batch, num_kv_heads, tokens)
     positions = (torch.randint(1, 4, shape, generator=generator).cumsum(-1) - 1 + 5000 * (seed % 2)).to(whole)

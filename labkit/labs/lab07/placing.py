@@ -12,7 +12,7 @@ from torch import Tensor
 from labkit.cache.evicting.places import spun
 from labkit.course.checks.effort import check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
-from labkit.course.checks.tensors import draw
+from labkit.course.checks.tensors import draw, shifted
 from labkit.course.checks.trials import Case, Judge, compare
 from labkit.course.exercise import Exercise
 from labkit.labs.lab07.references import at_places
@@ -164,7 +164,7 @@ class AtPlaces(Exercise):
 def call(batch: int, num_kv_heads: int, tokens: int, head_dim: int, *, step: int, seed: int = 0, first: int = 0,
          base: float = 100.0, whole: torch.dtype = torch.int64) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Random float32 keys; positions with gaps of up to `step`, each head its own; frequencies of a base."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     positions = torch.randint(1, step + 1, (batch, num_kv_heads, tokens), generator=generator).cumsum(-1) - 1 + first
     frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     k = draw(batch, num_kv_heads, tokens, head_dim, seed=seed, dtype=torch.float32)
