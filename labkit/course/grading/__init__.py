@@ -1,0 +1,1 @@
+"""Classes: assignments for nbgrader made from the notebooks, graded in a confined process, with reasons in words."""

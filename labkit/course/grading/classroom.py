@@ -1,0 +1,286 @@
+"""A class in a folder: assignments made and handed out, submissions collected, graded, and told about.
+
+    folder/source, release, submitted, autograded, feedback, gradebook.db    nbgrader's own
+    folder/nbgrader_config.py    names the parts that the course replaces, and the limits of a submission
+    folder/grades.csv, reasons.csv    what a run leaves: totals, and a row for each exercise with the reason
+
+nbgrader's own commands work in the folder as well.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pprint
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from labkit.course.grading import export
+from labkit.course.grading.room import Limits, as_dict
+from labkit.files import read_file, write_whole
+from labkit.printable import printable
+
+LARGEST = 20 * 10**6  # bytes of a submitted notebook
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+PROBLEMS = "not_collected.json"
+CONFIGURATION = '''"""nbgrader's configuration for this class, written by `labkit grade setup`. Yours to change."""
+
+from nbgrader.preprocessors import (
+    AssignLatePenalties, CheckCellMetadata, ClearHiddenTests, ClearMarkScheme, ClearOutput, ComputeChecksums,
+    IgnorePattern, IncludeHeaderFooter, LimitOutput, LockCells, OverwriteCells, OverwriteKernelspec, SaveAutoGrades,
+    SaveCells,
+)
+
+from labkit.course.grading.nbgrader_parts import Blanks, ConfinedExecute, Restore
+
+c = get_config()  # noqa: F821
+c.CourseDirectory.course_id = "kv-cache-labs"
+c.GenerateAssignment.preprocessors = [
+    IncludeHeaderFooter, LockCells, Blanks, ClearOutput, CheckCellMetadata, ComputeChecksums, SaveCells,
+    ClearHiddenTests, ClearMarkScheme, ComputeChecksums, CheckCellMetadata,
+]
+c.Autograde.sanitize_preprocessors = [Restore, ClearOutput, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
+c.Autograde.autograde_preprocessors = [
+    ConfinedExecute, IgnorePattern, LimitOutput, SaveAutoGrades, AssignLatePenalties, CheckCellMetadata,
+]
+c.HTMLExporter.sanitize_html = True
+
+# What a submission may use: seconds of computing in all, seconds on the wall for a cell, bytes, threads.
+c.ConfinedExecute.limits = {limits}
+# What it must not see, besides this folder.
+c.ConfinedExecute.hide = [{folder!r}]
+'''
+
+
+class ClassError(RuntimeError):
+    """A class's folder cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One submission after a run: its points of how many, or the problem that left it without."""
+
+    student: str
+    points: float
+    most: float
+    problem: str = ""
+
+
+def set_up(
+    folder: Path, notebook: Path, *, ids: Sequence[str] = (), limits: Limits | None = None, check_seconds: float = 20.0
+) -> list[str]:
+    """Make `folder` a class's (nobody else may look into it), with `notebook` as an assignment, and hand it out.
+
+    ids: of the exercises, where not all of the notebook's. Returns lines for the teacher. Raises ClassError.
+    """
+    from labkit.course.catalogue import contents
+    from labkit.course.grading.source import cut, holds_solution, source_edition
+
+    number = notebook.name[:2]
+    try:
+        exercises = {each.id: each for each in contents(number).exercises}
+        original = nbformat.read(notebook, as_version=4)
+        edition = source_edition(cut(original, ids) if ids else original, exercises, limit=check_seconds)
+    except (OSError, ValueError) as error:
+        raise ClassError(f"{notebook.name}: {error}") from None
+    assignment = f"lab{number}"
+    source = folder / "source" / assignment
+    source.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    text = CONFIGURATION.replace("{limits}", pprint.pformat(as_dict(limits or Limits()), sort_dicts=False))
+    if not (folder / "nbgrader_config.py").exists():
+        write_whole(folder / "nbgrader_config.py", text.replace("{folder!r}", repr(str(folder.resolve()))).encode())
+    write_whole(source / notebook.name, nbformat.writes(edition).encode())
+    result = api(folder).generate_assignment(assignment, force=True, create=True)
+    if not result["success"]:
+        raise ClassError(f"nbgrader could not make the assignment: {last_line(result)}")
+    release = folder / "release" / assignment / notebook.name
+    handed_out = nbformat.read(release, as_version=4)
+    if leaked := holds_solution(handed_out, exercises):
+        release.unlink()
+        raise ClassError(f"the notebook to hand out would hold the solution of {', '.join(leaked)}: it was removed")
+    graded = [cell for cell in edition.cells if cell.metadata.get("nbgrader", {}).get("grade")]
+    total = sum(cell.metadata.nbgrader.points for cell in graded)
+    return [
+        f"{assignment}: {len(graded)} exercises, {total:g} points, hidden cases with new seeds",
+        f"hand out  {release}",
+    ]
+
+
+def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:
+    """Copy submitted notebooks into the class's folder: NAME.ipynb, or NAME/ with the notebook in it.
+
+    Nothing but the notebook is taken. What cannot be used gets a line, and the others go on. Raises ClassError.
+    """
+    assignment, notebook = the_assignment(folder, assignment)
+    if not submissions.is_dir():
+        raise ClassError(f"{submissions} is no folder: name the one that the submissions are in")
+    lines, problems = [], {}
+    for entry in sorted(submissions.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        student = entry.stem if entry.suffix == ".ipynb" else entry.name
+        try:
+            if not NAME.fullmatch(student):
+                raise ValueError("its name is not one: letters, digits, and . _ @ - only")
+            file = found_in(entry, notebook)
+            content = nbformat.writes(readable(file)).encode()
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+            problems[student] = printable(problem.splitlines()[0][:200] if problem else type(error).__name__)
+            lines.append(printable(f"{entry.name}: not collected, {problems[student]}"))
+            continue
+        target = folder / "submitted" / student / assignment / notebook
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
+    (folder / "submitted").mkdir(exist_ok=True)
+    write_whole(folder / PROBLEMS, json.dumps(problems, indent=1).encode())
+    count = len(students(folder, assignment))
+    return [*lines, f"{assignment}: {count} submissions collected" + (f", {len(problems)} not" if problems else "")]
+
+
+def found_in(entry: Path, notebook: str) -> Path:
+    """The notebook of one submission. Raises ValueError."""
+    if entry.is_symlink():
+        raise ValueError("it is a link")
+    if entry.is_file():
+        if entry.suffix != ".ipynb":
+            raise ValueError("it is no notebook (.ipynb)")
+        return entry
+    files = [path for path in sorted(entry.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+    named = [path for path in files if path.name == notebook] or files
+    if len(named) != 1:
+        raise ValueError(f"it holds {len(named) or 'no'} notebooks; it should hold one, {notebook}")
+    if named[0].is_symlink():
+        raise ValueError("its notebook is a link")
+    return named[0]
+
+
+def readable(file: Path) -> NotebookNode:
+    """A submitted notebook, in today's format. Raises OSError, ValueError."""
+    try:
+        notebook = nbformat.reads(read_file(file, LARGEST).decode("utf-8-sig"), as_version=4)
+        nbformat.validate(notebook)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (OSError, UnicodeDecodeError):
+        raise
+    except Exception as error:
+        raise ValueError(f"it is no notebook that Jupyter can read ({type(error).__name__})") from None
+    return notebook
+
+
+def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequence[str] = ()) -> Iterator[Graded]:
+    """Run nbgrader's autograde and feedback for each submission, `workers` at a time; then write the two CSV files.
+
+    names: of the students, where not all. Raises ClassError.
+    """
+    assignment, _ = the_assignment(folder, assignment)
+    known = students(folder, assignment)
+    if unknown := [name for name in names if name not in known]:
+        raise ClassError(f"no submission of {', '.join(unknown)} was collected")
+    wanted = [name for name in known if not names or name in names]
+    if not wanted:
+        raise ClassError("nothing was collected yet: labkit grade collect FOLDER SUBMISSIONS")
+    problems: dict[str, str] = json.loads((folder / PROBLEMS).read_text()) if (folder / PROBLEMS).exists() else {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(grade_one, folder, assignment, name): name for name in wanted}
+        for job in as_completed(jobs):
+            name = jobs[job]
+            try:
+                problem = job.result()
+            except Exception as error:  # the worker itself ended
+                problem = f"the grader ended: {type(error).__name__}"
+            if problem:
+                problems[name] = problem
+            points, most = export.total(folder, assignment, name)
+            yield Graded(name, points, most, problem)
+    export.write(folder, assignment, problems)
+
+
+def grade_one(folder: Path, assignment: str, student: str) -> str:
+    """Grade one submission and write its feedback; returns what went wrong, if anything did."""
+    logging.getLogger("traitlets").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")  # of SQLAlchemy's, on what nbgrader does
+    nbgrader = api(folder)
+    for step in (nbgrader.autograde, nbgrader.generate_feedback):
+        result = step(assignment, student, force=True)
+        if not result["success"]:
+            return f"nbgrader could not grade it: {last_line(result)}"
+    return ""
+
+
+def configuration(folder: Path) -> Any:
+    """What the folder's nbgrader_config.py says."""
+    from traitlets.config import Config
+    from traitlets.config.loader import PyFileConfigLoader
+
+    if not (folder / "nbgrader_config.py").is_file():
+        raise ClassError(f"{folder} is not a class's folder: labkit grade setup {folder} --lab 01 makes it one")
+    config = Config(PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config())
+    config.CourseDirectory.root = str(folder.resolve())
+    return config
+
+
+def limits_of(folder: Path) -> Limits:
+    """What a submission of this class may use."""
+    return Limits(**configuration(folder).ConfinedExecute.limits)
+
+
+def api(folder: Path) -> Any:
+    """nbgrader, with the folder's own configuration."""
+    from nbgrader.apps.api import NbGraderAPI
+    from nbgrader.coursedir import CourseDirectory
+
+    config = configuration(folder)
+    beside = str(Path(sys.executable).parent)  # nbgrader calls alembic by its name
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+    return NbGraderAPI(CourseDirectory(config=config), config=config)
+
+
+def last_line(result: dict[str, Any]) -> str:
+    """The line of nbgrader's log that says what went wrong."""
+    lines = [line.strip() for line in f"{result.get('log') or ''}\n{result.get('error') or ''}".splitlines()]
+    telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "NbGraderE" not in line]
+    telling = telling or list(filter(None, lines))
+    return printable(telling[-1][:200]) if telling else "it did not say why"
+
+
+def the_assignment(folder: Path, assignment: str) -> tuple[str, str]:
+    """The assignment that is meant, and its notebook's file name. Raises ClassError."""
+    there = sorted(path.name for path in (folder / "source").glob("lab*") if path.is_dir())
+    if not there:
+        raise ClassError(f"{folder} is not a class's folder: labkit grade setup {folder} --lab 01 makes it one")
+    if not assignment and len(there) > 1:
+        raise ClassError(f"which lab? --lab with one of {', '.join(name[3:] for name in there)}")
+    wanted = assignment or there[0]
+    if wanted not in there:
+        raise ClassError(f"{wanted} was not set up here; there are {', '.join(there)}")
+    return wanted, next((folder / "source" / wanted).glob("*.ipynb")).name
+
+
+def students(folder: Path, assignment: str) -> list[str]:
+    """Who has a submission of this assignment."""
+    return sorted(path.parents[0].name for path in (folder / "submitted").glob(f"*/{assignment}") if path.is_dir())
+
+
+def summary(graded: Iterable[Graded], folder: Path) -> str:
+    """The last line of a run."""
+    done = list(graded)
+    bad = [each for each in done if each.problem]
+    return (
+        f"{len(done) - len(bad)} graded" + (f", {len(bad)} not" if bad else "") + f"; {folder / 'grades.csv'}, "
+        f"{folder / 'reasons.csv'}, {folder / 'feedback'}{os.sep}"
+    )

@@ -1,0 +1,312 @@
+"""Run a command as nobody in particular, within limits: `python confined.py PLAN COMMAND ...`.
+
+PLAN is a JSON file, written by `room.py`. The command gets a folder of its own and an environment of its own, and what
+this system allows is taken from it: the network, other people's files, other processes, memory, time. Whatever could
+not be taken is written to the plan's `report`, and what ended the command, when a limit did, to its `why`.
+
+This file runs as a script, before anything of the course is imported: it uses the standard library and psutil alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+READ_ONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 0x1000, 0x4000, 0x40000  # for mount()
+MOUNT_SETATTR, FOR_ALL_BELOW, AT_FDCWD = 442, 0x8000, -100  # the number is the same on every processor
+PDEATHSIG, NO_NEW_PRIVS, SUBREAPER = 1, 38, 36  # for prctl()
+LOOK = 0.2  # seconds between two looks at what the command uses
+SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run/user", "/run/lock")  # where anybody may write
+LINUX = sys.platform.startswith("linux")
+
+Step = Callable[[], Any]
+
+
+def main() -> int:
+    """Confine the command and watch it; returns its exit status."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    report: dict[str, str] = {}  # what is enforced: "" where it is, else why not
+    why, told = (os.open(plan[name], os.O_WRONLY | os.O_CREAT, 0o600) for name in ("why", "report"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # meant for the command, which gets it as well
+    if LINUX:
+        libc("prctl", SUBREAPER, 1, 0, 0, 0)  # what the command leaves behind becomes this process's own
+    isolate(plan, report)
+    os.write(told, json.dumps(report).encode())
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(as_init(plan, report, sys.argv[2:]))
+        except BaseException as error:
+            os.write(why, f"it could not be started: {error}".encode())
+            os._exit(126)
+    try:
+        return watch(child, plan, why)
+    finally:
+        end_all(child, plan)
+
+
+def libc(name: str, *arguments: Any) -> int:
+    """Call a function of the C library; OSError says what went wrong."""
+    result = getattr(C, name)(*arguments)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+C = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """mount(2)."""
+    libc("mount", *(x and os.fsencode(x) for x in (source, target, kind)), ctypes.c_ulong(flags), data.encode() or None)
+
+
+def set_read_only(path: str, read_only: bool, below: bool = False) -> None:
+    """Let a mount (and those below it) be read only, or written to."""
+    attributes = struct.pack("4Q", *((READ_ONLY, 0) if read_only else (0, READ_ONLY)), 0, 0)
+    libc("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(path), FOR_ALL_BELOW if below else 0, attributes, 32)
+
+
+def isolate(plan: dict[str, Any], report: dict[str, str]) -> None:
+    """Leave the system's network, processes and files, as far as it allows."""
+    root = os.geteuid() == 0
+    report["user"] = "" if root and plan.get("uid") else "the command runs as you: only root can make it another user"
+    if not LINUX:
+        for name in ("network", "processes", "files"):
+            report[name] = "this system has no namespaces"
+        return
+    group, user = os.getegid(), os.geteuid()
+    if not root:
+        attempt(report, "namespaces", lambda: libc("unshare", NEWUSER))
+        if not report["namespaces"]:
+            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+            for name, text in maps.items():
+                attempt(report, "namespaces", lambda n=name, t=text: Path(f"/proc/self/{n}").write_text(t))
+    attempt(report, "network", lambda: (libc("unshare", NEWNET), loopback_up()))
+    attempt(report, "shared memory", lambda: libc("unshare", NEWIPC))
+    attempt(report, "files", lambda: (libc("unshare", NEWNS), hide(plan)))
+    attempt(report, "processes", lambda: libc("unshare", NEWPID))
+
+
+def attempt(report: dict[str, str], name: str, step: Step) -> None:
+    """Do a step and report why it failed, if it did."""
+    try:
+        step()
+        report.setdefault(name, "")
+    except OSError as error:
+        report[name] = str(error.strerror or error)
+
+
+def loopback_up() -> None:
+    """In a network of its own a process has nothing but a loopback, which is down at first; Jupyter needs it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh22x", b"lo", 0x1 | 0x40))  # SIOCSIFFLAGS: IFF_UP, IFF_RUNNING
+
+
+def hide(plan: dict[str, Any]) -> None:
+    """Everything read only; what is nobody's business empty; the command's own folders writable."""
+    mount(None, "/", None, RECURSIVE | PRIVATE)
+    kept = [(path, path, False) for path in plan["keep"]] + [(a, b, False) for a, b in plan["read"]]
+    kept += [(path, path, True) for path in plan["write"]]
+    handles = [os.open(source, os.O_PATH) for source, _, _ in kept]
+    same = [os.stat(source) for source, _, _ in kept]
+    set_read_only("/", True, below=True)
+    empty = [path for path in (*SHARED, *plan["hide"]) if os.path.isdir(path) and not os.path.islink(path)]
+    for path in sorted(empty, key=len):
+        if os.path.isdir(path):  # not where one above it was emptied
+            mount("tmpfs", path, "tmpfs", NOSUID | NODEV, "size=64m,nr_inodes=2000,mode=1777")
+    for handle, status, (_, target, writable) in zip(handles, same, kept, strict=True):
+        if not writable and os.path.exists(target) and os.path.samestat(os.stat(target), status):
+            continue  # it is still in sight
+        is_folder = stat.S_ISDIR(status.st_mode)
+        os.makedirs(target if is_folder else os.path.dirname(target), mode=0o755, exist_ok=True)
+        if not is_folder:
+            Path(target).touch()
+        mount(f"/proc/self/fd/{handle}", target, None, BIND)
+        set_read_only(target, not writable)
+    for path in plan["hide"]:
+        with contextlib.suppress(OSError):
+            set_read_only(path, True)
+    for handle in handles:
+        os.close(handle)
+
+
+def as_init(plan: dict[str, Any], report: dict[str, str], command: list[str]) -> int:
+    """The first process of the command's own process space: starts the command, and ends when it ends."""
+    if LINUX:
+        libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if not report["processes"] and not report["files"]:
+            with contextlib.suppress(OSError):  # /proc without other people's processes; some containers forbid it
+                libc("unshare", NEWNS)
+                mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            become(plan, command)
+        except BaseException as error:
+            os.write(2, f"it could not be started: {error}".encode())
+        os._exit(126)
+    status = 0
+    while True:
+        try:
+            ended, code = os.wait()
+        except InterruptedError:
+            continue
+        if ended == child:
+            status = code
+            break
+    return os.waitstatus_to_exitcode(status) & 0xFF if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def become(plan: dict[str, Any], command: list[str]) -> None:
+    """Take on the limits and the user, then become the command."""
+    os.chdir(plan["folder"])
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    output = os.open(plan["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if plan.get("output") else nowhere
+    for number, descriptor in enumerate((nowhere, output, output)):  # a terminal obeys what is written to it
+        os.dup2(descriptor, number)
+    os.closerange(3, 4096)
+    for name, value in plan["limits"].items():
+        kind = getattr(resource, f"RLIMIT_{name}", None)
+        if kind is None:
+            continue
+        value += running() if name == "NPROC" and not (plan["uid"] and os.geteuid() == 0) else 0
+        _, most = resource.getrlimit(kind)
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        with contextlib.suppress(ValueError, OSError):  # what macOS does not let anybody set
+            resource.setrlimit(kind, (value, value + (5 if name == "CPU" else 0)))
+    if plan["uid"] and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(plan["uid"])
+        os.setuid(plan["uid"])
+    os.umask(0o077)
+    if LINUX:
+        libc("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.execve(command[0], command, plan["environment"])
+
+
+def running() -> int:
+    """How many threads this user has already: the limit counts them all."""
+    count, user = 0, os.getuid()
+    for process in psutil.process_iter(["uids", "num_threads"]):
+        uids = process.info["uids"]
+        count += (process.info["num_threads"] or 0) if uids and uids.real == user else 0
+    return count
+
+
+def watch(child: int, plan: dict[str, Any], why: int) -> int:
+    """Wait for the command; end it when all its processes together, or its folders, hold more than they may."""
+    look = 0
+    while True:
+        ended, status, used = os.wait4(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            seconds = used.ru_utime + used.ru_stime
+            if code in (128 + signal.SIGKILL, 128 + signal.SIGXCPU) and seconds >= plan["limits"]["CPU"] - 1:
+                os.write(why, f"it computed for more than {plan['limits']['CPU']} seconds".encode())
+            elif code == 128 + signal.SIGSEGV:
+                os.write(why, b"it crashed: a segmentation fault, an access to memory that is not its own")
+            elif code > 128:
+                os.write(why, f"it was ended by signal {code - 128} ({signal.strsignal(code - 128)})".encode())
+            elif code:
+                os.write(why, f"it ended by itself, with status {code}".encode())
+            else:
+                os.write(why, b"it ended by itself, as after exit()")
+            return code & 0xFF
+        time.sleep(LOOK)
+        look += 1
+        excess = too_much_memory(child, plan["memory"]) if look % 2 else too_much_on_disk(plan["write"], plan["disk"])
+        if excess:
+            os.write(why, excess.encode())
+            return 128 + signal.SIGKILL
+
+
+def family(child: int) -> list[psutil.Process]:
+    """The first process and all below it, and what lost its parent and became this process's own."""
+    try:
+        return psutil.Process().children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def too_much_memory(child: int, most: int) -> str:
+    """How much memory the processes hold together, in words, if it is more than they may."""
+    held = 0
+    for process in family(child):
+        try:
+            info = process.memory_info()
+            if info.rss > most // 64:  # what is shared is shared out; small ones are not worth the reading
+                info = process.memory_full_info()
+            held += getattr(info, "pss", info.rss)
+        except (psutil.Error, OSError):
+            continue
+    return f"its processes held {held / 1e9:.1f} GB of memory; {most / 1e9:.1f} GB are allowed" if held > most else ""
+
+
+def too_much_on_disk(folders: list[str], most: int) -> str:
+    """How much the command wrote, in words, if it is more than it may."""
+    total = files = 0
+    pending = list(folders)
+    while pending and files < 20_000:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    if files >= 20_000:
+        return "it made more than 20,000 files"
+    return f"it wrote {total / 1e6:.0f} MB to files; {most / 1e6:.0f} MB are allowed" if total > most else ""
+
+
+def end_all(child: int, plan: dict[str, Any]) -> None:
+    """End every process of the command, those that tried to get away as well."""
+    for _ in range(20):
+        left = family(child)
+        if not left:
+            break
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for process in left:
+            with contextlib.suppress(ChildProcessError, OSError):
+                os.waitpid(process.pid, os.WNOHANG)
+        time.sleep(0.01)
+    if plan["uid"] and os.geteuid() == 0:  # nobody else has this user's number
+        with contextlib.suppress(OSError):  # no fork goes into a process space that has ended: nothing is left there
+            killer = os.fork()
+            if killer == 0:
+                with contextlib.suppress(OSError):
+                    os.setuid(plan["uid"])
+                    os.kill(-1, signal.SIGKILL)
+                os._exit(0)
+            os.waitpid(killer, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What a run of grading leaves for the teacher: totals as nbgrader exports them, and each exercise with its reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from labkit.course.grading.marks import KIND
+from labkit.files import write_whole
+
+COLUMNS = (
+    "student",
+    "assignment",
+    "exercise",
+    "title",
+    "points",
+    "most",
+    "status",
+    "diagnosis",
+    "seen",
+    "likely",
+    "look",
+)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
+
+
+def write(folder: Path, assignment: str, problems: Mapping[str, str]) -> None:
+    """Write `grades.csv` with nbgrader's exporter, and `reasons.csv`. problems: why students have no points."""
+    from nbgrader.plugins import CsvExportPlugin
+
+    with gradebook(folder) as book:
+        exporter = CsvExportPlugin()
+        exporter.to = str(folder / "grades.csv")
+        exporter.export(book)
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    for row in rows(folder, assignment, problems):
+        table.writerow({name: safe(row.get(name, "")) for name in COLUMNS})
+    write_whole(folder / "reasons.csv", text.getvalue().encode())
+
+
+def rows(folder: Path, assignment: str, problems: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """A row for each student and exercise; one for each student without points."""
+    with gradebook(folder) as book:
+        for student in sorted({each.id for each in book.students} | set(problems)):
+            if student in problems:
+                yield {"student": student, "assignment": assignment, "status": "not graded", "seen": problems[student]}
+                continue
+            for notebook in book.find_submission(assignment, student).notebooks:
+                file = folder / "autograded" / student / assignment / f"{notebook.name}.ipynb"
+                cards = reasons(file)
+                for grade in notebook.grades:
+                    card = cards.get(grade.name, {})
+                    exercise = grade.name.removeprefix("points-").replace("-", ".")
+                    yield {
+                        "student": student, "assignment": assignment, "exercise": exercise,
+                        "points": f"{grade.score:g}", "most": f"{grade.max_score:g}",
+                    } | card  # fmt: skip
+
+
+def reasons(file: Path) -> dict[str, dict[str, str]]:
+    """What the graded cells of an executed notebook say, by their ids."""
+    found: dict[str, dict[str, str]] = {}
+    for cell in nbformat.read(file, as_version=4).cells:
+        marks = cell.metadata.get("nbgrader", {})
+        if cell.cell_type != "code" or not marks.get("grade"):
+            continue
+        said: dict[str, str] = {"status": "not graded"}
+        for output in cell.outputs:
+            card = output.get("data", {}).get(KIND) if output.output_type == "execute_result" else None
+            if card:
+                finding = card.get("finding") or {}
+                said = {
+                    "title": card["title"], "status": card["status"], "diagnosis": finding.get("diagnosis", ""),
+                    "seen": finding.get("seen", ""), "likely": finding.get("cause", ""),
+                    "look": finding.get("look", ""),
+                }  # fmt: skip
+            elif output.output_type == "error":
+                said = {"status": "not yet", "diagnosis": output.ename, "seen": output.evalue}
+        found[marks["grade_id"]] = said
+    return found
+
+
+def total(folder: Path, assignment: str, student: str) -> tuple[float, float]:
+    """A student's points, and how many there are."""
+    from nbgrader.api import MissingEntry
+
+    with gradebook(folder) as book:
+        most = book.find_assignment(assignment).max_score
+        try:
+            return book.find_submission(assignment, student).score, most
+        except MissingEntry:
+            return 0.0, most
+
+
+def gradebook(folder: Path) -> Any:
+    """nbgrader's gradebook."""
+    from nbgrader.api import Gradebook
+
+    return Gradebook(f"sqlite:///{folder.resolve() / 'gradebook.db'}", "kv-cache-labs")
+
+
+def safe(value: Any) -> str:
+    """Text that a spreadsheet shows and does not compute: findings quote what submissions say."""
+    text = " ".join(str(value).split())
+    return f"'{text}" if text.startswith(FORMULA) else text

@@ -1,0 +1,263 @@
+"""The three parts of nbgrader that the course replaces, named in an assignment folder's configuration.
+
+`Blanks` puts a blank back where a solution stood; `Restore` puts back what a submission changed about its cells;
+`ConfinedExecute` runs a submission in a `Room`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.client import NotebookClient
+from nbclient.exceptions import DeadKernelError
+from nbclient.util import ensure_async, run_sync
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_output
+from nbgrader import utils
+from nbgrader.api import Gradebook
+from nbgrader.preprocessors import ClearSolutions, Execute, NbGraderPreprocessor
+from traitlets import Dict, Float, List, Unicode
+
+from labkit.course.grading.marks import BLANK, KIND, marks
+from labkit.course.grading.room import Limits, Room
+
+DEATHS = 3  # kernels that one notebook may lose
+GRACE = 5.0  # seconds for a cell to end after it was interrupted
+OUTPUT = 200_000  # characters of one cell's outputs
+STEP = 1.0  # seconds that one look at the clock counts at most: a machine that was asleep has not computed
+
+
+class Blanks(ClearSolutions):
+    """nbgrader's ClearSolutions, with each exercise's own blank in the place of one stub for all."""
+
+    def preprocess_cell(self, cell: NotebookNode, resources: Any, cell_index: int) -> tuple[NotebookNode, Any]:
+        """Put the blank back, and take it out of the metadata."""
+        blank = cell.metadata.pop(BLANK, None)
+        if blank is None or not utils.is_solution(cell):
+            return super().preprocess_cell(cell, resources, cell_index)
+        cell.source = blank
+        return cell, resources
+
+
+class Restore(NbGraderPreprocessor):
+    """Make the cells that count what they were when they were handed out, but for the answers' own text.
+
+    nbgrader puts back the text of a locked cell; not its kind, its tags or its being graded, and it gives up on a
+    notebook whose cells are missing.
+    """
+
+    def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
+        """Each known cell once, with its own metadata; graded ones that are missing at the end; nothing else marked."""
+        marked = resources["nbgrader"]
+        with Gradebook(marked["db_url"]) as gradebook:
+            source = gradebook.find_notebook(marked["notebook"], marked["assignment"])
+            graded = {cell.name: cell.max_score for cell in source.grade_cells}
+            solutions = {cell.name for cell in source.solution_cells}
+            known = {cell.name: (cell.source, cell.cell_type, cell.checksum) for cell in source.source_cells}
+        seen: set[str] = set()
+        for cell in nb.cells:
+            marks_found = cell.metadata.get("nbgrader") if isinstance(cell.metadata, dict) else None
+            name = str(marks_found.get("grade_id")) if isinstance(marks_found, dict) else ""
+            cell.metadata = NotebookNode()
+            if name in known and name not in seen:
+                seen.add(name)
+                self.restore(cell, name, known[name], graded.get(name), name in solutions)
+        for name, points in graded.items():
+            if name not in seen:
+                cell = new_code_cell()
+                self.restore(cell, name, known[name], points, False)
+                nb.cells.append(cell)
+        nb.metadata = NotebookNode({"kernelspec": nb.metadata.get("kernelspec", {})})
+        return nb, resources
+
+    @staticmethod
+    def restore(cell: NotebookNode, name: str, known: tuple, points: float | None, solution: bool) -> None:
+        """Give a cell the metadata, the kind and, where it is locked, the text of the one that was handed out."""
+        source, kind, checksum = known
+        if cell.cell_type != kind:
+            cell.cell_type = kind
+            cell.pop("attachments", None)
+            if kind == "code":
+                cell.outputs, cell.execution_count = [], None
+        if not solution:
+            cell.source = source
+        own = marks(name, solution=solution, points=points)
+        cell.metadata = NotebookNode(nbgrader=own | {"checksum": checksum, "cell_type": kind})
+
+
+class ConfinedKernelManager(AsyncKernelManager):
+    """A kernel in a room of its own, spoken to through files, since it has no network."""
+
+    limits = Dict()
+    hide = List(Unicode())
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.room = Room(Limits(**self.limits), [Path(path) for path in self.hide])
+        self.transport = "ipc"
+        self.connection_file = str(self.room.run / "kernel.json")
+        self.ip = str(self.room.run / "k")
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        """Jupyter's command, confined."""
+        return self.room.command(super().format_kernel_cmd(extra_arguments))
+
+    def write_connection_file(self, **options: Any) -> None:
+        """Write it, for the room's user to read."""
+        super().write_connection_file(**options)
+        self.room.give_file(Path(self.connection_file))
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.room.close()
+
+
+class ConfinedExecute(Execute):
+    """nbgrader's Execute in a confined kernel; a cell that ends the kernel costs that cell, not the notebook."""
+
+    limits = Dict(help="what a submission may use: the fields of labkit.course.grading.room.Limits").tag(config=True)
+    hide = List(Unicode(), help="folders that a submission must not see").tag(config=True)
+    startup_seconds = Float(300.0, help="seconds that a kernel may take to start").tag(config=True)
+
+    def preprocess(self, nb: NotebookNode, resources: Any = None, km: Any = None) -> tuple[NotebookNode, Any]:
+        """Run all cells, then let each graded one say either points of the judge's or why there are none."""
+        NotebookClient.__init__(self, nb)
+        self.reset_execution_trackers()
+        self._check_assign_resources(resources)
+        self.timeout, self.iopub_timeout, self.startup_timeout = None, 60, int(self.startup_seconds)
+        self.cell_seconds = Limits(**self.limits).cell_seconds
+        self.lost: list[int] = []
+        start = 0
+        while start < len(nb.cells) and len(self.lost) < DEATHS:
+            start = self.run_from(start)
+        for cell in nb.cells[start:]:
+            if cell.cell_type == "code":
+                cell.outputs = [failure("NotRun", f"not run: {DEATHS} cells before it ended the process")]
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.outputs = settled(cell) if utils.is_grade(cell) else harmless(cell.outputs)
+        return nb, self.resources
+
+    def run_from(self, start: int) -> int:
+        """Run the cells from `start` in a new kernel, after those before; returns where to go on when it dies."""
+        numbers = [match for cell in self.nb.cells if utils.is_grade(cell) for match in [number_in(cell)] if match]
+        seal = f"__import__('labkit.course.grading.judge', fromlist=['seal']).seal({(numbers or ['01'])[0]!r})"
+        manager = ConfinedKernelManager(
+            kernel_name="python3", limits=dict(self.limits), hide=list(self.hide), config=self.config
+        )
+        self.km, self.kc, self.owns_km = manager, None, True
+        index = start
+        try:
+            with self.setup_kernel():
+                self.wait_for_reply(self.kc.kernel_info())
+                self.run_limited(new_code_cell(seal), 0, seconds=self.startup_seconds)
+                for before, cell in enumerate(self.nb.cells[:start]):
+                    if again := self.again(before, cell):
+                        self.run_limited(new_code_cell(again), before)
+                for index in range(start, len(self.nb.cells)):
+                    self.run_limited(self.nb.cells[index], index)
+                return len(self.nb.cells)
+        except (DeadKernelError, RuntimeError, TimeoutError) as error:
+            cell = self.nb.cells[index]
+            why = manager.room.why or str(error)
+            cell.outputs = [*cell.get("outputs", []), failure("ProcessEnded", f"the process was ended: {why}")]
+            self.lost.append(index)
+            return index + 1
+        finally:
+            self.km = self.kc = None
+            manager.close()
+
+    def again(self, index: int, cell: NotebookNode) -> str:
+        """What to run of a cell in another kernel; where an answer ended the last one, the reference stands in."""
+        if cell.cell_type != "code":
+            return ""
+        if index not in self.lost:
+            return cell.source
+        name = cell.metadata.nbgrader.grade_id if utils.is_grade(cell) else ""
+        id = name.removeprefix("points-").replace("-", ".")
+        return f"__import__('labkit.course.grading.judge', fromlist=['f']).fall_back({id!r}, globals())" if id else ""
+
+    def run_limited(self, cell: NotebookNode, index: int, *, seconds: float = 0) -> None:
+        """Execute one cell in limited time; interrupt it then, and end the kernel if that does not help."""
+        if cell.cell_type == "code":
+            self.written = 0
+            run_sync(self.limited)(cell, index, seconds or self.cell_seconds)
+
+    async def limited(self, cell: NotebookNode, index: int, seconds: float) -> None:
+        """`run_limited`, where one may wait."""
+        task = asyncio.ensure_future(self.async_execute_cell(cell, index, store_history=True))
+        spent, last, stopped = 0.0, time.monotonic(), False
+        while not task.done():
+            await asyncio.wait({task}, timeout=0.2)
+            now = time.monotonic()
+            spent, last = spent + min(now - last, STEP), now
+            if spent > seconds and not stopped:
+                stopped = True
+                await ensure_async(self.km.interrupt_kernel())
+            elif spent > seconds + GRACE:
+                await ensure_async(self.km.provisioner.kill())
+                seconds += 1e9
+        if stopped:
+            if not task.exception():
+                cell.outputs.append(failure("TimeIsUp", f"the cell was stopped after {seconds:g} seconds"))
+                return
+            task.exception()
+            raise DeadKernelError(f"the cell ran for more than {self.cell_seconds:g} seconds and could not be stopped")
+        task.result()
+
+    def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
+        """Take what a cell puts out, up to a limit: an endless loop that prints must not fill the grader's memory."""
+        if msg["msg_type"] in ("stream", "display_data", "execute_result", "error", "update_display_data"):
+            self.written += len(str(msg["content"]))
+            if self.written > OUTPUT and msg["msg_type"] in ("stream", "display_data", "update_display_data"):
+                return None
+        return super().process_message(msg, cell, cell_index)
+
+
+def number_in(cell: NotebookNode) -> str:
+    """The lab that a graded cell belongs to, by the id of its exercise: "points-01-2" is of lab 01."""
+    parts = str(cell.metadata.nbgrader.get("grade_id", "")).split("-")
+    return parts[1] if len(parts) > 2 and parts[1].isdigit() else ""
+
+
+def failure(name: str, text: str) -> NotebookNode:
+    """An error as a cell's output: nbgrader gives no points for it."""
+    return new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"])
+
+
+def settled(cell: NotebookNode) -> list[NotebookNode]:
+    """A graded cell's outputs: the judge's card and its points, or one error. Without any, nbgrader would give all."""
+    results = [each for each in cell.outputs if each.output_type == "execute_result"]
+    card = results[0].data.get(KIND) if len(results) == 1 else None
+    if isinstance(card, Mapping):
+        points, most = card.get("points"), cell.metadata.nbgrader.points
+        ours = isinstance(points, (int, float)) and math.isfinite(points) and 0 <= points <= most == card.get("most")
+        if (
+            ours
+            and str(card.get("exercise", "")).replace(".", "-") == cell.metadata.nbgrader.grade_id[len("points-") :]
+        ):
+            result = new_output("execute_result", data={"text/plain": f"{points:g}", KIND: dict(card)})
+            result.execution_count = cell.execution_count
+            return [new_output("stream", name="stdout", text=f"{card.get('text', '')}\n"), result]
+    errors = [each for each in cell.outputs if each.output_type == "error"]
+    return errors[:1] or [failure("NotGraded", "what this cell put out is not a result of the course's test")]
+
+
+def harmless(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs without what a browser would run: teachers open these pages."""
+    for output in outputs:
+        if "data" in output:
+            for kind in [kind for kind in output.data if "html" in kind or "javascript" in kind or "svg" in kind]:
+                del output.data[kind]
+    return outputs
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("grading needs Linux or macOS: use WSL on Windows")

@@ -1,0 +1,134 @@
+"""From a notebook of the course to nbgrader's source of an assignment: markers, metadata, points, hidden tests.
+
+The cell of a blank becomes three: the answer (with the reference between nbgrader's markers, and the blank itself in
+its metadata, for `Blanks` to put back), the hidden test, and the check that learners see. Whoever is stuck goes on with
+the reference, as in the notebook; the hidden test comes before that.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+from labkit.course.editions import CHECK, blanks, code_cells, definition, source_of
+from labkit.course.exercise import Exercise
+from labkit.course.grading.marks import BLANK, marks
+
+NOTE = "# {points:g} points: graded by cases that are not shown. Nothing to do here."
+HIDDEN = """### BEGIN HIDDEN TESTS
+from labkit.course.grading.judge import judge
+
+judge("{id}", globals(), points={points:g}, seed={seed}, limit={limit:g})
+### END HIDDEN TESTS"""
+
+
+def source_edition(
+    notebook: NotebookNode, exercises: Mapping[str, Exercise], *, points: Mapping[str, float] | None = None,
+    seeds: Mapping[str, int] | None = None, limit: float = 20.0,
+) -> NotebookNode:  # fmt: skip
+    """A copy of `notebook` as nbgrader's source: no outputs, an answer, a hidden test and a check for every blank.
+
+    points: of each exercise; by default its minutes. seeds: of its hidden cases; by default drawn anew. limit: seconds
+    that a check may compute. Raises ValueError where a blank's cell cannot be taken apart.
+    """
+    edition = copy.deepcopy(notebook)
+    for _, cell in code_cells(edition):
+        cell.outputs, cell.execution_count = [], None
+    by_cell: dict[int, list[str]] = {}
+    for blank in blanks(edition):
+        by_cell.setdefault(blank.cell, []).append(blank.exercise)
+    cells: list[NotebookNode] = []
+    for index, cell in enumerate(edition.cells):
+        if index not in by_cell:
+            cells.append(cell)
+            continue
+        for id in by_cell[index]:
+            if id not in exercises:
+                raise ValueError(f"cell {cell.id} checks {id}, which this lab has not")
+        cells += taken_apart(cell, [exercises[id] for id in by_cell[index]], points or {}, seeds or {}, limit)
+    edition.cells = cells
+    return edition
+
+
+def taken_apart(
+    cell: NotebookNode, exercises: Sequence[Exercise], points: Mapping[str, float], seeds: Mapping[str, int],
+    limit: float,
+) -> list[NotebookNode]:  # fmt: skip
+    """The cells that the cell of some blanks becomes."""
+    cells, start = [], 0
+    matches = list(CHECK.finditer(cell.source))
+    for number, (match, exercise) in enumerate(zip(matches, exercises, strict=True)):
+        end = cell.source.find("\n", match.end())
+        end = len(cell.source) if end < 0 or number == len(matches) - 1 else end
+        blank, check = cell.source[start : match.start()].strip("\n"), cell.source[match.start() : end].strip("\n")
+        start = end
+        tail = exercise.id.replace(".", "-")
+        filled = "\n".join(["### BEGIN SOLUTION", filled_in(blank, exercise), "### END SOLUTION"])
+        answer = new_code_cell(filled, id=cell.id if number == 0 else f"{cell.id}-{tail}")
+        answer.metadata = NotebookNode({BLANK: blank, "nbgrader": marks(f"answer-{tail}", solution=True)})
+        worth = float(points.get(exercise.id, exercise.minutes))
+        seed = seeds.get(exercise.id, 1 + secrets.randbelow(10**9))
+        hidden = HIDDEN.format(id=exercise.id, points=worth, seed=seed, limit=limit)
+        test = new_code_cell(f"{NOTE.format(points=worth)}\n{hidden}", id=f"{cell.id}-points-{tail}")
+        test.metadata = NotebookNode(nbgrader=marks(f"points-{tail}", points=worth))
+        shown = new_code_cell(check, id=f"{cell.id}-check-{tail}")
+        shown.metadata = NotebookNode(nbgrader=marks(f"check-{tail}"))
+        cells += [answer, test, shown]
+    return cells
+
+
+def filled_in(blank: str, exercise: Exercise) -> str:
+    """A blank with the reference in the place of its definition."""
+    node = definition(blank, exercise.reference.__name__)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    lines = blank.split("\n")
+    lines[first - 1 : node.end_lineno] = source_of(exercise.reference).split("\n")
+    return "\n".join(lines)
+
+
+def cut(notebook: NotebookNode, ids: Sequence[str]) -> NotebookNode:
+    """A shorter notebook: the first code cell and all before it, then the blanks of `ids`, each with the text above it.
+
+    Raises ValueError for an id that the notebook has no blank for.
+    """
+    wanted = {blank.cell for blank in blanks(notebook) if blank.exercise in ids}
+    if unknown := set(ids) - {blank.exercise for blank in blanks(notebook)}:
+        raise ValueError(f"no blank for {', '.join(sorted(unknown))}")
+    first = next(index for index, _ in code_cells(notebook))
+    kept = set(range(first + 1)) | wanted | {index - 1 for index in wanted if index > first + 1}
+    shorter = copy.deepcopy(notebook)
+    shorter.cells = [cell for index, cell in enumerate(shorter.cells) if index in kept]
+    return shorter
+
+
+def holds_solution(notebook: NotebookNode, exercises: Mapping[str, Exercise]) -> list[str]:
+    """The exercises whose reference stands, line for line, somewhere in the notebook's code; layout does not matter."""
+    text = "\n".join(plain(cell.source) for _, cell in code_cells(notebook))
+    return [id for id, exercise in exercises.items() if body_of(exercise) in text]
+
+
+def body_of(exercise: Exercise) -> str:
+    """A reference without its docstring and first line, in plain form."""
+    node = definition(source_of(exercise.reference), exercise.reference.__name__)
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return "\n".join(ast.unparse(statement) for statement in body)
+
+
+def plain(source: str) -> str:
+    """Code without comments and layout, the bodies of its definitions at the left margin."""
+    code = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return source
+    found = [ast.unparse(tree)]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.append("\n".join(ast.unparse(part) for part in node.body))
+    return "\n".join(found)
