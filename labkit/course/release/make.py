@@ -73,7 +73,9 @@ def release(
         for run, path in zip(known, kept, strict=True):
             kind = re.sub(r"[^a-z0-9]+", "-", run.where["device"].lower()).strip("-")
             shutil.copyfile(path, made / f"nbval-{'gpu' if run.on_gpu else 'cpu'}-{kind}.xml")
-        shutil.copyfile(tree / "docs/kill_table.md", made / "kill_table.md")
+        table = [("kill_table.md", (tree / "docs/kill_table.md").read_bytes())]
+        table += pack.files_in(tree / "docs/kill_table", "kill_table/")
+        pack.zip_files(made / f"{NAME}-{version}-kill-table.zip", table, commit.seconds)
         shutil.copyfile(tree / "requirements.lock", made / "requirements.lock")
         results = pack.files_in(tree / "data/results", "results/")
         pack.zip_files(made / f"{NAME}-{version}-results.zip", results, commit.seconds)
