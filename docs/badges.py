@@ -86,7 +86,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     """Each file that names the repository, and its text."""
     url = repository(root)
     readme, elsewhere, citation = (root / name for name in ("README.md", "docs/elsewhere.md", "CITATION.cff"))
-    line = f"```python\n{first_line(url)}\n```"
+    line = f"```text\n{first_line(url)}\n```"
     return {
         readme: with_block(readme.read_text(encoding="utf-8"), "badges", badges(url, notebooks(root))),
         elsewhere: with_block(elsewhere.read_text(encoding="utf-8"), "first line", line),

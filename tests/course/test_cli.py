@@ -107,6 +107,24 @@ def test_open_starts_jupyterlab_on_this_machine_only_in_work_on_lab_01(opened, t
     assert capsys.readouterr().out == f"{cli.FIRST_LAB}: copied\n"
 
 
+def test_the_notebooks_are_put_into_a_folder_that_one_names_and_nothing_is_started(
+    opened, taken, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PORT", str(taken))  # nobody is to listen: whether the port is free does not matter
+    assert cli.main(["open", str(tmp_path / "mine"), "--no-server"]) == 0
+    assert (tmp_path / "mine" / cli.FIRST_LAB).read_text() == "{}"
+    assert not (tmp_path / "work").exists()
+    assert opened == []
+
+
+def test_where_a_wheel_was_installed_what_to_type_is_labkits(monkeypatch, taken, capsys):
+    monkeypatch.setattr(cli, "checkout", lambda: None)
+    assert cli.main(["open", "--port", str(taken)]) == 1
+    assert "as in `labkit open --port " in capsys.readouterr().err
+    with pytest.raises(cli.AddressError, match=r"`labkit open --host 127\.0\.0\.1`"):
+        cli.check_address("no host", "8888")
+
+
 @pytest.mark.parametrize(("user", "flagged"), [(0, True), (1000, False)])
 def test_only_root_is_allowed_as_root(opened, monkeypatch, free, user, flagged):
     monkeypatch.setattr(cli.os, "geteuid", lambda: user)

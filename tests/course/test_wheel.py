@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from tests.tracked import copy_tree, tracked
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST_LAB = "01_attention_basics.ipynb"
 NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=180", "--nbval-kernel-startup-timeout=120")
 
-pytestmark = [pytest.mark.xdist_group("wheel"), pytest.mark.timeout(900)]  # built once, by one worker where it can be
+pytestmark = pytest.mark.timeout(900)
 
 
 class Built(NamedTuple):
@@ -51,11 +52,18 @@ class Installed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Built:
-    folder = tmp_path_factory.mktemp("built")
-    copy_tree(ROOT, folder / "tree")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "tree")]
-    done = subprocess.run(command, cwd=folder, env=own(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Built once, also where several workers ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            copy_tree(ROOT, folder / "tree")
+            command = ["build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "tree")]
+            done = subprocess.run(
+                [sys.executable, "-m", *command], cwd=folder, env=own(), capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "done").touch()
     (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return Built(sdist, wheel)
 
@@ -82,7 +90,8 @@ def installed(built: Built, lab_model, tmp_path_factory) -> Installed:
 def own() -> dict[str, str]:
     """This environment without what leads a Python to the checkout, or a learner elsewhere."""
     out = ("PYTHON", "LABKIT_PROGRESS", "LABKIT_PROFILE", "JUPYTER_TOKEN", "VIRTUAL_ENV", "PYTEST", "COV")
-    return {key: value for key, value in os.environ.items() if not key.startswith(out)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(out)}
+    return {"GOMP_SPINCOUNT": "20000"} | kept  # as make sets it: threads that wait do not spin for long
 
 
 def said_by(python: Path, code: str, **how) -> str:
