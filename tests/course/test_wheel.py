@@ -103,7 +103,8 @@ def said_by(python: Path, code: str, **how) -> str:
 def test_the_sdist_holds_every_file_of_the_tree(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert [name for name in tracked(ROOT) if name not in held and name != ".gitignore"] == []
+    missing = [name for name in tracked(ROOT) if name not in held and name != ".gitignore"]
+    assert missing == [], "say in MANIFEST.in what else the sdist takes"
 
 
 def test_the_wheel_holds_the_package_data_and_notebooks_byte_for_byte_and_nothing_else(built: Built) -> None:
