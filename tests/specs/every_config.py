@@ -8,6 +8,7 @@ after each is counted, tensor by tensor.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import time
@@ -79,11 +80,16 @@ def read(config: dict[str, Any]) -> ModelSpec | SpecError:
         return refused
 
 
-def build(config: dict[str, Any]) -> tuple[Any, Any]:
-    """The text model of a config on the meta device, its experts passing on what they get; and its config."""
+def text_of(config: dict[str, Any]) -> PreTrainedConfig:
+    """What in a config describes the text model."""
     text = CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config(decoder=True)
     if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
         text.pad_token_id = None
+    return text
+
+
+def build(text: PreTrainedConfig) -> Any:
+    """The text model of a config on the meta device, its experts passing on what they get."""
     with torch.device("meta"):
         cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) or MODEL_MAPPING.get(type(text), None) or beside(text)
         model = cls._from_config(text, dtype=torch.bfloat16).eval()
@@ -95,9 +101,10 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
             module.warn_if_padding_and_no_attention_mask = lambda *args: None
     if hasattr(model, "set_attn_implementation") and type(text).model_type in EAGER:
         model.set_attn_implementation("eager")
-    return model, text
+    return model
 
 
+FOUND: dict[tuple, list[int]] = {}  # bytes of the text models that were run
 EAGER = {"biogpt"}  # whose mask for PyTorch's attention looks at data
 
 
@@ -116,8 +123,19 @@ def beside(text: PreTrainedConfig) -> Any:
 
 
 def live_bytes(config: dict[str, Any], lengths: list[int]) -> list[int]:
-    """Bytes that the cache of the model holds after that many tokens, a pass from each length to the next."""
-    model, text = build(config)
+    """Bytes that the cache of the model holds after that many tokens, a pass from each length to the next.
+
+    Several types have one text model in common, Llama's default for one: it is run once.
+    """
+    text = text_of(config)
+    key = type(text), json.dumps(text.to_dict(), sort_keys=True, default=str), tuple(lengths)
+    if key not in FOUND:
+        FOUND[key] = run(build(text), text, lengths)
+    return FOUND[key]
+
+
+def run(model: Any, text: PreTrainedConfig, lengths: list[int]) -> list[int]:
+    """The same, of this model."""
     own = hasattr(model, "_supports_default_dynamic_cache") and not model._supports_default_dynamic_cache()
     cache, sizes, before = None if own else DynamicCache(config=text), [], 0
     for length in lengths:

@@ -13,7 +13,7 @@ import pytest
 
 from labkit.sizing import bytes_per_token
 from labkit.specs import LayerGroup, ModelSpec, SpecError, from_hf_config, kept
-from tests.specs.every_config import build, shrunk
+from tests.specs.every_config import build, shrunk, text_of
 
 S, F = "sliding_attention", "full_attention"
 BASE = {"intermediate_size": 1, "vocab_size": 1000, "max_position_embeddings": 131_072}
@@ -133,13 +133,13 @@ class TestActiveParameters:
 
     @pytest.mark.parametrize("kind", ["minimax", "apertus"])
     def test_constants_that_a_class_keeps_beside_its_weights_are_none(self, kind):
-        model, _ = build(shrunk(kind))
+        model = build(text_of(shrunk(kind)))
         buffers = [tensor for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.requires_grad]
         assert buffers  # decays, and constants of an activation
         assert from_hf_config(shrunk(kind)).num_parameters == sum(tensor.numel() for tensor in model.parameters())
 
     def test_biases_that_training_sets_are_weights_whatever_keeps_them(self):
-        model, _ = build(shrunk("deepseek_v3"))
+        model = build(text_of(shrunk("deepseek_v3")))
         biases = [tensor.numel() for name, tensor in model.named_buffers() if name.endswith("correction_bias")]
         weights = sum(tensor.numel() for tensor in model.parameters())
         assert from_hf_config(shrunk("deepseek_v3")).num_parameters == weights + sum(biases) > weights
