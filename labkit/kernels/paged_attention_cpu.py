@@ -134,10 +134,12 @@ def _parts(first, end, table, block_size, num_blocks, size):
 
     A part has up to `size` tokens. The first token of the first part is -1 where the table lacks a block.
     """
-    count = 0
+    count, lacks = 0, False
     for row in range(len(first)):
         if end[row] > first[row]:
             count += (end[row] - 1) // size - first[row] // size + 1
+            for place in range(first[row] // block_size, (end[row] - 1) // block_size + 1):
+                lacks |= table[row, place] < 0 or table[row, place] >= num_blocks
     parts = np.empty((count, 3), np.int64)
     at = 0
     for row in range(len(first)):
@@ -146,11 +148,8 @@ def _parts(first, end, table, block_size, num_blocks, size):
             stop = min(high, (low // size + 1) * size)
             parts[at, 0], parts[at, 1], parts[at, 2] = row, low, stop
             low, at = stop, at + 1
-    for row in range(len(first)):
-        if end[row] > first[row]:
-            for place in range(first[row] // block_size, (end[row] - 1) // block_size + 1):
-                if table[row, place] < 0 or table[row, place] >= num_blocks:
-                    parts[0, 1] = -1
+    if lacks:
+        parts[0, 1] = -1
     return parts
 
 

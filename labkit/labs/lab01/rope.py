@@ -140,26 +140,27 @@ def by_angles(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
 
 
+SIGNS = "the docstring: (a cos - b sin, a sin + b cos)"
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """Two halves, one behind the other."""
+    return torch.cat((first, second), dim=-1)
+
+
 def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]:
     """Wrong turns."""
     angles = positions[:, None] * frequencies
+    return [*wrong_pairs(x, angles), *wrong_turns(x, angles), *wrong_angles(x, positions, frequencies)]
+
+
+def wrong_pairs(x: Tensor, angles: Tensor) -> list[Suspect]:
+    """Nothing is turned, or other numbers with each other than `i` and `i + head_dim / 2`."""
     cos, sin = angles.cos(), angles.sin()
     (a, b), (even, odd) = x.chunk(2, dim=-1), (x[..., 0::2], x[..., 1::2])
-    first, second = a * cos - b * sin, a * sin + b * cos
     one, two = even * cos - odd * sin, even * sin + odd * cos
-    start, count = torch.arange(len(positions)), positions - positions[0]
-    size = x.shape[-1]
-    paired = torch.stack((-odd, even), dim=-1).flatten(-2)  # neighbours exchanged
-    swapped = torch.cat((-b, a), dim=-1)
-    doubled, repeated = torch.cat((angles, angles), dim=-1), angles.repeat_interleave(2, -1)
-
-    def joined(first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat((first, second), dim=-1)
-
-    def turned(positions: Tensor, frequencies: Tensor = frequencies) -> Tensor:
-        return apply_rope(x, positions, frequencies)
-
-    signs = "the docstring: (a cos - b sin, a sin + b cos)"
+    paired, swapped = torch.stack((-odd, even), dim=-1).flatten(-2), joined(-b, a)  # neighbours exchanged, halves
+    doubled, repeated = joined(angles, angles), angles.repeat_interleave(2, -1)
     return [
         Suspect("unchanged", [x], "the turned halves are not in what is returned",
                 "the last line: join the two new halves and return them", "x came back as it was"),
@@ -172,11 +173,20 @@ def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
                 "angles are laid out for one pairing, and the numbers are taken in the other",
                 "both halves take the same angles: torch.cat((angles, angles), dim=-1)",
                 "dimensions i and i + head_dim / 2 were not turned by the same angle"),
+    ]  # fmt: skip
+
+
+def wrong_turns(x: Tensor, angles: Tensor) -> list[Suspect]:
+    """The right pairs, mixed wrongly or put in other places."""
+    cos, sin, doubled = angles.cos(), angles.sin(), joined(angles, angles)
+    a, b = x.chunk(2, dim=-1)
+    first, second = a * cos - b * sin, a * sin + b * cos
+    return [
         Suspect("wrong-sign", [joined(a * cos + b * sin, b * cos - a * sin)],
-                "the signs of the two sine terms are exchanged", signs, "every pair turns the other way"),
+                "the signs of the two sine terms are exchanged", SIGNS, "every pair turns the other way"),
         Suspect("sign-missing", [joined(a * cos + b * sin, second), joined(first, b * cos - a * sin),
                                  joined(first, -second), joined(-first, second)],
-                "one sign is wrong: in rotate_half, (-b, a) has one minus", signs,
+                "one sign is wrong: in rotate_half, (-b, a) has one minus", SIGNS,
                 "the vectors change their length, or one half has the wrong sign"),
         Suspect("a-overwritten", [joined(first, first * sin + b * cos)],
                 "a was overwritten with its new value before the second half was made from it",
@@ -189,16 +199,29 @@ def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
         Suspect("halves-exchanged", [joined(second, first)], "the second half was put before the first",
                 "the order in torch.cat", "the right numbers stand in the other half"),
         Suspect("cos-sin-swapped", [joined(a * sin - b * cos, a * cos + b * sin)],
-                "cos and sin are exchanged: cos(0) is 1, sin(0) is 0", f"which of the two is called cos, and {signs}",
+                "cos and sin are exchanged: cos(0) is 1, sin(0) is 0", f"which of the two is called cos, and {SIGNS}",
                 "at position 0, where nothing should turn, every pair has made a quarter turn"),
         Suspect("not-a-rotation", [joined(a * cos - b * cos, a * sin + b * sin), joined(first, a * cos + b * sin),
                                    joined(a * cos, b * sin), joined(a * cos, b * cos),
                                    joined(a * cos - b * cos, second),
                                    joined(a - b * sin, a * sin + b), x * doubled.cos() + x * doubled.sin()],
-                "cos and sin stand in the wrong places", f"each output mixes a and b; {signs}",
+                "cos and sin stand in the wrong places", f"each output mixes a and b; {SIGNS}",
                 "the vectors change their length; turning keeps it"),
         Suspect("half-turned", [joined(first, b), joined(a, second)], "only one of each pair was computed",
                 "both numbers of a pair change", "one half of the dimensions is unchanged"),
+    ]  # fmt: skip
+
+
+def wrong_angles(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]:
+    """The right turn by other angles than position times frequency."""
+    angles = positions[:, None] * frequencies
+    start, count = torch.arange(len(positions)), positions - positions[0]
+    size = x.shape[-1]
+
+    def turned(positions: Tensor, frequencies: Tensor = frequencies) -> Tensor:
+        return apply_rope(x, positions, frequencies)
+
+    return [
         Suspect("starts-at-1", [turned(positions + 1), turned(start + 1), turned(positions - 1)],
                 "positions are off by one", "use positions as they come: the first token stands at 0",
                 "the token at position 0 was turned by one step; it should stay as it is"),
@@ -226,5 +249,5 @@ def suspects(x: Tensor, positions: Tensor, frequencies: Tensor) -> list[Suspect]
                 "position and frequency were not multiplied", "the angles: positions[:, None] * frequencies",
                 "the angles are not position times frequency"),
         Suspect("turned-twice", [apply_rope(turned(positions), positions, frequencies)], "the turn was applied twice",
-                signs, "every angle is twice as large"),
+                SIGNS, "every angle is twice as large"),
     ]  # fmt: skip

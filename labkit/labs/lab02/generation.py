@@ -195,7 +195,14 @@ class GenerateWithCache(Exercise):
     def check_fed(self, calls: Sequence[Call], prompt: Tensor, held: int) -> None:
         """The prompt whole in the first call, one token in every later one."""
         fed = [call.tokens for call in calls]
-        first, total = fed[0], prompt.shape[1]
+        self.check_not_sliced(fed[0], prompt, held)
+        self.check_whole_prompt(fed, prompt)
+        if len(fed) > 1 and fed[1].dim() == 2:
+            self.check_one_token_each(fed, prompt, calls[0].logits)
+
+    def check_not_sliced(self, first: Tensor, prompt: Tensor, held: int) -> None:
+        """What the cache held before took nothing off the first call's tokens."""
+        total = prompt.shape[1]
         if held and not same(first, prompt) and same(first, prompt[:, held:]):
             self.fail(
                 "cache-not-empty",
@@ -212,6 +219,10 @@ class GenerateWithCache(Exercise):
                 cause="a cache that holds something was taken for one that holds this prompt, as if decoding had begun",
                 look="what the first call gets: `tokens` are new, all of them, whatever cache.seq_len is",
             )
+
+    def check_whole_prompt(self, fed: Sequence[Tensor], prompt: Tensor) -> None:
+        """The first call ran the prompt's tokens, all of them."""
+        first, total = fed[0], prompt.shape[1]
         if first.shape == prompt.shape and not same(first, prompt):
             place = tuple((first != prompt).nonzero()[0].tolist())
             few = [
@@ -245,9 +256,10 @@ class GenerateWithCache(Exercise):
                 cause="the prompt was cut before it was fed, so the cache never gets the K and V of the rest",
                 look="the first call: `tokens`, whole",
             )
-        if len(fed) < 2 or fed[1].dim() != 2:
-            return
-        second, cause = fed[1], ""
+
+    def check_one_token_each(self, fed: Sequence[Tensor], prompt: Tensor, logits: Tensor) -> None:
+        """Each call after the first ran one token, the second the one that prefill gave. logits: of the first call."""
+        first, second, total, cause = fed[0], fed[1], prompt.shape[1], ""
         if same(second, prompt) and total > 1:
             diagnosis, cause = "re-fed", "the prompt is fed again, where the new token belongs"
         elif second.shape[1] > total and same(second[:, :total], prompt):
@@ -257,7 +269,7 @@ class GenerateWithCache(Exercise):
             )
         elif second.shape[1] > 1 and same(second[:, :-1], prompt[:, total - second.shape[1] + 1 :]):
             diagnosis, cause = "held-fed-again", "the newest token was fed together with what the cache holds already"
-        elif second.shape[1] > 1 and same(second, calls[0].logits.argmax(dim=-1)):
+        elif second.shape[1] > 1 and same(second, logits.argmax(dim=-1)):
             diagnosis, cause = "several-fed", "the likeliest token of every row was taken, not of the last row alone"
         elif any(tokens.shape[1] > 1 for tokens in fed[1:]):
             diagnosis, cause = "several-fed", "more than the newest token is fed"
@@ -272,7 +284,7 @@ class GenerateWithCache(Exercise):
                 look="what the calls after the first get: the newest token alone, [batch, 1]",
             )
         if total > 1 and same(first, prompt) and same(second, prompt[:, -1:]) and not same(
-            second, calls[0].logits[:, -1:].argmax(dim=-1)
+            second, logits[:, -1:].argmax(dim=-1)
         ):  # fmt: skip
             self.fail(
                 "last-token-fed-twice",
