@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from labkit.attention import Constants, fused_attention
 from labkit.cache import Cache, LayerCache, Step
 from labkit.prepacked import PrepackedLinear, can_prepack
+from labkit.rotation import rotate, signed
 from labkit.specs import ModelSpec
 
 IDS = (torch.int64, torch.int32)
@@ -37,11 +38,6 @@ def rope_frequencies(spec: ModelSpec) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of the last dimension by its angle; `sin` is signed, see `angles`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -211,13 +207,11 @@ class Llama(nn.Module):
     def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin of each position, `[rows, 1, new_tokens, head_dim]`, in the model's dtype.
 
-        position: int `[rows, new_tokens]`. A pair (a, b) turns to (a cos - b sin, b cos + a sin), so the first half of
-        `sin` is negative.
+        position: int `[rows, new_tokens]`.
         """
         self.frequencies = self.frequencies.to(self.device)
         angle = position[:, None, :, None] * self.frequencies
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return signed(angle.cos().to(self.dtype), angle.sin().to(self.dtype))
 
     def kv_weights(self) -> Iterator[tuple[Tensor, float]]:
         """Each weight that projects K or V, with its share of one layer's K/V projection (for the work ledger)."""

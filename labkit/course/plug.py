@@ -22,7 +22,8 @@ from torch import Tensor
 from labkit.attention import Constants
 from labkit.cache import Cache, LayerCache, Step
 from labkit.cache.layer import Observer
-from labkit.llama import Attention, Llama, rotate
+from labkit.llama import Attention, Llama
+from labkit.rotation import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -7,10 +7,10 @@ frequencies are the model's own, whatever scaling made them.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from labkit.attention import wide_dtype
+from labkit.rotation import rotate, signed
 
 
 def turned(x: Tensor, by: Tensor, frequencies: Tensor) -> Tensor:
@@ -20,9 +20,11 @@ def turned(x: Tensor, by: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def spun(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (a, b) of the last dimension as (a cos - b sin, b cos + a sin), computed in float32 or wider."""
-    a, b = x.to(wide_dtype(x)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Each pair of the last dimension turned by its angle (`labkit.rotation`), computed in float32 or wider.
+
+    cos, sin: of the pairs, `[..., head_dim / 2]`; those of a mean over angles shrink what they turn, too.
+    """
+    return rotate(x.to(wide_dtype(x)), *signed(cos, sin)).to(x.dtype)
 
 
 def places_of(positions: Tensor) -> Tensor:
