@@ -295,23 +295,33 @@ def attention_weights(q: Tensor, k: Tensor, constants: Constants = PLAIN, visibl
 
     Rows sum to 1; that of a query that may see no key is all zeros.
     """
+    scores = attention_scores(q, k, constants)
+    return weights_of(scores, visible_to(q, k, visible).mask(constants, q.device))
+
+
+def attention_scores(q: Tensor, k: Tensor, constants: Constants = PLAIN) -> Tensor:
+    """q k^T * scale, capped, `[batch, num_heads, new_tokens, kv_len]`, before anything is hidden; in q's dtype."""
     queries_per_kv = check_shapes(q, k, k)
     batch, num_heads, new_tokens, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    mask = visible_to(q, k, visible).mask(constants, q.device)
-    hidden = None if mask is None else ~mask[:, :, None]  # the query heads of a KV head see the same keys
-
     grouped = q.reshape(batch, num_kv_heads, queries_per_kv * new_tokens, head_dim)
     scores = (grouped @ k.transpose(-2, -1)) * constants.scale_for(head_dim)
-    scores = scores.view(batch, num_kv_heads, queries_per_kv, new_tokens, kv_len)
+    scores = scores.view(batch, num_heads, new_tokens, kv_len)
     if constants.soft_cap is not None:
         scores = constants.soft_cap * torch.tanh(scores / constants.soft_cap)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=wide_dtype(q))
-    if hidden is not None:
-        weights = weights.masked_fill(hidden, 0.0)  # a row with no key to see is 0/0
-    return weights.view(batch, num_heads, new_tokens, kv_len)
+    return scores
+
+
+def weights_of(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The softmax of scores `[batch, num_heads, new_tokens, kv_len]` over the keys, in float32 or wider.
+
+    mask: as `Visibility.mask` gives it. Rows sum to 1; that of a query that may see no key is all zeros.
+    """
+    if mask is None:
+        return torch.softmax(scores, dim=-1, dtype=wide_dtype(scores))
+    hidden = ~by_query_head(mask, scores.shape[1] // mask.shape[1])
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=wide_dtype(scores))
+    return weights.masked_fill(hidden, 0.0)  # a row with no key to see is 0/0
 
 
 def blended(weights: Tensor, v: Tensor) -> Tensor:

@@ -215,6 +215,35 @@ def test_each_policy_keeps_and_answers_what_a_list_does(name, counts, batch, bud
         assert (cache[0].seq_len, cache[0].physical_len) == (lists.seen, min(lists.seen, budget))
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("expected attention", "random")])
+@pytest.mark.parametrize("padding", [[0, 0], [0, 2]])
+def test_layers_that_choose_victims_together_keep_what_each_one_s_list_does(name, padding, monkeypatch):
+    together = []
+    choose = EvictingCache.plan.__globals__["victims_together"]
+
+    def watched(layers, step):
+        together.append((found := choose(layers, step)) is not None)
+        return found
+
+    monkeypatch.setitem(EvictingCache.plan.__globals__, "victims_together", watched)
+    policy, budget = POLICIES[name], 7
+    cache = Cache.evicting(3, policy, budget)
+    lists = [Lists(policy, budget, 2, padding) for _ in cache.layers]
+    for turn, count in enumerate([9, 1, 1, 1, 3, 1, 1, 1, 1]):
+        given_to = [drawn(2, count, 100 * index + turn) for index in range(3)]
+        with cache.step([count] * 2, padding=None if turn else padding) as step:
+            outs = []
+            for layer, (q, k, v) in zip(cache.layers, given_to, strict=True):
+                layer.append(k, v, step)
+                outs.append(layer.attend(q, step))
+        for layer, one, (q, k, v), out in zip(cache.layers, lists, given_to, outs, strict=True):
+            torch.testing.assert_close(out, one.step(q, k, v), rtol=0, atol=attention_bound(q, k, v) * 20)  # bounded
+            for (row, head), tokens in one.heads.items():
+                right = sorted(token.position for token in tokens)
+                assert by_position(layer, row, head)[0] == right
+    assert sum(together) == 7  # every step of one token, but none that cuts
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("during", ["always", "prompt"])
 def test_what_keeps_everything_is_the_dense_cache(name, during):

@@ -119,6 +119,20 @@ def test_the_group_that_goes_is_that_of_the_lowest_mean_score_for_each_head():
     assert not (cache[0].positions[..., None] == gone[:, :, 0, None]).any()
 
 
+def test_what_a_cut_or_a_packing_moves_is_counted():
+    cache = made("key norm")
+    for turn, (count, held) in enumerate([(39, 39), (1, 40), (1, 33), (1, 34)]):
+        layer = cache[0]
+        before, waiting = layer.bytes_copied, 0 if layer.kept is None else layer.kept.k.nbytes + layer.kept.v.nbytes
+        packed = 0 if layer.kept is None else layer.kept.packed_tokens
+        feed(cache, [count], seed=turn, dtype=torch.float32)
+        assert layer.physical_len == held
+        kept = layer.kept
+        numbers = kept.k.nbytes + kept.v.nbytes + sum(x.nbytes for x in kept.packed)
+        anew = (held < 40 and turn == 2) or kept.packed_tokens != packed  # cut, or packed
+        assert layer.bytes_copied - before == waiting + (numbers if anew else 0)
+
+
 def test_a_group_with_a_protected_token_stays_and_hidden_ones_count_for_nothing():
     inf, least = math.inf, torch.finfo(torch.float32).min
     ranks = torch.tensor([[5.0, inf], [-inf, -inf], [-inf, 3.0], [least, -inf], [1.0, 2.0]])

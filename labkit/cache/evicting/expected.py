@@ -39,6 +39,7 @@ class ExpectedAttention(Policy):
     value_norm: bool = True
     epsilon: float = 0.0
     lasting: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +48,19 @@ class ExpectedAttention(Policy):
 
     def watch(self, seen: Seen) -> Notes:
         """Adds to the number of queries, their sum, and the sum of their products, before RoPE."""
-        real = (seen.query_positions >= self.sinks).expand(seen.q.shape[0], -1)[:, None, :, None]
-        q = turned(seen.q.float(), -seen.query_positions[:, None], self.frequencies.to(seen.q.device)) * real
-        found = real.sum(dim=2).expand(-1, q.shape[1], -1).float(), q.sum(dim=2), q.mT @ q
-        return Notes(rows=tuple(map(torch.add, seen.notes.rows, found)) if seen.notes.rows else found)
+        q = turned(seen.q.float(), -seen.query_positions[:, None], self.frequencies.to(seen.q.device))
+        batch, heads, queries, _ = q.shape
+        if isinstance(seen.newest, int) and seen.newest - queries + 1 >= self.sinks:  # all of them count
+            count = torch.full((batch, heads, 1), float(queries), device=q.device)
+        else:
+            real = (seen.query_positions >= self.sinks).expand(batch, -1)[:, None, :, None]
+            q, count = q * real, real.sum(dim=2).expand(-1, heads, -1).float()
+        total = q[:, :, 0] if queries == 1 else q.sum(dim=2)
+        if not seen.notes.rows:
+            return Notes(rows=(count, total, q.mT @ q))
+        counted, summed, products = seen.notes.rows
+        products = torch.baddbmm(products.flatten(0, 1), q.flatten(0, 1).mT, q.flatten(0, 1)).view(products.shape)
+        return Notes(rows=(counted + count, summed + total, products))
 
     def score(self, held: Held) -> Tensor:
         """The expected attention."""
@@ -59,14 +69,18 @@ class ExpectedAttention(Policy):
         count, total, products = held.notes.rows
         mean = total / count.clamp(min=1)
         cos, sin = self.rotation(held)
-        k, scale = held.k.float()[:, :, None], held.constants.scale_for(held.k.shape[3])
+        k, scale = held.k.float(), held.constants.scale_for(held.k.shape[3])
         ahead = spun(mean, cos, sin).unflatten(1, (held.k.shape[1], -1))  # [batch, num_kv_heads, heads of it, head_dim]
-        logits = (k @ ahead[..., None])[..., 0] * scale
+        logits = (ahead @ k.mT) * scale
         if self.covariance:
             spread = products / count.clamp(min=1)[..., None] - mean[..., None] * mean[..., None, :]
             spread = spun(spun(spread, cos[:, :, None], sin[:, :, None]).mT, cos[:, :, None], sin[:, :, None])
-            spread = spread.unflatten(1, (held.k.shape[1], -1))
-            logits = logits + ((k @ spread) * k).sum(dim=-1) * (scale**2 / 2)
+            # One product for all query heads of a KV head: for each by itself PyTorch would copy the keys.
+            spread = (
+                spread.unflatten(1, (k.shape[1], -1)).transpose(2, 3).flatten(3)
+            )  # [..., head_dim, heads, head_dim]
+            some = (k @ spread).unflatten(3, (-1, k.shape[3])) * k[:, :, :, None]
+            logits = logits + some.sum(dim=-1).mT * (scale**2 / 2)
         logits = logits.masked_fill((held.positions < self.sinks)[:, :, None], float("-inf"))
         expected = torch.softmax(logits, dim=-1).mean(dim=2)
         return (expected + self.epsilon) * held.v.float().norm(dim=-1) if self.value_norm else expected

@@ -42,6 +42,11 @@ class Kept:
         return sum(size_of(x) for x in tensors if x is not None)
 
     @property
+    def numbers(self) -> int:
+        """Bytes of K and V."""
+        return size_of(self.k) + size_of(self.v)
+
+    @property
     def victims_left(self) -> int:
         """Tokens that can still be put in the place of a victim."""
         return 0 if self.victims is None else self.victims.shape[2] - self.used
@@ -101,10 +106,10 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Overwritten:
-    """A token of each KV head whose slot the newest has taken: what it takes to put it back.
+    """Tokens of each KV head whose slots others have taken: what it takes to put them back.
 
-    slots: int64 `[batch * num_kv_heads]`, counted over the slots of all rows and KV heads. k, v: `[batch *
-    num_kv_heads, head_dim]`. positions: int32, as `slots`.
+    slots: int64 `[batch * num_kv_heads * any]`, counted over the slots of all rows and KV heads. k, v: as many lines,
+    `[..., head_dim]`. positions: int32, as `slots`.
     """
 
     slots: Tensor
@@ -113,9 +118,10 @@ class Overwritten:
     positions: Tensor
 
     @classmethod
-    def of(cls, kept: Kept, slot: Tensor) -> Overwritten:
-        """What `kept` has in these slots, int64 `[batch, num_kv_heads]`."""
-        slots = slot.flatten() + kept.tokens * torch.arange(slot.numel(), device=slot.device)
+    def of(cls, kept: Kept, slots: Tensor) -> Overwritten:
+        """What `kept` has in these slots, int64 `[batch, num_kv_heads, any]`."""
+        rows = slots.flatten(0, 1)
+        slots = (rows + kept.tokens * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
         return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
 
     @staticmethod
@@ -130,10 +136,11 @@ class Overwritten:
         return sum(map(size_of, (self.slots, self.k, self.v, self.positions)))
 
     def put(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write one token of each KV head, of these shapes, into the slots, in place."""
+        """Write K and V `[batch, num_kv_heads, any, head_dim]` and positions into the slots, in place."""
         for held, new in zip(self.lines(kept), (k, v, positions), strict=True):
-            held.index_copy_(0, self.slots, new)
+            held.index_copy_(0, self.slots, new.reshape(-1, *held.shape[1:]))
 
     def put_back(self, kept: Kept) -> None:
         """As it was. It takes no memory."""
-        self.put(kept, self.k, self.v, self.positions)
+        for held, old in zip(self.lines(kept), (self.k, self.v, self.positions), strict=True):
+            held.index_copy_(0, self.slots, old)

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labkit.attention import Visibility, attention_weights, blended, is_count, wide_dtype
+from labkit.attention import Visibility, attention_scores, attention_weights, blended, is_count, weights_of
 from labkit.cache.evicting.budgets import Budget, check_budget, check_protected, tokens_of
 from labkit.cache.evicting.choosing import highest, highest_of_all, lowest, ranked
 from labkit.cache.evicting.kept import Kept, Overwritten
@@ -77,6 +77,7 @@ class EvictingCache(LayerCache):
     """
 
     evicts: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,6 +95,11 @@ class EvictingCache(LayerCache):
         super().__init__(scale=scale, window=window, soft_cap=soft_cap)
         if not isinstance(policy, Policy):
             raise ValueError(f"policy is one of labkit.cache.evicting's, as in KeyNorm(); got {policy!r}")
+        if policy.merges and not self.merges:
+            raise ValueError(
+                f"{type(policy).__name__} averages neighbours, as only a MergingCache does (Cache.evicting makes one "
+                f"without nbits): packed numbers would be rounded anew with every token that joins them"
+            )
         check_budget(budget)
         if is_count(budget):
             check_protected(policy, int(budget))
@@ -111,7 +117,7 @@ class EvictingCache(LayerCache):
     def forget(self) -> None:
         """Hold nothing."""
         self.kept: Kept | None = None
-        self.spare: Overwritten | None = None  # the token whose slot was taken since a step ended
+        self.spare: Overwritten | None = None  # what the slot taken since a step ended held
         self.room: int | None = None  # the budget in tokens
         self.first_ended = 0  # tokens seen when the first step had ended
         self.lost_at = 0  # tokens seen when the last one was lost for good
@@ -149,7 +155,7 @@ class EvictingCache(LayerCache):
             room = self.kept.tokens - (self.seq_len - self.lost_at)
         return Evicting(
             budget=int(room),
-            tally=always and self.policy.lasting,
+            tally=self.keeps_notes,
             victims=self.victims_of(int(room)) if always else 0,
             prompt_tokens=None if always else self.first_ended or None,
         )
@@ -205,12 +211,12 @@ class EvictingCache(LayerCache):
     def overwrite(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
-        slot = kept.victims[:, :, kept.used]
+        slot = kept.victims[:, :, kept.used : kept.used + 1]
         notes = kept.notes
         if notes.tokens is not None:
-            notes = Notes(notes.tokens.scatter(2, slot[:, :, None], 0.0), notes.rows)
+            notes = Notes(notes.tokens.scatter(2, slot, 0.0), notes.rows)
         self.spare = Overwritten.of(kept, slot)
-        self.spare.put(kept, k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3]), positions.view(-1))
+        self.spare.put(kept, k, v, positions)
         self.kept = Kept(kept.k, kept.v, kept.positions, notes, kept.victims, kept.used + 1)
 
     # Attending.
@@ -233,7 +239,8 @@ class EvictingCache(LayerCache):
             q, k, positions = self.in_places(q, k, kept.positions, positions)
         watched, known = self.looks_on(), None
         if q.shape[2] == 1:  # the weights of one query are no more than a row: computed once, for both
-            out, known = self.answer_one(q, k, v, visible, watched or observe is not None)
+            spelled = observe is not None or (watched and self.policy.reads_weights)
+            out, known = self.answer_one(q, k, v, visible, spelled)
             if observe is not None and known is not None:
                 observe(known.to(q.dtype))
         else:
@@ -266,13 +273,9 @@ class EvictingCache(LayerCache):
         own = k.shape[2] - 1
         sinks, nearer = self.policy.sinks, turned(q, (own - positions)[:, None], self.frequencies)
         self.bytes_read += size_of(k) + size_of(v)
-        grouped, near = (x.unflatten(1, (k.shape[1], -1))[:, :, :, 0] for x in (q, nearer))
-        scores = grouped @ k.mT
-        scores[..., :sinks] = near @ k[:, :, :sinks].mT
-        scores = scores * self.constants.scale_for(q.shape[3])
-        if self.constants.soft_cap is not None:
-            scores = self.constants.soft_cap * torch.tanh(scores / self.constants.soft_cap)
-        return (scores.softmax(dim=-1, dtype=wide_dtype(q)).to(q.dtype) @ v).view(q.shape)
+        scores = attention_scores(q, k, self.constants)
+        scores[..., :sinks] = attention_scores(nearer, k[:, :, :sinks], self.constants)
+        return blended(weights_of(scores).to(q.dtype), v)
 
     def answer_one(
         self, q: Tensor, k: Tensor, v: Tensor, visible: Visibility, wants_weights: bool
@@ -327,7 +330,12 @@ class EvictingCache(LayerCache):
 
     def looks_on(self) -> bool:
         """Whether the policy is shown this step."""
-        return self.policy.watches and ((self.policy.lasting and self.during == "always") or self.decides())
+        return self.policy.watches and (self.keeps_notes or self.decides())
+
+    @property
+    def keeps_notes(self) -> bool:
+        """Whether what was noted is still needed when a step has ended."""
+        return self.policy.lasting and self.during == "always"
 
     @classmethod
     def plan_all(cls, layers: Sequence[EvictingCache], step: Step) -> list[Plan | None]:
@@ -351,9 +359,9 @@ class EvictingCache(LayerCache):
             with torch.inference_mode(False):
                 left = self.chosen(kept, step, newest)
             if left.tokens < kept.tokens or left.hides:
-                moved, lost_at = size_of(left.k) + size_of(left.v), self.seq_len
+                moved, lost_at = left.numbers, self.seq_len
             kept = left
-        if not (self.policy.lasting and self.during == "always"):
+        if not self.keeps_notes:
             kept = kept.noted(Notes())
         return Plan(kept, lost_at, moved)
 
@@ -432,7 +440,7 @@ class EvictingCache(LayerCache):
                 f"cannot go back to {seq_len} tokens: what {name} evicted after {lost_at} is lost. Keep a "
                 f"copy.deepcopy of the cache to go back to, or truncate(0) and read the tokens again"
             )
-        if self.policy.lasting and self.during == "always":
+        if self.keeps_notes and self.policy.watches:
             raise ValueError(
                 f"cannot go back to {seq_len} tokens: {name} has noted the attention of those that came after. Keep a "
                 f"copy.deepcopy of the cache to go back to, or truncate(0) and read the tokens again"

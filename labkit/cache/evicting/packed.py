@@ -68,6 +68,11 @@ class KeptPacked:
         tensors = [self.k, self.v, self.positions, self.notes.tokens, *self.notes.rows]
         return sum(size_of(x) for x in tensors if x is not None) + sum(x.nbytes for x in self.packed or ())
 
+    @property
+    def numbers(self) -> int:
+        """Bytes of K and V, packed and waiting."""
+        return size_of(self.k) + size_of(self.v) + sum(x.nbytes for x in self.packed or ())
+
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V of all that is held, the packed ones as they come back."""
         if self.packed is None:
@@ -260,7 +265,10 @@ class EvictingQuantizedCache(EvictingCache):
         if plan is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return replace(plan, kept=self.with_packed(plan.kept))  # type: ignore[arg-type]
+            kept = self.with_packed(plan.kept)
+        if kept is not plan.kept and not plan.moved:  # packing joins what was packed to what is new, and moves the rest
+            plan = replace(plan, moved=kept.numbers)
+        return replace(plan, kept=kept)  # type: ignore[arg-type]
 
     def with_packed(self, kept: Any) -> KeptPacked:
         """`kept` with the complete groups packed."""

@@ -133,6 +133,10 @@ class Policy(ABC):
     lasting: ClassVar[bool] = False
     """Whether notes are needed in later steps; else they are dropped when the step has ended, and `watch` is only asked
     in steps at whose end something is evicted."""
+    reads_weights: ClassVar[bool] = True
+    """Whether `watch` asks for attention's weights; where it does not, attention need not spell them out for it."""
+    merges: ClassVar[bool] = False
+    """Whether tokens of the lowest scores join a neighbour instead of leaving: what `MergingCache` does."""
 
     def __post_init__(self) -> None:
         if not is_count(self.sinks) or self.sinks < 0:
