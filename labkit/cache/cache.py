@@ -14,7 +14,15 @@ from torch import Tensor
 
 from labkit.attention import Constants
 from labkit.cache.dense import GrowingCache, PreallocatedCache
-from labkit.cache.evicting import Budget, EvictingCache, EvictingQuantizedCache, Policy, each_layer
+from labkit.cache.evicting import (
+    Budget,
+    EvictingCache,
+    EvictingQuantizedCache,
+    Merging,
+    MergingCache,
+    Policy,
+    each_layer,
+)
 from labkit.cache.layer import LayerCache, checked_rows
 from labkit.cache.paged import PagedCache, Pages
 from labkit.cache.paged_quantized import PagedQuantizedCache
@@ -95,7 +103,7 @@ class Cache:
         nbits: int | torch.dtype | None = None,
         **options: Any,
     ) -> Cache:
-        """A cache that keeps the tokens `policy` chooses; the options are those of `EvictingCache`.
+        """A cache that keeps the tokens `policy` chooses, or merges them; the options are those of `EvictingCache`.
 
         nbits: packs what is kept; the options are then those of `EvictingQuantizedCache`.
         policy: for every layer, or a function of its index. budget: tokens or a fraction of the prompt for every layer,
@@ -106,7 +114,14 @@ class Cache:
         named = [one.for_layer(layer) if isinstance(one, Policy) else one for layer, one in enumerate(policies)]
         pairs = list(zip(named, budgets, strict=True))
         if nbits is None:
-            return cls([EvictingCache(one, own, **options) for one, own in pairs])
+            return cls(
+                [
+                    MergingCache(one, own, **options)
+                    if isinstance(one, Merging)
+                    else EvictingCache(one, own, **options)
+                    for one, own in pairs
+                ]
+            )
         return cls([EvictingQuantizedCache(one, own, nbits, **options) for one, own in pairs])
 
     @classmethod

@@ -11,6 +11,7 @@ from labkit.cache.evicting.chance import Random
 from labkit.cache.evicting.expected import ExpectedAttention
 from labkit.cache.evicting.keys import KeyDiff, KeyNorm
 from labkit.cache.evicting.layer import EvictingCache
+from labkit.cache.evicting.merging import Merging, MergingCache
 from labkit.cache.evicting.observed import H2O, TOVA, SnapKV
 from labkit.cache.evicting.packed import EvictingQuantizedCache
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
@@ -26,6 +27,8 @@ __all__ = [
     "Held",
     "KeyDiff",
     "KeyNorm",
+    "Merging",
+    "MergingCache",
     "Notes",
     "Policy",
     "Random",
