@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from labkit.cache import Cache, GrowingCache
+from labkit.cache import Cache, EvictingCache, GrowingCache
 from labkit.cache.layer import Observer
 from labkit.cache.step import Step
 from labkit.llama import Llama
@@ -45,7 +45,8 @@ class Reading:
         with cache.step([self.tokens.shape[1]]) as step:
             for layer, q, k, v in zip(cache.layers, self.q, self.k, self.v, strict=True):
                 layer.append(k, v, step)
-                layer.attend(q, step)
+                if not isinstance(layer, EvictingCache) or layer.looks_on():  # else nothing comes of attending
+                    layer.attend(q, step)
         return cache
 
     def weights(self, layer: int, start: int, stop: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,12 @@ from torch import Tensor
 
 from labkit.quality.compare import MakeCache, Model, check_chunk, mean_error, new_cache, plus_minus, run
 from labkit.quality.texts import Fact
+
+NUMBER = " The number of the harbour master's locker is {}."
+"""A fact that no prose has, to be planted in some."""
+QUESTION = "\nThe number of the harbour master's locker is"
+PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
+"""Where in a text, from 0 to 1, facts are planted."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,30 @@ class Recall:
             f"{self.hits} of {self.facts} facts recalled, a share of {plus_minus(self.share, self.share_spread)}; "
             f"log-probability {plus_minus(self.log_probability, self.log_probability_spread)} nats per answer token"
         )
+
+
+def planted(
+    prose: Sequence[int],
+    facts: Mapping[float, Sequence[int]],
+    tokens: int,
+    *,
+    ends: Callable[[int], bool] | None = None,
+) -> list[int]:
+    """The first of the prose's tokens with each fact's put in at its place, from 0 to 1: so many tokens in all.
+
+    ends: whether a token ends a sentence; facts are then put behind the sentence that ends nearest to their place.
+    ValueError where the prose is too short.
+    """
+    rest = tokens - sum(map(len, facts.values()))
+    if rest < 0 or len(prose) < rest:
+        raise ValueError(f"{tokens} tokens with these facts take {max(rest, 0)} of prose; there are {len(prose)}")
+    out = list(prose[:rest])
+    stops = [i + 1 for i, token in enumerate(out) if ends(token)] if ends is not None else []
+    behind = {at: min(stops or [rest], key=lambda end: abs(end - at * rest)) for at in facts}
+    for at in sorted(facts, reverse=True):
+        place = int(at * rest) if ends is None else behind[at]
+        out[place:place] = facts[at]
+    return out
 
 
 def wilson(hits: int, trials: int, errors: float = 1.96) -> tuple[float, float]:

@@ -14,14 +14,15 @@ from labkit.cache import Cache
 from labkit.course import waiting
 from labkit.llama import Llama
 from labkit.quality.reading import read
+from labkit.quality.recall import NUMBER, PLACES, QUESTION
+from labkit.quality.recall import planted as plant
 
 MakeCache = Callable[[], Cache]
-FACT = " The number of the harbour master's locker is {}."
-QUESTION = "\nThe number of the harbour master's locker is"
-PLACES = {"early": 0.1, "middle": 0.5, "late": 0.9}
 OWNERS = ("harbour master", "pilot", "cook")
 WORDS = ("anchor", "basket", "candle", "donkey", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
          "ladder", "mirror", "needle", "orange", "pocket")  # fmt: skip
+
+FOLLOWING = 48  # tokens of a text that goes on
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Score:
 
 
 def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
-    """One task of each kind, about prose of the project's own; another `seed` takes other prose and numbers."""
+    """One task of each kind, about prose of the project's own; another `seed` takes other prose and numbers.
+
+    ValueError where a text of the project's is shorter than `text_tokens` and what follows them.
+    """
     chance = random.Random(seed)
 
     def encode(text: str) -> list[int]:
@@ -62,17 +66,19 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
 
     names = sorted(path.stem for path in quality.TEXTS.glob("*.txt"))
     whole = encode(quality.load_text(names[seed % len(names)]))
-    prose = whole[(start := chance.randrange(0, 1500)) : start + text_tokens]
-    made = [Task("the text goes on", tuple(prose), (), tuple(whole[start + text_tokens : start + text_tokens + 48]))]
+    starts = min(1500, len(whole) - text_tokens - FOLLOWING + 1)
+    if starts < 1:
+        raise ValueError(
+            f"{names[seed % len(names)]} has {len(whole)} tokens: take text_tokens of at most {len(whole) - FOLLOWING}"
+        )
+    start = chance.randrange(0, starts)
+    prose, end = whole[start : start + text_tokens], start + text_tokens
+    made = [Task("the text goes on", tuple(prose), (), tuple(whole[end : end + FOLLOWING]))]
 
     def planted(facts: Mapping[float, str]) -> list[int]:
         """The prose with each fact behind the sentence that ends nearest to its place."""
-        out = list(prose[: text_tokens - sum(len(encode(fact)) for fact in facts.values())])
-        ends = [i + 1 for i, token in enumerate(out) if tokenizer.decode([token]).endswith(".")] or [len(out)]
-        nearest = {place: min(ends, key=lambda end: abs(end - place * len(out))) for place in facts}
-        for place in sorted(facts, reverse=True):
-            out[nearest[place] : nearest[place]] = encode(facts[place])
-        return out
+        told = {place: encode(fact) for place, fact in facts.items()}
+        return plant(prose, told, text_tokens, ends=lambda token: tokenizer.decode([token]).endswith("."))
 
     def put(question: str, answer: str) -> tuple[list[int], list[int]]:
         """A space before the answer, where it is a token of its own, is asked, not answered."""
@@ -87,7 +93,7 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
 
     for place, share in PLACES.items():
         number = str(chance.randint(1000, 9999))
-        made.append(known(f"a number, {place}", planted({share: FACT.format(number)}), QUESTION, f" {number}"))
+        made.append(known(f"a number, {place}", planted({share: NUMBER.format(number)}), QUESTION, f" {number}"))
     numbers = [str(chance.randint(1000, 9999)) for _ in OWNERS]
     several = planted({
         0.2 + 0.3 * i: f" The number of the {owner}'s locker is {number}."
@@ -106,7 +112,7 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
     made.append(known("a conversation's first line", talk, turn, f" {number}"))
     number = str(chance.randint(1000, 9999))
     asked, answer = put(QUESTION, f" {number}")
-    later = tuple(planted({0.5: FACT.format(number)}))
+    later = tuple(planted({0.5: NUMBER.format(number)}))
     made.append(Task("a number, asked for later", later, tuple(asked), tuple(answer)))
     return made
 
