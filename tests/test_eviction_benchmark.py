@@ -54,16 +54,20 @@ def test_an_answer_counts_when_every_token_of_it_is_the_likeliest(model):
     assert not eviction.recalls(model, reading.given(model.cache()), tokens[30:], wrong)
 
 
-@pytest.mark.parametrize(("place", "at"), [(0.0, 0), (0.5, 145), (1.0, 290)])
-def test_the_number_is_planted_where_it_is_said(place, at):
-    def encode(said):
-        assert said == " " + eviction.FACT.format(4821)
-        return [7] * 10
-
-    told = eviction.planted(encode, [1] * 400, "4821", place)
-    assert len(told) == eviction.TEXT_TOKENS
-    assert told[at : at + 10] == [7] * 10
-    assert told.count(7) == 10
+def test_a_cache_that_selects_is_asked_one_token_at_a_time(model):
+    tokens = torch.tensor([text(90)])
+    reading = read(model, tokens[:, :70])
+    cache = reading.given(eviction.quest(model, 32))
+    before = cache[0].bytes_read
+    logits = eviction.logits_of(model, tokens[:, 70:73], cache)
+    token = 2 * TINY.num_kv_heads * TINY.head_dim * 4
+    newest = (7, 8, 9)  # of 71, 72 and 73 tokens, in pages of 16: one page and what the newest has
+    assert cache[0].bytes_read - before == token * sum(16 + held for held in newest) + 3 * 5 * token
+    assert logits.shape == (3, 128)
+    whole = reading.given(model.cache())
+    torch.testing.assert_close(
+        eviction.logits_of(model, tokens[:, 70:73], whole), model(tokens[:, :73])[0, 70:], rtol=0, atol=1e-4
+    )  # bounded
 
 
 def test_recall_is_counted_cell_by_cell_and_judged_at_a_quarter():
@@ -72,8 +76,12 @@ def test_recall_is_counted_cell_by_cell_and_judged_at_a_quarter():
         ("SnapKV", 0.25, True, "early"): (8, 10), ("TOVA", 0.25, True, "early"): (3, 10),
         ("TOVA", 0.5, True, "early"): (10, 10), ("TOVA", 0.25, False, "early"): (10, 10),
     }  # fmt: skip
-    figures, (entry,) = eviction.recall_figures(found)
+    figures, (entry, trials) = eviction.recall_figures(found)
     assert (entry["value"], entry["holds"]) == (0.8, False)
+    assert (trials["value"], trials["holds"]) == (10, False)
+    assert figures["best recall at 25% over the full cache's, not known"] == 1.0
+    found["Quest", 0.25, True, "early"] = (10, 10)  # it evicts nothing
+    assert not eviction.recall_figures(found)[1][0]["holds"]
     cell = "recall, SnapKV at 25%, known, early"
     assert figures[cell] == 0.8
     assert figures[f"{cell}, low"] == pytest.approx(0.4902, abs=1e-4)  # Wilson's, from a table
@@ -97,21 +105,29 @@ def test_one_run_prints_figures_and_judges_every_part(model, monkeypatch, capsys
 
     monkeypatch.setattr(eviction.models, "load", lambda **_: model)
     monkeypatch.setattr(eviction.models, "tokenizer", lambda: tokenizer)
-    monkeypatch.setattr(eviction.quality, "load_text", lambda name: "".join(map(chr, text(700))))
+    monkeypatch.setattr(eviction.quality, "load_text", lambda name: "".join(map(chr, text(1900))))
     monkeypatch.setattr(eviction, "set_threads", lambda: None)
     monkeypatch.setattr(eviction, "begin", lambda: None)
     monkeypatch.setattr(eviction, "SEEN", 320)
     monkeypatch.setattr(eviction, "PASSAGES", (0,))
     monkeypatch.setattr(eviction, "RANKING", ("SnapKV", "random"))
-    names = ("half", "sinks", "bytes")
-    monkeypatch.setattr(sys, "argv", ["eviction", "--texts", "1", "--only", *names])
+    monkeypatch.setattr(eviction, "OVERHEAD", {"TOVA": 1, "key norm": 3})
+    names = ("half", "sinks", "recall", "bytes", "time")
+    monkeypatch.setattr(sys, "argv", ["eviction", "--texts", "1", "--trials", "1", "--rounds", "2", "--only", *names])
     code = eviction.main()
     said = capsys.readouterr().out
     written = json.loads(said.strip().splitlines()[-1])
     figures = written["figures"]
-    for name in ("SnapKV", "random", "SnapKV, int4", "SnapKV, heads share"):
+    for name in ("SnapKV", "random", "SnapKV, int4", "SnapKV, heads share", "merging", "Quest"):
         assert figures[f"half, {name}: perplexity"] > 0
     assert figures["window, 4 sinks, places in the cache: perplexity"] > 0
     held = {entry["name"]: entry["holds"] for entry in written["bars"]}
+    assert figures["bytes a step reads at 2000 tokens, full at 100%"] == 2001 * 2 * 2 * 2 * 32 * 4
+    assert figures["bytes a step reads at 2000 tokens, sinks and window at 25%"] == 500 * 2 * 2 * 2 * 32 * 4
+    assert "recall, Quest at 12%, not known, late" in figures
+    assert "fewest trials in a cell of recall" in held
+    for name in ("TOVA", "key norm"):
+        assert figures[f"ms a step at 2000 tokens, {name}"] > 0
+        assert f"{name}: a quarter of 8000 tokens, times as fast" in held
     assert held["bytes beside the budget's, all steps and policies"]
     assert code == (0 if all(held.values()) else 1)
