@@ -23,7 +23,7 @@ FLOORS = (
     ("device", "lab_model"),
     ("specs",),
     ("sizing",),
-    ("attention", "quantization", "prepacked"),
+    ("attention", "quantization", "prepacked", "rotation"),
     ("kernels",),
     ("cache", "ledger"),
     ("llama", "measure"),
