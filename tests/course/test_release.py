@@ -111,8 +111,8 @@ def test_twice_gives_the_same_bytes_in_another_folder_by_another_user_at_another
     names = f"kv-cache-labs-{VERSION}"
     assert first.keys() == {
         "SHA256SUMS", "VERIFIED.md", "requirements.lock", f"{names}-html.zip", f"{names}-results.zip",
-        f"{names}-kill-table.zip", f"{names}-self-paced.zip", f"kv_cache_labs-{VERSION}.tar.gz", f"kv_cache_labs-{VERSION}-py3-none-any.whl",
-        "nbval-cpu-x86-64-cpu-2-threads.xml",
+        f"{names}-kill-table.zip", f"{names}-self-paced.zip", f"kv_cache_labs-{VERSION}.tar.gz",
+        f"kv_cache_labs-{VERSION}-py3-none-any.whl", "nbval-cpu-x86-64-cpu-2-threads.xml",
     }  # fmt: skip
     sums = dict(reversed(line.split("  ")) for line in first["SHA256SUMS"].decode().splitlines())
     assert sums == {name: hashlib.sha256(first[name]).hexdigest() for name in first if name != "SHA256SUMS"}

@@ -220,7 +220,7 @@ class GenerateWithCache(Exercise):
                 look="what the first call gets: `tokens` are new, all of them, whatever cache.seq_len is",
             )
 
-    def check_whole_prompt(self, fed: Sequence[Tensor], prompt: Tensor) -> None:
+    def check_whole_prompt(self, fed: list[Tensor], prompt: Tensor) -> None:
         """The first call ran the prompt's tokens, all of them."""
         first, total = fed[0], prompt.shape[1]
         if first.shape == prompt.shape and not same(first, prompt):
@@ -257,7 +257,7 @@ class GenerateWithCache(Exercise):
                 look="the first call: `tokens`, whole",
             )
 
-    def check_one_token_each(self, fed: Sequence[Tensor], prompt: Tensor, logits: Tensor) -> None:
+    def check_one_token_each(self, fed: list[Tensor], prompt: Tensor, logits: Tensor) -> None:
         """Each call after the first ran one token, the second the one that prefill gave. logits: of the first call."""
         first, second, total, cause = fed[0], fed[1], prompt.shape[1], ""
         if same(second, prompt) and total > 1:
