@@ -15,11 +15,18 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from docs import badges
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+COLAB = {  # what Colab's own list of packages says, of 2026-08-19; docs/elsewhere.md tells what was run with it
+    "accelerate": "1.14.0", "filelock": "3.32.3", "huggingface-hub": "1.27.0", "ipykernel": "6.17.1",
+    "ipywidgets": "7.7.1", "matplotlib": "3.10.0", "nbformat": "5.11.1", "numba": "0.61.2", "platformdirs": "4.11.3",
+    "psutil": "5.9.5", "pydantic": "2.13.4", "pyyaml": "6.0.3", "safetensors": "0.8.0", "torch": "2.11.0",
+    "tqdm": "4.67.3", "transformers": "5.15.0",
+}  # fmt: skip
 PLACES = re.compile(r"github\.com/|colab\.research|kaggle\.com|mybinder\.org|codespaces\.new|vscode\.dev")
 
 
@@ -60,6 +67,17 @@ def test_the_first_line_installs_labkit_only_where_it_is_not(there: bool, monkey
     run: list[str] = []
     exec(line, {"get_ipython": lambda: types.SimpleNamespace(system=run.append)})
     assert run == ([] if there else ["pip install -q --no-deps gguf https://github.com/a/b/archive/main.zip"])
+
+
+def test_colab_s_torch_and_transformers_serve_and_what_does_not_is_told() -> None:
+    """The first line installs labkit and gguf alone: the page must name what else Colab has older or not at all."""
+    asked = {Requirement(text).name: Requirement(text).specifier for text in PROJECT["dependencies"]}
+    assert [name for name in ("torch", "transformers") if not asked[name].contains(COLAB[name])] == []
+    page = (ROOT / "docs/elsewhere.md").read_text(encoding="utf-8")
+    assert [name for name in asked if name not in COLAB and name not in page] == []
+    older = [name for name in asked if name in COLAB and not asked[name].contains(COLAB[name])]
+    assert [name for name in older if f"{name} {COLAB[name]}" not in page] == []
+    assert {"gguf", "jupyterlab", "nbval"} == asked.keys() - COLAB.keys()
 
 
 def test_binder_gets_what_conda_gets_with_pytorch_for_cpus() -> None:
