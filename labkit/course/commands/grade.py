@@ -68,12 +68,12 @@ def run(options: argparse.Namespace) -> int:
 
 def setup(options: argparse.Namespace) -> int:
     """Make the folder and the assignment."""
-    from labkit.course.cli import ROOT
     from labkit.course.grading.classroom import ClassError, set_up
     from labkit.course.grading.room import Limits
     from labkit.files import user_path
+    from labkit.places import course_folder
 
-    notebooks = user_path(options.notebooks) if options.notebooks else ROOT / "notebooks"
+    notebooks = user_path(options.notebooks) if options.notebooks else course_folder("notebooks")
     found = sorted(notebooks.glob(f"{options.lab or '??'}_*.ipynb"))
     if not options.lab or len(found) != 1:
         known = ", ".join(path.name[:2] for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")))
