@@ -26,7 +26,7 @@ SEMVER = re.compile(
     rf"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*)){{2}}(?:-{IDENTIFIERS})?(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?"
 )
 EXECUTED = ("self-paced", "instructor")  # the editions whose stored outputs are a contract
-SITE = "docs/_build/html"  # where `make site` puts it
+SITE = "build/site"  # where `make site` puts it
 
 
 class Commit(NamedTuple):
