@@ -17,6 +17,10 @@ class Described(Figure):
 
     alt: str = ""
 
+    def __repr__(self) -> str:
+        """As matplotlib's own figures say it: a notebook stores this line, whichever of the two classes drew."""
+        return super().__repr__().replace(type(self).__name__, "Figure", 1)
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         """No picture of its own, only what belongs to the picture that matplotlib makes."""
         return {}, {"image/png": {"alt": self.alt}} if self.alt else {}
