@@ -28,8 +28,8 @@ def test_what_a_notebook_stores_beside_the_picture(made) -> None:
     assert metadata == {"image/png": {"alt": "two words, then more"}}
 
 
-def test_it_prints_as_the_notebooks_store_it(made) -> None:
-    assert repr(made).startswith("<Figure size ")
+def test_it_prints_as_the_notebooks_store_it() -> None:
+    assert repr(figure()[0]).startswith("<Figure size ")
 
 
 def test_a_figure_from_elsewhere_cannot_keep_words() -> None:
