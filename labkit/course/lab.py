@@ -121,7 +121,9 @@ class Lab:
         """Write a verdict down. A pass, once earned, stays."""
         if verdict.status == "pending":
             return
-        self.progress.count("exercises", exercise.id, "attempts")
+        # By diagnosis as well: what a class stumbles over stays known when it has passed.
+        met = [f"attempts {verdict.finding.diagnosis}"] if verdict.finding else []
+        self.progress.count("exercises", exercise.id, "attempts", *met)
         if verdict.status == "pass":
             failed = self.progress.get("exercises", exercise.id).keys() & {"last_diagnosis", "last_look"}
             self.progress.record("exercises", exercise.id, passed=True, **dict.fromkeys(failed, ""))

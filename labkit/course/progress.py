@@ -10,6 +10,7 @@ import copy
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ FORMAT = 1
 KINDS = ("exercises", "predictions", "quizzes")
 COUNTERS = ("attempts", "hints", "solutions")  # alone, or with more words behind: "hints scale"
 LOCK_SECONDS = 10
+PAUSE = 600.0  # seconds: a longer gap between two entries was no work
 
 Data = dict[str, Any]
 Change = Callable[[Data], None]
@@ -43,6 +45,15 @@ def well_formed(data: Any) -> bool:
     return all(type(count) is int and count >= 0 for count in counts)
 
 
+def add_seconds(data: Data, key: str, seconds: int) -> None:
+    """Add to the time that a lab has taken. Besides the kinds, so that older versions pass it on as it is."""
+    if seconds:
+        taken = data.get("seconds")
+        taken = taken if isinstance(taken, dict) else {}
+        before = taken.get(key[:2], 0)
+        data["seconds"] = taken | {key[:2]: seconds + (before if type(before) is int and before > 0 else 0)}
+
+
 class Progress:
     """The file, and this session's copy of it."""
 
@@ -52,6 +63,7 @@ class Progress:
         self.unsaved: list[Change] = []
         self.data = self.empty()  # the one with the others applied
         self.lost = False
+        self.latest, self.worked = time.monotonic(), 0.0
         self.update(None)
 
     @staticmethod
@@ -65,16 +77,34 @@ class Progress:
 
     def record(self, kind: str, key: str, **entry: Any) -> None:
         """Merge `entry` into what is known, here and in the file."""
-        self.update(lambda data: data[kind].setdefault(key, {}).update(entry))
+        whole = self.seconds_worked()
+
+        def merge(data: Data) -> None:
+            data[kind].setdefault(key, {}).update(entry)
+            add_seconds(data, key, whole)
+
+        self.update(merge)
 
     def count(self, kind: str, key: str, *counters: str) -> None:
         """Add one to each counter, in the file as it stands now, so that two kernels lose no count."""
 
+        whole = self.seconds_worked()
+
         def add(data: Data) -> None:
             entry = data[kind].setdefault(key, {})
             entry.update({counter: entry.get(counter, 0) + 1 for counter in counters})
+            add_seconds(data, key, whole)
 
         self.update(add)
+
+    def seconds_worked(self) -> int:
+        """Whole seconds since the last entry of this session that were work, as far as anybody can tell."""
+        now = time.monotonic()
+        gap, self.latest = now - self.latest, now
+        self.worked += gap if gap <= PAUSE else 0.0
+        whole = int(self.worked)
+        self.worked -= whole
+        return whole
 
     def update(self, change: Change | None) -> None:
         """Apply a change, and all that wait, to the file's newest content; keep them waiting if it cannot be written.

@@ -72,6 +72,7 @@ def test_a_wrong_answer_gives_the_reference_and_says_what_was_seen_why_and_where
     assert [label for label in labels if label] == ["seen", "likely", "look at"]
     assert lab.progress.get("exercises", "00.1") == {
         "attempts": 1,
+        "attempts factor": 1,
         "last_diagnosis": "factor",
         "last_look": "the blank's docstring and the text above it, one term at a time, with small numbers by hand",
     }

@@ -31,7 +31,7 @@ NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000
 READ_ONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 0x1000, 0x4000, 0x40000  # for mount()
 MOUNT_SETATTR, FOR_ALL_BELOW, AT_FDCWD = 442, 0x8000, -100  # the number is the same on every processor
 PDEATHSIG, NO_NEW_PRIVS, SUBREAPER = 1, 38, 36  # for prctl()
-LOOK = 0.2  # seconds between two looks at what the command uses
+LOOK = 0.3  # seconds between two looks at what the command uses
 SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run/user", "/run/lock")  # where anybody may write
 LINUX = sys.platform.startswith("linux")
 
@@ -46,6 +46,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # meant for the command, which gets it as well
     if LINUX:
+        libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # where the grader is killed, nothing of it stays
         libc("prctl", SUBREAPER, 1, 0, 0, 0)  # what the command leaves behind becomes this process's own
     isolate(plan, report)
     os.write(told, json.dumps(report).encode())
@@ -59,7 +60,7 @@ def main() -> int:
     try:
         return watch(child, plan, why)
     finally:
-        end_all(child, plan)
+        end_all(plan)
 
 
 def libc(name: str, *arguments: Any) -> int:
@@ -236,24 +237,36 @@ def watch(child: int, plan: dict[str, Any], why: int) -> int:
             return code & 0xFF
         time.sleep(LOOK)
         look += 1
-        excess = too_much_memory(child, plan["memory"]) if look % 2 else too_much_on_disk(plan["write"], plan["disk"])
+        excess = too_much_memory(plan["memory"]) if look % 2 else too_much_on_disk(plan["write"], plan["disk"])
         if excess:
             os.write(why, excess.encode())
             return 128 + signal.SIGKILL
 
 
-def family(child: int) -> list[psutil.Process]:
-    """The first process and all below it, and what lost its parent and became this process's own."""
-    try:
-        return psutil.Process().children(recursive=True)
-    except psutil.Error:
-        return []
+def family(pid: int) -> list[psutil.Process]:
+    """All processes below one, whoever their parents were: what loses its parent becomes the launcher's own."""
+    found, pending = [], [pid]
+    while pending:
+        parent = pending.pop()
+        try:
+            if not LINUX:
+                return psutil.Process(parent).children(recursive=True)
+            below = [
+                child for file in Path(f"/proc/{parent}/task").glob("*/children") for child in file.read_text().split()
+            ]
+        except (OSError, psutil.Error):
+            continue
+        for child in map(int, below):
+            pending.append(child)
+            with contextlib.suppress(psutil.Error):
+                found.append(psutil.Process(child))
+    return found
 
 
-def too_much_memory(child: int, most: int) -> str:
+def too_much_memory(most: int) -> str:
     """How much memory the processes hold together, in words, if it is more than they may."""
     held = 0
-    for process in family(child):
+    for process in family(os.getpid()):
         try:
             info = process.memory_info()
             if info.rss > most // 64:  # what is shared is shared out; small ones are not worth the reading
@@ -284,10 +297,10 @@ def too_much_on_disk(folders: list[str], most: int) -> str:
     return f"it wrote {total / 1e6:.0f} MB to files; {most / 1e6:.0f} MB are allowed" if total > most else ""
 
 
-def end_all(child: int, plan: dict[str, Any]) -> None:
+def end_all(plan: dict[str, Any]) -> None:
     """End every process of the command, those that tried to get away as well."""
     for _ in range(20):
-        left = family(child)
+        left = family(os.getpid())
         if not left:
             break
         for process in left:

@@ -54,7 +54,7 @@ def rows(folder: Path, assignment: str, problems: Mapping[str, str]) -> Iterator
                 continue
             for notebook in book.find_submission(assignment, student).notebooks:
                 file = folder / "autograded" / student / assignment / f"{notebook.name}.ipynb"
-                cards = reasons(file)
+                cards = reasons(file) if file.exists() else {}
                 for grade in notebook.grades:
                     card = cards.get(grade.name, {})
                     exercise = grade.name.removeprefix("points-").replace("-", ".")

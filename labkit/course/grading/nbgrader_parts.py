@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.client import NotebookClient
 from nbclient.exceptions import DeadKernelError
@@ -25,12 +27,14 @@ from nbgrader.api import Gradebook
 from nbgrader.preprocessors import ClearSolutions, Execute, NbGraderPreprocessor
 from traitlets import Dict, Float, List, Unicode
 
+from labkit.course.grading.confined import family
 from labkit.course.grading.marks import BLANK, KIND, marks
 from labkit.course.grading.room import Limits, Room
 
 DEATHS = 3  # kernels that one notebook may lose
 GRACE = 5.0  # seconds for a cell to end after it was interrupted
 OUTPUT = 200_000  # characters of one cell's outputs
+LOOK = 0.4  # seconds between two looks at a cell that runs
 STEP = 1.0  # seconds that one look at the clock counts at most: a machine that was asleep has not computed
 
 
@@ -132,8 +136,11 @@ class ConfinedExecute(Execute):
         self.reset_execution_trackers()
         self._check_assign_resources(resources)
         self.timeout, self.iopub_timeout, self.startup_timeout = None, 60, int(self.startup_seconds)
+        self.record_timing = False
         self.cell_seconds = Limits(**self.limits).cell_seconds
         self.lost: list[int] = []
+        if not nb.cells:
+            return nb, self.resources
         start = 0
         while start < len(nb.cells) and len(self.lost) < DEATHS:
             start = self.run_from(start)
@@ -157,16 +164,16 @@ class ConfinedExecute(Execute):
         try:
             with self.setup_kernel():
                 self.wait_for_reply(self.kc.kernel_info())
-                self.run_limited(new_code_cell(seal), 0, seconds=self.startup_seconds)
+                self.run_aside(seal, self.startup_seconds)
                 for before, cell in enumerate(self.nb.cells[:start]):
                     if again := self.again(before, cell):
-                        self.run_limited(new_code_cell(again), before)
+                        self.run_aside(again)
                 for index in range(start, len(self.nb.cells)):
                     self.run_limited(self.nb.cells[index], index)
                 return len(self.nb.cells)
         except (DeadKernelError, RuntimeError, TimeoutError) as error:
             cell = self.nb.cells[index]
-            why = manager.room.why or str(error)
+            why = str(error) if "stopped" in str(error) else manager.room.why or str(error)
             cell.outputs = [*cell.get("outputs", []), failure("ProcessEnded", f"the process was ended: {why}")]
             self.lost.append(index)
             return index + 1
@@ -184,33 +191,49 @@ class ConfinedExecute(Execute):
         id = name.removeprefix("points-").replace("-", ".")
         return f"__import__('labkit.course.grading.judge', fromlist=['f']).fall_back({id!r}, globals())" if id else ""
 
-    def run_limited(self, cell: NotebookNode, index: int, *, seconds: float = 0) -> None:
+    def run_aside(self, source: str, seconds: float = 0) -> None:
+        """Execute something that is no cell of the notebook's."""
+        first = self.nb.cells[0]
+        try:
+            self.run_limited(new_code_cell(source), 0, seconds)
+        finally:
+            self.nb.cells[0] = first  # nbclient puts what it executed where it thinks that it belongs
+
+    def run_limited(self, cell: NotebookNode, index: int, seconds: float = 0) -> None:
         """Execute one cell in limited time; interrupt it then, and end the kernel if that does not help."""
         if cell.cell_type == "code":
             self.written = 0
             run_sync(self.limited)(cell, index, seconds or self.cell_seconds)
 
     async def limited(self, cell: NotebookNode, index: int, seconds: float) -> None:
-        """`run_limited`, where one may wait."""
+        """`run_limited`, where one may wait.
+
+        What counts is the time that the cell computes, or that it does nothing: not that it waits for a processor.
+        """
         task = asyncio.ensure_future(self.async_execute_cell(cell, index, store_history=True))
-        spent, last, stopped = 0.0, time.monotonic(), False
+        launcher = self.km.provisioner.pid
+        before, _ = computed(launcher)
+        last, idle, stopped, grace = time.monotonic(), 0.0, False, 0.0
         while not task.done():
-            await asyncio.wait({task}, timeout=0.2)
+            await asyncio.wait({task}, timeout=LOOK)
             now = time.monotonic()
-            spent, last = spent + min(now - last, STEP), now
-            if spent > seconds and not stopped:
+            step, last = min(now - last, STEP), now
+            used, busy = computed(launcher)
+            idle += 0 if busy else step
+            if not stopped and max(used - before, idle) > seconds:
                 stopped = True
                 await ensure_async(self.km.interrupt_kernel())
-            elif spent > seconds + GRACE:
-                await ensure_async(self.km.provisioner.kill())
-                seconds += 1e9
-        if stopped:
-            if not task.exception():
-                cell.outputs.append(failure("TimeIsUp", f"the cell was stopped after {seconds:g} seconds"))
-                return
-            task.exception()
-            raise DeadKernelError(f"the cell ran for more than {self.cell_seconds:g} seconds and could not be stopped")
-        task.result()
+            elif stopped:
+                grace += step
+                if grace > GRACE:
+                    await ensure_async(self.km.provisioner.kill())
+                    grace = -1e9
+        if not stopped:
+            task.result()
+        elif task.exception():
+            raise DeadKernelError(f"the cell ran for more than {seconds:g} seconds and could not be stopped")
+        else:
+            cell.outputs.append(failure("TimeIsUp", f"the cell was stopped after {seconds:g} seconds"))
 
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         """Take what a cell puts out, up to a limit: an endless loop that prints must not fill the grader's memory."""
@@ -219,6 +242,17 @@ class ConfinedExecute(Execute):
             if self.written > OUTPUT and msg["msg_type"] in ("stream", "display_data", "update_display_data"):
                 return None
         return super().process_message(msg, cell, cell_index)
+
+
+def computed(launcher: int) -> tuple[float, bool]:
+    """Seconds that all processes of a room have computed, and whether one of them computes or wants to."""
+    total, busy = 0.0, False
+    for process in family(launcher):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+            busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    return total, busy
 
 
 def number_in(cell: NotebookNode) -> str:

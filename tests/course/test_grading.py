@@ -1,0 +1,341 @@
+"""Assignments made from notebooks, points and reasons, and what a confined process cannot do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from labkit.course.catalogue import contents, numbers
+from labkit.course.examine import examine
+from labkit.course.exercise import ACCEPTED, Exercise
+from labkit.course.grading import judge as judging
+from labkit.course.grading.export import safe
+from labkit.course.grading.judge import Points, judge, seal, share
+from labkit.course.grading.marks import BLANK, KIND
+from labkit.course.grading.room import Limits, Room, told
+from labkit.course.grading.source import cut, holds_solution, source_edition
+from labkit.labs.lab01.mask import Mask
+from labkit.labs.lab01.references import attention_weights, causal_mask
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+LINUX = sys.platform.startswith("linux")
+
+
+def exercises(number: str) -> dict[str, Exercise]:
+    return {each.id: each for each in contents(number).exercises}
+
+
+# The assignment.
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.name[:2] for path in NOTEBOOKS])
+def test_every_lab_becomes_an_assignment_that_keeps_its_blanks_and_hides_its_tests(path: Path) -> None:
+    known = exercises(path.name[:2])
+    notebook = nbformat.read(path, as_version=4)
+    edition = source_edition(notebook, known)
+    nbformat.validate(edition)
+    marked = [cell for cell in edition.cells if "nbgrader" in cell.metadata]
+    assert len({cell.metadata.nbgrader.grade_id for cell in marked}) == len(marked) == 3 * len(known)
+    graded = [cell for cell in marked if cell.metadata.nbgrader.grade]
+    assert sum(cell.metadata.nbgrader.points for cell in graded) == sum(each.minutes for each in known.values())
+    assert all("### BEGIN HIDDEN TESTS" in cell.source and "judge(" in cell.source for cell in graded)
+    answers = [cell for cell in marked if cell.metadata.nbgrader.solution]
+    for cell in answers:
+        assert cell.metadata[BLANK] in "\n".join(each.source for each in notebook.cells)
+        compile(cell.source, "answer", "exec")
+    handed_out = nbformat.v4.new_notebook(cells=[cell for cell in edition.cells if not cell.metadata.get(BLANK)])
+    for cell in answers:
+        handed_out.cells.append(nbformat.v4.new_code_cell(cell.metadata[BLANK]))
+    assert holds_solution(handed_out, known) == []
+    assert holds_solution(edition, known) == list(known)
+
+
+def test_seeds_are_new_every_time_and_points_can_be_given() -> None:
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    first, second = (source_edition(notebook, exercises("01"), points={"01.1": 7}) for _ in range(2))
+    tests = [[cell.source for cell in each.cells if "HIDDEN" in cell.source] for each in (first, second)]
+    assert all(a != b for a, b in zip(*tests, strict=True))
+    assert "# 7 points" in tests[0][0]
+
+
+def test_a_cut_keeps_what_its_exercises_need_and_refuses_one_that_is_not_there() -> None:
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    shorter = cut(notebook, ["01.2"])
+    code = [cell.source for cell in shorter.cells if cell.cell_type == "code"]
+    assert len(code) == 2
+    assert 'lab = Lab("01")' in code[0]
+    assert "def causal_mask" in code[1]
+    with pytest.raises(ValueError, match=r"no blank for 01\.77"):
+        cut(notebook, ["01.77"])
+
+
+# Hidden cases.
+
+
+def draws(exercise: Exercise, seed: int) -> list[torch.Tensor]:
+    """The tensors that a check calls its reference with."""
+    seen: list[torch.Tensor] = []
+
+    def recording(*args):
+        seen.extend(x.clone() for x in args if isinstance(x, torch.Tensor))
+        return exercise.reference(*args)
+
+    recording.__signature__ = __import__("inspect").signature(exercise.reference)
+    assert examine(exercise, recording, seed=seed).status == "pass"
+    return seen
+
+
+@pytest.mark.parametrize("id", ["01.1", "01.4", "01.5", "04.1"])
+def test_another_seed_makes_other_cases_of_the_same_sizes(id: str) -> None:
+    exercise = exercises(id[:2])[id]
+    usual, again, hidden = draws(exercise, 0), draws(exercise, 0), draws(exercise, 4321)
+    assert all(torch.equal(a, b) for a, b in zip(usual, again, strict=True))
+    assert [x.shape for x in usual] == [x.shape for x in hidden]
+    assert any(not torch.equal(a, b) for a, b in zip(usual, hidden, strict=True))
+
+
+@pytest.mark.parametrize("number", numbers())
+def test_every_reference_passes_hidden_cases(number: str) -> None:
+    for id, exercise in exercises(number).items():
+        verdict = examine(exercise, exercise.reference, seed=987_654_321)
+        assert verdict.status == "pass", (id, verdict.finding)
+
+
+# Points and reasons.
+
+
+def part_of_the_sizes(new_tokens, past):
+    return torch.ones(new_tokens, past + new_tokens, dtype=torch.bool).tril(past or 1)
+
+
+def graded(answer, **options) -> tuple[Points, dict]:
+    names = {"causal_mask": answer}
+    return judge("01.2", names, points=3, seed=5, sealed=False, **options), names
+
+
+def test_a_right_answer_has_all_points_and_stays() -> None:
+    def answer(new_tokens, past):
+        return torch.ones(new_tokens, past + new_tokens, dtype=torch.bool).tril(past)
+
+    points, names = graded(answer)
+    assert (points.points, points.status, repr(points)) == (3, "pass", "3")
+    assert names["causal_mask"] is answer
+
+
+def test_a_partly_right_answer_has_its_share_with_the_reason_and_the_reference_goes_on() -> None:
+    points, names = graded(part_of_the_sizes)
+    assert 0 < points.points < 3
+    assert points.points == share(3, points.right, points.tried)
+    assert names["causal_mask"] is causal_mask
+    text = points.text()
+    assert f"{points.right} of {points.tried} results were right" in text
+    assert "it should be keys [0]" in text
+    card = points._repr_mimebundle_()
+    assert card["text/plain"] == repr(points)
+    assert card[KIND]["finding"]["diagnosis"] == "values"
+
+
+def test_a_blank_is_pending_and_what_is_not_there_is_missing() -> None:
+    def blank(new_tokens, past):
+        raise NotImplementedError("01.2")
+
+    assert graded(blank)[0].status == "pending"
+    points = judge("01.2", {}, points=3, seed=5, sealed=False)
+    assert points.finding.diagnosis == "missing"
+    assert points.points == 0
+
+
+def calls_it(new_tokens, past):
+    return causal_mask(new_tokens, past)
+
+
+def test_the_reference_under_any_name_earns_nothing() -> None:
+    from functools import partial
+
+    for answer in (causal_mask, partial(causal_mask), calls_it):
+        assert graded(answer)[0].finding.diagnosis == "the-courses-own", answer
+
+
+def test_points_are_rounded_down_and_all_of_them_are_for_what_passes() -> None:
+    assert share(3, 0, 22) == 0
+    assert share(3, 21, 22) == 2.7
+    assert share(3, 22, 22) == 2.7
+    assert share(1, 1, 22) == 0
+    assert share(3, 5, 0) == 0
+
+
+def test_what_replaces_a_part_of_the_course_is_found(monkeypatch) -> None:
+    monkeypatch.setattr(judging, "SEALED", {})
+    assert judging.replaced() is not None  # no seal
+    seal("01")
+    assert judging.replaced() is None
+    with monkeypatch.context() as patch:
+        patch.setattr("labkit.course.examine.too_slow", print)
+        assert "labkit.course.examine.too_slow" in judging.replaced().seen
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "sum", lambda *args: 0)
+        assert "Tensor.sum" in judging.replaced().seen
+    assert judging.replaced() is None
+
+
+def test_a_check_that_takes_a_wrong_answer_for_right_is_found(monkeypatch) -> None:
+    assert judging.canary(Mask(), 1, 20) is None
+    monkeypatch.setattr(Mask, "examine", lambda self, answer: None)
+    assert judging.canary(Mask(), 1, 20).diagnosis == "tampered"
+
+
+def test_nobody_counts_where_nobody_asked() -> None:
+    assert ACCEPTED.get() is None
+    assert examine(exercises("01")["01.1"], attention_weights).status == "pass"
+    assert ACCEPTED.get() is None
+
+
+def test_a_spreadsheet_computes_nothing_that_a_submission_says() -> None:
+    assert safe("=HYPERLINK(1)") == "'=HYPERLINK(1)"
+    assert safe("a\nb") == "a b"
+
+
+# The room.
+
+
+@pytest.fixture
+def room(tmp_path: Path):
+    (tmp_path / "secret.txt").write_text("secret")
+    made: list[Room] = []
+
+    def run(code: str, **limits) -> tuple[str, str, int]:
+        """What a confined Python printed, why it ended, its status."""
+        one = Room(Limits(**{"seconds": 30, "memory": 10**9, "disk": 50 * 10**6, **limits}), [tmp_path])
+        made.append(one)
+        command = one.command(
+            [sys.executable, "-c", f"import os, sys\nSECRET = {str(tmp_path / 'secret.txt')!r}\n{code}"]
+        )
+        status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
+        return (one.home / "output.txt").read_text(), one.why, status
+
+    yield run
+    for one in made:
+        one.close()
+
+
+enforced = pytest.mark.skipif(not (LINUX and ROOT), reason="what is enforced differs: labkit grade limits says what")
+
+
+def test_a_room_has_an_environment_and_a_folder_of_its_own(room, monkeypatch) -> None:
+    monkeypatch.setenv("PRIVATE_TOKEN", "hidden")
+    printed, _, status = room(
+        "print(os.environ.get('PRIVATE_TOKEN'), os.path.basename(os.getcwd())); open('x', 'w').write('1')"
+    )
+    assert (printed.split(), status) == (["None", "work"], 0)
+
+
+def test_time_and_files_and_processes_are_limited(room) -> None:
+    _, why, status = room("while True: pass", seconds=1)
+    assert status != 0
+    assert "more than 1 seconds" in why
+    printed, _, _ = room("open('big', 'wb').write(bytes(10**7))", file=10**6)
+    assert "File too large" in printed
+    printed, _, _ = room("[os.open('/', 0) for _ in range(1000)]", open_files=100)
+    assert "Too many open files" in printed
+
+
+@pytest.mark.skipif(not LINUX, reason="macOS lets nobody limit memory; it is looked at instead")
+def test_memory_is_limited(room) -> None:
+    printed, _, status = room("hoard = [bytearray(10**8) for _ in range(100)]")
+    assert "MemoryError" in printed
+    assert status == 1
+
+
+@enforced
+def test_a_room_sees_no_network_no_secret_and_no_other_process(room, tmp_path: Path) -> None:
+    printed, _, _ = room(
+        "import socket\n"
+        "for what in (lambda: open(SECRET), lambda: open(os.path.dirname(SECRET) + '/mine', 'w'),\n"
+        "             lambda: open(sys.prefix + '/mine', 'w'), lambda: os.kill(os.getppid(), 9),\n"
+        "             lambda: socket.create_connection(('1.1.1.1', 80), 2), lambda: os.setuid(0)):\n"
+        "    try:\n        what(); print('DONE')\n    except OSError as error:\n        print('no:', error)\n"
+        "open('/tmp/mine', 'w'); print(os.getuid() >= 30000, len([p for p in os.listdir('/proc') if p.isdigit()]))\n"
+    )
+    lines = printed.splitlines()
+    assert len(lines) == 7
+    assert all(line.startswith("no:") for line in lines[:6]), printed
+    assert lines[6].split()[0] == "True"
+    assert int(lines[6].split()[1]) <= 3
+    assert not Path("/tmp/mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt"]
+
+
+@enforced
+def test_what_is_left_running_ends_with_the_room(room) -> None:
+    printed, _, _ = room(
+        "import subprocess\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(98765)'], start_new_session=True)\n"
+        "print('left')"
+    )
+    assert printed.strip() == "left"
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "time.sleep(98765)" not in left
+
+
+@pytest.mark.skipif(not (LINUX and ROOT), reason="only root can try to be somebody else")
+def test_somebody_who_is_not_root_gets_what_the_system_gives_them(tmp_path: Path) -> None:
+    """Namespaces of one's own, where the kernel allows it; else the report says what is missing."""
+    code = (
+        "import subprocess, sys, json\n"
+        "from labkit.course.grading.room import Limits, Room, told\n"
+        "room = Room(Limits(seconds=20))\n"
+        "done = subprocess.run(room.command([sys.executable, '-c', 'print(1)']), stdin=subprocess.DEVNULL)\n"
+        "report = json.loads((room.base / 'report').read_text())\n"
+        "print(json.dumps([done.returncode, report, told(report, Limits())])); room.close()\n"
+    )
+    if not os.access(sys.executable, os.X_OK) or subprocess.run(
+        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", "import torch"],
+        check=False, capture_output=True,
+    ).returncode:  # fmt: skip
+        pytest.skip("another user cannot read this Python")
+    command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", code]
+    home = {
+        "HOME": str(tmp_path),
+        "TMPDIR": "/tmp",
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=home)
+    status, report, lines = __import__("json").loads(done.stdout.splitlines()[-1])
+    assert status == 0
+    assert report["user"].startswith("the command runs as you")
+    assert any("NOT enforced here: a user of its own" in line for line in lines)
+
+
+def test_what_is_not_enforced_is_said() -> None:
+    lines = told({"user": "", "network": "no namespaces", "files": "denied"}, Limits())
+    assert "a user of its own" in lines[0]
+    assert "NOT enforced here: no network (no namespaces)." in lines
+    assert len(lines) >= 3
+
+
+# The command.
+
+
+def labkit(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "labkit.course.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_what_a_teacher_mistypes_is_said_in_a_line(tmp_path: Path) -> None:
+    for arguments, said in (
+        (("setup", str(tmp_path / "a"), "--lab", "99"), "which lab? --lab with one of 01, 02"),
+        (("run", str(tmp_path)), "is not a class's folder"),
+        (("collect", str(tmp_path), str(tmp_path)), "is not a class's folder"),
+    ):
+        done = labkit("grade", *arguments)
+        assert done.returncode == 1, arguments
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
