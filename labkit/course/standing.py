@@ -109,17 +109,22 @@ class Standing:
 
 def standing(data: dict[str, Any]) -> Standing:
     """A progress file's content against the labs there are."""
-    labs, known = [], 0
-    seconds = data.get("seconds") if isinstance(data.get("seconds"), dict) else {}
+    labs: list[LabStanding] = []
+    known = 0
+    seconds: Any = data.get("seconds")
     for one in numbers():
         lab = contents(one)
-        parts = [
-            {each.id: data[kind][each.id] for each in listed if each.id in data[kind]}
-            for kind, listed in zip(KINDS, (lab.exercises, lab.predictions, lab.quizzes), strict=True)
-        ]
-        known += sum(map(len, parts))
-        taken = seconds.get(one, 0)
-        labs.append(LabStanding(lab, *parts, taken if type(taken) is int and taken > 0 else 0))
+        exercises, guesses, answers = (
+            {id: data[kind][id] for id in ids if id in data[kind]}
+            for kind, ids in (
+                ("exercises", [each.id for each in lab.exercises]),
+                ("predictions", [each.id for each in lab.predictions]),
+                ("quizzes", [each.id for each in lab.quizzes]),
+            )
+        )
+        known += len(exercises) + len(guesses) + len(answers)
+        taken = seconds.get(one, 0) if isinstance(seconds, dict) else 0
+        labs.append(LabStanding(lab, exercises, guesses, answers, taken if type(taken) is int and taken > 0 else 0))
     return Standing(labs, sum(len(data[kind]) for kind in KINDS) - known)
 
 

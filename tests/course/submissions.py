@@ -196,7 +196,7 @@ def submissions(
         ),
         "no_bfloat16": Submission(
             {"1": WEIGHTS.replace("    ret", "    if q.dtype == torch.bfloat16:\n        raise TypeError\n    ret")},
-            (2.2, 3.0, 3.0), ("raised",),
+            (1.9, 3.0, 3.0), ("raised",),
         ),
         "no_scale": Submission({"1": NO_SCALE}, (0.0, 3.0, 3.0), ("no-scale",)),
         "no_offset": Submission({"2": NO_OFFSET}, NO_MASK, ("mask-offset",)),
@@ -251,7 +251,9 @@ def submissions(
         "peeks": Submission({"1": NO_SCALE}, (0.0, 3.0, 3.0), ("no-scale",), first(PEEK.format(**places)), "looked at"),
         "sprays_files": Submission(change=first(SPRAY.format(**places)), said="sprayed"),
         "calls_out": Submission(change=first(CALL.format(**places)), said="not reached"),
-        "forks": Submission({"2": FORK + MASK}, NO_MASK, ("missing",), said="Resource temporarily unavailable"),
+        "forks": Submission(  # its children leave no room for a thread, which the check of the last exercise needs
+            {"2": FORK + MASK}, (3.0, 0.0, 0.0), ("missing", "RuntimeError"), said="Resource temporarily unavailable"
+        ),
         "kills_and_leaves_one": Submission(change=first(AWAY), said="not permitted"),
         "fills_the_disk": Submission(
             {"2": DISK + MASK},

@@ -67,8 +67,8 @@ def test_a_class_of_30_is_graded_with_reasons_and_nothing_else_is_touched(tmp_pa
     (outside / "precious.txt").write_text("mine")
     (outside / "precious.txt").chmod(0o666)
     done = labkit_grade(
-        "setup", str(folder), "--lab", "01", "--exercises", ",".join(EXERCISES), "--check-seconds", "3",
-        "--cell-seconds", "8", "--memory", "2",
+        "setup", str(folder), "--lab", "01", "--exercises", ",".join(EXERCISES), "--check-seconds", "2",
+        "--cell-seconds", "6", "--memory", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 exercises, 9 points" in done.stdout

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -100,17 +101,18 @@ def isolate(plan: dict[str, Any], report: dict[str, str]) -> None:
         if not report["namespaces"]:
             maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
             for name, text in maps.items():
-                attempt(report, "namespaces", lambda n=name, t=text: Path(f"/proc/self/{n}").write_text(t))
-    attempt(report, "network", lambda: (libc("unshare", NEWNET), loopback_up()))
-    attempt(report, "shared memory", lambda: libc("unshare", NEWIPC))
-    attempt(report, "files", lambda: (libc("unshare", NEWNS), hide(plan)))
-    attempt(report, "processes", lambda: libc("unshare", NEWPID))
+                attempt(report, "namespaces", functools.partial(Path(f"/proc/self/{name}").write_text, text))
+    attempt(report, "network", functools.partial(libc, "unshare", NEWNET), loopback_up)
+    attempt(report, "shared memory", functools.partial(libc, "unshare", NEWIPC))
+    attempt(report, "files", functools.partial(libc, "unshare", NEWNS), functools.partial(hide, plan))
+    attempt(report, "processes", functools.partial(libc, "unshare", NEWPID))
 
 
-def attempt(report: dict[str, str], name: str, step: Step) -> None:
-    """Do a step and report why it failed, if it did."""
+def attempt(report: dict[str, str], name: str, *steps: Step) -> None:
+    """Do some steps and report why one failed, if one did."""
     try:
-        step()
+        for step in steps:
+            step()
         report.setdefault(name, "")
     except OSError as error:
         report[name] = str(error.strerror or error)

@@ -159,11 +159,11 @@ class ConfinedExecute(Execute):
         manager = ConfinedKernelManager(
             kernel_name="python3", limits=dict(self.limits), hide=list(self.hide), config=self.config
         )
-        self.km, self.kc, self.owns_km = manager, None, True
+        self.km: Any = manager
+        self.kc, self.owns_km = None, True
         index = start
         try:
             with self.setup_kernel():
-                self.wait_for_reply(self.kc.kernel_info())
                 self.run_aside(seal, self.startup_seconds)
                 for before, cell in enumerate(self.nb.cells[:start]):
                     if again := self.again(before, cell):
@@ -211,7 +211,8 @@ class ConfinedExecute(Execute):
         What counts is the time that the cell computes, or that it does nothing: not that it waits for a processor.
         """
         task = asyncio.ensure_future(self.async_execute_cell(cell, index, store_history=True))
-        launcher = self.km.provisioner.pid
+        provisioner: Any = self.km.provisioner
+        launcher = provisioner.pid
         before, _ = computed(launcher)
         last, idle, stopped, grace = time.monotonic(), 0.0, False, 0.0
         while not task.done():
@@ -226,7 +227,7 @@ class ConfinedExecute(Execute):
             elif stopped:
                 grace += step
                 if grace > GRACE:
-                    await ensure_async(self.km.provisioner.kill())
+                    await ensure_async(provisioner.kill())
                     grace = -1e9
         if not stopped:
             task.result()
