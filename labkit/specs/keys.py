@@ -4,7 +4,7 @@ import re
 
 from labkit.specs.names import NAMES
 
-# Keys that say nothing of what a layer keeps of a token: by their names, and by what is in a name.
+# Keys that say nothing of what a layer keeps of a token: by their names, and by the words of which a name consists.
 HARMLESS = frozenset(
     (
         # where it comes from and how it is stored
@@ -54,7 +54,7 @@ HARMLESS = frozenset(
         zero_centered_gamma swiglu_limit mlp_type use_gated_mlp gated_mlp max_z_loss softmax_in_fp32
         scale_attention_softmax_in_fp32 use_dynamic_ntk use_logn_attn logn skip_bias_add skip_bias_add_qkv
         slow_but_exact attn_output_multiplier embedding_multiplier_scale output_multiplier_scale max_attn_value
-        embeddings_scale width_scale scale_qk_dot_by_d parallel_attn_mlp_res use_residual
+        embeddings_scale width_scale scale_qk_dot_by_d mup_scale_qk_dot_by_d parallel_attn_mlp_res use_residual
         mamba_chunk_size mamba_conv_bias mamba_proj_bias mamba_dt_rank mamba_rms_norm
         mamba_norm_before_gate mamba_inner_layernorms use_predefined_initial_state
         layer_norm_rms
@@ -89,13 +89,26 @@ HARMLESS = frozenset(
         """
     ).split()
 )
-NOTHING = re.compile(
-    r"dropout|pdrop$|(^|_)eps(ilon)?$"
-    r"|(layer|rms|pre|post|qk)_?norm|(^|_)norm(_|$)"  # norms
-    r"|(^|_)loss(_|$)|^(initializer|mup)_|^summary_"  # training, and a head that sums up
-    r"|^_?(use_)?flash_(attn|attention|rotary)(_\d)?(_enabled)?$|^(use_)?fused_"  # kernels
-    r"|^rotary_|_token_(id|ids|index)$"
+# Words that make of a key one about norms, training, kernels, an initial value or an angle, and words that may stand
+# beside them. Whole words: what a key says with another one is not known, so that kv_cache_dropout is none of these.
+ABOUT = frozenset(
+    """
+    norm norms layernorm rmsnorm prenorm postnorm eps epsilon dropout pdrop loss initializer mup summary fused rotary
+    """.split()
 )
+BESIDE = frozenset(
+    """
+    use add apply do enable enabled with is pre post before after first last final sandwich stable gated parallel
+    zero centered elementwise affine in out input output hidden layer sublayer self attn attention full linear query
+    key value q k v qk qkv mlp ff ffn feed forward feedforward dense fc gate up down moe router expert experts mtp
+    lm head embedding embeddings embed embd emb resid residual path proj projection projector classifier adapter
+    activation decoder positional rescale remove init mixer jitter prior coefficient reduction pooler softmax fusion
+    conv bias weight scale scaling factor multiplier rms ln alpha beta gamma std mean variance cutoff range prob
+    probs p rate ratio coef coefficient type aux auxiliary balance z fp32 float32 base width theta percent pct
+    interleaved idxs labels to
+    """.split()
+)
+ENDINGS = re.compile(r"_?(use_)?flash_(attn|attention|rotary)(_\d)?(_enabled)?|\w*_token_(id|ids|index)")
 STRUCTURAL = re.compile(  # keys that speak of what layers keep
     r"pattern|layer_type|attn_type|block_type|mamba|ssm|linear_attn|index_head|window|hybrid|lightning|recurrent|use_cla"
     r"|per_layer|attn_layer|attention_layers|kv_shar"
@@ -137,4 +150,11 @@ EVERY = {  # one layer in so many has full attention; the others are of this kin
 
 def says_nothing(key: str) -> bool:
     """Whether it is known of a key that it says nothing of what a layer keeps of a token."""
-    return key in HARMLESS or (bool(NOTHING.search(key)) and not STRUCTURAL.search(key))
+    return key in HARMLESS or is_aside(key)
+
+
+def is_aside(key: str) -> bool:
+    """Whether all words of a key, of which no list has to name it, are about something else than what a layer keeps."""
+    words = set(key.lower().strip("_").split("_"))
+    aside = bool(words & ABOUT) and words <= ABOUT | BESIDE
+    return (aside or bool(ENDINGS.fullmatch(key))) and not STRUCTURAL.search(key)

@@ -3,7 +3,7 @@
 import pytest
 
 from labkit.specs import SpecError, from_hf_config
-from labkit.specs.keys import NOTHING, READ, SIZES, WEIGHTS
+from labkit.specs.keys import READ, SIZES, WEIGHTS, is_aside
 
 U = {
     "model_type": "foo", "num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 8,
@@ -206,8 +206,25 @@ def test_a_key_that_speaks_of_layers_is_not_known_by_its_family(key):
         read({key: 3})
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["kv_cache_dropout", "fused_kv_groups", "rotary_num_kv_heads", "token_dropout_budget", "norm_rank", "norm_of_cache",
+     "summary_tokens", "mup_kv_heads", "prenormalized", "lossless_eps", "initializer_num_heads", "flash_attn_kv"],
+)  # fmt: skip
+def test_a_key_with_a_word_that_is_not_known_is_refused_whatever_else_is_in_it(key):
+    with pytest.raises(SpecError, match=f"{key} is not read here"):
+        read({key: 3})
+
+
+@pytest.mark.parametrize(
+    "key", ["mlp_dropout", "post_attention_norm_eps", "router_z_loss_coef", "pad_token_id", "ln_eps"]
+)
+def test_a_key_all_of_whose_words_are_about_something_else_needs_no_list(key):
+    assert letters({key: 3}) == "ffffffff"
+
+
 def test_no_key_that_says_something_is_taken_for_one_that_says_nothing():
-    assert [key for key in sorted(READ | SIZES | WEIGHTS) if NOTHING.search(key)] == []
+    assert [key for key in sorted(READ | SIZES | WEIGHTS) if is_aside(key)] == []
 
 
 def test_of_several_lengths_the_shortest_is_the_longest_context_and_a_tokenizers_counts_if_there_is_no_other():
