@@ -374,12 +374,7 @@ def run(requests: Sequence[Asks], record: str = "eight requests", **settings: An
             kept = recorded(record)
         except LookupError:  # then why there is no server is all that can be said
             raise error from None
-        same = [plain(request) for request in requests] == [plain(request) for request in eight_requests()]
-        of = "" if same else " of other requests, those of `vllm.eight_requests()`"
+        asked, then = ([(one.id, body_of(one)) for one in some] for some in (requests, eight_requests()))
+        of = "" if asked == then else " of other requests, those of `vllm.eight_requests()`"
         print(f"{error}\nIn its place, a recorded run{of}: {kept.recorded}.")
         return kept
-
-
-def plain(request: Asks) -> tuple[str, list[int], int]:
-    """What makes two requests the same."""
-    return request.id, [int(token) for token in request.tokens], request.max_new_tokens

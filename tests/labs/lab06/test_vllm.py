@@ -12,11 +12,13 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from labkit.engine import Request
 from labkit.labs.lab06 import vllm, vllm_environment, vllm_protocol
 from labkit.labs.lab06.vllm import Prompt, VllmError, serving
 from labkit.labs.lab06.vllm_metrics import counters_in, labels_of, numbers_in
@@ -300,6 +302,15 @@ def test_without_vllm_the_recorded_run_is_given_and_marked_and_why_is_said(tmp_p
     assert "a recorded run: " in said
     assert run.recorded in said
     assert "vLLM 0.32" in run.recorded
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7, "seed": 1}, {"stop": (5,)}, {"salt": "a"}])
+def test_whatever_a_request_says_makes_it_another_than_the_recorded_one(tmp_path: Path, capsys, change) -> None:
+    first, *others = (Request(x.id, x.tokens, x.max_new_tokens) for x in vllm.eight_requests())
+    vllm.run([first, *others], environment=tmp_path / "nowhere")
+    assert "of other requests" not in capsys.readouterr().out  # whatever class they are of
+    vllm.run([replace(first, **change), *others], environment=tmp_path / "nowhere")
+    assert "a recorded run of other requests" in capsys.readouterr().out
 
 
 def test_a_server_that_dies_in_mid_run_gives_way_to_the_recorded_run(environment: Path, monkeypatch, capsys) -> None:
