@@ -70,6 +70,7 @@ lint: $(TEST_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m labkit.course.cli lint
 
 unit: lint $(NODE_READY)
 	$(PY) -m labkit.course.cli model
@@ -94,11 +95,7 @@ vllm: .venv-vllm/.vllm-0.32.0
 	@echo "vLLM is in .venv-vllm. Lab 06 starts it by itself."
 
 notebooks: $(TEST_READY)
-	$(PY) -m labkit.measure
-	LABKIT_DEVICE=cpu LABKIT_PROFILE=quick $(SCRATCH) $(PY) -m nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
-	$(PY) -m nbstripout --keep-output --keep-count --keep-id --extra-keys \
-		'metadata.widgets metadata.language_info.version cell.metadata.execution' notebooks/*.ipynb
+	LABKIT_DEVICE=cpu LABKIT_PROFILE=quick $(SCRATCH) $(PY) -m labkit.course.record notebooks/*.ipynb
 
 docs: $(TEST_READY)
 	$(PY) -m tests.labs.kill_table

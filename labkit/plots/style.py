@@ -120,4 +120,4 @@ def against_length(
     if len(curves) > 1 or level:
         axes.legend(fontsize=8)
     mark = f" The dashed line: {level[1]}." if level else ""
-    return described(fig, f"{ylabel} against {xlabel}, as lines. {ends(curves, lengths)}.{mark}")
+    return described(fig, f"Lines: {ylabel} against {xlabel}. {ends(curves, lengths)}.{mark}")

@@ -39,7 +39,7 @@ def test_a_figure_from_elsewhere_cannot_keep_words() -> None:
 
 def test_lines_are_told_by_their_ends() -> None:
     fig = against_length([1, 2, 8192], {"a": [0.5, 1, 1234.5], "b": [1, 2, 3]}, xlabel="tokens", ylabel="MB")
-    assert fig.alt == "MB against tokens, as lines. a: 0.5 at 1, 1,230 at 8,192; b: 1 at 1, 3 at 8,192."
+    assert fig.alt == "Lines: MB against tokens. a: 0.5 at 1, 1,230 at 8,192; b: 1 at 1, 3 at 8,192."
 
 
 def test_numbers_and_lists_read_as_people_write_them() -> None:

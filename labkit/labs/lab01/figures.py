@@ -280,5 +280,6 @@ def times_by_length(
     axes.set_title(title, fontsize=10)
     axes.legend()
     return described(
-        fig, f"{ylabel} against tokens in the prompt, both axes logarithmic. {ends(seconds, lengths, 'ms', 1e3)}."
+        fig,
+        f"Lines: {ylabel} against tokens in the prompt, both axes logarithmic. {ends(seconds, lengths, 'ms', 1e3)}.",
     )

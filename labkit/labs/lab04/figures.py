@@ -46,7 +46,7 @@ def head_groups(num_heads: int, kv_heads: Sequence[int]) -> Figure:
     return described(
         fig,
         f"{num_heads} query heads above, KV heads below, a line from each query head to the KV head that it "
-        f"reads. {'; '.join(f'{count} KV heads: {num_heads // count} query heads share each' for count in kv_heads)}.",
+        f"reads. {'; '.join(f'KV heads: {count}, num_queries_per_kv = {num_heads // count}' for count in kv_heads)}.",
     )
 
 
