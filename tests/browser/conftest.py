@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from labkit.course.cli import jupyter_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -56,7 +58,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
+    environment = jupyter_environment(dict(os.environ), folder) | {  # as labkit open has it
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_RUNTIME_DIR": str(home / "run"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
