@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> int:
 
 def own_file() -> Path:
     """The learner's file: where the labs keep it, or in `work/`, where `make lab` opens them."""
-    from labkit.course.cli import ROOT
     from labkit.course.progress import default_path
+    from labkit.places import checkout
 
-    path = default_path()
-    work = ROOT / "work" / "progress.json"
+    path, top = default_path(), checkout()
+    work = top / "work" / "progress.json" if top else path
     return work if not path.exists() and work.exists() else path
