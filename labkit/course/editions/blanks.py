@@ -1,7 +1,6 @@
-"""Editions of a notebook, made from the one source in `notebooks/`.
+"""Blanks of a notebook, found by their checks.
 
-`fill` puts the references into the blanks: what an instructor reads, and what proves that every check accepts its
-reference. The notebooks themselves hold no solutions.
+`fill` puts the references into them: what an instructor reads, and what proves that every check accepts its reference.
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""`labkit build`: the editions of the course."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+ABOUT = """Write editions of the labs from notebooks/, each into a folder of its own.
+  self-paced   the notebooks as they stand
+  instructor   references in the blanks, teaching notes around them
+  slides       reveal.js, without solutions; opens without a network (reveal.js itself
+               is fetched from npm's registry the first time, then kept)"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "build",
+        help="write the editions: self-paced, instructor, slides",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="DIR", default="dist/editions", help="where to (default: dist/editions)")
+    parser.add_argument("--lab", nargs="+", metavar="NN", default=[], help="these labs only, as in --lab 01 02")
+    parser.add_argument("--edition", nargs="+", metavar="NAME", default=[], help="these editions only")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build; a line for each edition."""
+    from labkit.course.editions.build import EDITIONS, build
+    from labkit.files import user_path
+    from labkit.places import course_folder
+
+    root = course_folder("notebooks").parent
+    build(root, user_path(options.out), options.edition or list(EDITIONS), options.lab)
+    return 0
