@@ -4,7 +4,7 @@
 # make gpu        tests, notebooks and benchmarks on a CUDA GPU; figures go to data/results/   WORKERS=
 # make vllm       an environment of its own for vLLM, which lab 06 compares with; Linux, 3.5 GB (more for a GPU)
 # make notebooks  run the notebooks in place and keep their outputs (authors)
-# make docs       write the kill table, the claims, the README's picture and badges anew (authors)
+# make docs       write the kill table, the teaching guide, the claims, the README's picture and badges anew (authors)
 # make verify     run all editions' notebooks of this commit under strict nbval, keep the JUnit (authors)   JUNIT=
 # make release    dist/VERSION from this commit (authors)   VERSION= JUNIT= GPU=1
 # make publish    put dist/VERSION on GitHub, with its program gh (authors)   VERSION=
@@ -99,6 +99,7 @@ notebooks: $(TEST_READY)
 
 docs: $(TEST_READY)
 	$(PY) -m tests.labs.kill_table
+	$(PY) -m labkit.course.editions.guide
 	$(PY) -m labkit.claims
 	$(PY) docs/pictures.py
 	$(PY) docs/badges.py
