@@ -20,7 +20,19 @@ from rattler import MatchSpec
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
-DIRECT = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def spelled_out(texts: list[str]) -> list[str]:
+    """Requirements, with those of the project's own extras in the place of `kv-cache-labs[extra]`."""
+    found: list[str] = []
+    for text in texts:
+        own = Requirement(text).name == PROJECT["name"]
+        found += [one for extra in Requirement(text).extras for one in EXTRAS[extra]] if own else [text]
+    return found
+
+
+DIRECT = [*PROJECT["dependencies"], *spelled_out(EXTRAS["test"])]
 MACHINES = [
     {
         "sys_platform": system,
