@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from labkit.course.catalogue import contents, numbers
+from labkit.course.cli import main
 from labkit.course.examine import examine
 from labkit.course.exercise import ACCEPTED, Exercise
 from labkit.course.grading import judge as judging
@@ -87,12 +90,12 @@ def draws(exercise: Exercise, seed: int) -> list[torch.Tensor]:
         seen.extend(x.clone() for x in args if isinstance(x, torch.Tensor))
         return exercise.reference(*args)
 
-    recording.__signature__ = __import__("inspect").signature(exercise.reference)
+    recording.__signature__ = inspect.signature(exercise.reference)
     assert examine(exercise, recording, seed=seed).status == "pass"
     return seen
 
 
-@pytest.mark.parametrize("id", ["01.1", "01.4", "01.5", "04.1"])
+@pytest.mark.parametrize("id", ["01.1", "01.5", "02.7"])
 def test_another_seed_makes_other_cases_of_the_same_sizes(id: str) -> None:
     exercise = exercises(id[:2])[id]
     usual, again, hidden = draws(exercise, 0), draws(exercise, 0), draws(exercise, 4321)
@@ -136,7 +139,8 @@ def test_a_partly_right_answer_has_its_share_with_the_reason_and_the_reference_g
     assert names["causal_mask"] is causal_mask
     text = points.text()
     assert f"{points.right} of {points.tried} results were right" in text
-    assert "it should be keys [0]" in text
+    assert "mask: new" in text
+    assert "the rule for a row is another one" in text
     card = points._repr_mimebundle_()
     assert card["text/plain"] == repr(points)
     assert card[KIND]["finding"]["diagnosis"] == "values"
@@ -284,34 +288,26 @@ def test_what_is_left_running_ends_with_the_room(room) -> None:
     assert "time.sleep(98765)" not in left
 
 
-@pytest.mark.skipif(not (LINUX and ROOT), reason="only root can try to be somebody else")
-def test_somebody_who_is_not_root_gets_what_the_system_gives_them(tmp_path: Path) -> None:
-    """Namespaces of one's own, where the kernel allows it; else the report says what is missing."""
-    code = (
-        "import subprocess, sys, json\n"
+@enforced
+def test_somebody_who_is_not_root_gets_what_the_system_gives_them(room) -> None:
+    """A room in a room, whose user is not root: namespaces where the kernel allows them; else it is said."""
+    printed, _, status = room(
+        "import json, subprocess\n"
         "from labkit.course.grading.room import Limits, Room, told\n"
-        "room = Room(Limits(seconds=20))\n"
-        "done = subprocess.run(room.command([sys.executable, '-c', 'print(1)']), stdin=subprocess.DEVNULL)\n"
-        "report = json.loads((room.base / 'report').read_text())\n"
-        "print(json.dumps([done.returncode, report, told(report, Limits())])); room.close()\n"
+        "inner = Room(Limits(seconds=20))\n"
+        "done = subprocess.run(inner.command([sys.executable, '-c', 'import os; print(os.getuid())']))\n"
+        "report = json.loads((inner.base / 'report').read_text())\n"
+        "uid = (inner.home / 'output.txt').read_text().strip()\n"
+        "print(json.dumps([done.returncode, uid == str(os.getuid()), report, told(report, Limits())]))\n"
     )
-    if not os.access(sys.executable, os.X_OK) or subprocess.run(
-        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", "import torch"],
-        check=False, capture_output=True,
-    ).returncode:  # fmt: skip
-        pytest.skip("another user cannot read this Python")
-    command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", code]
-    home = {
-        "HOME": str(tmp_path),
-        "TMPDIR": "/tmp",
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=home)
-    status, report, lines = __import__("json").loads(done.stdout.splitlines()[-1])
-    assert status == 0
+    assert status == 0, printed
+    code, same, report, lines = json.loads(printed.splitlines()[-1])
+    assert code == 0
+    assert same
     assert report["user"].startswith("the command runs as you")
     assert any("NOT enforced here: a user of its own" in line for line in lines)
+    for name in ("network", "files"):  # enforced, or said not to be
+        assert not report[name] or any(report[name] in line for line in lines)
 
 
 def test_what_is_not_enforced_is_said() -> None:
@@ -324,18 +320,13 @@ def test_what_is_not_enforced_is_said() -> None:
 # The command.
 
 
-def labkit(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "labkit.course.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_what_a_teacher_mistypes_is_said_in_a_line(tmp_path: Path) -> None:
+def test_what_a_teacher_mistypes_is_said_in_a_line(tmp_path: Path, capsys) -> None:
     for arguments, said in (
         (("setup", str(tmp_path / "a"), "--lab", "99"), "which lab? --lab with one of 01, 02"),
         (("run", str(tmp_path)), "is not a class's folder"),
         (("collect", str(tmp_path), str(tmp_path)), "is not a class's folder"),
     ):
-        done = labkit("grade", *arguments)
-        assert done.returncode == 1, arguments
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        assert main(["grade", *arguments]) == 1, arguments
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1

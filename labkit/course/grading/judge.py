@@ -252,7 +252,8 @@ def parts() -> Iterator[tuple[str, tuple[Any, Any]]]:
             for part, value in list(vars(module).items()):
                 yield from functions(f"{name}.{part}", value)
     for owner in (builtins, torch.Tensor, json, math):
-        for part, value in list(vars(owner).items()):
+        for part in dir(owner):
+            value = inspect.getattr_static(owner, part)
             if callable(value) and not (owner is builtins and part in CHANGING):
                 yield f"{owner.__name__}.{part}", (value, None)
     for part in ("isfinite", "isnan", "equal", "allclose", "as_tensor", "isclose"):

@@ -108,27 +108,22 @@ def cut(notebook: NotebookNode, ids: Sequence[str]) -> NotebookNode:
 
 
 def holds_solution(notebook: NotebookNode, exercises: Mapping[str, Exercise]) -> list[str]:
-    """The exercises whose reference stands, line for line, somewhere in the notebook's code; layout does not matter."""
-    text = "\n".join(plain(cell.source) for _, cell in code_cells(notebook))
-    return [id for id, exercise in exercises.items() if body_of(exercise) in text]
+    """The exercises whose reference's body is some definition's in the notebook, whatever its name and layout."""
+    found = {body for _, cell in code_cells(notebook) for body in bodies(cell.source)}
+    return [id for id, exercise in exercises.items() if bodies(source_of(exercise.reference))[0] in found]
 
 
-def body_of(exercise: Exercise) -> str:
-    """A reference without its docstring and first line, in plain form."""
-    node = definition(source_of(exercise.reference), exercise.reference.__name__)
-    body = node.body[1:] if ast.get_docstring(node) else node.body
-    return "\n".join(ast.unparse(statement) for statement in body)
-
-
-def plain(source: str) -> str:
-    """Code without comments and layout, the bodies of its definitions at the left margin."""
-    code = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)
+def bodies(source: str) -> list[str]:
+    """The bodies of the functions and classes in a cell, outermost first, without docstrings, comments and layout."""
     try:
-        tree = ast.parse(code)
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
     except SyntaxError:
-        return source
-    found = [ast.unparse(tree)]
+        return []
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            for inner in ast.walk(node):
+                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
+                    inner.body = inner.body[1:] or [ast.Pass()]
             found.append("\n".join(ast.unparse(part) for part in node.body))
-    return "\n".join(found)
+    return found
