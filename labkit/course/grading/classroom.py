@@ -14,6 +14,7 @@ import logging
 import os
 import pprint
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from labkit.course.grading import export
+from labkit.course.grading.confined import LINUX, PDEATHSIG, libc
 from labkit.course.grading.room import Limits, as_dict
 from labkit.files import read_file, write_whole
 from labkit.printable import printable
@@ -194,7 +196,7 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
     if not wanted:
         raise ClassError("nothing was collected yet: labkit grade collect FOLDER SUBMISSIONS")
     problems: dict[str, str] = json.loads((folder / PROBLEMS).read_text()) if (folder / PROBLEMS).exists() else {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         jobs = {pool.submit(grade_one, folder, assignment, name): name for name in wanted}
         for job in as_completed(jobs):
             name = jobs[job]
@@ -207,6 +209,12 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
             points, most = export.total(folder, assignment, name)
             yield Graded(name, points, most, problem)
     export.write(folder, assignment, problems)
+
+
+def end_with_parent() -> None:
+    """Let a worker end when the command is killed, and what it runs with it; elsewhere than on Linux it goes on."""
+    if LINUX:
+        libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def grade_one(folder: Path, assignment: str, student: str) -> str:
