@@ -9,6 +9,7 @@
 # make release    dist/VERSION from this commit (authors)   VERSION= JUNIT= GPU=1
 # make publish    put dist/VERSION on GitHub, with its program gh (authors)   VERSION=
 # make drift      make lock, then make test: do the newest versions still serve? (CI, weekly)
+# make site       build the site into build/site, without network; open build/site/index.html     SITE=
 # make lock       renew requirements.lock with uv (authors)
 # make clean      remove .venv, .venv-kvpress, .venv-vllm, tests/node/node_modules and build leftovers; keeps work/ and the model
 #
@@ -21,6 +22,7 @@ PYTHON ?= python3
 PY ?= .venv/bin/python
 PIP_ARGS ?=
 WORKERS ?= 2
+SITE ?= build/site
 ifeq ($(origin CHROMIUM),undefined)
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 endif
@@ -55,7 +57,7 @@ LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(
 # What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
 SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 
-.PHONY: setup verify release publish drift drift-issue lab test lint unit notebooks-test browser gpu vllm notebooks docs lock clean
+.PHONY: setup verify release publish drift drift-issue lab test lint unit notebooks-test browser gpu vllm notebooks docs site lock clean
 
 lab: $(LAB_READY)
 	@$(PY) -m labkit.course.cli open $(LISTEN) $(ARGS)
@@ -127,6 +129,9 @@ drift-issue:
 	text="The labs do not hold with the newest versions that pyproject.toml allows. The run: $$RUN"; \
 	if [ -n "$$open" ]; then gh issue comment "$$open" --body "$$text"; \
 	else gh issue create --title "Drift: make test fails with the newest versions" --body "$$text"; fi
+
+site: $(TEST_READY)
+	$(PY) -m sphinx -W --keep-going -q -E -j auto -b html -c docs -d $(call one_word,SITE)/../doctrees . $(call one_word,SITE)
 
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \
