@@ -154,11 +154,9 @@ TURNS: tuple[tuple[str, Turn, str, str, str], ...] = (
      "a bool mask with masked_fill, or -inf where a key is hidden", "nothing is hidden, some keys only weigh more"),
     ("mask-after", Turn(hide="after"), "the mask came after softmax, so that what is left does not sum to 1", ORDER,
      "rows that should hide keys sum to less than 1"),
-    ("mask-weak", Turn(hide="weak"), "hidden scores were set to a number such as -100, which scores may come near",
-     "what softmax must get for a hidden key: -inf", "hidden keys get weight where scores are large"),
     *(("mask-weak", Turn(hide="weak", weak=weak), f"hidden scores were set to {weak:g}, which scores may come near",
        "what softmax must get for a hidden key: -inf", "hidden keys get weight where scores are large")
-      for weak in (-1.0, -5.0, -10.0, -50.0)),
+      for weak in (-100.0, -1.0, -5.0, -10.0, -50.0)),
     ("new-tokens-unseen", Turn(see=cache_and_itself),
      "a new token sees what is held and itself, and no new token before it", MASK, "new tokens do not see each other"),
     ("window", Turn(see=lambda new, held: seen(new, held).triu(held - new)),
