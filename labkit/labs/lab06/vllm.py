@@ -7,7 +7,8 @@
     run = vllm.run(requests, block_size=32, num_blocks=64)      # the same; or, with a line on why, the recorded run
 
 `make vllm` makes the environment that the server runs in. A request is what the engine takes: `id`, `tokens`,
-`max_new_tokens`, and if it has them `temperature`, `seed`, `stop`, `salt`. `vllm_record.py` made the recorded runs.
+`max_new_tokens`, and if it has them `temperature`, `seed`, `stop`, `salt`. `benchmarks/vllm_record.py` made the
+recorded runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Records what lab 06 shows where there is no vLLM: `data/results/*_vllm.json`.
 
-    python -m labkit.labs.lab06.vllm_record
+    python -m benchmarks.vllm_record
 
 Prints one JSON object, as the benchmarks do, with the runs themselves besides: answers, metrics, cache_config.
 """
@@ -43,7 +43,7 @@ def main() -> int:
             "metrics": {key: round(value, 4) for key, value in found.metrics.items() if KEPT.fullmatch(key)},
             "cache_config": found.cache_config,
         }
-    said = measure.provenance(command="python -m labkit.labs.lab06.vllm_record") | {"vllm": version} | seen
+    said = measure.provenance(command="python -m benchmarks.vllm_record") | {"vllm": version} | seen
     device = said.pop("device")
     print(
         json.dumps(
