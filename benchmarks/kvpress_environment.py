@@ -3,22 +3,21 @@
     python -m benchmarks.kvpress_environment [more arguments for pip]
 
 A benchmark asks `ready()` for its Python, and the environment is made then if it is not there: nobody has to run this
-file. It is made under a lock and stamped when it is whole, by `course/once.py`; whatever fails, what was made is taken
-away again, and one whose making was killed has no stamp and is made anew.
+file. It is made under a lock and stamped when it is whole, by `course/once.py`; what becomes of one that fails, or that
+was killed, is `course/environments.py`'s.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from labkit.course import once
-from labkit.labs.lab06.vllm_environment import NotMade, clear, size
+from labkit.course.environments import NotMade, make_whole
 
 VERSION = "0.5.5"
 TRANSFORMERS = "5.2.0"  # the newest that this kvpress takes
@@ -57,27 +56,14 @@ def ready(pip_arguments: Sequence[str] = (), folder: Path = FOLDER) -> Path:
 
 def main(folder: Path, pip_arguments: Sequence[str] = ()) -> int:
     """Make the environment in `folder`, which may hold anything half made. Returns an exit status."""
-    try:
-        require_space(folder)
-        print(
-            f"Making {folder.name}: kvpress {VERSION} with transformers {TRANSFORMERS}, 1.4 GB on disk (more where pip "
-            "brings a torch for GPUs), about 2 minutes. The labs' own environment stays as it is.",
-            flush=True,
-        )
-        clear(folder)
-        try:
-            make(folder, pip_arguments)
-        except BaseException:
-            clear(folder)
-            raise
-    except NotMade as error:
-        print(f"kvpress: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"kvpress: {error.filename or folder}: {error.strerror}", file=sys.stderr)
-        return 1
-    print(f"{folder.name} is ready: {size(folder) / 1e9:.1f} GB.", flush=True)
-    return 0
+    return make_whole(
+        folder,
+        lambda folder: make(folder, pip_arguments),
+        bytes_needed=BYTES_NEEDED,
+        says=f"Making {folder.name}: kvpress {VERSION} with transformers {TRANSFORMERS}, 1.4 GB on disk (more where "
+        "pip brings a torch for GPUs), about 2 minutes. The labs' own environment stays as it is.",
+        who="kvpress",
+    )
 
 
 def make(folder: Path, pip_arguments: Sequence[str]) -> None:
@@ -114,13 +100,6 @@ def reason(said: str) -> str:
             "(--no-index --find-links FOLDER)"
         )
     return (errors or lines or ["it said nothing"])[-1]
-
-
-def require_space(folder: Path) -> None:
-    """NotMade where the disk is too full."""
-    free = shutil.disk_usage(folder if folder.exists() else folder.absolute().parent).free
-    if free < BYTES_NEEDED:
-        raise NotMade(f"{free / 1e9:.1f} GB are free on this disk and {BYTES_NEEDED / 1e9:.0f} GB are needed")
 
 
 def run(arguments: Sequence[str]) -> int:

