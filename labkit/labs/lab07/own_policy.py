@@ -12,6 +12,7 @@ from torch import Tensor
 from labkit.attention import Constants, Visibility
 from labkit.cache import Cache
 from labkit.cache.evicting import Held, Notes, Policy, Seen
+from labkit.course.checks.devices import check_devices
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree, budget, draw, first_place, shape_difference
 from labkit.course.exercise import Exercise
@@ -125,6 +126,9 @@ class OwnPolicy(Exercise):
         self.check_state(policy)
         for script in SCRIPTS:
             self.script(answer, script)
+        for seen in cases():
+            watch = [lambda *_, one=one: one.watch(seen).tokens for one in (policy, LastLook())]  # type: ignore[misc]  # noqa: B023
+            check_devices(type(self), *watch, tuple(of(seen)), {}, "watch")
 
     def check_class(self, answer: Any) -> None:
         """A Policy, with Policy's parameters."""
