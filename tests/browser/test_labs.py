@@ -92,13 +92,19 @@ def test_a_lab_runs_and_its_figures_and_widgets_serve_every_learner(page: Page, 
 
 
 def wider_than_the_page(page: Page) -> list[str]:
-    """Pictures and widgets that end to the right of what is visible: where they begin, and how wide they are."""
+    """Parts of widgets that end to the right of what is visible, and pictures that do where nothing can be scrolled."""
     return page.evaluate(
-        """selector => [...document.querySelectorAll(selector)]
-            .filter(each => each.getBoundingClientRect().width > 0)
-            .filter(each => each.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
-            .map(each => `${each.className || each.alt}: ${JSON.stringify(each.getBoundingClientRect())}`)""",
-        f"{PICTURES}, .jp-OutputArea-output .widget-inline-hbox, .jp-OutputArea-output {widgets.LABEL}",
+        """([pictures, parts]) => {
+            const end = document.documentElement.clientWidth + 1;
+            const beyond = each => each.getBoundingClientRect().right > end;
+            const hidden = each => !["auto", "scroll"].includes(getComputedStyle(each).overflowX);
+            const around = each => each.closest(".jp-OutputArea-output");
+            return [...document.querySelectorAll(parts)].filter(beyond).map(each => each.textContent)
+                .concat([...document.querySelectorAll(pictures)]
+                    .filter(each => beyond(around(each)) || (beyond(each) && hidden(around(each))))
+                    .map(each => each.alt));
+        }""",
+        [PICTURES, f".jp-OutputArea-output .widget-inline-hbox, .jp-OutputArea-output {widgets.LABEL}"],
     )
 
 
@@ -139,8 +145,9 @@ def test_a_figure_that_does_not_follow_and_one_without_words_are_found(page: Pag
     page.evaluate("() => document.querySelector('.noUi-handle').tabIndex = -1")
     with pytest.raises(AssertionError, match="does not reach forgotten"):
         widgets.reach_every_control(page, widget)
+    assert wider_than_the_page(page) == []
     page.evaluate("() => document.querySelector('.labkit-label').style.minWidth = '2000px'")
-    assert len(wider_than_the_page(page)) == 1
+    assert wider_than_the_page(page) == ["a label"]
 
 
 CLOSE_BUT_WRONG = (

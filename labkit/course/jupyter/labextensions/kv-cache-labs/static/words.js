@@ -52,6 +52,16 @@
     new MutationObserver(later).observe(document.body, { childList: true, characterData: true, subtree: true });
   }
 
+  // On a narrow page a picture keeps its size and is moved to and fro: shrunk, its labels could not be read.
+  function keepPicturesLegible() {
+    const style = document.createElement("style");
+    style.textContent = `@media (max-width: 760px) {
+      .jp-OutputArea-output img { max-width: none !important; }
+      .jp-OutputArea-output { overflow-x: auto !important; }
+    }`;
+    document.head.append(style);
+  }
+
   return {
     init: scope => {
       shared = scope;
@@ -60,12 +70,13 @@
       const { IRenderMimeRegistry } = await load("@jupyterlab/rendermime");
       const plugin = {
         id: "kv-cache-labs:words",
-        description: "Alternative text of pictures, names of sliders.",
+        description: "Alternative text of pictures, names of sliders, pictures on narrow pages.",
         autoStart: true,
         requires: [IRenderMimeRegistry],
         activate: (app, rendermime) => {
           tellPictures(rendermime);
           watchSliders();
+          keepPicturesLegible();
         },
       };
       return () => ({ __esModule: true, default: plugin });
