@@ -58,7 +58,9 @@ def settle(page: Page) -> None:
 def choose_theme(page: Page, name: str) -> None:
     """JupyterLab Light or JupyterLab Dark."""
     menu(page, "Settings", "Theme", f"JupyterLab {name}")
-    expect(page.locator("body")).to_have_attribute("data-jp-theme-light", "true" if name == "Light" else "false")
+    expect(page.locator("body")).to_have_attribute(
+        "data-jp-theme-light", "true" if name == "Light" else "false", timeout=60_000
+    )
 
 
 @pytest.mark.timeout(900)
@@ -89,6 +91,16 @@ def test_a_lab_runs_and_its_figures_and_widgets_serve_every_learner(page: Page, 
         page.wait_for_timeout(300)
         keep_pictures(page, notebook.stem, size["width"])
         assert wider_than_the_page(page) == []
+        assert shrunk(page) == []
+
+
+def shrunk(page: Page) -> list[str]:
+    """Pictures that are shown so much smaller than they were drawn that their labels cannot be read."""
+    return page.evaluate(
+        """pictures => [...document.querySelectorAll(pictures)]
+            .filter(each => each.width > 0 && each.width < 0.7 * each.naturalWidth).map(each => each.alt)""",
+        PICTURES,
+    )
 
 
 def wider_than_the_page(page: Page) -> list[str]:
@@ -104,7 +116,7 @@ def wider_than_the_page(page: Page) -> list[str]:
                     .filter(each => beyond(around(each)) || (beyond(each) && hidden(around(each))))
                     .map(each => each.alt));
         }""",
-        [PICTURES, f".jp-OutputArea-output .widget-inline-hbox, .jp-OutputArea-output {widgets.LABEL}"],
+        [PICTURES, f".jp-OutputArea-output .widget-inline-hbox:not(:has(img)), .jp-OutputArea-output {widgets.LABEL}"],
     )
 
 
@@ -145,7 +157,11 @@ def test_a_figure_that_does_not_follow_and_one_without_words_are_found(page: Pag
     page.evaluate("() => document.querySelector('.noUi-handle').tabIndex = -1")
     with pytest.raises(AssertionError, match="does not reach forgotten"):
         widgets.reach_every_control(page, widget)
-    assert wider_than_the_page(page) == []
+    page.set_viewport_size(NARROW)
+    page.wait_for_timeout(300)
+    assert (wider_than_the_page(page), shrunk(page)) == ([], [])
+    page.evaluate("() => document.querySelectorAll('img').forEach(img => (img.width = 100))")
+    assert len(shrunk(page)) == 3
     page.evaluate("() => document.querySelector('.labkit-label').style.minWidth = '2000px'")
     assert wider_than_the_page(page) == ["a label"]
 
