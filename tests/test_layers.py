@@ -28,7 +28,8 @@ FLOORS = (
     ("cache", "ledger"),
     ("llama", "measure"),
     ("generation", "graphs", "models"),
-    ("engine", "hf", "quality", "claims", "plots", "widgets", "results"),
+    ("engine", "hf", "quality", "claims", "plots", "results"),
+    ("widgets",),
     ("course",),
     ("labs",),
 )

@@ -135,11 +135,8 @@ def export(top: Path, commit: Commit, tree: Path) -> None:
 
 def make_editions(tree: Path, out: Path) -> dict[str, Path]:
     """The editions of the notebooks in `tree`, each in a folder of `out`; the one place that asks for them."""
-    try:
-        from labkit.course.editions.build import EDITIONS, build
-    except ModuleNotFoundError:
-        shutil.copytree(tree / "notebooks", out / "self-paced")
-        return {"self-paced": out / "self-paced"}
+    from labkit.course.editions.build import EDITIONS, build
+
     build(tree, out, list(EDITIONS), say=lambda line: None)
     return {name: out / name for name in EDITIONS}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -127,8 +128,8 @@ class OwnPolicy(Exercise):
         for script in SCRIPTS:
             self.script(answer, script)
         for seen in cases():
-            watch = [lambda *_, one=one: one.watch(seen).tokens for one in (policy, LastLook())]  # type: ignore[misc]  # noqa: B023
-            check_devices(type(self), *watch, tuple(of(seen)), {}, "watch")
+            mine, theirs = (partial(tokens_noted, one, seen) for one in (policy, LastLook()))
+            check_devices(type(self), mine, theirs, tuple(of(seen)), {}, "watch")
 
     def check_class(self, answer: Any) -> None:
         """A Policy, with Policy's parameters."""
@@ -290,3 +291,8 @@ def feed(cache: Cache, num_heads: int, num_kv_heads: int, head_dim: int, batch: 
             )
             one.append(k, v, step)
             one.attend(2 * q, step)
+
+
+def tokens_noted(policy: Policy, seen: Seen, *_: Any) -> Tensor | None:
+    """What a policy notes of each token; the tensors of `seen`, which are given besides, are what is followed."""
+    return policy.watch(seen).tokens
