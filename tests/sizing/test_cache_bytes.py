@@ -23,7 +23,7 @@ from labkit.cache import (
     QuantizedCache,
     SelectingCache,
 )
-from labkit.cache.evicting import H2O, Notes, Policy, Window
+from labkit.cache.evicting import H2O, Merging, MergingCache, Notes, Policy, Window
 from labkit.cache.recording import RecordingCache
 from labkit.quantization import FLOAT8
 from labkit.sizing import (
@@ -69,6 +69,8 @@ MAKE = {
         lambda dtype: Evicting(43, victims=0, packing=Quantized(4, 8, 5, dtype, drops=False)),
     ),
     EvictingCache: (lambda *_: lambda: EvictingCache(Window(), 23), lambda dtype: Evicting(23, dtype)),
+    MergingCache: (lambda *_: lambda: MergingCache(Merging(frequencies=torch.ones(4), sinks=1, recent=2), 23),
+                   lambda dtype: Evicting(23, dtype, tally=True, victims=2)),
 }  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def test_what_is_predicted_is_what_nbytes_says(kind, model, tokens, batch, dtype
     make, kept = MAKE[kind]
     if kind in (QuantizedCache, PagedQuantizedCache, EvictingQuantizedCache):
         model = replace(model, head_dim=8 * model.head_dim)
+    if kind is MergingCache:  # its frequencies are those of one head_dim
+        model = replace(model, head_dim=8)
     cache = Cache.of(model.num_layers, make(tokens, batch))
     for begin in range(0, tokens, cuts):
         new = min(cuts, tokens - begin)
