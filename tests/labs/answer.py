@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,14 +15,3 @@ class Wrong:
     mistake: str
     answer: Callable
     source: str = ""
-
-
-def there(answer: Callable) -> Callable:
-    """The answer, with every tensor that it makes on the device of its first argument."""
-
-    @functools.wraps(answer)
-    def answered(first: Any, *args: Any, **kwargs: Any) -> Any:
-        with first.device:
-            return answer(first, *args, **kwargs)
-
-    return answered

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.course.checks.devices import check_devices
 from labkit.course.checks.effort import Effort, check_stays, effort_of
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.tensors import TIGHT, agree, budget, first_place, short_value
@@ -74,8 +73,6 @@ def compare(
             judged.call(varied(case, change, words), "layout")
         for dtype in dtypes:
             judged.call(varied(case, partial(converted, dtype), str(dtype).removeprefix("torch.")), "precision")
-    for case in plain:
-        check_devices(exercise, answer, reference, case.args, case.by_name, judged.told(case))
 
 
 class Judge:

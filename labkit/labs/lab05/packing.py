@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from labkit.course.checks.devices import check_devices
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.trials import LAYOUTS
 from labkit.course.exercise import Exercise, NotYet
@@ -56,9 +55,6 @@ class Pack(Exercise):
         for change, words in LAYOUTS:
             self.judge_layout(answer, change(torch.randint(0, 16, (2, 3, 8), dtype=torch.uint8)), words)
         self.judge_layout(answer, torch.randint(0, 16, (2, 8, 6), dtype=torch.uint8).mT, "transposed")
-        for nbits in (4, 2, 8):
-            codes = torch.randint(0, 2**nbits, (3, 16), dtype=torch.uint8)
-            check_devices(type(self), answer, pack, (codes, nbits), {}, f"[3, 16] codes of {nbits} bits")
 
     def judge(self, answer: Callable, codes: Tensor, nbits: int) -> None:
         """One tensor of codes: bytes, their number, their values, and what they keep in memory."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from labkit.attention import Constants, Visibility
 from labkit.cache import Cache
 from labkit.cache.evicting import Held, Notes, Policy, Seen
-from labkit.course.checks.devices import check_devices
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree, budget, draw, first_place, shape_difference
 from labkit.course.exercise import Exercise
@@ -127,9 +125,6 @@ class OwnPolicy(Exercise):
         self.check_state(policy)
         for script in SCRIPTS:
             self.script(answer, script)
-        for seen in cases():
-            mine, theirs = (partial(tokens_noted, one, seen) for one in (policy, LastLook()))
-            check_devices(type(self), mine, theirs, tuple(of(seen)), {}, "watch")
 
     def check_class(self, answer: Any) -> None:
         """A Policy, with Policy's parameters."""
@@ -291,8 +286,3 @@ def feed(cache: Cache, num_heads: int, num_kv_heads: int, head_dim: int, batch: 
             )
             one.append(k, v, step)
             one.attend(2 * q, step)
-
-
-def tokens_noted(policy: Policy, seen: Seen, *_: Any) -> Tensor | None:
-    """What a policy notes of each token; the tensors of `seen`, which are given besides, are what is followed."""
-    return policy.watch(seen).tokens

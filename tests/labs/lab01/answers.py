@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.labs.lab01.references import apply_rope, attention_weights, causal_mask, leaky_attend, split_heads
-from tests.labs.answer import Wrong, there
+from tests.labs.answer import Wrong
 from tests.labs.lab01 import later_answers
 
 
@@ -60,7 +60,6 @@ def fused_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 WEIGHTS = [
-    Wrong("01.1", "wrong-device", "the identity is made on the CPU", fused_weights),
     Wrong("01.1", "no-scale", "no division by sqrt(head_dim)", lambda q, k: torch.softmax(q @ k.mT, -1)),
     Wrong("01.1", "scale-twice", "divided by head_dim", lambda q, k: torch.softmax(q @ k.mT / q.shape[-1], -1)),
     Wrong(
@@ -470,12 +469,6 @@ def masked(q: Tensor, k: Tensor, value: float) -> Tensor:
 LEAK = [
     Wrong(
         "01.6",
-        "wrong-device",
-        "the mask of the CPU",
-        lambda q, k, v: blend(scores(q, k).masked_fill(~causal_mask(q.shape[-2], 0), -torch.inf), v),
-    ),
-    Wrong(
-        "01.6",
         "mask-after",
         "untouched",
         leaky_attend,
@@ -816,9 +809,9 @@ RIGHT = [
     ("01.5", lambda q, k, v: attention_weights(q[:, :, -1][:, :, None], k) @ v),
     ("01.5", lambda q, k, v: softmax_in_float32(q[..., -1:, :], k) @ v),
     ("01.6", row_by_row),
-    ("01.6", there(lambda q, k, v: blend(torch.where(causal_mask(q.shape[-2], 0), scores(q, k), -torch.inf), v))),
-    ("01.6", there(lambda q, k, v: blend(scores(q, k) + torch.full((q.shape[-2],) * 2, -torch.inf).triu(1), v))),
-    ("01.6", there(lambda q, k, v: blend(scores(q, k) + ~causal_mask(q.shape[-2], 0) * -1e9, v))),
+    ("01.6", lambda q, k, v: blend(torch.where(causal_mask(q.shape[-2], 0), scores(q, k), -torch.inf), v)),
+    ("01.6", lambda q, k, v: blend(scores(q, k) + torch.full((q.shape[-2],) * 2, -torch.inf).triu(1), v)),
+    ("01.6", lambda q, k, v: blend(scores(q, k) + ~causal_mask(q.shape[-2], 0) * -1e9, v)),
     ("01.1", softmax_in_float32),
     ("01.5", last_by_hand),
     ("01.5", last_head_by_head),
@@ -826,7 +819,7 @@ RIGHT = [
     ("01.1", einsum_weights),
     ("01.1", stable_softmax),
     ("01.1", loop_weights),
-    ("01.1", there(fused_weights)),
+    ("01.1", fused_weights),
     ("01.2", loop_mask),
     ("01.2", lambda new_tokens, past: torch.ones(new_tokens, past + new_tokens).tril(past).bool()),
     ("01.2", lambda new_tokens, past: torch.ones(past + new_tokens, past + new_tokens).tril().bool()[past:]),
@@ -841,6 +834,6 @@ RIGHT = [
     ("01.5", lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v)),
     ("01.5", one_key_after_another),
     ("01.6", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-    ("01.6", there(lambda q, k, v: blend(masked(q, k, torch.finfo(q.dtype).min), v))),
-    ("01.6", there(lambda q, k, v: blend(masked(q, k, -1e9), v))),
+    ("01.6", lambda q, k, v: blend(masked(q, k, torch.finfo(q.dtype).min), v)),
+    ("01.6", lambda q, k, v: blend(masked(q, k, -1e9), v)),
 ]

@@ -20,7 +20,7 @@ from labkit.labs.lab04.references import (
     merge_kv_heads,
     split_kv_heads,
 )
-from tests.labs.answer import Wrong, there
+from tests.labs.answer import Wrong
 from tests.labs.lab04 import later_answers
 
 # 04.1
@@ -851,8 +851,6 @@ mended_with_an_earlier_answer = FunctionType(
 
 
 WRONG = [
-    Wrong("04.1", "wrong-device", "a bias made on the CPU", scaled_before),
-    Wrong("04.4", "wrong-device", "a matrix made on the CPU", merged_by_a_matrix),
     Wrong("04.1", "expanded", "repeats K and V with repeat_interleave", by_repeat_interleave,
            "rasbt/LLMs-from-scratch, the GQA bonus"),
     Wrong("04.1", "expanded", "expands and reshapes, which copies", by_expand_and_reshape),
@@ -1080,7 +1078,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.1", by_einsum),
     ("04.1", fused_rows),
     ("04.1", mask_rows_repeated),
-    ("04.1", there(scaled_before)),
+    ("04.1", scaled_before),
     ("04.1", flat_heads),
     ("04.1", request_by_request),
     ("04.1", in_float64),
@@ -1098,7 +1096,7 @@ RIGHT: list[tuple[str, Callable]] = [
     ("04.3", by_match),
     ("04.3", by_table),
     ("04.4", merged_by_a_loop),
-    ("04.4", there(merged_by_a_matrix)),
+    ("04.4", merged_by_a_matrix),
     ("04.4", merged_in_float64),
     ("04.4", merged_by_slices),
     ("04.5", split_by_branches),

@@ -9,7 +9,7 @@ import torch
 
 from labkit.labs.lab05.references import bits_per_element, pack, quantize, quantize_cache
 from labkit.sizing import Quantized
-from tests.labs.answer import Wrong, there
+from tests.labs.answer import Wrong
 
 # 05.1
 
@@ -681,8 +681,6 @@ def bits_by_group(tokens, nbits, group_size, residual_length, full_bits=16):
 
 
 WRONG = [
-    Wrong("05.1", "wrong-device", "codes made on the CPU", quantize_row_by_row),
-    Wrong("05.2", "wrong-device", "weights made on the CPU", pack_by_weights),
     Wrong("05.1", "left-pytorch", "by NumPy", quantize_in_numpy),
     Wrong("05.1", "truncated", "cuts fractions off", by(last, finish=torch.floor)),
     Wrong("05.1", "one-level-too-many", "divides by 2**nbits; the greatest of 8 bits wraps to 0",
@@ -888,12 +886,12 @@ RIGHT: list[tuple[str, Callable]] = [
     ("05.1", quantize_mended_afterwards),
     ("05.1", quantize_in(torch.float64)),
     ("05.1", quantize_with_a_least_scale),
-    ("05.1", there(quantize_by_the_nearest_mark)),
+    ("05.1", quantize_by_the_nearest_mark),
     ("05.1", quantize_by_reciprocal),
     ("05.1", quantize_in_float64),
-    ("05.1", there(quantize_row_by_row)),
-    ("05.2", there(pack_by_python)),
-    ("05.2", there(pack_by_weights)),
+    ("05.1", quantize_row_by_row),
+    ("05.2", pack_by_python),
+    ("05.2", pack_by_weights),
     ("05.2", pack_from_the_last),
     ("05.2", pack_in_int64),
     ("05.3", cache_in_float64),

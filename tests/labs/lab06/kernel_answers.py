@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from labkit.course.editions import source_of
 from labkit.labs.lab06.launch import tl
 from labkit.labs.lab06.references import paged_attention, paged_decode, slots_of
-from tests.labs.answer import Wrong, there
+from tests.labs.answer import Wrong
 
 # 06.5
 
@@ -170,7 +170,6 @@ def kernel(**lines: str) -> Callable:
 
 
 WRONG = [
-    Wrong("06.5", "wrong-device", "positions made on the CPU", padded_clean),
     Wrong("06.5", "no-table", "blocks in order", paged(slots=lambda table, row, count: torch.arange(count))),
     Wrong("06.5", "first-row", "the first row's table",
           paged(slots=lambda table, row, count: torch.cat((table[0], table[row]))[:count].long()
@@ -221,12 +220,12 @@ WRONG = [
 ]  # fmt: skip
 
 RIGHT = [
-    ("06.5", there(padded_clean)),
-    ("06.5", there(by_fused)),
+    ("06.5", padded_clean),
+    ("06.5", by_fused),
     ("06.5", by_einsum),
-    ("06.5", there(online)),
+    ("06.5", online),
     ("06.5", in_float32),
-    ("06.5", there(by_view)),
+    ("06.5", by_view),
     ("06.5", paged()),
     ("06.5", lambda q, keys, values, block_table, lengths: paged_attention(q, keys, values, block_table, lengths)),
     ("06.8", kernel()),
