@@ -42,6 +42,8 @@ c.Spawner.environment = {"LABKIT_CACHE": MODEL, "LABKIT_DEVICE": "auto" if GPU e
 c.Spawner.args = [
     f"--ServerApp.shutdown_no_activity_timeout={IDLE}",
     f"--MappingKernelManager.cull_idle_timeout={IDLE}",
+    "--MappingKernelManager.cull_connected=True",  # a tab that was left open keeps no server alive
+    f"--TerminalManager.cull_inactive_timeout={IDLE}",
 ]
 if find_spec("jupyter_resource_usage"):  # the memory panel, where it is installed
     c.Spawner.args.append("--ResourceUseDisplay.track_cpu_percent=True")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
+
+from labkit.files import write_whole
 
 MEASURED = "nbval-ignore-output"  # the tag of cells that no two runs print alike
 KEY = "labkit"
@@ -104,9 +105,7 @@ def afterwards() -> str:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """All or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False, encoding="utf-8") as file:
-        nbformat.write(notebook, file)
-    os.replace(file.name, path)
+    write_whole(path, nbformat.writes(notebook).encode() + b"\n", mode=0o644)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

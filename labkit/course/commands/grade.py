@@ -53,7 +53,10 @@ def positive(text: str) -> float:
 def run(options: argparse.Namespace) -> int:
     """One step; what a person can mend is said in one line."""
     if importlib.util.find_spec("nbgrader") is None:
-        print("labkit: classes need nbgrader: pip install 'kv-cache-labs[classes]'", file=sys.stderr)
+        print(
+            "labkit: classes need nbgrader, which the wheel's extra [classes] brings: see docs/classes.md",
+            file=sys.stderr,
+        )
         return 1
     from labkit.course.grading.classroom import ClassError
     from labkit.course.grading.room import RoomError

@@ -238,6 +238,8 @@ def configuration(folder: Path) -> Any:
         raise ClassError(f"{folder} is not a class's folder: labkit grade setup {folder} --lab 01 makes it one")
     config = Config(PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config())
     config.CourseDirectory.root = str(folder.resolve())
+    # Wherever the folder lay when it was made: its grades and seeds are out of a submission's sight where it lies now.
+    config.ConfinedExecute.hide = [*config.ConfinedExecute.get("hide", []), str(folder.resolve())]
     return config
 
 

@@ -33,7 +33,7 @@ READ_ONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 0x1000,
 MOUNT_SETATTR, FOR_ALL_BELOW, AT_FDCWD = 442, 0x8000, -100  # the number is the same on every processor
 PDEATHSIG, NO_NEW_PRIVS, SUBREAPER = 1, 38, 36  # for prctl()
 LOOK = 0.3  # seconds between two looks at what the command uses
-SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run/user", "/run/lock")  # where anybody may write
+SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # where anybody may write, or sockets lead outside
 LINUX = sys.platform.startswith("linux")
 
 Step = Callable[[], Any]

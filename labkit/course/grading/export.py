@@ -26,6 +26,7 @@ COLUMNS = (
     "likely",
     "look",
 )
+LONGEST = 2000  # characters of a card that are taken
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
 
@@ -47,12 +48,18 @@ def write(folder: Path, assignment: str, problems: Mapping[str, str]) -> None:
 
 def rows(folder: Path, assignment: str, problems: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """A row for each student and exercise; one for each student without points."""
+    from nbgrader.api import MissingEntry
+
     with gradebook(folder) as book:
         for student in sorted({each.id for each in book.students} | set(problems)):
             if student in problems:
                 yield {"student": student, "assignment": assignment, "status": "not graded", "seen": problems[student]}
                 continue
-            for notebook in book.find_submission(assignment, student).notebooks:
+            try:
+                submitted = book.find_submission(assignment, student).notebooks
+            except MissingEntry:  # of another lab's class
+                continue
+            for notebook in submitted:
                 file = folder / "autograded" / student / assignment / f"{notebook.name}.ipynb"
                 cards = reasons(file) if file.exists() else {}
                 for grade in notebook.grades:
@@ -75,16 +82,23 @@ def reasons(file: Path) -> dict[str, dict[str, str]]:
         for output in cell.outputs:
             card = output.get("data", {}).get(KIND) if output.output_type == "execute_result" else None
             if card:
-                finding = card.get("finding") or {}
-                said = {
-                    "title": card["title"], "status": card["status"], "diagnosis": finding.get("diagnosis", ""),
-                    "seen": finding.get("seen", ""), "likely": finding.get("cause", ""),
-                    "look": finding.get("look", ""),
-                }  # fmt: skip
+                said = said_by(card)
             elif output.output_type == "error":
                 said = {"status": "not yet", "diagnosis": output.ename, "seen": output.evalue}
         found[marks["grade_id"]] = said
     return found
+
+
+def said_by(card: Any) -> dict[str, str]:
+    """A card's words. Who is graded can forge one: only texts are taken, and of each its beginning."""
+    card = card if isinstance(card, Mapping) else {}
+    finding = card.get("finding")
+    finding = finding if isinstance(finding, Mapping) else {}
+    found = {
+        "title": card.get("title"), "status": card.get("status"), "diagnosis": finding.get("diagnosis"),
+        "seen": finding.get("seen"), "likely": finding.get("cause"), "look": finding.get("look"),
+    }  # fmt: skip
+    return {name: text[:LONGEST] if isinstance(text, str) else "" for name, text in found.items()}
 
 
 def total(folder: Path, assignment: str, student: str) -> tuple[float, float]:

@@ -156,6 +156,7 @@ def labs_of(folder: Path) -> list[str]:
 
 def verify(top: Path, commit: Commit, target: Path, device: str = "") -> Path:
     """Run the executed editions of a commit under strict nbval on a device; write JUnit to `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)  # first: the run takes minutes
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch, "tree")
         export(top, commit, tree)
