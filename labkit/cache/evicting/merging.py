@@ -256,8 +256,10 @@ class MergingCache(EvictingCache):
         assert self.kept is not None
         notes = self.kept.notes
         assert notes.tokens is not None
+        staying = self.kept.tokens - (self.seq_len - seq_len)
+        counts = notes.tokens[:, :, :staying].clone()  # first: without memory for it nothing has changed
         super().forget_from(seq_len)
-        self.kept = self.kept.noted(Notes(notes.tokens[:, :, : self.kept.tokens].clone()))
+        self.kept = self.kept.noted(Notes(counts))
 
 
 def shifted(x: Tensor, by: int) -> Tensor:
