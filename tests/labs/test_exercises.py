@@ -17,6 +17,7 @@ from tests.labs.kill_table import MISTAKES, PAGES, TABLE, gather, in_order, page
 LABS = {number: contents(number) for number in numbers()}
 WRONG, EXERCISES = gather()
 PUBLISHED = published()
+BY_THE_CLOCK = {"not-constant"}  # which of several operations a clock finds slow first is not the same each time
 RIGHT: list[tuple[str, object]] = [
     pair for number in LABS for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
 ]
@@ -42,8 +43,15 @@ def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_r
     assert verdict.finding is not None
     assert verdict.finding.diagnosis == wrong.diagnosis, verdict.finding
     assert all((verdict.finding.seen, verdict.finding.cause, verdict.finding.look)), verdict.finding
-    assert row(wrong, verdict.finding) in PUBLISHED, "run `make docs` to write the kill table anew"
-    assert examine(EXERCISES[wrong.exercise], wrong.answer) == verdict
+    again = examine(EXERCISES[wrong.exercise], wrong.answer)
+    if wrong.diagnosis in BY_THE_CLOCK:
+        begins = row(wrong, verdict.finding).partition(f"`{wrong.diagnosis}`")[0] + f"`{wrong.diagnosis}`"
+        assert any(line.startswith(begins) for line in PUBLISHED), "run `make docs` to write the kill table anew"
+        assert again.finding is not None
+        assert again.finding.diagnosis == wrong.diagnosis
+    else:
+        assert row(wrong, verdict.finding) in PUBLISHED, "run `make docs` to write the kill table anew"
+        assert again == verdict
 
 
 def test_every_exercise_has_at_least_five_wrong_answers_and_most_are_told_apart() -> None:
