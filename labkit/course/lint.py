@@ -20,6 +20,7 @@ from nbformat import NotebookNode
 from labkit.course import editions
 from labkit.course.catalogue import contents, numbers
 from labkit.course.contents import LabContents
+from labkit.course.editions.leaks import leaks
 from labkit.course.exercise import Exercise
 from labkit.course.record import MEASURED, digest, kept
 
@@ -28,7 +29,6 @@ LAB = re.compile(r"""\bLab\(\s*["'](\d\d)["']""")
 ASKED = re.compile(r"""\blab\.(check|hint|solution|predict|reveal|quiz)\(\s*["']([^"']*)["']""")
 KINDS = {"predict": "predictions", "reveal": "predictions", "quiz": "quizzes"}  # the others ask for exercises
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
-LONG = 60  # characters of code: shorter ones, such as `return x * 2`, may stand in other cells, too
 
 
 @dataclass(frozen=True)
@@ -190,18 +190,12 @@ def drifted(notebook: NotebookNode, lab: LabContents) -> Found:
 
 
 def solved(notebook: NotebookNode, lab: LabContents) -> Found:
-    """Solutions: a function that does what a reference does, word for word, or its code in prose or in a comment."""
+    """Solutions: in code under whatever name, in a comment, in prose, or printed."""
     remedy = "put  raise NotImplementedError  in its place: the notebook is what learners start from"
-    blanks = {(cell, exercise.id): stub for cell, exercise, stub in stubs(notebook, lab)}
-    references = [(exercise, bodies(reference_of(exercise))) for exercise in lab.exercises]
+    references = {exercise.id: exercise.reference for exercise in lab.exercises}
     for cell in notebook.cells:
-        defined, said = functions_in(cell), prose_in(cell)
-        for exercise, wanted in references:
-            stub = blanks.get((cell.id, exercise.id))
-            filled = stub is not None and bodies(stub) == wanted
-            long = [body for body in wanted if len(body) >= LONG]
-            if filled or (long and all(body in defined or body in said for body in long)):
-                yield cell.id, f"holds the solution of {exercise.id}", remedy
+        for id in leaks(NotebookNode(cells=[cell]), references):
+            yield cell.id, f"holds the solution of {id}", remedy
 
 
 RULES = {
@@ -267,37 +261,3 @@ def short(docstring: str | None) -> str:
 def listed(parts: Iterable[tuple]) -> str:
     """What a class has, by name."""
     return ", ".join(name for name, *_ in parts)
-
-
-def bodies(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
-    """The code of a function, or of each method of a class, as Python writes it: no docstring, no comment."""
-    functions = [node] if isinstance(node, ast.FunctionDef) else node.body
-    return [code_of(function) for function in functions if isinstance(function, ast.FunctionDef)]
-
-
-def code_of(function: ast.FunctionDef) -> str:
-    """The statements after the docstring, blanks squeezed."""
-    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    return squeezed("\n".join(ast.unparse(part) for part in body))
-
-
-def functions_in(cell: NotebookNode) -> set[str]:
-    """The code of every function that a code cell defines."""
-    try:
-        parts = ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ()
-        return {code_of(part) for part in parts if isinstance(part, ast.FunctionDef)}
-    except SyntaxError:
-        return set()
-
-
-def prose_in(cell: NotebookNode) -> str:
-    """What a cell says and does not run: prose, or the comments of code. Blanks squeezed."""
-    if cell.cell_type != "code":
-        return squeezed(cell.source)
-    comments = [line.strip().removeprefix("#") for line in cell.source.splitlines() if line.strip().startswith("#")]
-    return squeezed("\n".join(comments))
-
-
-def squeezed(text: str) -> str:
-    """One blank between words, whatever there was."""
-    return " ".join(text.split())

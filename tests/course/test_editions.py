@@ -26,11 +26,11 @@ from labkit.course.editions import guide, reveal
 from labkit.course.editions.boards import picture
 from labkit.course.editions.build import BuildError, build, notebooks, read
 from labkit.course.editions.instructor import TAG, instructor, teaching_cells
+from labkit.course.editions.leaks import bodies, leaks
 from labkit.course.editions.mistakes import known
 from labkit.course.editions.slides import HIGH, ROOM, WIDGET, arranged, formulas, height, slides
 from labkit.course.editions.teaching import TeachingError, teaching
 from labkit.course.syllabus import sections_of
-from tests.course.leaks import bodies, leaks
 
 ROOT = Path(__file__).resolve().parents[2]
 LABS = {path.name[:2]: path for path in notebooks(ROOT)}

@@ -87,7 +87,8 @@ def set_up(
     ids: of the exercises, where not all of the notebook's. Returns lines for the teacher. Raises ClassError.
     """
     from labkit.course.catalogue import contents
-    from labkit.course.grading.source import cut, holds_solution, source_edition
+    from labkit.course.editions.leaks import leaks
+    from labkit.course.grading.source import cut, source_edition
 
     number = notebook.name[:2]
     try:
@@ -109,7 +110,7 @@ def set_up(
         raise ClassError(f"nbgrader could not make the assignment: {last_line(result)}")
     release = folder / "release" / assignment / notebook.name
     handed_out = nbformat.read(release, as_version=4)
-    if leaked := holds_solution(handed_out, exercises):
+    if leaked := leaks(handed_out, {id: exercise.reference for id, exercise in exercises.items()}):
         release.unlink()
         raise ClassError(f"the notebook to hand out would hold the solution of {', '.join(leaked)}: it was removed")
     graded = [cell for cell in edition.cells if cell.metadata.get("nbgrader", {}).get("grade")]

@@ -7,9 +7,7 @@ the reference, as in the notebook; the hidden test comes before that.
 
 from __future__ import annotations
 
-import ast
 import copy
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 
@@ -105,25 +103,3 @@ def cut(notebook: NotebookNode, ids: Sequence[str]) -> NotebookNode:
     shorter = copy.deepcopy(notebook)
     shorter.cells = [cell for index, cell in enumerate(shorter.cells) if index in kept]
     return shorter
-
-
-def holds_solution(notebook: NotebookNode, exercises: Mapping[str, Exercise]) -> list[str]:
-    """The exercises whose reference's body is some definition's in the notebook, whatever its name and layout."""
-    found = {body for _, cell in code_cells(notebook) for body in bodies(cell.source)}
-    return [id for id, exercise in exercises.items() if bodies(source_of(exercise.reference))[0] in found]
-
-
-def bodies(source: str) -> list[str]:
-    """The bodies of the functions and classes in a cell, outermost first, without docstrings, comments and layout."""
-    try:
-        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
-    except SyntaxError:
-        return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            for inner in ast.walk(node):
-                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
-                    inner.body = inner.body[1:] or [ast.Pass()]
-            found.append("\n".join(ast.unparse(part) for part in node.body))
-    return found

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from nbformat import NotebookNode
 
+from labkit.course.editions.blanks import source_of
+
 
 def bodies(reference: Callable) -> list[list[ast.stmt]]:
     """What would give a solution away: a function's statements without its docstring, or each method's that says more
     than one plain line."""
-    node = ast.parse(textwrap.dedent(inspect.getsource(reference))).body[0]
+    node = ast.parse(source_of(reference)).body[0]
     if isinstance(node, ast.ClassDef):
         methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
         return [body for method in methods if len(body := without_docstring(method)) > 1]
@@ -25,6 +25,7 @@ def bodies(reference: Callable) -> list[list[ast.stmt]]:
 
 
 def without_docstring(node: ast.FunctionDef) -> list[ast.stmt]:
+    """Its statements."""
     return node.body[1:] if ast.get_docstring(node) is not None else node.body
 
 
@@ -34,6 +35,7 @@ def dumped(statements: list[ast.stmt]) -> tuple[str, ...]:
 
 
 def is_text(statement: ast.stmt) -> bool:
+    """Whether it is a string that stands alone, as a docstring does."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
@@ -72,10 +74,11 @@ class Solution:
     @cache
     def of(cls, reference: Callable) -> Solution:
         """As written, without comments and docstring, and as Python itself would write it."""
-        source = textwrap.dedent(inspect.getsource(reference))
+        source = source_of(reference)
         node = ast.parse(source).body[0]
+        assert isinstance(node, (ast.FunctionDef, ast.ClassDef))
         first = node.body[0]
-        start = first.end_lineno + 1 if is_text(first) and len(node.body) > 1 else first.lineno
+        start = (first.end_lineno or 0) + 1 if is_text(first) and len(node.body) > 1 else first.lineno
         lines = [re.sub(r"\s+#.*$", "", line) for line in source.splitlines()]
         own = bodies(reference)
         letters = [
@@ -101,8 +104,17 @@ class Solution:
         return any(told in text for told in self.letters)
 
 
-def leaks(notebook: NotebookNode, references: dict[str, Callable]) -> list[str]:
-    """The exercises whose solution stands in a notebook: in code, in text, or in what it printed."""
+def comments(source: str) -> str:
+    """What the comment lines of code say."""
+    lines = [line.strip() for line in source.splitlines()]
+    return "\n".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+
+
+def leaks(notebook: NotebookNode, references: Mapping[str, Callable]) -> list[str]:
+    """The exercises whose solution stands in a notebook: in code, in a comment, in text, or in what it printed.
+
+    references: the functions and classes that fill the blanks, by the exercise's id.
+    """
     code, letters = [], []
     for cell in notebook.cells:
         here = runs(cell.source) if cell.cell_type == "code" else None
@@ -110,6 +122,7 @@ def leaks(notebook: NotebookNode, references: dict[str, Callable]) -> list[str]:
             letters.append(squeezed(cell.source))
         else:
             code += here
+            letters.append(squeezed(comments(cell.source)))
         for output in cell.get("outputs", []):
             told = {"text": output.get("text", ""), **output.get("data", {})}
             letters += [squeezed(str(text)) for kind, text in told.items() if not kind.startswith("image/")]
