@@ -454,6 +454,34 @@ def same(one, other):
 BEFORE = {"empty": [], "growing": [5], "just full": [9], "cut": [14], "decoding": [14, 1, 1]}
 
 
+def assert_an_error_takes_back_the_step(made, count):
+    """A step of `count` tokens, ended after each number of appends and attends, leaves what `made` makes as it was."""
+    for place in range(5):
+        cache, left = made(), place
+        was = [everything(layer) for layer in cache.layers]
+        with pytest.raises(KeyboardInterrupt), cache.step([count, count]) as step:  # noqa: PT012
+            for layer in cache.layers:
+                q, k, v = drawn(2, count, 77)
+                for act in (lambda: layer.append(k, v, step), lambda: layer.attend(q, step)):  # noqa: B023
+                    if not left:
+                        raise KeyboardInterrupt
+                    act()
+                    left -= 1
+            raise KeyboardInterrupt
+        assert all(map(same, was, [everything(layer) for layer in cache.layers]))
+        after, untouched = feed(cache, [count, 1], seed=8), feed(made(), [count, 1], seed=8)
+        assert all(map(torch.equal, after, untouched))  # exact
+
+
+def assert_a_plan_that_fails_changes_nothing(cache, count, monkeypatch):
+    """The second layer's plan raises after a step of `count` tokens: no layer has changed."""
+    was = [everything(layer) for layer in cache.layers]
+    monkeypatch.setattr(cache[1], "plan", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(cache, [count], seed=5)
+    assert all(map(same, was, [everything(layer) for layer in cache.layers]))
+
+
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("name", POLICIES)
 class TestUndo:
@@ -466,30 +494,11 @@ class TestUndo:
 
     @pytest.mark.parametrize("count", [1, 6])
     def test_an_error_anywhere_in_a_step_takes_back_all_of_it(self, name, before, count):
-        for place in range(5):  # after so many appends and attends
-            cache = self.made(name, before)
-            was, left = [everything(layer) for layer in cache.layers], place
-            with pytest.raises(KeyboardInterrupt), cache.step([count, count]) as step:  # noqa: PT012
-                for layer in cache.layers:
-                    q, k, v = drawn(2, count, 77)
-                    for act in (lambda: layer.append(k, v, step), lambda: layer.attend(q, step)):  # noqa: B023
-                        if not left:
-                            raise KeyboardInterrupt
-                        act()
-                        left -= 1
-                raise KeyboardInterrupt
-            assert all(map(same, was, [everything(layer) for layer in cache.layers]))
-            after, untouched = feed(cache, [count, 1], seed=8), feed(self.made(name, before), [count, 1], seed=8)
-            assert all(map(torch.equal, after, untouched))  # exact
+        assert_an_error_takes_back_the_step(lambda: self.made(name, before), count)
 
     @pytest.mark.parametrize("count", [1, 9])
     def test_a_plan_that_fails_in_one_layer_evicts_in_none(self, name, before, count, monkeypatch):
-        cache = self.made(name, before)
-        was = [everything(layer) for layer in cache.layers]
-        monkeypatch.setattr(cache[1], "plan", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            feed(cache, [count], seed=5)
-        assert all(map(same, was, [everything(layer) for layer in cache.layers]))
+        assert_a_plan_that_fails_changes_nothing(self.made(name, before), count, monkeypatch)
 
     def test_rows_chosen_are_the_rows_and_go_on_alike(self, name, before):
         cache, whole = self.made(name, before), self.made(name, before)

@@ -13,7 +13,16 @@ from labkit.cache.evicting.places import turned
 from labkit.generation import generate
 from labkit.sizing import Evicting, cache_bytes
 from tests.bounds import attention_bound
-from tests.cache.test_evicting import DIM, FREQUENCIES, GROUP, KV_HEADS, drawn, everything, feed, same
+from tests.cache.test_evicting import (
+    DIM,
+    FREQUENCIES,
+    GROUP,
+    KV_HEADS,
+    assert_a_plan_that_fails_changes_nothing,
+    assert_an_error_takes_back_the_step,
+    drawn,
+    feed,
+)
 from tests.shapes import TINY, shape
 
 
@@ -187,30 +196,12 @@ class TestUndo:
             feed(cache, before)
             return cache
 
-        for place in range(5):
-            cache, left = made(), place
-            was = [everything(layer) for layer in cache.layers]
-            with pytest.raises(KeyboardInterrupt), cache.step([count, count]) as step:  # noqa: PT012
-                for layer in cache.layers:
-                    q, k, v = drawn(2, count, 77)
-                    for act in (lambda: layer.append(k, v, step), lambda: layer.attend(q, step)):  # noqa: B023
-                        if not left:
-                            raise KeyboardInterrupt
-                        act()
-                        left -= 1
-                raise KeyboardInterrupt
-            assert all(map(same, was, [everything(layer) for layer in cache.layers]))
-            after, untouched = feed(cache, [count, 1], seed=8), feed(made(), [count, 1], seed=8)
-            assert all(map(torch.equal, after, untouched))  # exact
+        assert_an_error_takes_back_the_step(made, count)
 
     def test_a_plan_that_fails_in_one_layer_merges_in_none(self, every, before, monkeypatch):
         cache = Cache.evicting(2, policy(), 9, every=every)
         feed(cache, before)
-        was = [everything(layer) for layer in cache.layers]
-        monkeypatch.setattr(cache[1], "plan", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            feed(cache, [9], seed=5)
-        assert all(map(same, was, [everything(layer) for layer in cache.layers]))
+        assert_a_plan_that_fails_changes_nothing(cache, 9, monkeypatch)
 
     def test_rows_chosen_are_the_rows_and_go_on_alike(self, every, before):
         cache, whole = (Cache.evicting(1, policy(), 9, every=every) for _ in range(2))

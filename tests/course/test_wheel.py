@@ -23,11 +23,11 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
+from labkit.course.release.runs import NBVAL, PLAIN
 from tests.tracked import copy_tree, tracked
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_LAB = "01_attention_basics.ipynb"
-NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=180", "--nbval-kernel-startup-timeout=120")
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -177,5 +177,4 @@ def test_open_fills_an_empty_folder_and_serves_it_to_who_has_the_token(
 def test_lab_01_runs_under_strict_nbval(installed: Installed) -> None:
     for path in (ROOT / "notebooks" / FIRST_LAB, ROOT / "conftest.py"):  # the latter: patience with a busy machine
         shutil.copy(path, installed.folder)
-    plain = ("-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:timeout")
-    installed.run("python", "-m", "pytest", *plain, "--rootdir=.", "-c", os.devnull, *NBVAL, FIRST_LAB)
+    installed.run("python", "-m", "pytest", *PLAIN, "--rootdir=.", "-c", os.devnull, *NBVAL, FIRST_LAB)

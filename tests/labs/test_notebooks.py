@@ -19,6 +19,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from labkit import claims
 from labkit.course import editions
 from labkit.course.catalogue import contents, numbers
+from labkit.course.record import MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (Path.home(), Path("~root").expanduser(), ROOT, tempfile.gettempdir())
@@ -116,7 +117,7 @@ class TestNotebook:
 
     def test_is_mostly_compared(self, path: Path) -> None:
         cells = [cell for _, cell in editions.code_cells(read(path))]
-        ignored = [cell for cell in cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+        ignored = [cell for cell in cells if MEASURED in cell.metadata.get("tags", [])]
         assert len(ignored) < len(cells) / 2
 
     def test_has_a_blank_for_every_exercise_and_asks_for_all_the_lab_holds(self, path: Path) -> None:
@@ -169,5 +170,5 @@ class TestNotebook:
 
 def assert_printed(cell: nbformat.NotebookNode, before: nbformat.NotebookNode) -> None:
     """A cell that is compared printed what it printed before."""
-    if "nbval-ignore-output" not in before.metadata.get("tags", []):
+    if MEASURED not in before.metadata.get("tags", []):
         assert text_of(cell) == text_of(before), cell.source

@@ -6,28 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit import models
 from labkit.cache import Cache
 from labkit.cache.evicting import H2O, TOVA, KeyDiff, KeyNorm, Policy, SnapKV, Window
 from labkit.llama import Llama
 from labkit.quality.reading import read
-from labkit.specs import ModelSpec
-
-SPEC = ModelSpec("tiny", 3, 4, 2, 16, 48, 96, 100, 512)
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return models.random(SPEC, prepack=False)
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, SPEC.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
-
-
-def kept(cache: Cache) -> list[Tensor]:
-    return [layer.positions.sort(dim=-1).values for layer in cache.layers]
+from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
 
 
 @pytest.mark.parametrize("policy", [Window(sinks=2), KeyNorm(), KeyDiff(), H2O(), TOVA(), SnapKV(window=4)], ids=str)

@@ -16,22 +16,7 @@ from labkit.labs.lab07.timeline import Timeline, timeline
 from labkit.llama import Llama
 from labkit.quality.reading import read
 from labkit.specs import ModelSpec
-
-SPEC = ModelSpec("tiny", 3, 4, 2, 16, 48, 96, 100, 512)
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return models.random(SPEC, prepack=False)
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, SPEC.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
-
-
-def kept(cache: Cache) -> list[Tensor]:
-    return [layer.positions.sort(dim=-1).values for layer in cache.layers]
+from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
 
 
 def test_what_a_prompt_receives_is_the_sum_of_its_readings_weights(model: Llama, tokens: Tensor) -> None:
