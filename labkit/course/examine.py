@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from labkit.course import settings
-from labkit.course.checks.tensors import SHIFT
-from labkit.course.exercise import Exercise, Finding, NotYet, line_of, short
+from labkit.course.checks.tensors import SHIFT, cases_of
+from labkit.course.exercise import Exercise, Finding, NotYet, aside, line_of, short
 
 TIME_LIMIT = 20.0  # seconds of computing for one check; the slowest reference needs under 2
 WAITING = 3  # times the limit: how long it may take on the wall, where it waits or the machine is busy
@@ -66,16 +66,18 @@ def examine(
     one random state: what another thread draws meanwhile is drawn from the check's. limit: seconds that it may compute;
     it is stopped after `WAITING` times as many on the wall, too.
     A call that is still not back `patience` seconds later is left behind in its thread. A check inside a check has the
-    outer one's time.
+    outer one's time and seed.
+
+    Raises ValueError for a seed that is no whole number from 0 to 2**32 - 1.
     """
     trial = Trial(exercise, answer)
     if isinstance(threading.current_thread(), Trial):
-        with settings.restored():
+        with settings.restored(), aside():
             prepare(SHIFT[0])
             return Verdict(*trial.judge())
-    with ONE_AT_A_TIME, settings.restored():
+    with ONE_AT_A_TIME, cases_of(seed), settings.restored():
         start = time.monotonic()
-        prepare(seed)
+        prepare(SHIFT[0])
         trial.shield()
         try:
             trial.start()
@@ -85,7 +87,6 @@ def examine(
                 trial.finish(0.0, patience)
                 raise
         finally:
-            SHIFT[0] = 0
             computed = trial.computed()
             trial.released = True
             if trial.over:
@@ -104,7 +105,6 @@ def prepare(seed: int = 0) -> None:
         settings.set_tensor_type("cpu")
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)  # tensors are small: on a busy machine a second thread is mostly waited for
-    SHIFT[0] = seed
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed: before CUDA is used, it keeps the seed for then

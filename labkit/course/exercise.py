@@ -13,7 +13,8 @@ import inspect
 import re
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ class Exercise:
 
     @staticmethod
     def fail(diagnosis: str, *, seen: str, cause: str, look: str) -> None:
-        """Say what only this exercise can know."""
+        """Say what only this exercise can know. What is compared from here on explains it, and no longer counts."""
+        if (accepted := ACCEPTED.get()) is not None:
+            accepted.closed = True
         raise NotYet(Finding(diagnosis, seen, cause, look))
 
     @classmethod
@@ -257,13 +260,33 @@ class Results:
 
 
 RESULTS: ContextVar[Results | None] = ContextVar("results of the running examination", default=None)
-ACCEPTED: ContextVar[list[int] | None] = ContextVar("how many results were right so far, for who counts", default=None)
+
+
+@dataclass
+class Accepted:
+    """How many results were right, up to the first finding."""
+
+    count: int = 0
+    closed: bool = False
+
+
+ACCEPTED: ContextVar[Accepted | None] = ContextVar("what was accepted so far, for who counts", default=None)
 
 
 def accept(count: int = 1) -> None:
     """Note that so many results were compared and are right: what partial credit counts."""
-    if (accepted := ACCEPTED.get()) is not None:
-        accepted[0] += count
+    if (accepted := ACCEPTED.get()) is not None and not accepted.closed:
+        accepted.count += count
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is found inside neither counts nor ends the counting: no case of the check itself."""
+    token = ACCEPTED.set(None)
+    try:
+        yield
+    finally:
+        ACCEPTED.reset(token)
 
 
 def unchanged(before: Any, after: Any) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from labkit.course import cards
+from labkit.course.checks.tensors import SHIFT
 from labkit.course.examine import TimeIsUp, Trial, Verdict, examine, too_slow
 from labkit.course.exercise import Exercise, Finding, NotYet
 from tests.course.exercises import Count, Counter, Double, Scaled, double
@@ -120,6 +121,32 @@ def test_a_check_leaves_the_random_state_as_it_was() -> None:
     torch.manual_seed(5)
     examine(Double(), lambda x: torch.rand(2, 2))
     assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True, None, "7"])
+def test_a_seed_that_is_none_is_one_error_and_no_later_check_sees_it(seed) -> None:
+    with pytest.raises(ValueError, match="the seed of a check is a whole number from 0 to 4,294,967,295, not"):
+        examine(Double(), double, seed=seed)
+    assert SHIFT == [0]
+    assert examine(Double(), double).status == "pass"
+
+
+def test_the_largest_seed_is_one() -> None:
+    assert examine(Double(), double, seed=2**32 - 1).status == "pass"
+    assert SHIFT == [0]
+
+
+@pytest.mark.parametrize("part", ["prepare", "Trial.shield", "Trial.start", "Trial.finish"])
+def test_the_seed_of_hidden_cases_is_gone_whatever_is_raised_around_a_check(part: str, monkeypatch) -> None:
+    def fails(*args, **kwargs):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"labkit.course.examine.{part}", fails)
+        with pytest.raises(MemoryError):
+            examine(Double(), double, seed=5)
+    assert SHIFT == [0]
+    assert examine(Double(), double).status == "pass"
 
 
 def test_a_real_interrupt_reaches_the_learner_and_ends_the_answer() -> None:

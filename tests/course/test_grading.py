@@ -17,7 +17,7 @@ from labkit.course.catalogue import contents, numbers
 from labkit.course.cli import main
 from labkit.course.editions.leaks import leaks
 from labkit.course.examine import examine
-from labkit.course.exercise import ACCEPTED, Exercise
+from labkit.course.exercise import ACCEPTED, Exercise, NotYet
 from labkit.course.grading import judge as judging
 from labkit.course.grading.export import safe
 from labkit.course.grading.judge import Points, judge, seal, share
@@ -201,6 +201,65 @@ def test_nobody_counts_where_nobody_asked() -> None:
     assert ACCEPTED.get() is None
     assert examine(exercises("01")["01.1"], attention_weights).status == "pass"
     assert ACCEPTED.get() is None
+
+
+class Explains(Exercise):
+    """Compares 2, then what is wrong, then what would explain it."""
+
+    id, title, minutes = "00.9", "Twice", 1
+    reference = staticmethod(lambda x: x * 2)
+
+    def examine(self, answer) -> None:
+        for x in (torch.ones(2), torch.ones(3)):
+            self.same(answer(x), x * 2, what="the result")
+        try:
+            self.same(answer(torch.zeros(4)), torch.zeros(4), what="the result")
+        except NotYet as not_yet:
+            for _ in range(5):
+                self.same(torch.ones(2), torch.ones(2), what="a hypothesis")
+            raise not_yet from None
+
+
+def test_only_what_was_right_before_the_first_finding_counts() -> None:
+    assert judging.counted(Explains(), lambda x: x * 2, 3, 20)[1] == 3
+    assert judging.counted(Explains(), lambda x: x * 2 + (len(x) == 4), 3, 20)[1] == 2
+
+
+def test_a_hypothesis_that_fits_earns_nothing() -> None:
+    """04.4 tries the lab model's head_dim when another one is refused; 64 written down is right for it alone."""
+
+    def merge_kv_heads(weight, num_kv_heads, group):
+        return weight.reshape(num_kv_heads // group, group, 64, *weight.shape[1:]).mean(1).flatten(0, 1)
+
+    verdict, right = judging.counted(exercises("04")["04.4"], merge_kv_heads, 3, 20)
+    assert verdict.finding.diagnosis == "fixed-head-dim"
+    assert right == 0
+
+
+def test_an_answer_that_runs_other_checks_earns_nothing_for_them() -> None:
+    other = exercises("01")["01.1"]
+
+    def causal_mask(new_tokens, past):
+        examine(other, other.reference)
+        return None
+
+    assert judging.counted(exercises("01")["01.2"], causal_mask, 3, 20)[1] == 0
+
+
+def test_a_finding_that_is_set_aside_does_not_end_the_counting() -> None:
+    """A call that stops only while it is watched has no other fault."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    exercise = exercises("01")["01.1"]
+
+    def attention_weights(q, k):
+        if _get_current_dispatch_mode() is not None:
+            raise RuntimeError("watched")
+        return exercise.reference(q, k)
+
+    verdict, right = judging.counted(exercise, attention_weights, 3, 20)
+    assert verdict.status == "pass"
+    assert right == judging.counted(exercise, exercise.reference, 3, 20)[1]
 
 
 def test_a_spreadsheet_computes_nothing_that_a_submission_says() -> None:

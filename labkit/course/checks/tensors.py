@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,11 +24,27 @@ def heads(num_heads: int, num_kv_heads: int, new: int, held: int, *, batch: int 
 
 
 SHIFT = [0]  # what `examine` adds to each seed that is written down in a check: 0, or that of hidden cases
+SEEDS = 2**32  # seeds are whole numbers below it: NumPy takes no larger ones
 
 
 def shifted(seed: int) -> int:
     """The seed of a check's own random numbers: another one in every set of hidden cases."""
     return (seed + 1_000_003 * SHIFT[0]) % 2**63
+
+
+@contextmanager
+def cases_of(seed: int) -> Iterator[None]:
+    """Inside, a check's random numbers are those of `seed`; 0 afterwards, whatever happened.
+
+    Raises ValueError, with nothing changed, for what is no whole number from 0 to 2**32 - 1.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"the seed of a check is a whole number from 0 to {SEEDS - 1:,}, not {seed!r}")
+    SHIFT[0] = int(seed)
+    try:
+        yield
+    finally:
+        SHIFT[0] = 0
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

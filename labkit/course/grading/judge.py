@@ -26,7 +26,7 @@ import torch
 from labkit.course import cards
 from labkit.course.catalogue import contents
 from labkit.course.examine import TIME_LIMIT, Verdict, examine
-from labkit.course.exercise import ACCEPTED, Exercise, Finding
+from labkit.course.exercise import ACCEPTED, Accepted, Exercise, Finding
 from labkit.course.grading.marks import KIND
 
 CHANGING = ("input", "display", "get_ipython", "exit", "quit", "_", "open")  # of `builtins`: IPython sets them itself
@@ -119,16 +119,16 @@ def share(points: float, right: int, tried: int) -> float:
 
 def counted(exercise: Exercise, answer: Any, seed: int, limit: float) -> tuple[Verdict, int]:
     """The verdict, and how many results the check found right on the way."""
-    count = [0]
+    accepted = Accepted()
 
     def trial(self: Any, answer: Any) -> None:
-        token = ACCEPTED.set(count)
+        token = ACCEPTED.set(accepted)
         try:
             exercise.trial(answer)
         finally:
             ACCEPTED.reset(token)
 
-    return examine(with_trial(exercise, trial), answer, seed=seed, limit=limit), count[0]
+    return examine(with_trial(exercise, trial), answer, seed=seed, limit=limit), accepted.count
 
 
 def with_trial(exercise: Exercise, trial: Callable[[Any, Any], None]) -> Exercise:
