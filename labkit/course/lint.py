@@ -124,6 +124,14 @@ def busy(notebook: NotebookNode) -> Found:
             yield cell.id, f"was measured on a busy machine ({machine})", "wait until it is quiet, then " + RECORD
 
 
+def of_no_machine(notebook: NotebookNode) -> Found:
+    """Measured outputs of which nothing says what the machine did beside them."""
+    for _, cell in editions.code_cells(notebook):
+        known = kept(cell)  # empty: the output's source is not known either, which is a finding of its own
+        if MEASURED in cell.metadata.get("tags", []) and cell.outputs and known and not known.get("machine"):
+            yield cell.id, "was measured, and nothing says whether the machine was quiet", RECORD
+
+
 def failed(notebook: NotebookNode) -> Found:
     """Cells that ended in an error or warned, where they are not meant to."""
     for _, cell in editions.code_cells(notebook):
@@ -203,6 +211,7 @@ RULES = {
     "out of order": out_of_order,
     "stale output": stale,
     "busy machine": busy,
+    "unknown machine": of_no_machine,
     "error": failed,
     "no alternative text": without_words,
 }

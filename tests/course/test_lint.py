@@ -30,7 +30,20 @@ def notebook(real: NotebookNode) -> NotebookNode:
     return copy.deepcopy(real)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Its page is of a quiet run from before the machine was noted; the next recording says it, and this goes.
+UNKNOWN = {"05_quantization"}
+NOTED = [
+    pytest.param(path, marks=[pytest.mark.xfail(strict=True, reason="no machine noted")] * (path.stem in UNKNOWN))
+    for path in NOTEBOOKS
+]
+
+
+def test_the_pages_of_which_no_machine_was_noted_have_no_other_fault() -> None:
+    for path in (path for path in NOTEBOOKS if path.stem in UNKNOWN):
+        assert {finding.rule for finding in lint(path)} == {"unknown machine"}
+
+
+@pytest.mark.parametrize("path", NOTED, ids=[path.stem for path in NOTEBOOKS])
 def test_nothing_is_found_in_the_notebooks_of_the_course(path: Path) -> None:
     assert "\n".join(map(str, lint(path))) == ""
 
@@ -80,6 +93,12 @@ def of_unknown_source(notebook: NotebookNode) -> NotebookNode:
 def measured_beside_others(notebook: NotebookNode) -> NotebookNode:
     cell = next(cell for cell in codes(notebook) if MEASURED in cell.metadata.get("tags", []))
     stamp([cell], "busy: other processes use 1.3 cores")
+    return cell
+
+
+def measured_nobody_knows_where(notebook: NotebookNode) -> NotebookNode:
+    cell = next(cell for cell in codes(notebook) if MEASURED in cell.metadata.get("tags", []) and cell.outputs)
+    del cell.metadata["labkit"]["machine"]
     return cell
 
 
@@ -187,6 +206,7 @@ ONE_CHANGE: list[tuple[Callable, str, str, str]] = [
     (changed_since, "stale output", "has changed since", "--only {cell}"),
     (of_unknown_source, "stale output", "nothing says which source", "--only {cell}"),
     (measured_beside_others, "busy machine", "other processes use 1.3 cores", "wait until it is quiet"),
+    (measured_nobody_knows_where, "unknown machine", "whether the machine was quiet", "--only {cell}"),
     (in_error, "error", "ended in an error", "mend it"),
     (warned, "error", "wrote to stderr", "mend its cause"),
     (wordless, "no alternative text", "a figure without", "described(fig"),

@@ -96,6 +96,18 @@ def published() -> list[str]:
     return [line for text in texts for line in text.partition(COLUMNS)[2].splitlines()]
 
 
+def placed(answers: Sequence[Wrong]) -> dict[int, str]:
+    """The published line of each of these, by its place in `answers`: the one that stands where the answer's belongs,
+    on the page of its lab; none where the page is too short."""
+    found: dict[int, str] = {}
+    order = sorted(range(len(answers)), key=lambda place: answers[place].exercise)
+    for number, mine in groupby(order, key=lambda place: answers[place].exercise[:2]):
+        page = PAGES / f"lab{number}.md"
+        lines = page.read_text(encoding="utf-8").partition(COLUMNS)[2].splitlines() if page.exists() else []
+        found |= dict(zip(mine, lines, strict=False))
+    return found
+
+
 def mistakes(rows: Sequence[str], answers: Sequence[Wrong]) -> dict[str, list[dict]]:
     """Each exercise's mistakes, by the diagnosis meant for them: how many answers make it, how many are told so.
 

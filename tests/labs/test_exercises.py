@@ -11,12 +11,24 @@ import pytest
 from labkit.course.catalogue import contents, numbers
 from labkit.course.examine import examine
 from labkit.course.exercise import Exercise
+from tests.labs import kill_table
 from tests.labs.answer import Wrong
-from tests.labs.kill_table import MISTAKES, PAGES, TABLE, gather, in_order, pages, published, row, told_to_teachers
+from tests.labs.kill_table import (
+    MISTAKES,
+    PAGES,
+    TABLE,
+    gather,
+    in_order,
+    pages,
+    placed,
+    published,
+    row,
+    told_to_teachers,
+)
 
 LABS = {number: contents(number) for number in numbers()}
 WRONG, EXERCISES = gather()
-PUBLISHED = published()
+PUBLISHED, PLACED = published(), placed(WRONG)
 BY_THE_CLOCK = {"not-constant"}  # which of several operations a clock finds slow first is not the same each time
 RIGHT: list[tuple[str, object]] = [
     pair for number in LABS for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
@@ -35,9 +47,11 @@ def test_check_accepts_another_right_way_of_writing_it(exercise: str, answer) ->
     assert verdict.status == "pass", verdict.finding
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)])
-def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_run(wrong: Wrong) -> None:
-    """And in the words that the kill table publishes."""
+@pytest.mark.parametrize(
+    ("place", "wrong"), enumerate(WRONG), ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)]
+)
+def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_run(place: int, wrong: Wrong) -> None:
+    """And in the words that the kill table publishes, at the answer's own place in it."""
     verdict = examine(EXERCISES[wrong.exercise], wrong.answer)
     assert verdict.status == "not yet", f"{wrong.mistake} was accepted"
     assert verdict.finding is not None
@@ -46,11 +60,11 @@ def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_r
     again = examine(EXERCISES[wrong.exercise], wrong.answer)
     if wrong.diagnosis in BY_THE_CLOCK:
         begins = row(wrong, verdict.finding).partition(f"`{wrong.diagnosis}`")[0] + f"`{wrong.diagnosis}`"
-        assert any(line.startswith(begins) for line in PUBLISHED), "run `make docs` to write the kill table anew"
+        assert PLACED.get(place, "").startswith(begins), "run `make docs` to write the kill table anew"
         assert again.finding is not None
         assert again.finding.diagnosis == wrong.diagnosis
     else:
-        assert row(wrong, verdict.finding) in PUBLISHED, "run `make docs` to write the kill table anew"
+        assert row(wrong, verdict.finding) == PLACED.get(place), "run `make docs` to write the kill table anew"
         assert again == verdict
 
 
@@ -98,6 +112,27 @@ def test_the_published_kill_table_has_a_line_for_each_wrong_answer_and_nothing_b
     begins = [row(wrong, None).partition("**accepted**")[0] for wrong in in_order(WRONG)]
     assert len(PUBLISHED) == len(begins)
     assert all(line.startswith(begin) for line, begin in zip(PUBLISHED, begins, strict=True))
+
+
+def test_a_line_counts_at_its_own_place_only(tmp_path, monkeypatch) -> None:
+    """Two answers of one exercise may make one mistake in other ways, and each has its own words."""
+    answers = [
+        Wrong("02.1", "other", "a mistake", len),
+        Wrong("01.2", "values", "one mistake", len),
+        Wrong("01.2", "shape", "one mistake", max),
+    ]
+    lines = [f"| {wrong.exercise} | {wrong.mistake} | `{wrong.diagnosis}` | seen |" for wrong in answers]
+    monkeypatch.setattr(kill_table, "PAGES", tmp_path)
+
+    def write(**labs: list[str]) -> dict[int, str]:
+        for lab, text in labs.items():
+            (tmp_path / f"{lab}.md").write_text(f"# A page\n\n{kill_table.COLUMNS}" + "\n".join(text))
+        return placed(answers)
+
+    assert write(lab01=lines[1:], lab02=lines[:1]) == dict(enumerate(lines))
+    exchanged = write(lab01=lines[:0:-1])
+    assert (exchanged[1], exchanged[2]) == (lines[2], lines[1])
+    assert 0 not in write(lab01=[*lines[1:], lines[0]], lab02=[])  # on another lab's page it is not there
 
 
 def test_what_teachers_are_told_of_mistakes_is_the_kill_tables() -> None:
