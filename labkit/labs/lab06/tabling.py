@@ -22,7 +22,7 @@ class Watched(BlockAllocator):
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
-        for block in random.Random(num_blocks).sample(range(num_blocks), num_blocks):
+        for block in random.Random(shifted(num_blocks)).sample(range(num_blocks), num_blocks):
             self.free.move_to_end(block)
         self.done: list[tuple[str, int]] = []
 

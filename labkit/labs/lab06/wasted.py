@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from labkit.course.checks.suspects import Suspect
+from labkit.course.checks.tensors import shifted
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.parts import judge_parts
 from labkit.labs.lab06.references import waste
@@ -122,7 +123,7 @@ class Waste(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """No request, one, many; full blocks, full rooms, requests at their end; each argument changed alone."""
-        draw = random.Random(0)
+        draw = random.Random(shifted(0))
         final = [draw.randint(30, 900) for _ in range(200)]
         held = [draw.randint(1, tokens) for tokens in final]
         cases = [
