@@ -169,6 +169,13 @@ def test_the_reference_under_any_name_earns_nothing() -> None:
         assert graded(answer)[0].finding.diagnosis == "the-courses-own", answer
 
 
+def test_what_judges_in_the_process_of_a_submission_imports_no_nbformat() -> None:
+    """nbformat reads a grammar when it is imported: seconds, for each submission."""
+    code = "import sys, labkit.course.grading.judge; print('nbformat' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_points_are_rounded_down_and_all_of_them_are_for_what_passes() -> None:
     assert share(3, 0, 22) == 0
     assert share(3, 21, 22) == 2.7
