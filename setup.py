@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `data/` and `notebooks/`, at the top of the tree, travel inside the package."""
+"""What pyproject.toml cannot say: `data/`, `docs/` and `notebooks/`, at the top of the tree, travel in the package."""
 
 import shutil
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-TRAVEL = {"data": ("*.json", "*.yaml", "*.txt", "*.md"), "notebooks": ("*.ipynb",)}
+TRAVEL = {"data": ("*.json", "*.yaml", "*.txt", "*.md"), "docs": ("*.md",), "notebooks": ("*.ipynb",)}
 
 
 class BuildPy(build_py):
-    """As setuptools', and labkit/data and labkit/notebooks besides; `labkit.places` finds them there."""
+    """As setuptools', and labkit/data, labkit/docs and labkit/notebooks besides; `labkit.places` finds them there."""
 
     def run(self) -> None:
         """Copies nothing into an editable installation: that one reads the tree itself."""

@@ -2,12 +2,13 @@
 
     python docs/badges.py
 
-The README's badges, the addresses in docs/elsewhere.md and CITATION.cff. Whoever publishes the course sets
-`project.urls.Repository` once and runs `make docs`.
+The README's badges, the addresses in docs/elsewhere.md and CITATION.cff, the first line in every notebook. Whoever
+publishes the course sets `project.urls.Repository` once and runs `make docs`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -82,12 +83,30 @@ def with_block(text: str, name: str, content: str) -> str:
     return made
 
 
+ALONE = """<details><summary>Opened alone, as in Colab or Kaggle?</summary>
+
+Run this in a cell above all others. Where labkit is installed already, it does nothing.
+
+{line}
+
+</details>"""
+
+
+def with_line(notebook: str, line: str) -> str:
+    """A notebook's file with the first line in its first cell, a text."""
+    made = json.loads(notebook)
+    text = with_block("".join(made["cells"][0]["source"]), "first line", ALONE.format(line=line))
+    made["cells"][0]["source"] = text.splitlines(keepends=True)
+    return json.dumps(made, ensure_ascii=False, indent=1) + "\n"
+
+
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """Each file that names the repository, and its text."""
     url = repository(root)
     readme, elsewhere, citation = (root / name for name in ("README.md", "docs/elsewhere.md", "CITATION.cff"))
     line = f"```text\n{first_line(url)}\n```"
     return {
+        **{path: with_line(path.read_text(encoding="utf-8"), line) for path in notebooks(root)},
         readme: with_block(readme.read_text(encoding="utf-8"), "badges", badges(url, notebooks(root))),
         elsewhere: with_block(elsewhere.read_text(encoding="utf-8"), "first line", line),
         citation: re.sub(

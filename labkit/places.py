@@ -11,9 +11,18 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def course_folder(name: str, package: Path = PACKAGE) -> Path:
-    """`data` or `notebooks`: the folder in the package, where a wheel has it, or the one beside it."""
+    """`data`, `docs` or `notebooks`: the folder in the package, where a wheel has it, or the one beside it."""
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def beside(notebooks: Path, path: str) -> Path:
+    """A file by its path from the top of the tree, such as `docs/claims.md` or `labkit/cache/dense.py`.
+
+    notebooks: the folder `notebooks` of a checkout or of an installed wheel, where the package is what it lies in.
+    """
+    top = notebooks.parent
+    return top.parent / path if path.startswith(f"{top.name}/") and not (top / top.name).is_dir() else top / path
 
 
 def checkout(package: Path = PACKAGE) -> Path | None:

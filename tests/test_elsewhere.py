@@ -50,12 +50,24 @@ def test_no_page_leads_to_another_repository(tmp_path: Path) -> None:
     text = (tmp_path / "pyproject.toml").read_text().replace(badges.repository(), "https://github.com/some-one/labs")
     (tmp_path / "pyproject.toml").write_text(text)
     made = badges.pages(tmp_path)
-    for page in made.values():
+    notebooks = [text for path, text in made.items() if path.suffix == ".ipynb"]
+    assert len(notebooks) == len(badges.notebooks())
+    for page in notebooks:  # which link to other repositories, too
+        assert page.count("some-one/labs") == page.count(badges.first_line("some-one/labs").partition("(")[0]) == 1
+        assert "OWNER/" not in page
+    for page in (text for path, text in made.items() if path.suffix != ".ipynb"):
         addresses = [found for found in re.findall(r"https://[^\s)\"]+", page) if PLACES.search(found)]
         assert addresses
         assert [address for address in addresses if "some-one/labs" not in address] == []
         assert "OWNER/" not in page
         assert "Not published yet" not in page
+
+
+@pytest.mark.parametrize("notebook", badges.notebooks(), ids=lambda path: path.stem)
+def test_a_notebook_that_is_opened_alone_has_the_first_line_to_copy_before_any_code(notebook: Path) -> None:
+    first, second = json.loads(notebook.read_text(encoding="utf-8"))["cells"][:2]
+    assert (first["cell_type"], second["cell_type"]) == ("markdown", "code")
+    assert f"\n```text\n{badges.first_line(badges.repository())}\n```\n" in "".join(first["source"])
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -1,5 +1,7 @@
 """The learner's copy of the notebooks: where it lies, and how it is refreshed without overwriting anything.
 
+Beside the notebooks lie the pages that they link to, in `reading/` (`labkit.course.linked`).
+
 A file in the work folder may be replaced only if it is, byte for byte, a version that was put there by `refresh`. The
 manifest lists those versions; whatever is not in it belongs to the learner.
 """
@@ -11,10 +13,12 @@ import json
 import os
 from pathlib import Path
 
+from labkit.course.linked import opened
 from labkit.files import locked, make_folder, read_text, remove_leftovers, user_path, write_whole
 from labkit.places import checkout
 
 MANIFEST = ".labkit-copies.json"
+KEPT = "yours is kept"
 FOLDER = "kv-cache-labs"  # made by an installed wheel where the current folder holds other things
 
 
@@ -48,7 +52,8 @@ def opens() -> str:
 
 
 def refresh(notebooks: Path, work: Path) -> list[str]:
-    """Bring `work` up to date with `notebooks/*.ipynb`; returns one line per notebook that was copied or kept back.
+    """Bring `work` up to date with `notebooks/*.ipynb` and what they link to; returns one line per notebook that was
+    copied or kept back, and per page that was kept back.
 
     New: copied. As it was copied before: replaced by the newer version. Changed by the learner: left alone, and named
     when a newer version exists. Safe to call from several processes at once. Raises WorkspaceError.
@@ -59,9 +64,10 @@ def refresh(notebooks: Path, work: Path) -> list[str]:
         with locked(work / MANIFEST, timeout=60):
             remove_leftovers(work / MANIFEST)
             copies = _read(work / MANIFEST)
-            for source in sorted(notebooks.glob("*.ipynb")):
-                remove_leftovers(work / source.name)
-                if line := _refresh_one(source, work, copies):
+            for name, content in opened(notebooks).items():
+                make_folder((work / name).parent)
+                remove_leftovers(work / name)
+                if (line := _refresh_one(name, content, work, copies)) and ("/" not in name or KEPT in line):
                     lines.append(line)
     except OSError as error:
         done = f"done so far: {', '.join(lines)}; the rest is as it was" if lines else "no notebook in it was changed"
@@ -72,30 +78,30 @@ def refresh(notebooks: Path, work: Path) -> list[str]:
     return lines
 
 
-def _refresh_one(source: Path, work: Path, copies: dict[str, list[str]]) -> str | None:
-    content, target = source.read_bytes(), work / source.name
+def _refresh_one(name: str, content: bytes, work: Path, copies: dict[str, list[str]]) -> str | None:
+    target = work / name
     newest = _digest(content)
-    known = copies.setdefault(source.name, [])
+    known = copies.setdefault(name, [])
     if not os.path.lexists(target):
-        said = f"{source.name}: copied"
+        said = f"{name}: copied"
     else:
         here = _digest(target.read_bytes()) if target.is_file() else None
         if here == newest and newest in known:
             return None
         if here != newest and here not in known:
-            return None if known[-1:] == [newest] else _kept_back(target)
-        said = f"{source.name}: brought up to date" if here != newest else ""
+            return None if known[-1:] == [newest] else _kept_back(name, target)
+        said = f"{name}: brought up to date" if here != newest else ""
     # The version is written down before the copy: killed in between, the copy is still known as ours.
-    copies[source.name] = [version for version in known if version != newest] + [newest]
+    copies[name] = [version for version in known if version != newest] + [newest]
     write_whole(work / MANIFEST, json.dumps(copies, indent=1).encode(), mode=0o644)
     if said:
         write_whole(target, content, mode=0o644)
     return said or None
 
 
-def _kept_back(target: Path) -> str:
+def _kept_back(name: str, target: Path) -> str:
     return (
-        f"{target.name}: yours is kept; a newer version exists. To get it, rename yours in {target.parent.name}/ and "
+        f"{name}: {KEPT}; a newer version exists. To get it, rename yours in {target.parent.name}/ and "
         f"run `{opens()}` again."
     )
 

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import posixpath
 import re
 import textwrap
 from collections.abc import Callable
@@ -31,7 +32,9 @@ from labkit.course.editions.mistakes import known
 from labkit.course.editions.slides import HIGH, ROOM, WIDGET, arranged, formulas, height, slides
 from labkit.course.editions.teaching import TeachingError, teaching
 from labkit.course.record import MEASURED
+from labkit.course.release.make import pack_pages
 from labkit.course.syllabus import sections_of
+from tests.links import dead_links, local_links
 
 ROOT = Path(__file__).resolve().parents[2]
 LABS = {path.name[:2]: path for path in notebooks(ROOT)}
@@ -123,26 +126,44 @@ def test_a_solution_is_found_wherever_it_hides(where: str, id: str) -> None:
 
 
 @by_lab
-def test_self_paced_is_the_notebook_as_it_stands(number: str, built: Path) -> None:
-    assert (built / "self-paced" / LABS[number].name).read_bytes() == LABS[number].read_bytes()
+def test_self_paced_is_the_notebook_as_it_stands_but_for_the_place_of_its_links(number: str, built: Path) -> None:
+    here = (built / "self-paced" / LABS[number].name).read_text(encoding="utf-8")
+    assert here.replace("](reading/", "](../") == LABS[number].read_text(encoding="utf-8")
 
 
 @by_lab
 def test_built_twice_the_bytes_are_the_same(number: str, built: Path) -> None:
-    again = building.to_bytes(instructor(read(LABS[number]), contents(number)))
+    again = building.to_bytes(building.led(instructor(read(LABS[number]), contents(number))))
     assert (built / "instructor" / LABS[number].name).read_bytes() == again
     if number in RENDERED:
         assert slides(read(LABS[number]), contents(number)) == as_slides(number)
 
 
 @by_lab
-def test_every_link_to_a_file_leads_somewhere(number: str, built: Path) -> None:
+def test_an_edition_s_folder_alone_has_all_that_its_notebooks_and_their_pages_link_to(number: str, built: Path) -> None:
     for edition in ("self-paced", "instructor"):
-        notebook = read(built / edition / LABS[number].name)
-        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        links = re.findall(r"\]\((?!https?:|attachment:|#)([^)#\s]+)", text)
-        assert links
-        assert [link for link in links if not (built / edition / link).is_file()] == []
+        assert local_links(built / edition / LABS[number].name)
+        assert dead_links(built / edition) == []
+
+
+def test_what_slides_and_executed_pages_link_to_is_html_with_the_anchors_that_are_named(built: Path) -> None:
+    pages = [(name.partition("/")[2], content) for name, content in pack_pages({"self-paced": built / "self-paced"})]
+    made = dict(pages)
+    ids = {name: set(re.findall(r'id="([^"]+)"', page.decode())) for name, page in pages if name.endswith(".html")}
+    assert {"self-paced/reading/docs/glossary.html", "self-paced/01_attention_basics.html"} <= ids.keys()
+    for name in ids:
+        for link in re.findall(r'href="(?![a-z]+:|#)([^"]+)"', made[name].decode()):
+            place, _, anchor = link.partition("#")
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), place))
+            assert target in made, (name, link)
+            assert target not in ids or not anchor or anchor in ids[target], (name, link)
+    assert re.findall(r'href="[^"]*?([^"/]*)"', as_slides("01")).count("02_cache_from_scratch.html") == 1
+    assert 'docs/claims.html"' in as_slides("01")
+
+
+def test_slides_leave_out_what_is_for_whoever_opens_a_notebook_alone() -> None:
+    assert "first line" in read(LABS["01"]).cells[0].source
+    assert "find_spec" not in str(arranged(read(LABS["01"]), contents("01")))
 
 
 @by_lab
@@ -356,9 +377,10 @@ def test_a_damaged_reveal_is_not_taken(tmp_path: Path, monkeypatch) -> None:
 def test_labkit_build_writes_what_is_named(tmp_path: Path, capsys) -> None:
     assert main(["build", "--out", str(tmp_path), "--lab", "3", "--edition", "self-paced", "instructor"]) == 0
     assert capsys.readouterr().out.count("\n") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["instructor", "self-paced"]
     for edition in ("self-paced", "instructor"):
-        assert [path.name for path in (tmp_path / edition).iterdir()] == [LABS["03"].name]
-    assert (tmp_path / "docs" / "kill_table" / "lab03.md").is_file()
+        assert {path.name for path in (tmp_path / edition).iterdir()} == {LABS["03"].name, "reading"}
+    assert (tmp_path / "instructor/reading/docs/kill_table/lab03.md").is_file()
 
 
 @pytest.mark.parametrize(

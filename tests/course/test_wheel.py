@@ -23,7 +23,9 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
+from labkit.course.linked import opened
 from labkit.course.release.runs import NBVAL, PLAIN
+from tests.links import dead_links
 from tests.tracked import copy_tree, tracked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,12 +109,12 @@ def test_the_sdist_holds_every_file_of_the_tree(built: Built) -> None:
     assert missing == [], "say in MANIFEST.in what else the sdist takes"
 
 
-def test_the_wheel_holds_the_package_data_and_notebooks_byte_for_byte_and_nothing_else(built: Built) -> None:
+def test_the_wheel_holds_the_package_data_pages_and_notebooks_byte_for_byte_and_nothing_else(built: Built) -> None:
     wanted = {}
     for name in tracked(ROOT):
         if name.startswith("labkit/"):
             wanted[name] = ROOT / name
-        elif name.startswith(("data/", "notebooks/")):
+        elif name.startswith(("data/", "notebooks/")) or (name.startswith("docs/") and name.endswith(".md")):
             wanted[f"labkit/{name}"] = ROOT / name
     with zipfile.ZipFile(built.wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -166,12 +168,28 @@ def test_open_fills_an_empty_folder_and_serves_it_to_who_has_the_token(
             urllib.request.urlopen(f"{address}/api/contents", timeout=60)
         with urllib.request.urlopen(f"{address}/api/contents?token={token}", timeout=60) as response:
             names = {entry["name"] for entry in json.load(response)["content"]}
-        assert names == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+        notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+        assert names == notebooks | {"reading"}
+        page = f"{address}/api/contents/reading/docs/glossary.md?token={token}"  # as JupyterLab asks for a link's file
+        with urllib.request.urlopen(page, timeout=60) as response:
+            assert json.load(response)["content"] == (ROOT / "docs/glossary.md").read_text(encoding="utf-8").rstrip(
+                "\n"
+            )
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    for name in names:
-        assert (installed.folder / name).read_bytes() == (ROOT / "notebooks" / name).read_bytes()
+    made = opened(ROOT / "notebooks")
+    assert notebooks <= made.keys()
+    assert [name for name, content in made.items() if (installed.folder / name).read_bytes() != content] == []
+    assert dead_links(installed.folder) == []
+
+
+def test_editions_built_from_the_wheel_have_all_that_they_link_to(installed: Installed) -> None:
+    installed.run("labkit", "build", "--edition", "self-paced", "instructor", "--out", "../editions")
+    for edition in ("self-paced", "instructor"):
+        folder = installed.folder.parent / "editions" / edition
+        assert (folder / "reading/docs/glossary.md").is_file()
+        assert dead_links(folder) == []
 
 
 def test_lab_01_runs_under_strict_nbval(installed: Installed) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import os
@@ -46,6 +47,65 @@ def test_an_untouched_notebook_is_brought_up_to_date(folders):
     (notebooks / NAMES[0]).write_text("two")
     assert refresh(notebooks, work) == ["01_a.ipynb: brought up to date"]
     assert (work / NAMES[0]).read_text() == "two"
+
+
+@pytest.fixture
+def linked(folders):
+    """A notebook that links to a page, which links to another page, to a file and back."""
+    notebooks, work = folders
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": ["[a](../docs/a.md#here), [b](02_b.ipynb)\n", "and"]},
+        {"cell_type": "code", "metadata": {}, "source": ["print('[a](../docs/a.md)')"], "outputs": []},
+    ]
+    (notebooks / NAMES[0]).write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
+    (notebooks.parent / "docs/more").mkdir(parents=True)
+    (notebooks.parent / "docs/a.md").write_text("[c](more/c.md) [lab](../notebooks/01_a.ipynb#x) [web](https://a.org)")
+    (notebooks.parent / "docs/more/c.md").write_text("[a](../a.md) [data](../../data.json) [gone](gone.md)")
+    (notebooks.parent / "data.json").write_text("1")
+    return notebooks, work
+
+
+def test_what_a_notebook_links_to_and_that_in_turn_is_put_beside_it(linked):
+    notebooks, work = linked
+    assert refresh(notebooks, work) == ["01_a.ipynb: copied"]
+    text, code = json.loads((work / NAMES[0]).read_text())["cells"]
+    assert text["source"] == ["[a](reading/docs/a.md#here), [b](02_b.ipynb)\n", "and"]
+    assert code["source"] == ["print('[a](../docs/a.md)')"]  # no link: nothing but text is changed
+    made = {str(path.relative_to(work)) for path in (work / "reading").rglob("*") if path.is_file()}
+    assert made == {"reading/docs/a.md", "reading/docs/more/c.md", "reading/data.json"}
+    assert (work / "reading/docs/a.md").read_text() == "[c](more/c.md) [lab](../../01_a.ipynb#x) [web](https://a.org)"
+    assert refresh(notebooks, work) == []
+
+
+def test_a_notebook_that_was_copied_before_pages_came_along_is_brought_up_to_date(linked):
+    notebooks, work = linked
+    work.mkdir()
+    content = (notebooks / NAMES[0]).read_bytes()
+    (work / NAMES[0]).write_bytes(content)
+    (work / MANIFEST).write_text(json.dumps({NAMES[0]: [hashlib.sha256(content).hexdigest()]}))
+    assert refresh(notebooks, work) == ["01_a.ipynb: brought up to date"]
+    assert (work / "reading/docs/a.md").is_file()
+
+
+def test_a_page_that_the_learner_changed_is_kept_and_named_as_a_notebook_is(linked):
+    notebooks, work = linked
+    refresh(notebooks, work)
+    (work / "reading/docs/a.md").write_text("mine")
+    assert refresh(notebooks, work) == []
+    (notebooks.parent / "docs/a.md").write_text("newer")
+    (line,) = refresh(notebooks, work)
+    assert line.startswith("reading/docs/a.md: yours is kept")
+    assert (work / "reading/docs/a.md").read_text() == "mine"
+
+
+def test_a_file_where_the_folder_of_pages_should_be_is_one_clear_error(linked):
+    notebooks, work = linked
+    work.mkdir()
+    (work / "reading").write_text("mine")
+    with pytest.raises(WorkspaceError, match="reading"):
+        refresh(notebooks, work)
+    assert (work / "reading").read_text() == "mine"
+    assert (work / NAMES[0]).is_file()  # the labs are there all the same
 
 
 def test_a_changed_notebook_is_kept_and_named_only_when_a_newer_version_exists(folders):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -11,10 +10,9 @@ from nbformat import NotebookNode
 
 from labkit.course.catalogue import contents, numbers
 from labkit.course.contents import LabContents
+from labkit.course.linked import lead, pages, wanted
 from labkit.course.workspace import WorkspaceError
 from labkit.files import make_folder, write_whole
-
-LINK = re.compile(r"\]\(\.\./([^)#\s]+)")  # to a file beside `notebooks/`
 
 
 class BuildError(WorkspaceError):
@@ -26,8 +24,7 @@ def build(
 ) -> list[Path]:
     """Write the editions of the labs (all when none is named) from `root`/notebooks; returns the files written.
 
-    Each goes to `out`/EDITION. Files that their text links to are put beside, at the same place from there. Raises
-    BuildError.
+    Each goes to `out`/EDITION, with what its text links to in `reading/` there. Raises BuildError.
     """
     unknown = [name for name in editions if name not in EDITIONS]
     if unknown:
@@ -47,10 +44,6 @@ def build(
                 write_whole(target, content, mode=0o644)
                 written.append(target)
             say(f"{name}: {len(sources)} labs in {folder}")
-        for linked in sorted(linked_files(sources)):
-            if (root / linked).is_file():
-                make_folder((out / linked).parent)
-                write_whole(out / linked, (root / linked).read_bytes(), mode=0o644)
     except OSError as error:
         raise BuildError(f"{error.filename or out} cannot be written ({error.strerror or error}): try --out") from None
     return written
@@ -82,38 +75,56 @@ def to_bytes(notebook: NotebookNode) -> bytes:
     return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
 
 
-def linked_files(sources: Iterable[Path]) -> set[str]:
-    """What the notebooks' text links to beside their folder, as paths from the top."""
-    text = "\n".join(cell.source for path in sources for cell in read(path).cells if cell.cell_type == "markdown")
-    return {*LINK.findall(text), *(f"docs/kill_table/lab{path.name[:2]}.md" for path in sources)}
+def led(notebook: NotebookNode) -> NotebookNode:
+    """A notebook as an edition has it: its links lead to `reading/` beside it."""
+    lead(notebook)
+    return notebook
 
 
-Made = Iterable[tuple[Path, bytes]]
+def linked(notebooks: Iterable[NotebookNode], root: Path) -> dict[str, bytes]:
+    """What notebooks link to, by its place in the folder of an edition."""
+    return pages({path for notebook in notebooks for path in wanted(notebook)}, root / "notebooks")
+
+
+Made = Iterator[tuple[Path, bytes]]
+
+
+def as_notebooks(
+    make: Callable[[NotebookNode, LabContents], NotebookNode], sources: dict[Path, LabContents], folder: Path
+) -> Made:
+    """An edition of notebooks, each made from the one in `notebooks/`."""
+    made = {path: make(read(path), lab) for path, lab in sources.items()}
+    for place, content in linked(made.values(), next(iter(sources)).parents[1]).items():
+        yield folder / place, content
+    for path, notebook in made.items():
+        yield folder / path.name, to_bytes(led(notebook))
 
 
 def self_paced(sources: dict[Path, LabContents], folder: Path) -> Made:
     """As they stand."""
-    for path in sources:
-        yield folder / path.name, path.read_bytes()
+    return as_notebooks(lambda notebook, lab: notebook, sources, folder)
 
 
 def instructor(sources: dict[Path, LabContents], folder: Path) -> Made:
     """With references and teaching notes."""
     from labkit.course.editions.instructor import instructor
 
-    for path, lab in sources.items():
-        yield folder / path.name, to_bytes(instructor(read(path), lab))
+    return as_notebooks(instructor, sources, folder)
 
 
 def slides(sources: dict[Path, LabContents], folder: Path) -> Made:
     """As slides in HTML, with reveal.js beside them."""
+    from labkit.course.editions.html import linked_pages
     from labkit.course.editions.reveal import reveal_files
     from labkit.course.editions.slides import slides
 
     for name, content in reveal_files().items():
         yield folder / "reveal.js" / name, content
+    made = {path: read(path) for path in sources}
+    for place, content in linked_pages(linked(made.values(), next(iter(sources)).parents[1])).items():
+        yield folder / place, content
     for path, lab in sources.items():
-        yield folder / f"{path.stem}.html", slides(read(path), lab).encode()
+        yield folder / f"{path.stem}.html", slides(led(made[path]), lab).encode()
 
 
 EDITIONS: dict[str, Callable[[dict[Path, LabContents], Path], Made]] = {

@@ -19,6 +19,7 @@ from nbformat import NotebookNode
 
 from labkit.course.contents import LabContents
 from labkit.course.editions.blanks import blanks
+from labkit.course.editions.html import for_browsers
 from labkit.course.editions.teaching import Teaching, teaching
 
 WIDE, HIGH = 1280, 720  # of a slide, in pixels
@@ -34,7 +35,7 @@ CHECKING = re.compile(r"^\w+ = lab\.check\(.*\)$", re.MULTILINE)
 MATH = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?!\d)")
 FORMULA = re.compile(r'<img class="formula"[^>]*>')
 WIDGET = "application/vnd.jupyter.widget-view+json"
-LINKED = re.compile(r"\]\((?:\.\./|\./)?(\d\d_\w+)\.ipynb\)")
+ALONE = re.compile(r"\s*<!-- first line -->.*?<!-- end of first line -->", re.DOTALL)  # for whoever runs a notebook
 
 # Everything local: no scripts but reveal.js, no fonts but the system's. The rest is nbconvert's own template.
 TEMPLATE = (
@@ -148,7 +149,7 @@ def speaker_notes(own: Teaching) -> dict[str, str]:
 def pieces(cell: NotebookNode, *, is_blank: bool) -> Iterator[NotebookNode]:
     """A cell as one or more cells that fit on a slide."""
     if cell.cell_type == "markdown":
-        for part in parts_by_heading(cell.source):
+        for part in parts_by_heading(ALONE.sub("", cell.source)):
             yield from (nbformat.v4.new_markdown_cell(told) for told in fitting(formulas(part)))
         return
     if cell.cell_type != "code":
@@ -323,7 +324,7 @@ def height(cell: NotebookNode) -> float:
 
 def formulas(source: str) -> str:
     """Text with each $formula$ as a picture, so that no script from elsewhere has to draw it; links lead to slides."""
-    source = LINKED.sub(r"](\1.html)", source)
+    source = for_browsers(source)
     parts = re.split(r"(```.*?```|`[^`]*`)", source, flags=re.DOTALL)
     return "".join(part if part.startswith("`") else MATH.sub(lambda found: formula(found[1]), part) for part in parts)
 

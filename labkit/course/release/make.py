@@ -60,7 +60,7 @@ def release(
             kept.append(verify(top, commit, Path(scratch, "junit-cpu.xml"), device="cpu"))
         known = check_verified(tree, commit, labs, kept, gpu=gpu)
         for name in editions:
-            zip_edition(name, editions, made / f"{NAME}-{version}-{name}.zip", commit)
+            zip_edition(name, editions[name], made / f"{NAME}-{version}-{name}.zip", commit)
             say(f"edition {name}")
         say("wheel and sdist")
         build_package(tree, made, commit)
@@ -141,12 +141,9 @@ def make_editions(tree: Path, out: Path) -> dict[str, Path]:
     return {name: out / name for name in EDITIONS}
 
 
-def zip_edition(name: str, editions: dict[str, Path], target: Path, commit: Commit) -> None:
-    """An edition's folder, and beside it what its text links to."""
-    others = {folder.name for other, folder in editions.items() if other != name}
-    files = pack.files_in(editions[name].parent)
-    own = [(f"{NAME}/{place}", content) for place, content in files if place.partition("/")[0] not in others]
-    pack.zip_files(target, own, commit.seconds)
+def zip_edition(name: str, folder: Path, target: Path, commit: Commit) -> None:
+    """An edition's folder."""
+    pack.zip_files(target, pack.files_in(folder, f"{NAME}/{name}/"), commit.seconds)
 
 
 def labs_of(folder: Path) -> list[str]:
@@ -229,14 +226,23 @@ def run(tree: Path, commit: Commit, *command: str) -> None:
 
 
 def pack_pages(editions: dict[str, Path]) -> list[tuple[str, bytes]]:
-    """The executed notebooks as HTML with the outputs that they store: names and contents."""
+    """The executed notebooks as HTML with the outputs that they store, and what they link to: names and contents."""
     from nbconvert import HTMLExporter
+
+    from labkit.course.editions.build import read
+    from labkit.course.editions.html import for_browsers, linked_pages
+    from labkit.course.linked import FOLDER, texts
 
     exporter, pages = HTMLExporter(), []
     for name in (name for name in EXECUTED if name in editions):
         for path in sorted(editions[name].glob("*.ipynb")):
-            page, _ = exporter.from_filename(str(path))
+            notebook = read(path)
+            for cell in texts(notebook):
+                cell["source"] = for_browsers(cell["source"])
+            page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
             pages.append((f"{NAME}/{name}/{path.stem}.html", page.encode()))
+        linked = dict(pack.files_in(editions[name] / FOLDER, f"{FOLDER}/"))
+        pages += [(f"{NAME}/{name}/{place}", content) for place, content in linked_pages(linked).items()]
     return pages
 
 

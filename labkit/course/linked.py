@@ -1,0 +1,95 @@
+"""What notebooks link to beside their folder, put among them: where they are opened, nothing lies above.
+
+In the tree a notebook links to `../docs/glossary.md`; its copy for a learner links to `reading/docs/glossary.md`, and
+that page lies there. `reading/` keeps the tree's layout, so that links from page to page stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from labkit.places import beside
+
+FOLDER = "reading"
+ABOVE = re.compile(r"\]\(\.\./([^)#\s]+)")  # a notebook's link to a file beside `notebooks/`
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")  # a page's link to any file
+
+Notebook = MutableMapping[str, Any]  # as json or nbformat reads it
+
+
+def texts(notebook: Notebook) -> Iterator[MutableMapping[str, Any]]:
+    """The text cells."""
+    return (cell for cell in notebook.get("cells", []) if cell["cell_type"] == "markdown")
+
+
+def wanted(notebook: Notebook) -> set[str]:
+    """The files that its text links to beside its folder, as paths from the top of the tree."""
+    return {path for cell in texts(notebook) for path in ABOVE.findall("".join(cell["source"]))}
+
+
+def lead(notebook: Notebook) -> None:
+    """Turn these links to `reading/`, in place."""
+    for cell in texts(notebook):
+        source = cell["source"]  # nbformat's is one text, a file's a list of lines
+        cell["source"] = led(source) if isinstance(source, str) else [led(line) for line in source]
+
+
+def led(text: str) -> str:
+    """Text whose links go beside the folder no more, but into `reading/`."""
+    return ABOVE.sub(rf"]({FOLDER}/\1", text)
+
+
+def pages(paths: Iterable[str], notebooks: Path) -> dict[str, bytes]:
+    """These files and those that they link to in turn, by their place beside the notebooks that link to them.
+
+    paths: from the top of the tree. notebooks: the folder `notebooks` of the tree or of the installed package. Links
+    to notebooks lead to those that `reading/` lies among. A file that is not there is left out.
+    """
+    found: dict[str, bytes] = {}
+    left = sorted(set(paths), reverse=True)
+    while left:
+        path = left.pop()
+        place, file = f"{FOLDER}/{path}", beside(notebooks, path)
+        if place in found or not file.is_file():
+            continue
+        found[place] = file.read_bytes()
+        if file.suffix == ".md":
+            text = file.read_text(encoding="utf-8")
+            inner = {link: posixpath.normpath(f"{posixpath.dirname(path)}/{link}") for link in LINK.findall(text)}
+            left += sorted(to for to in inner.values() if not to.startswith(("../", "notebooks/")))
+            for link, to in inner.items():
+                if to.startswith("notebooks/"):
+                    up = posixpath.relpath(to.removeprefix("notebooks/"), posixpath.dirname(place))
+                    text = text.replace(f"]({link}", f"]({up}")
+            found[place] = text.encode()
+    return dict(sorted(found.items()))
+
+
+def opened(notebooks: Path) -> dict[str, bytes]:
+    """All that a learner's folder gets, by its place there: the notebooks of a folder, and what they link to.
+
+    A file that is no notebook is copied as it is: Jupyter says what is wrong with it.
+    """
+    made, linked = {}, set()
+    for path in sorted(notebooks.glob("*.ipynb")):
+        made[path.name] = path.read_bytes()
+        try:
+            notebook = json.loads(made[path.name])
+            here = wanted(notebook)
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+            continue
+        if here:
+            lead(notebook)
+            made[path.name] = to_bytes(notebook)
+            linked |= here
+    return made | pages(linked, notebooks)
+
+
+def to_bytes(notebook: Notebook) -> bytes:
+    """A notebook as a file's content, as nbformat writes it."""
+    return (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
