@@ -8,9 +8,9 @@
 # make verify     run all editions' notebooks of this commit under strict nbval, keep the JUnit (authors)   JUNIT=
 # make release    dist/VERSION from this commit (authors)   VERSION= JUNIT= GPU=1
 # make publish    put dist/VERSION on GitHub, with its program gh (authors)   VERSION=
-# make drift      make lock, then make test: do the newest versions still serve? (CI, weekly)
+# make drift      make lock without KEEP, then make test: do the newest versions still serve? (CI, weekly)
 # make site       build the site into build/site, without network; open build/site/index.html     SITE=
-# make lock       renew requirements.lock with uv (authors)
+# make lock       renew requirements.lock with uv (authors)     KEEP=
 # make clean      remove .venv, .venv-kvpress, .venv-vllm, tests/node/node_modules and build leftovers; keeps work/ and the model
 #
 # PYTHON=   the Python that makes .venv, 3.11 to 3.13
@@ -120,7 +120,7 @@ publish:
 
 drift: $(TEST_READY)
 	$(PY) -m pip install --quiet uv
-	PATH="$$PWD/.venv/bin:$$PATH" $(MAKE) lock
+	PATH="$$PWD/.venv/bin:$$PATH" $(MAKE) lock KEEP=
 	$(MAKE) test
 
 # One open issue is enough: a second week of the same drift is a comment on it.
@@ -133,12 +133,15 @@ drift-issue:
 site: $(TEST_READY)
 	$(PY) -m sphinx -W --keep-going -q -E -j auto -b html -c docs -d $(call one_word,SITE)/../doctrees . $(call one_word,SITE)
 
+# What stays when the lock is renewed: the results of other machines and the labs' pages are of this PyTorch.
+KEEP ?= torch==2.13.0
 lock:
-	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade \
+	printf '%s\n' $(call one_word,KEEP) > .keep.tmp
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --upgrade --constraint .keep.tmp \
 		--no-annotate --no-header --no-emit-index-url --output-file .lock.tmp --quiet
 	(echo '# Exact versions, used as constraints: pip install -c requirements.lock -e .    Made by: make lock'; \
 		grep -v -E "^(nvidia|cuda)-|== '(win32|emscripten|nt)'" .lock.tmp) > requirements.lock
-	rm .lock.tmp
+	rm .lock.tmp .keep.tmp
 
 clean:
 	rm -rf .venv .venv-kvpress .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COLAB = {  # what Colab's own list of packages says, of 2026-08-19; docs/elsewhere.md tells what was run with it
     "accelerate": "1.14.0", "filelock": "3.32.3", "huggingface-hub": "1.27.0", "ipykernel": "6.17.1",
-    "ipywidgets": "7.7.1", "matplotlib": "3.10.0", "nbformat": "5.11.1", "numba": "0.61.2", "platformdirs": "4.11.3",
-    "psutil": "5.9.5", "pydantic": "2.13.4", "pyyaml": "6.0.3", "safetensors": "0.8.0", "torch": "2.11.0",
-    "tqdm": "4.67.3", "transformers": "5.15.0",
+    "ipython": "7.34.0", "ipywidgets": "7.7.1", "jupyter-core": "5.9.1", "jupyter-server": "2.20.0",
+    "llvmlite": "0.44.0", "matplotlib": "3.10.0", "nbconvert": "7.17.1", "nbformat": "5.11.1", "numba": "0.61.2",
+    "numpy": "2.1.3", "platformdirs": "4.11.3", "psutil": "5.9.5", "pydantic": "2.13.4", "pyyaml": "6.0.3",
+    "safetensors": "0.8.0", "torch": "2.11.0", "tqdm": "4.67.3", "traitlets": "5.7.1", "transformers": "5.15.0",
 }  # fmt: skip
 PLACES = re.compile(r"github\.com/|colab\.research|kaggle\.com|mybinder\.org|codespaces\.new|vscode\.dev")
 

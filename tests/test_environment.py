@@ -72,7 +72,34 @@ def test_the_lock_sends_no_cpu_machine_cuda_and_names_no_place():
     text = (ROOT / "requirements.lock").read_text()
     assert not re.search(r"nvidia|cuda", text)
     assert not re.search(r"://|--(extra-)?index-url|--find-links|--hash| @ ", text)
-    assert "torch==2.13.0" in LOCK
+    assert [line for line in LOCK if re.fullmatch(r"torch==[\d.]+", line)]
+
+
+UV = """#!/bin/sh
+while [ $# -gt 1 ]; do
+    case "$1" in --constraint) cat "$2" >> constraints ;; --output-file) echo 'new==1' > "$2" ;; esac
+    shift
+done
+"""
+
+
+@pytest.mark.parametrize(("target", "kept"), [("lock", "torch==2.13.0"), ("drift", "")])
+def test_the_lock_is_renewed_with_torch_kept_and_drift_tries_the_newest_of_all(clone, target, kept):
+    """Nothing else holds a version back: uv reads pyproject.toml's ranges."""
+    (clone / ".venv/bin").mkdir(parents=True)
+    for name, text in (("uv", UV), ("python", "#!/bin/sh\n")):
+        (clone / ".venv/bin" / name).write_text(text)
+        (clone / ".venv/bin" / name).chmod(0o755)
+    search = os.pathsep.join([str(clone / ".venv/bin"), os.environ["PATH"]])
+    command = ["make", target, "PY=.venv/bin/./python", "CHROMIUM=none"]
+    done = subprocess.run(
+        command, cwd=clone, env=outside() | {"PATH": search}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (clone / "constraints").read_text().strip() == kept
+    assert "new==1" in (clone / "requirements.lock").read_text()
+    assert not list(clone.glob(".*.tmp"))
+    assert "uv" not in tomllib.loads((clone / "pyproject.toml").read_text())["tool"]
 
 
 def test_the_declared_pythons_are_those_that_the_tools_check():
