@@ -166,6 +166,54 @@ def test_slides_leave_out_what_is_for_whoever_opens_a_notebook_alone() -> None:
     assert "find_spec" not in str(arranged(read(LABS["01"]), contents("01")))
 
 
+@pytest.fixture(scope="module")
+def for_nbgrader(tmp_path_factory) -> Path:
+    """The edition for a class, of two labs."""
+    out = tmp_path_factory.mktemp("class")
+    build(ROOT, out, ["nbgrader"], ["01", "06"], say=lambda line: None)
+    return out / "nbgrader"
+
+
+def test_the_nbgrader_edition_is_what_grade_setup_makes_but_for_the_seeds(for_nbgrader: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nbgrader")
+    from labkit.course.grading.classroom import set_up
+
+    set_up(tmp_path / "class", LABS["01"])
+    here, there = (contents_of(folder / "source/lab01") for folder in (for_nbgrader, tmp_path / "class"))
+    assert here.keys() == there.keys() >= {LABS["01"].name, "reading/docs/glossary.md"}
+    own, other = here.pop(LABS["01"].name).decode(), there.pop(LABS["01"].name).decode()
+    assert here == there
+    seeds = [re.findall(r"seed=(\d+)", text) for text in (own, other)]
+    assert len(seeds[0]) == len(contents("01").exercises)
+    assert not set(seeds[0]) & set(seeds[1])
+    assert re.sub(r"seed=\d+", "", own) == re.sub(r"seed=\d+", "", other)
+    config = "nbgrader_config.py"
+    assert (for_nbgrader / config).read_bytes() == (tmp_path / "class" / config).read_bytes()
+
+
+def test_the_nbgrader_edition_is_a_class_s_folder_that_nbgrader_hands_out_from(for_nbgrader: Path) -> None:
+    pytest.importorskip("nbgrader")
+    from labkit.course.grading.classroom import api, configuration
+
+    assert for_nbgrader.stat().st_mode & 0o077 == 0  # it holds solutions and seeds
+    assert str(for_nbgrader.resolve()) in configuration(for_nbgrader).ConfinedExecute.hide
+    for number in ("01", "06"):
+        result = api(for_nbgrader).generate_assignment(f"lab{number}", force=True, create=True)
+        assert result["success"], result
+        folder = for_nbgrader / "release" / f"lab{number}"
+        assert leaks(read(folder / LABS[number].name), REFERENCES) == []
+        dead = {line.partition(" leads to ")[2] for line in dead_links(folder)}
+        assert all(re.fullmatch(r"(\./|\.\./\.\./)?\d\d_\w+\.ipynb", link) for link in dead)  # to the other labs
+
+
+def test_no_release_holds_a_class_s_hidden_cases() -> None:
+    assert set(building.EDITIONS) - set(building.PUBLISHED) == {"nbgrader"}
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @by_lab
 class TestInstructor:
     def test_its_code_is_the_students_but_for_the_blanks(self, number: str) -> None:

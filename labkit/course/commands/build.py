@@ -9,14 +9,16 @@ ABOUT = """Write editions of the labs from notebooks/, each into a folder of its
   self-paced   the notebooks as they stand
   instructor   references in the blanks, teaching notes around them
   slides       reveal.js, without solutions; opens without a network (reveal.js itself
-               is fetched from npm's registry the first time, then kept)"""
+               is fetched from npm's registry the first time, then kept)
+  nbgrader     a class's folder with nbgrader's source of every lab: points, hidden cases
+               with new seeds each time; labkit grade setup hands one out (docs/classes.md)"""
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "build",
-        help="write the editions: self-paced, instructor, slides",
+        help="write the editions: self-paced, instructor, slides, nbgrader",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

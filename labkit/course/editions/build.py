@@ -127,8 +127,23 @@ def slides(sources: dict[Path, LabContents], folder: Path) -> Made:
         yield folder / f"{path.stem}.html", slides(led(made[path]), lab).encode()
 
 
+def nbgrader(sources: dict[Path, LabContents], folder: Path) -> Made:
+    """A class's folder for nbgrader, with a source for every lab; nobody else may look into it."""
+    from labkit.course.grading.classroom import configured
+    from labkit.course.grading.room import Limits
+    from labkit.course.grading.source import assignment
+
+    folder.chmod(0o700)
+    yield folder / "nbgrader_config.py", configured(Limits())
+    for path in sources:
+        for place, content in assignment(path)[1].items():
+            yield folder / "source" / f"lab{path.name[:2]}" / place, content
+
+
 EDITIONS: dict[str, Callable[[dict[Path, LabContents], Path], Made]] = {
     "self-paced": self_paced,
     "instructor": instructor,
     "slides": slides,
+    "nbgrader": nbgrader,
 }
+PUBLISHED = tuple(name for name in EDITIONS if name != "nbgrader")  # whose cases are hidden, with seeds of one class

@@ -30,13 +30,15 @@ from nbformat import NotebookNode
 from labkit.course.grading import export
 from labkit.course.grading.confined import LINUX, PDEATHSIG, libc
 from labkit.course.grading.room import Limits, as_dict
-from labkit.files import read_file, write_whole
+from labkit.files import make_folder, read_file, write_whole
 from labkit.printable import printable
 
 LARGEST = 20 * 10**6  # bytes of a submitted notebook
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 PROBLEMS = "not_collected.json"
 CONFIGURATION = '''"""nbgrader's configuration for this class, written by `labkit grade setup`. Yours to change."""
+
+from pathlib import Path
 
 from nbgrader.preprocessors import (
     AssignLatePenalties, CheckCellMetadata, ClearHiddenTests, ClearMarkScheme, ClearOutput, ComputeChecksums,
@@ -60,8 +62,8 @@ c.HTMLExporter.sanitize_html = True
 
 # What a submission may use: seconds of computing in all, seconds on the wall for a cell, bytes, threads.
 c.ConfinedExecute.limits = {limits}
-# What it must not see, besides this folder.
-c.ConfinedExecute.hide = [{folder!r}]
+# What it must not see: this folder, and what you add.
+c.ConfinedExecute.hide = [str(Path(__file__).resolve().parent)]
 '''
 
 
@@ -88,29 +90,27 @@ def set_up(
     """
     from labkit.course.catalogue import contents
     from labkit.course.editions.leaks import leaks
-    from labkit.course.grading.source import cut, source_edition
+    from labkit.course.grading import source
 
     number = notebook.name[:2]
     try:
-        exercises = {each.id: each for each in contents(number).exercises}
-        original = nbformat.read(notebook, as_version=4)
-        edition = source_edition(cut(original, ids) if ids else original, exercises, limit=check_seconds)
+        edition, files = source.assignment(notebook, ids=ids, limit=check_seconds)
     except (OSError, ValueError) as error:
         raise ClassError(f"{notebook.name}: {error}") from None
     assignment = f"lab{number}"
-    source = folder / "source" / assignment
-    source.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     folder.chmod(0o700)
-    text = CONFIGURATION.replace("{limits}", pprint.pformat(as_dict(limits or Limits()), sort_dicts=False))
     if not (folder / "nbgrader_config.py").exists():
-        write_whole(folder / "nbgrader_config.py", text.replace("{folder!r}", repr(str(folder.resolve()))).encode())
-    write_whole(source / notebook.name, nbformat.writes(edition).encode())
+        write_whole(folder / "nbgrader_config.py", configured(limits or Limits()))
+    for place, content in files.items():
+        make_folder((folder / "source" / assignment / place).parent)
+        write_whole(folder / "source" / assignment / place, content)
     result = api(folder).generate_assignment(assignment, force=True, create=True)
     if not result["success"]:
         raise ClassError(f"nbgrader could not make the assignment: {last_line(result)}")
     release = folder / "release" / assignment / notebook.name
     handed_out = nbformat.read(release, as_version=4)
-    if leaked := leaks(handed_out, {id: exercise.reference for id, exercise in exercises.items()}):
+    if leaked := leaks(handed_out, {exercise.id: exercise.reference for exercise in contents(number).exercises}):
         release.unlink()
         raise ClassError(f"the notebook to hand out would hold the solution of {', '.join(leaked)}: it was removed")
     graded = [cell for cell in edition.cells if cell.metadata.get("nbgrader", {}).get("grade")]
@@ -119,6 +119,11 @@ def set_up(
         f"{assignment}: {len(graded)} exercises, {total:g} points, hidden cases with new seeds",
         f"hand out  {release}",
     ]
+
+
+def configured(limits: Limits) -> bytes:
+    """The content of a class's nbgrader_config.py."""
+    return CONFIGURATION.replace("{limits}", pprint.pformat(as_dict(limits), sort_dicts=False)).encode()
 
 
 def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 
+from labkit.course.catalogue import contents
 from labkit.course.editions import CHECK, blanks, code_cells, definition, source_of
 from labkit.course.exercise import Exercise
 from labkit.course.grading.marks import BLANK, marks
+from labkit.course.linked import lead, pages, wanted
 
 NOTE = "# {points:g} points: graded by cases that are not shown. Nothing to do here."
 HIDDEN = """### BEGIN HIDDEN TESTS
@@ -24,6 +28,23 @@ from labkit.course.grading.judge import judge
 
 judge("{id}", globals(), points={points:g}, seed={seed}, limit={limit:g})
 ### END HIDDEN TESTS"""
+
+
+def assignment(
+    notebook: Path, *, ids: Sequence[str] = (), limit: float = 20.0
+) -> tuple[NotebookNode, dict[str, bytes]]:
+    """nbgrader's source of a lab: the notebook, and all files of the assignment by their place in its folder, the
+    pages that the notebook links to among them.
+
+    ids: of the exercises, where not all of the lab's. limit: seconds that a check may compute. Raises OSError,
+    ValueError.
+    """
+    exercises = {each.id: each for each in contents(notebook.name[:2]).exercises}
+    original = nbformat.read(notebook, as_version=4)
+    edition = source_edition(cut(original, ids) if ids else original, exercises, limit=limit)
+    linked = pages(wanted(edition), notebook.parent)
+    lead(edition)
+    return edition, {notebook.name: nbformat.writes(edition).encode(), **linked}
 
 
 def source_edition(

@@ -135,10 +135,10 @@ def export(top: Path, commit: Commit, tree: Path) -> None:
 
 def make_editions(tree: Path, out: Path) -> dict[str, Path]:
     """The editions of the notebooks in `tree`, each in a folder of `out`; the one place that asks for them."""
-    from labkit.course.editions.build import EDITIONS, build
+    from labkit.course.editions.build import PUBLISHED, build
 
-    build(tree, out, list(EDITIONS), say=lambda line: None)
-    return {name: out / name for name in EDITIONS}
+    build(tree, out, PUBLISHED, say=lambda line: None)
+    return {name: out / name for name in PUBLISHED}
 
 
 def zip_edition(name: str, folder: Path, target: Path, commit: Commit) -> None:
