@@ -7,8 +7,11 @@ import base64
 import html
 import io
 import json
+import os
 import posixpath
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from functools import cache
@@ -137,6 +140,19 @@ def test_built_twice_the_bytes_are_the_same(number: str, built: Path) -> None:
     assert (built / "instructor" / LABS[number].name).read_bytes() == again
     if number in RENDERED:
         assert slides(read(LABS[number]), contents(number)) == as_slides(number)
+
+
+def test_by_another_user_in_another_place_and_order_the_bytes_are_the_same(built: Path, tmp_path: Path) -> None:
+    """Another process, hash seed, time zone and umask; slides apart, which would need reveal.js."""
+    out = tmp_path / "é 1"
+    words = ["build", "--edition", "instructor", "self-paced", "--out", str(out)]
+    code = f"import os, sys; os.umask(0o077); from labkit.course.cli import main; sys.exit(main({words!r}))"
+    own = {"PYTHONHASHSEED": "77", "TZ": "Pacific/Auckland", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | own, stdout=subprocess.DEVNULL)
+    for edition in ("self-paced", "instructor"):
+        first, second = contents_of(built / edition), contents_of(out / edition)
+        assert first.keys() == second.keys()
+        assert [name for name in first if first[name] != second[name]] == []
 
 
 @by_lab

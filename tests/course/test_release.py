@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -88,6 +93,76 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def insides(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Files by name, and what is in those that are archives, wheels and archives in archives too, unpacked."""
+    for name, content in files.items():
+        yield name, content
+        held: dict[str, bytes] = {}
+        if name.endswith((".zip", ".whl")):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                held = {entry: archive.read(entry) for entry in archive.namelist()}
+                yield f"{name} itself", archive.comment + b"".join(entry.extra for entry in archive.infolist())
+        elif name.endswith((".tar.gz", ".tgz", ".tar")):
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                members = [member for member in archive.getmembers() if member.isfile()]
+                held = {member.name: archive.extractfile(member).read() for member in members}
+        elif name.endswith(".gz"):
+            held = {"": gzip.decompress(content)}
+        yield from insides({f"{name}/{entry}": inner for entry, inner in held.items()})
+
+
+@pytest.mark.parametrize("kind", ["zip", "whl", "tar.gz", "gz"])
+def test_what_an_archive_holds_is_looked_at_unpacked(kind: str, tmp_path: Path) -> None:
+    said = b"made in /home/somebody/labs " * 50
+    packed = io.BytesIO()
+    if kind in ("zip", "whl"):
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a/said", said)
+    elif kind == "tar.gz":
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            entry = tarfile.TarInfo("a/said")
+            entry.size = len(said)
+            archive.addfile(entry, io.BytesIO(said))
+    else:
+        packed.write(gzip.compress(said))
+    pack.zip_files(tmp_path / "outer.zip", [(f"inner.{kind}", packed.getvalue())], 0)
+    outer = (tmp_path / "outer.zip").read_bytes()
+    assert b"/home/somebody" not in outer
+    found = [name for name, content in insides({"outer.zip": outer}) if b"/home/somebody" in content]
+    assert [name.partition(f".{kind}")[0] for name in found] == ["outer.zip/inner"]
+
+
+SITE_PAGES = "docs/index.md,docs/glossary.md,docs/claims.md,docs/reading_order.md,docs/api/engine.md,notebooks/01*"
+
+
+@pytest.mark.timeout(900)
+def test_the_site_made_twice_has_the_same_bytes_wherever_and_by_whom(
+    original: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A small one, of each kind of page: prose, a notebook with pictures, API with sources; as a release makes it."""
+    made = []
+    for place, zone, mask, processes in (("one", "UTC", 0o022, 1), ("elsewhere/é", "Pacific/Auckland", 0o077, 2)):
+        tree = tmp_path / place
+        tree.parent.mkdir(exist_ok=True)
+        before = os.umask(mask)
+        try:
+            subprocess.run(["git", "clone", "-q", original, tree], check=True)
+            monkeypatch.setenv("TZ", zone)
+            monkeypatch.setenv("PYTHONHASHSEED", str(processes))
+            own = ["-D", f"include_patterns={SITE_PAGES}", "-j", str(processes), "-d", str(tree / "build/doctrees")]
+            sphinx = [sys.executable, "-m", "sphinx", "-q", "-E", "-b", "html", "-c", "docs", *own]
+            make.run(tree, make.head(tree), *sphinx, ".", str(tree / make.SITE))
+        finally:
+            os.umask(before)
+        made.append(dict(pack.files_in(tree / make.SITE)))
+    first, second = made
+    assert {"docs/index.html", "notebooks/01_attention_basics.html", "docs/api/engine.html"} <= first.keys()
+    assert any(name.startswith("_modules/") for name in first)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert [name for name, content in insides(first) if str(tmp_path).encode() in content] == []
+
+
 @pytest.mark.timeout(900)
 def test_twice_gives_the_same_bytes_in_another_folder_by_another_user_at_another_time(
     repo: Path, original: Path, junit: Path, tmp_path: Path, monkeypatch
@@ -122,8 +197,8 @@ def test_twice_gives_the_same_bytes_in_another_folder_by_another_user_at_another
     with zipfile.ZipFile(target / f"{names}-html.zip") as archive:
         page = archive.read("kv-cache-labs/self-paced/01_attention_basics.html").decode()
     assert "data:image/png;base64" in page  # what the notebooks store is in them
-    for name, content in first.items():
-        assert str(tmp_path).encode() not in content, name
+    places = [str(tmp_path).encode(), str(original).encode()]
+    assert [name for name, content in insides(first) if any(place in content for place in places)] == []
     assert [path.name for path in (repo / "dist").iterdir()] == [VERSION]
     said = (target / "VERIFIED.md").read_text()
     assert "| 01 | self-paced | x86_64 CPU, 2 threads | 1 | passed | 2026-01-02 |" in said

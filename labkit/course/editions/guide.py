@@ -37,6 +37,10 @@ labkit plan --hours 4                 sections for so many hours, and what is le
 - **slides**: for the projector, without solutions; they open without a network, and the questions to ask stand in the
   speaker's view (press *s*). `reveal.js` is fetched once from npm's registry and kept; on a machine without a network,
   set `LABKIT_REVEAL` to a folder that has it.
+- **nbgrader**: a class's folder, with nbgrader's source of every lab: points, and hidden cases with seeds drawn anew at
+  each build. Keep it to yourself, and go on as [Running a class](classes.md) says.
+
+What the notebooks link to (glossary, claims, results) lies in each edition's folder, in `reading/`.
 
 The package that a notebook imports holds the references, since a stuck learner goes on with one, and
 `lab.solution()` shows it. So a grade must not rest on secrecy: it rests on hidden cases with fresh seeds.
