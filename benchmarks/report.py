@@ -17,12 +17,19 @@ SEEN: dict[str, str] = {}  # by `begin`
 COMPARE = {">=": operator.ge, "<=": operator.le}
 
 
-def begin() -> None:
-    """Look whether the machine is quiet, and end the process when it is not; the object will say what was seen."""
+def busy() -> str:
+    """Look whether the machine is quiet: empty when it is, and the object will say what was seen; else the reason."""
     try:
         SEEN.update(quiet())
     except BusyError as error:
-        sys.exit(str(error))
+        return str(error)
+    return ""
+
+
+def begin() -> None:
+    """Look whether the machine is quiet, and end the process when it is not."""
+    if reason := busy():
+        sys.exit(reason)
 
 
 def step_bytes(spec: ModelSpec, context: int, batch: int = 1, *, dtype: str) -> int:

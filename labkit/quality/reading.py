@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from labkit.cache import Cache, EvictingCache, GrowingCache
+from labkit.cache import Cache, EvictingCache, GrowingCache, SelectingCache
 from labkit.cache.layer import Observer
 from labkit.cache.step import Step
 from labkit.llama import Llama
@@ -45,9 +45,16 @@ class Reading:
         with cache.step([self.tokens.shape[1]]) as step:
             for layer, q, k, v in zip(cache.layers, self.q, self.k, self.v, strict=True):
                 layer.append(k, v, step)
-                if not isinstance(layer, EvictingCache) or layer.looks_on():  # else nothing comes of attending
+                if isinstance(layer, EvictingCache):
+                    layer.look(q, step)  # of the answer nothing would come
+                elif not isinstance(layer, SelectingCache):
                     layer.attend(q, step)
         return cache
+
+    def first(self, tokens: int) -> Reading:
+        """The reading of the first tokens alone, which is the same: nobody sees what comes later. Views."""
+        cut = [tuple(x[:, :, :tokens] for x in side) for side in (self.q, self.k, self.v)]
+        return Reading(self.tokens[:, :tokens], *cut)
 
     def weights(self, layer: int, start: int, stop: int) -> Tensor:
         """Attention's weights of the queries from `start` up to `stop`, `[num_heads, stop - start, stop]`."""

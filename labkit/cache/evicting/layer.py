@@ -245,15 +245,33 @@ class EvictingCache(LayerCache):
                 observe(known.to(q.dtype))
         else:
             out = self.answer(q, (k, v), visible, observe)
-        if not watched:
-            return out
-        with torch.inference_mode(False), torch.no_grad():
-            seen = Seen(
-                k, v, kept.positions, newest_of(step, q.device), self.constants, kept.notes, q, positions,
-                visible, known,
-            )  # fmt: skip
-            self.kept = kept.noted(checked_notes(self.policy, self.policy.watch(seen), kept))
+        if watched:
+            self.show(kept, step, (q, k, v, positions), visible, known)
         return out
+
+    def look(self, q: Tensor, step: Step) -> None:
+        """Show the policy a first step that was attended elsewhere, as `attend` does, if it looks on."""
+        self.check_queries(q)
+        if (kept := self.kept) is None or kept.tokens < self.seq_len:
+            raise ValueError("what was attended elsewhere is all that was seen: append before you look, and look once")
+        self.attended = self.constants
+        if self.looks_on():
+            self.show(kept, step, (q, *kept.dense(), step.text_positions(q.device)), self.visible(step), None)
+
+    def show(
+        self,
+        kept: Kept,
+        step: Step,
+        attended: tuple[Tensor, Tensor, Tensor, Tensor],
+        visible: Visibility,
+        known: Tensor | None,
+    ) -> None:
+        """Keep what the policy notes of a step. attended: q, k, v and the queries' positions, as attention had them."""
+        q, k, v, positions = attended
+        with torch.inference_mode(False), torch.no_grad():
+            newest = newest_of(step, q.device)
+            seen = Seen(k, v, kept.positions, newest, self.constants, kept.notes, q, positions, visible, known)
+            self.kept = kept.noted(checked_notes(self.policy, self.policy.watch(seen), kept))
 
     def is_sinks_and_window(self, step: Step) -> bool:
         """Whether the first slots are the sinks, the others the newest tokens without a gap, and all are visible.

@@ -1,0 +1,72 @@
+"""Several caches of one row each through one batch of the model: its weights are read once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.cache import Cache, GrowingCache, LayerCache
+from labkit.cache.evicting import MergingCache
+from labkit.cache.step import Step, rectangle
+from labkit.llama import Llama
+
+
+@torch.inference_mode()
+def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: int | None = None) -> Tensor:
+    """Of the last tokens (all) of each row, `[rows, last, vocab_size]`: row i of int `[rows, tokens]` through cache i.
+
+    The caches have seen equally many tokens, and evict and pack no more: no step of theirs is ended, and they are of no
+    use afterwards. One that reads less in a step of one token alone gets them one by one.
+    """
+    step = rectangle(len(caches), tokens.shape[1], [caches[0].seq_len] * len(caches))
+    layers = [SideBySide(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+    stream = model.run(tokens, layers, step)  # type: ignore[arg-type]
+    return model.predict(stream if last is None else stream[:, -last:])
+
+
+class SideBySide:
+    """One layer of several caches of one row each, as the layer of a batch: row i goes through cache i.
+
+    Caches that evict no more and hold equally many tokens become one with as many rows.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        rows: dict[Any, list[int]] = {}
+        for row, layer in enumerate(layers):
+            alone = layer.selects or isinstance(layer, MergingCache)
+            rows.setdefault((row,) if alone else layer.physical_len, []).append(row)
+        self.groups = [(own, joined([layers[row] for row in own])) for own in rows.values()]
+        self.order = torch.tensor([row for own, _ in self.groups for row in own]).argsort()
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Keep K and V for `attend`."""
+        self.new = k, v
+
+    def attend(self, q: Tensor, step: Step) -> Tensor:
+        """Of each row through its own layer; token by token where that reads less in a step of one token alone."""
+        assert self.new is not None
+        found = [attended(layer, *(x[rows] for x in (q, *self.new))) for rows, layer in self.groups]
+        return torch.cat(found)[self.order]
+
+
+def joined(layers: Sequence[LayerCache]) -> LayerCache:
+    """Layers that hold equally many tokens, which later ones see all, as the rows of one that keeps all."""
+    if len(layers) == 1:
+        return layers[0]
+    held = [layer.read() for layer in layers]
+    one = GrowingCache()
+    one.append(*(torch.cat(side) for side in zip(*held, strict=True)))
+    return one
+
+
+def attended(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Append K and V and answer the queries, `[rows, num_heads, new_tokens, head_dim]`."""
+    outs = []
+    for some in zip(*(x.split(1 if layer.selects else x.shape[2], dim=2) for x in (q, k, v)), strict=True):
+        layer.append(*some[1:])
+        outs.append(layer.attend(some[0]))
+    return torch.cat(outs, dim=2)
