@@ -41,6 +41,8 @@ class LayerCache(ABC):
     """Whether tokens may leave: what is held are then others than the first `physical_len`, and not in their order."""
     selects: ClassVar[bool] = False
     """Whether a step may read less than what is held."""
+    merges: ClassVar[bool] = False
+    """Whether tokens are averaged with others: what one stands for must be seen by all that see any of it."""
     shared: Any = None
     """What the layers of one model's cache have in common, block tables say; its `nbytes` count once, not by layer."""
 
@@ -122,6 +124,11 @@ class LayerCache(ABC):
     def physical_len(self) -> int:
         """Tokens actually held in the longest row. It differs from `seq_len` where tokens are evicted."""
         return self.seq_len
+
+    @property
+    def turns(self) -> tuple[Tensor, ...]:
+        """RoPE's frequencies by which keys or queries are turned here, float `[head_dim / 2]` each; mostly none."""
+        return ()
 
     @property
     def window(self) -> int | None:

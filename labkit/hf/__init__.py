@@ -32,7 +32,8 @@ def wrap(cache: Cache, model: PreTrainedModel | None = None) -> WrappedCache:
     see that with a labkit cache, too, it computes what it computed before.
 
     A cache that evicts needs the model. It does so when the last layer of a pass has attended, and what comes after
-    cannot be undone.
+    cannot be undone. One that turns keys itself (`frequencies`, or a policy that has them) is refused where the model
+    turns them otherwise, which one token read many times shows; so is one that merges, where a layer has a window.
 
     Padding that the cache holds must stay hidden by the `attention_mask`; with the model it is checked, and what a mask
     hides at the left becomes the cache's padding.

@@ -82,6 +82,7 @@ class WrappedLayer(CacheLayerMixin):
         self.layer, self.masks, self.attends = layer, masks, attends
         self.waiting: tuple[Tensor, Tensor] | None = None  # K and V that `attend` will append
         self.own_window: int | None = None  # tokens that the model's own cache would keep
+        self.told_window: int | None = None  # what the model told its attention last
         self.checks = False  # whether the model's own attention is asked, too
         self.attended: Callable[[], None] = lambda: None  # called when the model has attended through this layer
 
@@ -127,6 +128,7 @@ class WrappedLayer(CacheLayerMixin):
     def attend(self, q: Tensor, constants: Constants, padding: tuple[int, ...]) -> Tensor:
         """Append what `update` took, if that is still to be done, and answer the newest tokens' queries."""
         new, self.waiting = self.waiting, None
+        self.told_window = constants.window
         if new is None and self.layer.evicts:
             raise CannotHold(f"the model attends again to what a layer keeps, which may have left it: {OWN_CACHE}")
         if self.layer.evicts:  # its positions count from behind the padding, also when a window's mask shows none of it

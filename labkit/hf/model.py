@@ -15,6 +15,7 @@ from labkit.cache import Cache
 from labkit.hf.attention import ORIGINALS, PREFIX
 from labkit.hf.cache import WrappedCache
 from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
+from labkit.hf.turning import check_turns
 
 # Keeps nothing, or reads what another layer keeps; older releases have no layer there at all.
 DummyLayer = getattr(cache_utils, "DummyLayer", None)
@@ -29,7 +30,9 @@ def let_attend(model: PreTrainedModel, cache: WrappedCache) -> None:
         layer.own_window = window
     text._attn_implementation = {"": PREFIX + original}  # a dict: parts of the config keep what they have
     try:
-        probe(model, len(cache))
+        windows = probe(model, len(cache))
+        check_merging(model, cache, windows)
+        check_turns(model, text, cache)
         check_name_is_not_asked(model, text, original)
     except ValueError:
         text._attn_implementation = {"": before}
@@ -75,11 +78,22 @@ def own_windows(text: PretrainedConfig) -> list[int | None]:
     return windows
 
 
-def probe(model: PreTrainedModel, num_layers: int) -> None:
+def check_merging(model: PreTrainedModel, cache: WrappedCache, windows: list[int | None]) -> None:
+    """`CannotHold` when a layer that averages tokens is given one that attends to a window, or keeps no more."""
+    for index, (layer, window) in enumerate(zip(cache.wrapped, windows, strict=True)):
+        window = layer.own_window if window is None else window
+        if layer.layer.merges and window is not None:
+            raise CannotHold(
+                f"layer {index} of {type(model).__name__} attends to a window of {window} tokens, and what left it "
+                f"would be averaged with what is seen: take another policy than Merging"
+            )
+
+
+def probe(model: PreTrainedModel, num_layers: int) -> list[int | None]:
     """Run two tokens through the model with a labkit cache of `num_layers`; `CannotHold` unless it serves.
 
-    Each layer's attention is set beside the model's own. A model that cannot be run on two tokens alone, whatever its
-    cache, is judged when it is used.
+    Returns the window that each layer's attention is told, None for none. Each layer's attention is set beside the
+    model's own. A model that cannot be run on two tokens alone, whatever its cache, is judged when it is used.
     """
     scratch = WrappedCache(Cache.growing(num_layers), attends=True)
     for layer in scratch.wrapped:
@@ -96,13 +110,14 @@ def probe(model: PreTrainedModel, num_layers: int) -> None:
         except Exception as error:
             if runs_with_its_own_cache(model, tokens):
                 raise CannotHold(f"{type(model).__name__} fails with a labkit cache ({error}): {OWN_CACHE}") from error
-            return
+            return [None] * num_layers
     filled = sum(layer.get_seq_length() == tokens.shape[1] for layer in scratch.wrapped)
     if filled != num_layers:
         raise CannotHold(
             f"the cache has {num_layers} layers, of which {type(model).__name__} fills {filled}: make it with as many "
             f"as keep K and V of their own, or {WITHOUT}"
         )
+    return [layer.told_window for layer in scratch.wrapped]
 
 
 def runs_with_its_own_cache(model: PreTrainedModel, tokens: Tensor) -> bool:

@@ -1,20 +1,25 @@
 """Evicting caches inside transformers: what labkit's own decoder says with the same weights, or a refusal."""
 
 import copy
+import sys
+import warnings
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from labkit.cache import Cache
-from labkit.cache.evicting import H2O, TOVA, KeyDiff, KeyNorm, SnapKV, Window
+from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Merging, SnapKV, Window
 from labkit.generation import generate
 from labkit.hf import CannotHold, wrap
 from labkit.llama import Llama
 from labkit.specs import decoder_spec
+from tests.every_type import TEXT, UNTRIED, num_layers, tiny_model
 from tests.tiny import VOCAB, hf_model
 
 LAYERS, NEW = 3, 12
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma", "gemma2", "granite", "mixtral", "phi3", "starcoder2")
+"""Types that turn all channels in pairs (i, i + head_dim / 2), in every layer alike."""
 POLICIES = {
     "sinks and window": Window(sinks=2),
     "H2O": H2O(),
@@ -113,3 +118,85 @@ def test_a_cache_that_reads_a_part_needs_the_model() -> None:
     cache = Cache.selecting(2, 32)
     with pytest.raises(CannotHold, match=r"chooses it by the query.*use wrap\(cache, model\)"):
         wrap(cache)
+
+
+def frequencies_of(theirs):
+    """RoPE's, as transformers' own module has them."""
+    return next(part.inv_freq for part in theirs.modules() if hasattr(part, "inv_freq"))
+
+
+def turning(frequencies, layers=LAYERS):
+    """A cache of each kind that turns keys or queries by these frequencies."""
+    return {
+        "places in the cache": Cache.evicting(layers, Window(sinks=2), 8, frequencies=frequencies),
+        "expected attention": Cache.evicting(layers, ExpectedAttention(frequencies=frequencies), 8),
+        "merging": Cache.evicting(layers, Merging(frequencies=frequencies, sinks=1), 8),
+    }
+
+
+@pytest.mark.parametrize("name", ["places in the cache", "expected attention", "merging"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_cache_that_turns_keys_answers_as_in_labkits_decoder(kind, name):
+    theirs = hf_model(kind)
+    ours = Llama(decoder_spec(theirs.config.to_dict())).load(theirs.state_dict())
+    one, other = (turning(ours.frequencies)[name] for _ in range(2))
+    # No token twice: pairs that come twice are equally alike in the first layer, and rounding would choose.
+    ids = torch.randperm(VOCAB - 2, generator=torch.Generator().manual_seed(4))[None, :11] + 2
+    assert torch.equal(answer(theirs, ids, one), generate(ours, ids, NEW, cache=other).tokens)
+    for layer, twin in zip(one.layers, other.layers, strict=True):
+        assert torch.equal(layer.positions.sort().values, twin.positions.sort().values)
+
+
+@pytest.mark.parametrize("name", ["places in the cache", "expected attention", "merging"])
+@pytest.mark.parametrize("kind", ["cohere", "glm", "glm4", "ernie4_5", "phi", "gpt2"])
+def test_keys_that_a_model_turns_otherwise_are_refused(kind, name):
+    theirs = tiny_model(kind)
+    head_dim = theirs(torch.tensor([[1]]), use_cache=True).past_key_values.layers[0].keys.shape[3]
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    cache = turning(frequencies, num_layers(theirs))[name]
+    with pytest.raises(CannotHold, match=r"does not turn its keys in pairs \(i, i \+ head_dim / 2\)"):
+        wrap(cache, theirs)
+    assert not theirs.config.get_text_config(decoder=True)._attn_implementation.startswith("labkit")
+
+
+def test_frequencies_of_another_model_are_refused():
+    theirs = hf_model("llama")
+    with pytest.raises(CannotHold, match="by the frequencies that this cache was given"):
+        wrap(turning(1.01 * frequencies_of(theirs))["merging"], theirs)
+
+
+def test_rope_that_changes_with_the_length_is_refused():
+    theirs = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
+    with pytest.raises(CannotHold, match=r"dynamic.* changes with the text's length"):
+        wrap(turning(frequencies_of(theirs), num_layers(theirs))["places in the cache"], theirs)
+
+
+def test_merging_in_a_model_with_windows_is_refused_when_it_is_wrapped():
+    theirs = hf_model("mistral, window 6")
+    cache = turning(frequencies_of(theirs))["merging"]
+    with pytest.raises(CannotHold, match=r"layer 0 .*window of 6 tokens.*another policy than Merging"):
+        wrap(cache, theirs)
+    assert cache.seq_len == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TEXT if kind not in UNTRIED])
+def test_whatever_the_type_keys_are_turned_as_the_model_does_or_the_cache_is_refused(kind):
+    """The model's own `rotate_half` says how it pairs channels, the cache which of its keys it would turn alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = tiny_model(kind)
+    layers = num_layers(theirs)
+    try:
+        wrap(Cache.growing(layers), theirs)
+    except ValueError:
+        return  # whatever the cache
+    parts = [part for part in theirs.modules() if getattr(part, "inv_freq", None) is not None]
+    frequencies = parts[0].inv_freq if parts else 10_000.0 ** -(torch.arange(4) / 4)
+    halves = {getattr(sys.modules[type(part).__module__], "rotate_half", None) for part in theirs.modules()} - {None}
+    neighbours = [f(torch.arange(1.0, 5.0)).tolist() != [-3, -4, 1, 2] for f in halves]
+    try:
+        wrap(Cache.evicting(layers, Window(sinks=2), 8, frequencies=frequencies), theirs)
+    except CannotHold:
+        assert neighbours != [False] or kind not in PLAIN
+    else:
+        assert not any(neighbours)

@@ -77,7 +77,6 @@ class EvictingCache(LayerCache):
     """
 
     evicts: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -159,6 +158,11 @@ class EvictingCache(LayerCache):
             victims=self.victims_of(int(room)) if always else 0,
             prompt_tokens=None if always else self.first_ended or None,
         )
+
+    @property
+    def turns(self) -> tuple[Tensor, ...]:
+        """The layer's own frequencies and its policy's, where there are any."""
+        return tuple(x for x in (self.frequencies, getattr(self.policy, "frequencies", None)) if x is not None)
 
     @property
     def physical_len(self) -> int:

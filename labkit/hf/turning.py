@@ -1,0 +1,75 @@
+"""Whether a model turns its keys as a labkit cache takes it to, where the cache turns keys itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from labkit.cache import Cache
+from labkit.cache.evicting.places import turned
+from labkit.hf.cache import WrappedCache
+from labkit.hf.refusal import CannotHold
+
+TOKENS = 48  # positions that are looked at: enough that a slow channel of another frequency shows
+CHANGES = ("dynamic", "longrope")  # RoPE whose frequencies change with the length: keys held were turned by others
+OTHERWISE = "leave frequencies out, or take a policy that needs none"
+
+
+def check_turns(model: PreTrainedModel, text: PretrainedConfig, cache: WrappedCache) -> None:
+    """`CannotHold` unless each layer's keys turn as the cache says that turns them: pairs (i, i + head_dim / 2), by
+    position times frequency.
+
+    One token is read many times over: wherever it stands, every layer's key of it is the same but for RoPE. So it is
+    seen, whatever the model's code is, that channels are paired otherwise (each with its neighbour, as Cohere and GLM
+    have it), that only some are turned, or none, or that frequencies are another layer's.
+    """
+    if not any(layer.layer.turns for layer in cache.wrapped):
+        return
+    name = type(model).__name__
+    if changes := rope_types(text) & set(CHANGES):
+        raise CannotHold(f"{name}'s RoPE ({', '.join(sorted(changes))}) changes with the text's length: {OTHERWISE}")
+    keys = keys_of_one_token(model, len(cache))
+    for index, (layer, k) in enumerate(zip(cache.wrapped, keys, strict=True)):
+        for frequencies in layer.layer.turns:
+            if not turns_by(k, frequencies):
+                raise CannotHold(
+                    f"layer {index} of {name} does not turn its keys in pairs (i, i + head_dim / 2) by the frequencies "
+                    f"that this cache was given: {OTHERWISE}"
+                )
+
+
+def rope_types(text: PretrainedConfig) -> set[str]:
+    """The kinds of RoPE that a config names, of all layers or of each kind of layer."""
+    said = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    parts = [said, *(part for part in said.values() if isinstance(part, dict))]
+    return {str(part.get("rope_type", part.get("type", "default"))) for part in parts}
+
+
+def keys_of_one_token(model: PreTrainedModel, num_layers: int) -> list[Tensor]:
+    """K of each layer, `[1, num_kv_heads, TOKENS, head_dim]`, of one token read `TOKENS` times."""
+    scratch = WrappedCache(Cache.growing(num_layers), attends=True)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    tokens = torch.full((1, TOKENS), len(embedding) // 3, device=embedding.device)
+    # Not compiled for this, and a model in train() must not draw other numbers afterwards.
+    with torch.no_grad(), torch.random.fork_rng(enabled=model.training), torch.compiler.set_stance("force_eager"):
+        try:
+            model(input_ids=tokens, past_key_values=scratch, use_cache=True)
+        except CannotHold:
+            raise
+        except Exception as error:
+            raise CannotHold(
+                f"how {type(model).__name__} turns its keys cannot be seen with tokens alone ({error}): {OTHERWISE}"
+            ) from error
+    return [layer.read()[0] for layer in scratch.source.layers]
+
+
+def turns_by(k: Tensor, frequencies: Tensor) -> bool:
+    """Whether keys of one token, `[1, num_kv_heads, tokens, head_dim]`, are its first, turned on to each position."""
+    if 2 * frequencies.numel() != k.shape[3]:
+        return False
+    positions = torch.arange(k.shape[2], device=k.device)
+    expected = turned(k[:, :, :1].expand_as(k), positions, frequencies.to(k.device))
+    bound = torch.finfo(k.dtype).eps ** 0.5 * k.abs().max().item()  # half of the digits, as attention is compared
+    return torch.allclose(k, expected, rtol=0, atol=bound)
