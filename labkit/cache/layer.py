@@ -126,6 +126,12 @@ class LayerCache(ABC):
         return self.seq_len
 
     @property
+    def kept_dtype(self) -> str:
+        """The dtype of K and V held, as `labkit.sizing` names it; float16 when empty."""
+        keys = self.template()
+        return "float16" if keys is None else str(keys.dtype).removeprefix("torch.")
+
+    @property
     def turns(self) -> tuple[Tensor, ...]:
         """RoPE's frequencies by which keys or queries are turned here, float `[head_dim / 2]` each; mostly none."""
         return ()

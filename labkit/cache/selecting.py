@@ -57,8 +57,8 @@ class SelectingCache(GrowingCache):
 
     @property
     def format(self) -> Selecting:
-        """What `labkit.sizing` calls this, in float16."""
-        return Selecting(self.budget, self.page_size)
+        """What `labkit.sizing` calls this, in the dtype of what is held; float16 when empty."""
+        return Selecting(self.budget, self.page_size, self.kept_dtype)
 
     @property
     def nbytes(self) -> int:

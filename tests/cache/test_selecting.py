@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from labkit import models
 from labkit.attention import Constants, Visibility, attention
-from labkit.cache import Cache, SelectingCache
+from labkit.cache import Cache, EvictingCache, SelectingCache
+from labkit.cache.evicting import Window
 from labkit.generation import generate
 from tests.bounds import attention_bound
 from tests.cache.test_evicting import DIM, GROUP, KV_HEADS, drawn, feed
@@ -166,3 +167,12 @@ def test_through_the_decoder_a_budget_above_all_changes_nothing_and_first_layers
 def test_bad_input_is_one_clear_line(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_format_says_the_dtype_that_is_kept(dtype):
+    for layer in (SelectingCache(32), EvictingCache(Window(), 32)):
+        assert layer.format.dtype == "float16"
+        k, v = torch.zeros(2, 1, 2, 8, 16, dtype=dtype)
+        layer.append(k, v)
+        assert layer.format.dtype == str(dtype).removeprefix("torch.")

@@ -142,7 +142,7 @@ class EvictingCache(LayerCache):
 
     @property
     def format(self) -> Evicting:
-        """What `labkit.sizing` calls this, without what a policy notes of whole rows (`state_bytes`), in float16.
+        """What `labkit.sizing` calls this, in the dtype held (float16 when empty), without what a policy notes of rows.
 
         ValueError before there are tokens if the budget is a fraction of them.
         """
@@ -154,6 +154,7 @@ class EvictingCache(LayerCache):
             room = self.kept.tokens - (self.seq_len - self.lost_at)
         return Evicting(
             budget=int(room),
+            dtype=self.kept_dtype,
             tally=self.keeps_notes,
             victims=self.victims_of(int(room)) if always else 0,
             prompt_tokens=None if always else self.first_ended or None,

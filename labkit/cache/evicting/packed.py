@@ -193,7 +193,7 @@ class EvictingQuantizedCache(EvictingCache):
     @property
     def format(self) -> Evicting:
         """What `labkit.sizing` calls this, as of `EvictingCache`."""
-        return replace(super().format, victims=0, packing=self.packing)
+        return replace(super().format, victims=0, packing=replace(self.packing, dtype=self.kept_dtype))
 
     def victims_of(self, room: int) -> int:
         """None is chosen ahead."""
