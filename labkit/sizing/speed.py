@@ -206,7 +206,7 @@ def all_reduce_seconds(model: ModelSpec, ranks: int, tokens: int, link: LinkSpec
 def math_rate(gpu: GpuSpec, weight_dtype: str) -> float:
     """Operations a second of products with weights of this dtype. Integers are widened first, to 16 bits."""
     name = dtype_name(weight_dtype)
-    if name in ("float32", "float16", "bfloat16", "float8"):
+    if name in ("float64", "float32", "float16", "bfloat16", "float8"):
         return gpu.flop_per_s(name)
     return max(gpu.flop_per_s("float16"), gpu.flop_per_s("bfloat16"))
 

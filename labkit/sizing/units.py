@@ -11,6 +11,7 @@ LIMIT = 10**9  # tokens, requests or devices: beyond it, a unit was mixed up
 
 BITS: dict[str, Fraction] = {
     "float32": Fraction(32),
+    "float64": Fraction(64),
     "float16": Fraction(16),
     "bfloat16": Fraction(16),
     "float8": Fraction(8),
