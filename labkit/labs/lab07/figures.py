@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,11 +13,14 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from labkit.labs.lab07.tasks import Score
+from labkit.labs.lab07.scores import FULL, Kept, Score
 from labkit.labs.lab07.timeline import Timeline
+from labkit.measure import Timing
 from labkit.plots.described import described, ends, listed
 from labkit.plots.style import COLORS, CYCLE, HEAT, MARKERS, bare, figure, row_of
+from labkit.quality.recall import wilson
 
+BESIDE: dict[str, Any] = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 LINES = {0: COLORS["without cache"], 1: COLORS["query"], 4: COLORS["with cache"]}
 
 
@@ -124,20 +129,24 @@ def kept(by_policy: Mapping[str, Sequence[float]], fact: Sequence[int], question
     )
 
 
-def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
-    """Policies by tasks: the share of the answers' tokens that are right; of `first`, the perplexity over the full
-    cache's."""
-    tasks, caches = list(found), list(next(iter(found.values())))
-    fig, axes = figure(9.2, 0.42 * len(tasks) + 1.5)
-    values = [[goodness(found[task][cache], task == first) for cache in caches] for task in tasks]
+def table(found: Mapping[str, Mapping[Kept, Score]], first: str) -> Figure:
+    """Tasks by policies and budgets, the full cache at the left: the share of the answers' tokens that are right, in
+    %; of `first`, the perplexity over the full cache's."""
+    tasks, columns = list(found), list(next(iter(found.values())))
+    names = dict.fromkeys(name for name, _ in columns)
+    fig, axes = figure(11.4, 0.4 * len(tasks) + 1.5)
+    values = [[goodness(found[task][kept], task == first) for kept in columns] for task in tasks]
     bare(axes).imshow(values, aspect="auto", cmap=HEAT, vmin=0, vmax=1)
     for row, task in enumerate(tasks):
-        for column, cache in enumerate(caches):
-            score = found[task][cache]
-            text = f"{score.perplexity:.2f}x" if task == first else f"{100 * score.share:.0f}%"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9,
+        for column, kept in enumerate(columns):
+            axes.text(column, row, cell(found[task][kept], task == first), ha="center", va="center", fontsize=7.5,
                       color="black" if values[row][column] > 0.55 else "white")  # fmt: skip
-    axes.set_xticks(range(len(caches)), [name.replace(", ", ",\n") for name in caches], fontsize=9)
+    axes.set_xticks(range(len(columns)), [f"{100 * share:.0f}" for _, share in columns], fontsize=8)
+    for name in names:
+        places = [place for place, (other, _) in enumerate(columns) if other == name]
+        axes.text(sum(places) / len(places), -1.15, name.replace(", ", ",\n"), ha="center", va="bottom", fontsize=9)
+        axes.axvline(places[-1] + 0.5, color="white", linewidth=4)
+    axes.text(-0.7, -0.55, "% kept", ha="right", va="bottom", fontsize=8)
     rows = [f"{task}\n(perplexity: low is good)" if task == first else task for task in tasks]
     axes.set_yticks(range(len(tasks)), rows, fontsize=9)
     axes.axhline(tasks.index(first) + 0.5, color="white", linewidth=6)
@@ -146,19 +155,92 @@ def table(found: Mapping[str, Mapping[str, Score]], first: str) -> Figure:
     for side in axes.spines.values():
         side.set_visible(False)
 
-    def cell(score: Score, task: str) -> str:
-        return f"{score.perplexity:.2f}x" if task == first else f"{100 * score.share:.0f}%"
+    def by_budget(row: Mapping[Kept, Score], name: str, task: str) -> str:
+        return ", ".join(cell(score, task == first) for (other, _), score in row.items() if other == name)
 
-    said = "; ".join(
-        f"{task}: {listed(f'{cache} {cell(score, task)}' for cache, score in row.items())}"
-        for task, row in found.items()
+    said = ". ".join(
+        f"{task}: {'; '.join(f'{name} {by_budget(row, name, task)}' for name in names)}" for task, row in found.items()
     )
-    return described(fig, f"A table of tasks by policies, coloured from bad to good. {said}.")
+    kept_by = "; ".join(
+        f"{name} {', '.join(f'{100 * share:.0f}' for other, share in columns if other == name)}" for name in names
+    )
+    return described(
+        fig,
+        f"A table of tasks by policies and by how much they keep, coloured from bad to good. Of “{first}” perplexity "
+        f"over the full cache's, of the others % of the answers' tokens. % kept: {kept_by}. {said}.",
+    )
+
+
+def cell(score: Score, by_perplexity: bool) -> str:
+    """As the table writes it: % of the tokens, or how many times the full cache's perplexity."""
+    ratio = score.perplexity
+    return f"{ratio:.2f}" if by_perplexity and ratio < 10 else f"{ratio if by_perplexity else 100 * score.share:.0f}"
 
 
 def goodness(score: Score, by_perplexity: bool) -> float:
     """From 0 to 1, for the colour: the share that is right, or one over the perplexity's ratio."""
     return min(1.0, 1 / score.perplexity) if by_perplexity else score.share
+
+
+def recalled(counts: Mapping[Kept, tuple[int, int]], control: str) -> Figure:
+    """Which share of the answers is right to the last token, a panel for each budget: points, and Wilson's interval of
+    95%. counts: by policy and budget such answers, and texts. `control` has a colour of its own; the band is the full
+    cache's interval."""
+    budgets = sorted({share for _, share in counts if share < 1}, reverse=True)
+    names = list(dict.fromkeys(name for name, share in counts if share < 1))
+    texts = next(iter(counts.values()))[1]
+    fig, panels = row_of(len(budgets), 9.2, 0.26 * len(names) + 1.3)
+    for axes, budget in zip(panels, budgets, strict=True):
+        low, high = (100 * min(1.0, end) for end in wilson(*counts[FULL]))
+        axes.axvspan(low, high, color=COLORS["pale"], label="everything kept")
+        for place, name in enumerate(names):
+            hits, trials = counts[name, budget]
+            share, ends_at = 100 * hits / trials, [100 * end for end in wilson(hits, trials)]
+            color = COLORS["without cache"] if name == control else COLORS["with cache"]
+            label = "the control" if name == control else "a policy" if place == 0 else None
+            axes.errorbar(share, place, xerr=[[max(0, share - ends_at[0])], [max(0, ends_at[1] - share)]], color=color,
+                          fmt="D" if name == control else "o", markersize=5, capsize=3, label=label)  # fmt: skip
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names), fontsize=9)
+        axes.set(xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5), xlabel="% of numbers found whole")
+        axes.set_title(f"{budget:.0%} kept", fontsize=10)
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    said = "; ".join(
+        f"{budget:.0%} kept: {listed(f'{name} {counts[name, budget][0]}' for name in names)}" for budget in budgets
+    )
+    return described(
+        fig,
+        f"Numbers found whole, of {texts} texts, points with intervals of 95%, a panel for each budget. Everything "
+        f"kept: {counts[FULL][0]}. {said}.",
+    )
+
+
+def paying(
+    lengths: Sequence[int], seconds: Mapping[str, Sequence[Timing]], theory: Sequence[float], full: str = "full"
+) -> Figure:
+    """How many times as long the full cache's step takes as an evicting one, against tokens seen: above 1 evicting
+    pays. seconds: by cache, for each length; theory: the ratio of the bytes that the two read."""
+    fig, axes = figure(7.8, 3.4)
+    axes.axhline(1, color=COLORS["reserve"], linewidth=1.2, label="as long as the full cache's")
+    axes.plot(lengths, theory, ":", color=COLORS["theory"], label="theory: bytes read")
+    ratios = {}
+    for (name, timings), color, marker in zip(
+        ((name, timings) for name, timings in seconds.items() if name != full), CYCLE, MARKERS, strict=False
+    ):
+        pairs = list(zip(seconds[full], timings, strict=True))
+        ratios[name] = [slow.median / fast.median for slow, fast in pairs]
+        off = [ratio * math.hypot(*(each.spread / each.median for each in pair))
+               for ratio, pair in zip(ratios[name], pairs, strict=True)]  # fmt: skip
+        axes.errorbar(lengths, ratios[name], off, fmt=f"{marker}-", markersize=4.5, capsize=2, color=color, label=name)
+    axes.set(xscale="log", xlabel="tokens seen (log scale); an evicting cache holds a quarter of them",
+             ylabel="full step's time /\nevicting step's")  # fmt: skip
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.legend(**BESIDE)
+    return described(
+        fig,
+        "The full cache's decode step over an evicting one's, against tokens seen, lines with spreads; above 1 "
+        f"evicting pays. {ends({**ratios, 'theory, bytes read': theory}, lengths)}.",
+    )
 
 
 def bytes_over_tokens(by_cache: Mapping[str, Sequence[int]], first: int) -> Figure:

@@ -1,8 +1,8 @@
-"""What lab 07 measures with: losses along a text, a policy made of a function, and who still holds a position."""
+"""What lab 07 measures with: losses along a text, a policy made of a function, who holds a position, and steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +57,25 @@ def kept_share(cache: Cache, tokens: int) -> list[float]:
         heads += places.shape[0]
         counts += torch.bincount(places[places >= 0].long().cpu(), minlength=tokens)  # -1: a slot without a token
     return (counts / heads).tolist()
+
+
+@torch.inference_mode()
+def filled(cache: Cache, model: Llama, tokens: int) -> Cache:
+    """The cache, having seen so many tokens of random K and V, the same in every layer, in one step: for clocks."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 1, model.spec.num_kv_heads, tokens, model.spec.head_dim)
+    k, v = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    with cache.step([tokens]) as step:
+        for layer in cache.layers:
+            layer.append(k, v, step)
+    return cache
+
+
+def begins_to_pay(lengths: Sequence[int], ratios: Sequence[float]) -> str:
+    """Between which lengths a ratio rises above 1 for good: a full cache's time over an evicting one's, say."""
+    loses = [index for index, ratio in enumerate(ratios) if ratio <= 1]
+    if not loses:
+        return f"pays from {lengths[0]:,} tokens on"
+    if loses[-1] == len(lengths) - 1:
+        return f"does not pay up to {lengths[-1]:,} tokens"
+    return f"pays from between {lengths[loses[-1]]:,} and {lengths[loses[-1] + 1]:,} tokens on"

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from labkit import quality
-from labkit.cache import Cache
-from labkit.course import waiting
-from labkit.llama import Llama
-from labkit.quality.reading import read
 from labkit.quality.recall import NUMBER, PLACES, QUESTION
 from labkit.quality.recall import planted as plant
 
-MakeCache = Callable[[], Cache]
 OWNERS = ("harbour master", "pilot", "cook")
 WORDS = ("anchor", "basket", "candle", "donkey", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
          "ladder", "mirror", "needle", "orange", "pocket")  # fmt: skip
 
-FOLLOWING = 48  # tokens of a text that goes on
+FOLLOWING = 32  # tokens of a text that goes on
 
 
 @dataclass(frozen=True)
@@ -41,17 +34,6 @@ class Task:
         first = next(i for i in range(len(self.text)) if self.text[i : i + len(self.answer)] == self.answer)
         begins = [i for i in range(len(self.text)) if self.text[i : i + len(asked)] == asked]
         return list(range(first, first + len(self.answer))), begins[-1]
-
-
-@dataclass(frozen=True)
-class Score:
-    """hits: answers whose every token was the likeliest, of `trials`; share: of the answers' tokens. perplexity: of the
-    answers' tokens, over what the full cache gave."""
-
-    hits: int
-    trials: int
-    share: float
-    perplexity: float
 
 
 def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
@@ -114,47 +96,4 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
     asked, answer = put(QUESTION, f" {number}")
     later = tuple(planted({0.5: NUMBER.format(number)}))
     made.append(Task("a number, asked for later", later, tuple(asked), tuple(answer)))
-    return made
-
-
-@torch.inference_mode()
-def answered(model: Llama, cache: Cache, task: Task) -> tuple[list[bool], float]:
-    """Of each token of the answer whether it was the likeliest, and the sum of their log-probabilities."""
-    logits = []
-    if task.asked:
-        logits.append(model(torch.tensor([task.asked], device=model.device), cache, last_only=True))
-        rest = task.answer
-    else:  # the text's last token has been read: the first token that follows it serves as the question
-        logits.append(model(torch.tensor([task.answer[:1]], device=model.device), cache, last_only=True))
-        rest = task.answer[1:]
-    if len(rest) > 1:
-        logits.append(model(torch.tensor([rest[:-1]], device=model.device), cache))
-    logs = torch.cat(logits, dim=1)[0].double().log_softmax(dim=-1)
-    want = torch.tensor(rest, device=logs.device)
-    return (logs.argmax(dim=-1) == want).tolist(), logs.gather(1, want[:, None]).sum().item()
-
-
-def table(
-    model: Llama, tokenizer: Any, caches: Mapping[str, MakeCache], trials: int, text_tokens: int = 300
-) -> dict[str, dict[str, Score]]:
-    """Scores by task and cache; `caches` has "full", the ceiling. Every cache gets the same texts."""
-    found: dict[str, dict[str, list[tuple[list[bool], float]]]] = {}
-    for trial in waiting.bar(range(trials), "texts"):
-        for task in tasks(tokenizer, trial, text_tokens):
-            reading = read(model, torch.tensor([task.text], device=model.device))
-            for name, make in caches.items():
-                result = answered(model, reading.given(make()), task)
-                found.setdefault(task.name, {}).setdefault(name, []).append(result)
-    return {task: scores(by_cache) for task, by_cache in found.items()}
-
-
-def scores(by_cache: Mapping[str, Sequence[tuple[list[bool], float]]]) -> dict[str, Score]:
-    """One task's results as scores, beside the cache called "full"."""
-    full = sum(logs for _, logs in by_cache["full"])
-    made = {}
-    for name, results in by_cache.items():
-        tokens = sum(len(hits) for hits, _ in results)
-        ratio = torch.tensor((full - sum(logs for _, logs in results)) / tokens).exp().item()
-        hits = [all(one) for one, _ in results]
-        made[name] = Score(sum(hits), len(hits), sum(sum(one) for one, _ in results) / tokens, ratio)
     return made

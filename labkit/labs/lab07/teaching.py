@@ -38,7 +38,7 @@ TEACHING = Teaching(
         "say which policy serves which work, and why a question that comes afterwards finds nothing;",
         "keep positions and slots apart: tokens seen, tokens held.",
     ),
-    before="The figures of section 6 rest on two texts a cell; set LABKIT_PROFILE=full for six, and start it before "
+    before="The table of section 6 rests on four texts a cell; set LABKIT_PROFILE=full for twelve, and start it before "
     "the break.",
     asks=(
         Ask(

@@ -7,9 +7,11 @@ import torch
 from matplotlib.colors import to_hex
 
 from labkit.labs.lab07 import figures
-from labkit.labs.lab07.tasks import Score
+from labkit.labs.lab07.scores import FULL, Score
 from labkit.labs.lab07.timeline import Timeline
+from labkit.measure import Timing
 from labkit.plots.style import COLORS
+from labkit.quality.recall import wilson
 
 
 def texts(axes) -> list[str]:
@@ -50,13 +52,47 @@ def test_kept_has_a_row_per_policy_and_marks_fact_and_question() -> None:
 
 
 def test_the_table_writes_shares_and_of_the_first_row_the_perplexitys_ratio() -> None:
+    half, quarter = ("x", 0.5), ("x", 0.25)
     found = {
-        "goes on": {"full": Score(0, 2, 0.3, 1.0), "x": Score(0, 2, 0.2, 4.0)},
-        "a number": {"full": Score(2, 2, 1.0, 1.0), "x": Score(0, 2, 0.25, 50.0)},
+        "goes on": {FULL: Score(0, 2, 0.3, 1.0), half: Score(0, 2, 0.2, 4.0), quarter: Score(0, 2, 0.2, 20.4)},
+        "a number": {FULL: Score(2, 2, 1.0, 1.0), half: Score(1, 2, 0.5, 9.0), quarter: Score(0, 2, 0.25, 50.0)},
     }
-    (axes,) = figures.table(found, first="goes on").axes
-    assert texts(axes) == ["1.00x", "4.00x", "100%", "25%"]
-    assert axes.images[0].get_array().tolist() == [[1.0, 0.25], [1.0, 0.25]]
+    fig = figures.table(found, first="goes on")
+    (axes,) = fig.axes
+    assert texts(axes)[:6] == ["1.00", "4.00", "20", "100", "50", "25"]
+    assert axes.images[0].get_array().tolist() == [pytest.approx([1.0, 0.25, 1 / 20.4]), [1.0, 0.5, 0.25]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "50", "25"]
+    named = {text.get_text(): text.get_position()[0] for text in axes.texts[6:]}
+    assert named["full"] == 0
+    assert named["x"] == 1.5
+    assert "% kept: full 100; x 50, 25." in fig.alt
+    assert "a number: full 100; x 50, 25." in fig.alt
+
+
+def test_recalled_draws_whole_answers_with_their_intervals_a_panel_for_each_budget() -> None:
+    counts = {FULL: (12, 12), ("x", 0.5): (9, 12), ("random", 0.5): (0, 12), ("x", 0.25): (6, 12),
+              ("random", 0.25): (3, 12)}  # fmt: skip
+    fig = figures.recalled(counts, control="random")
+    half, quarter = fig.axes
+    assert [axes.get_title() for axes in (half, quarter)] == ["50% kept", "25% kept"]
+    assert [label.get_text() for label in half.get_yticklabels()] == ["x", "random"]
+    points = [(bar[0].get_xdata()[0], bar[0].get_ydata()[0]) for bar in quarter.containers]
+    assert points == [(50, 0), (25, 1)]
+    assert to_hex(quarter.containers[1][0].get_color()) != to_hex(quarter.containers[0][0].get_color())
+    (segment,) = quarter.containers[0][2][0].get_segments()
+    assert segment[:, 0].tolist() == pytest.approx([100 * end for end in wilson(6, 12)])
+    assert "of 12 texts" in fig.alt
+
+
+def test_paying_draws_how_many_times_as_long_the_full_step_takes() -> None:
+    seconds = {"full": [Timing((2.0,)), Timing((6.0,))], "x": [Timing((4.0,)), Timing((3.0,))]}
+    fig = figures.paying([64, 256], seconds, [1.0, 2.5])
+    (axes,) = fig.axes
+    level, theory = axes.lines[:2]
+    assert list(level.get_ydata()) == [1, 1]
+    assert list(theory.get_ydata()) == [1.0, 2.5]
+    assert list(axes.containers[0][0].get_ydata()) == [0.5, 2.0]
+    assert "x: 0.5 at 64, 2 at 256" in fig.alt
 
 
 def test_bytes_are_drawn_in_megabytes_from_the_first_token_seen() -> None:

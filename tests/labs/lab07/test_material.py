@@ -9,13 +9,12 @@ from torch import Tensor
 from labkit import models
 from labkit.cache import Cache
 from labkit.cache.evicting import H2O, KeyNorm, SnapKV, Window
-from labkit.labs.lab07.material import by_queries, kept_share, losses
+from labkit.labs.lab07.material import begins_to_pay, by_queries, filled, kept_share, losses
 from labkit.labs.lab07.references import attention_received, snapkv_scores
-from labkit.labs.lab07.tasks import PLACES, QUESTION, Score, Task, answered, scores, table, tasks
+from labkit.labs.lab07.tasks import PLACES, QUESTION, tasks
 from labkit.labs.lab07.timeline import Timeline, timeline
 from labkit.llama import Llama
 from labkit.quality.reading import read
-from labkit.specs import ModelSpec
 from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
 
 
@@ -90,49 +89,24 @@ class TestTasks:
         assert all(a.text != b.text and a.answer != b.answer for a, b in zip(one, other, strict=True))
 
 
-def test_an_answer_is_judged_by_the_models_own_next_tokens(model: Llama) -> None:
-    text = (3, 14, 15, 92, 65, 35)
-    greedy: list[int] = []
-    for _ in range(4):
-        greedy.append(int(model(torch.tensor([[*text, 7, *greedy]]))[0, -1].argmax()))
-    cache = model.cache()
-    model(torch.tensor([text]), cache, last_only=True)
-    hits, logs = answered(model, cache, Task("", text, (7,), tuple(greedy)))
-    assert hits == [True] * 4
-    whole = model(torch.tensor([[*text, 7, *greedy[:-1]]]))[0, -4:].double().log_softmax(dim=-1)
-    assert logs == pytest.approx(whole.gather(1, torch.tensor(greedy)[:, None]).sum().item(), abs=1e-3)
-    wrong = (greedy[0], greedy[1], (greedy[2] + 1) % 100, greedy[3])
-    cache = model.cache()
-    model(torch.tensor([text]), cache, last_only=True)
-    assert answered(model, cache, Task("", text, (7,), wrong))[0][:3] == [True, True, False]
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([1.1, 1.2, 1.3], "pays from 64 tokens on"),
+        ([0.8, 0.9, 1.3], "pays from between 256 and 1,024 tokens on"),
+        ([0.8, 1.1, 0.9], "does not pay up to 1,024 tokens"),  # what pays once and not later was luck
+        ([1.1, 1.0, 1.2], "pays from between 256 and 1,024 tokens on"),
+    ],
+)
+def test_evicting_pays_from_where_it_is_faster_for_good(ratios: list[float], said: str) -> None:
+    assert begins_to_pay([64, 256, 1024], ratios) == said
 
 
-def test_a_text_that_goes_on_is_judged_from_its_second_token(model: Llama) -> None:
-    text, follows = (3, 14, 15, 92), (65, 35, 89)
-    cache = model.cache()
-    model(torch.tensor([text]), cache, last_only=True)
-    hits, logs = answered(model, cache, Task("", text, (), follows))
-    whole = model(torch.tensor([[*text, *follows[:-1]]]))[0, -2:].double().log_softmax(dim=-1)
-    assert len(hits) == 2
-    assert logs == pytest.approx(whole.gather(1, torch.tensor(follows[1:])[:, None]).sum().item(), abs=1e-3)
-
-
-def test_scores_count_tokens_and_compare_with_the_full_cache() -> None:
-    got = scores(
-        {"full": [([True, True], -1.0), ([True, False], -3.0)], "x": [([True, False], -2.0), ([False, False], -6.0)]}
-    )
-    assert got["full"] == Score(1, 2, 0.75, 1.0)
-    assert (got["x"].hits, got["x"].trials, got["x"].share) == (0, 2, 0.25)
-    assert got["x"].perplexity == pytest.approx(torch.tensor(1.0).exp().item())  # 4 nats more over 4 tokens
-
-
-def test_the_table_has_every_task_and_cache_and_the_full_cache_as_its_ceiling() -> None:
-    tokenizer, spec = models.tokenizer(), models.load(device="cpu").spec
-    small = models.random(ModelSpec("tiny", 2, 4, 2, 16, 48, 96, spec.vocab_size, 512), prepack=False)
-    caches = {"full": small.cache, "window": lambda: Cache.evicting(2, Window(), 0.25, during="prompt")}
-    found = table(small, tokenizer, caches, trials=1, text_tokens=120)
-    assert list(found) == [task.name for task in tasks(tokenizer, 0, 120)]
-    assert all(list(by) == ["full", "window"] and by["full"].perplexity == 1.0 for by in found.values())
+def test_a_filled_cache_has_seen_the_tokens_and_holds_its_budget(model: Llama) -> None:
+    assert filled(model.cache(50), model, 40).seq_len == 40
+    cache = filled(Cache.evicting(SPEC.num_layers, H2O(), 10), model, 40)
+    assert cache.seq_len == 40
+    assert all(layer.physical_len == 10 for layer in cache.layers)
 
 
 def test_a_timeline_holds_the_budget_and_says_what_was_dropped() -> None:
