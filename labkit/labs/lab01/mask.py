@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.trials import compare
 from labkit.course.exercise import Exercise
@@ -43,7 +44,8 @@ class Mask(Exercise):
     def examine(self, answer: Callable) -> None:
         """What kind of thing it is, then all calls. A mask that is another call's has another shape, too."""
         self.kind_of([self.call(answer, *call) for call in CALLS[:3]])
-        compare(type(self), answer, causal_mask, CALLS, suspects=suspects, what="the mask", exact=True)
+        calls = [*CALLS, *hidden(lambda chance: (chance.randint(1, 40), chance.randint(0, 60)))]
+        compare(type(self), answer, causal_mask, calls, suspects=suspects, what="the mask", exact=True)
 
     def kind_of(self, masks: list[Tensor]) -> None:
         """Rows are new tokens, columns are all tokens, entries are permissions."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -158,7 +160,8 @@ class ReusablePrefix(Exercise):
     def examine(self, answer: Callable) -> None:
         """Differences at every place, lengths that differ either way, tokens twice, token 0, large ids, long lists."""
         judge(
-            type(self), answer, reusable_prefix, [tuple(map(fresh, pair)) for pair in pairs()], SUSPECTS,
+            type(self), answer, reusable_prefix,
+            [tuple(map(fresh, pair)) for pair in [*pairs(), *hidden(some_pair)]], SUSPECTS,
             what="the number of tokens that need not be run", whole=True, otherwise="count", show=shown,
         )  # fmt: skip
 
@@ -189,6 +192,12 @@ def pairs() -> list[tuple[list[int], list[int]]]:
         (long, [*long, 3, 4]),
         (long, [*long[:390], 1, *long[391:]]),
     ]  # fmt: skip
+
+
+def some_pair(chance: random.Random) -> tuple[list[int], list[int]]:
+    """Few tokens, so that many are equal; one beginning, of any length."""
+    same, held, wanted = (chance.choices(range(4), k=chance.randint(least, 20)) for least in (0, 0, 1))
+    return [*same, *held], [*same, *wanted]
 
 
 def fresh(tokens: list[int]) -> list[int]:

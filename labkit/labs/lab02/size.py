@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise, NotYet
@@ -112,6 +113,10 @@ class CacheBytes(Exercise):
         cases = [(ODD, 31, 37, 4), (ODD, 31, 37, 2), (ODD, 41, 37, 4), (ODD, 31, 29, 4), (WIDE, 31, 37, 4)]
         cases += [(each, 31, 37, 4) for each in alone]
         cases += [(ODD, 1, 37, 4), (ODD, 31, 1, 4), (ODD, 1_000_003, 257, 1)]
+        cases += hidden(lambda chance: (
+            replace(ODD, num_layers=chance.randint(1, 90), head_dim=2 * chance.randint(1, 90)),
+            chance.randint(1, 9_999), chance.randint(1, 99), chance.choice((1, 2, 4, 8)),
+        ))  # fmt: skip
         self.check_names(answer, cases[0])
         judge(
             type(self), answer, cache_bytes, cases, self.suspects, what="the cache in bytes", whole=True,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -220,6 +221,10 @@ class ConversationCost(Exercise):
             (2, 1_009, 211, 89, 3.0, 17.0, 0.7), (101, 10_007, 1_511, 503, 3, 15, 0.3),
             (5, 1_009, 211, 89, 3.0, 17.0, 0.7),
         ]  # fmt: skip
+        cases += hidden(lambda chance: (
+            chance.randint(1, 40), chance.randint(0, 20_000), chance.randint(0, 2_000), chance.randint(0, 2_000),
+            chance.randint(10, 500) / 100, chance.randint(10, 2_000) / 100, chance.randint(0, 500) / 100,
+        ))  # fmt: skip
         nothing = [
             (3, 0, 211, 89, 3.0, 17.0, 0.7), (20, 131_072, 0, 0, 3, 0, 0.3), (20, 10_007, 1_511, 0, 3, 15, 0.3),
             (20, 10_007, 0, 503, 3, 15, 0.3), (5, 1_009, 211, 89, 3.0, 17.0, 0.0),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 from labkit import specs
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
 from labkit.labs.lab03.references import cache_bytes, capacity, count_weights, first_limit
@@ -89,6 +91,14 @@ def cases() -> list[Case]:
         *(case(spec, 13, 1_009, requests=13 * factor) for spec in (MODEL, OTHER) for factor in FACTORS),
         *(case(spec, 13, 1_009, requests=14.5, share=factor) for spec in (MODEL, OTHER) for factor in FACTORS),
     ]  # fmt: skip
+
+
+def some_case(chance: random.Random) -> Case:
+    """Any of the limits, near it and not."""
+    spec, users = chance.choice((MODEL, OTHER, WINDOWED)), chance.randint(1, 60)
+    context = min(chance.randint(100, 6_000), spec.max_seq_len + chance.choice((0, 1)))
+    requests = users * chance.uniform(0.9, 1.2) if chance.random() < 0.7 else chance.uniform(-2.0, 2.0)
+    return case(spec, users, context, requests=requests, share=chance.uniform(0.3, 1.3))
 
 
 def limit(
@@ -288,26 +298,27 @@ class FirstLimit(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """`cases`, in words."""
-        got = [self.call(answer, *each) for each in cases()]
+        listed = [*cases(), *hidden(some_case, count=60)]
+        got = [self.call(answer, *each) for each in listed]
         for value in got:
             if value not in ANSWERS:
                 self.fail(
                     "not-an-answer", seen=f"{value!r} came back", cause=f"the answer is one of {', '.join(ANSWERS)}",
                     look="the words in the docstring, as text",
                 )  # fmt: skip
-        wanted = [first_limit(*each) for each in cases()]
+        wanted = [first_limit(*each) for each in listed]
         wrong = [index for index, pair in enumerate(zip(got, wanted, strict=True)) if pair[0] != pair[1]]
         if not wrong:
             return
-        seen = f"{shown(cases()[wrong[0]])}: {got[wrong[0]]!r} came back, and it is {wanted[wrong[0]]!r}"
+        seen = f"{shown(listed[wrong[0]])}: {got[wrong[0]]!r} came back, and it is {wanted[wrong[0]]!r}"
         pairs = sorted(
-            zip(cases(), got, wanted, strict=True), key=lambda pair: pair[1] == pair[2]
+            zip(listed, got, wanted, strict=True), key=lambda pair: pair[1] == pair[2]
         )  # the wrong ones first
         accuse(type(self), self.suspects, seen, fits=lambda formula: all(formula(*a) == b for a, b, _ in pairs))
         self.fail(
             "values",
             seen=seen,
-            cause=f"the answer is another in {len(wrong)} of {len(cases())} cases",
+            cause=f"the answer is another in {len(wrong)} of {len(listed)} cases",
             look="the four figures of this case, one at a time, and the order of the questions",
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import check_number, judge, shown
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -113,6 +114,10 @@ class Capacity(Exercise):
             (1_001, 200, 100, 0.5), (998, 200, 100, 0.5), (1_200, 200, 100, 0.0), (1_000, 200, 401, 0.5),
             (1_000, 200, 400, 0.5), (10**12 + 1, 7, 30_000_001, 0.25), (1_009, 211, 89, 0.1),
         ]  # fmt: skip
+        cases += hidden(lambda chance: (
+            chance.randint(10**10, 10**11), chance.randint(10**8, 10**10), chance.randint(10**6, 10**9),
+            chance.randint(1, 60) / 100,
+        ))  # fmt: skip
         judge(type(self), answer, capacity, cases, self.suspects, what=what, whole=True)
         cases = [
             (25_000, 40_000, 700, 0.15), (40_000, 40_000, 700, 0.15), (40_000, 40_100, 700, 0.15),
@@ -238,6 +243,8 @@ class RequestBytes(Exercise):
             (replace(FEW, name="a layer more", num_layers=29), 1_009, 2), (ONE, 131_072, 1), (MANY, 1, 2),
             (FEW, 1_009, 2),
         ]  # fmt: skip
+        models = (FEW, MANY, ALL, ONE, COINCIDENCE)
+        cases += hidden(lambda chance: (chance.choice(models), chance.randint(1, 131_072), chance.choice((1, 2, 4))))
         for some in (cases, [(MANY, 0, 2)], [(COINCIDENCE, 131_072, 2), (MANY, 70_001, 4)]):
             judge(type(self), answer, request_bytes, some, self.suspects, what="the cache in bytes", whole=True)
         others = [(replace(FEW, num_layers=31), 1_009, 2), (replace(FEW, num_kv_heads=7), 1_009, 2)]

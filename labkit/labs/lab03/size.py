@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -192,6 +193,10 @@ class CacheBytes(Exercise):
             (MIXED, 70_001, 3, 2), (WINDOWED, 4_095, 1, 2), (WINDOWED, 4_096, 1, 2), (WINDOWED, 4_097, 1, 2),
             (FULL, 31, 37, 4),
         ]  # fmt: skip
+        cases += hidden(lambda chance: (
+            chance.choice((FULL, MIXED, WINDOWED)), chance.randint(1, 9_999), chance.randint(1, 99),
+            chance.choice((1, 2, 4)),
+        ))  # fmt: skip
         nothing, much = [(FULL, 0, 7, 2), (MIXED, 0, 7, 2)], [(FULL, 640_007, 1, 1)]
         for some in (cases, nothing, much):
             judge(type(self), answer, cache_bytes, some, self.suspects, what="the cache in bytes", whole=True)
@@ -403,6 +408,10 @@ class CountWeights(Exercise):
         """Models that exist, with and without biases, tied or not; what their tensors hold is what must come
         out; several of one name."""
         cases = [(TINY,), (BIASED,), (ROUNDED,), (SQUARE,), (LARGER,), (TINY,)]
+        cases += hidden(lambda chance: (
+            replace(BIASED, num_layers=chance.randint(1, 6), hidden_size=2 * chance.randint(5, 30),
+                    intermediate_size=chance.randint(5, 60), tied_head=chance.random() < 0.5),
+        ), count=4)  # fmt: skip
         judge(type(self), answer, live, cases, self.suspects, what="the number of weights held", whole=True)
         others = [(replace(TINY, num_layers=4),), (replace(TINY, hidden_size=34, qkv_bias=True),)]
         known = (remembered(live, TINY), *self.suspects)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -167,6 +168,10 @@ class TpotFloor(Exercise):
             (15_231_233_024, 57_344, 131_072, 7, 3.35e12), (7_000_003, 1_009, 1, 1, 3.1e4),
             (7_000_003, 1_009, 211, 13, 3.1e4),
         ]  # fmt: skip
+        cases += hidden(lambda chance: (
+            chance.randint(10**6, 10**10), chance.randint(1, 10**6), chance.randint(1, 10**5), chance.randint(1, 500),
+            chance.uniform(1e4, 1e13),
+        ))  # fmt: skip
         nothing = [(7_000_003, 1_009, 0, 13, 3.1e4), (0, 1_009, 211, 13, 31_000)]
         for some in (cases, nothing):
             judge(type(self), answer, tpot_floor, some, self.suspects, what="the step in seconds")
@@ -212,4 +217,8 @@ class Attainable(Exercise):
             (640, 10, 6_400, 100), (63, 1, 6_400, 100), (6, 3, 6_400, 100), (1, 1_003, 6_400, 100), (65, 1, 6_400, 100),
             (3e9, 2e9, 7e12, 1.1e11),
         ]  # fmt: skip
+        cases += hidden(lambda chance: (
+            10 ** chance.uniform(6, 14), 10 ** chance.uniform(6, 11), 10 ** chance.uniform(9, 15),
+            10 ** chance.uniform(9, 13),
+        ))  # fmt: skip
         judge(type(self), answer, attainable, cases, self.suspects, what="the rate in operations per second")

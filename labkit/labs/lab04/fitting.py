@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -182,6 +183,10 @@ class MostKvHeads(Exercise):
         cases += [
             (EVEN, 2_048, n, heads * one_head(EVEN, 2_048, n, 2), 2) for heads in (7, 14, 28) for n in (3, 5, 7, 13)
         ]
+        cases += hidden(lambda chance: (
+            chance.choice((SPEC, WIDE, EVEN)), chance.randint(1, 500), chance.randint(1, 60),
+            int(chance.uniform(0.5, 70) * 10 ** chance.uniform(4, 9)), chance.choice((1, 2, 4)),
+        ))  # fmt: skip
         judge(
             type(self), answer, most_kv_heads, cases, self.suspects, what="the number of KV heads", whole=True,
             otherwise="count", show=in_words,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise, NotYet
@@ -15,6 +17,11 @@ from labkit.specs import Layer
 DENSE = ((3, 7, 11, 5), (3, 7, 7, 5), (1, 64, 128, 4096), (8, 13, 5, 100_003), (2, 9, 17, 1))  # the last: seq_len
 WINDOWS = (23, 5, 18, 19, 20, 1, 70_000)  # tokens, with a window of 19
 LATENTS = ((29, 4, 7, 5, 31), (576, 128, 192, 128, 4097), (13, 1, 2, 3, 1), (17, 0, 0, 0, 7))
+
+
+def some_heads(chance: random.Random) -> tuple[int, int, int, int]:
+    """KV heads, their widths, and tokens."""
+    return chance.randint(1, 64), chance.randint(1, 256), chance.randint(1, 256), chance.randint(1, 5_000)
 
 
 def dense(num_kv_heads: int, k_dim: int, v_dim: int, seq_len: int) -> int:
@@ -66,8 +73,10 @@ class LayerElements(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Kind by kind, sizes that share no factor, before, at and after the edge of a window; then no token at all."""
-        self.examine_kind("full", answer, dense, lambda *s: Layer("full", *s), DENSE, widths(dense))
+        self.examine_kind("full", answer, dense, lambda *s: Layer("full", *s), [*DENSE, *hidden(some_heads)],
+                          widths(dense))  # fmt: skip
         window = [(19, *sizes, seq_len) for sizes in ((2, 13, 17), (5, 8, 8)) for seq_len in WINDOWS]
+        window += hidden(lambda chance: (chance.randint(1, 3_000), *some_heads(chance)))
         self.examine_kind(
             "window", answer, windowed, lambda window, kv, k, v: Layer("window", kv, k, v, window), window,
             [

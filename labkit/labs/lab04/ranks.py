@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import check_whole
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise, NotYet
@@ -19,6 +21,13 @@ REFUSED = (
     (48, 6, 4, "KV heads"), (48, 8, 12, "KV heads"), (24, 4, 6, "KV heads"), (60, 12, 10, "KV heads"),
 )  # fmt: skip
 Split = Callable[[int, int, int], object]
+
+
+def some_division(chance: random.Random) -> tuple[int, int, int]:
+    """Query heads, KV heads and GPUs of which one divides the other."""
+    few, times = chance.randint(1, 16), chance.randint(1, 8)
+    num_kv_heads, ranks = chance.sample((few, few * times), 2)
+    return few * times * chance.randint(1, 8), num_kv_heads, ranks
 
 
 class SplitKvHeads(Exercise):
@@ -47,7 +56,7 @@ class SplitKvHeads(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Divisions that fit, divisions that copy, and divisions that must be refused."""
-        got = {case: self.divide(answer, *case) for case in DIVIDE}
+        got = {case: self.divide(answer, *case) for case in (*DIVIDE, *hidden(some_division))}
         if refused := {case for case, pair in got.items() if isinstance(pair, Exception)}:
             self.explain_refusals(refused, got[min(refused, key=DIVIDE.index)])
         self.explain(got)
@@ -96,8 +105,8 @@ class SplitKvHeads(Exercise):
 
     def explain(self, got: dict) -> None:
         """Name the mistake in pairs of numbers: a rule that gives what came back in every division."""
-        want = {case: split_kv_heads(*case) for case in DIVIDE}
-        wrong = [case for case in DIVIDE if tuple(got[case]) != want[case]]
+        want = {case: split_kv_heads(*case) for case in got}
+        wrong = [case for case in got if tuple(got[case]) != want[case]]
         if not wrong:
             return
         first = wrong[0]
@@ -105,13 +114,13 @@ class SplitKvHeads(Exercise):
         seen = f"{in_words(*first)}: you say {a} per GPU, {b} copies; it is {want[first][0]} and {want[first][1]}"
 
         def each(rule: Split) -> bool:
-            return all(got[case][0] == rule(*case) for case in DIVIDE)
+            return all(got[case][0] == rule(*case) for case in got)
 
         def copies(rule: Split) -> bool:
-            return all(got[case] == (want[case][0], rule(*case)) for case in DIVIDE)
+            return all(got[case] == (want[case][0], rule(*case)) for case in got)
 
         accuse(type(self), [
-            Suspect("swapped", all(got[case] == want[case][::-1] for case in DIVIDE), "the two numbers changed places",
+            Suspect("swapped", all(got[case] == want[case][::-1] for case in got), "the two numbers changed places",
                     "the return: heads per GPU first"),
             Suspect("no-head", each(lambda heads, kv, ranks: kv // ranks),
                     "num_kv_heads // ranks is 0 when there are more GPUs than KV heads",
@@ -141,7 +150,7 @@ class SplitKvHeads(Exercise):
                     "the copies besides the first were counted", "on how many GPUs a head is kept: 1 at least"),
         ], seen)  # fmt: skip
         self.fail("count", seen=seen, cause="one of the two rules is another one: "
-                  f"{len(DIVIDE) - len(wrong)} of {len(DIVIDE)} divisions came out right",
+                  f"{len(got) - len(wrong)} of {len(got)} divisions came out right",
                   look="this division by hand: which KV heads do the query heads of GPU 0 read, and which other GPUs "
                   "keep them?")  # fmt: skip
 

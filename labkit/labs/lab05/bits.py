@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect
 from labkit.course.exercise import Exercise
@@ -180,4 +181,16 @@ class BitsPerElement(Exercise):
     def examine(self, answer: Callable) -> None:
         """Each argument changed alone; groups that divide and that do not, one token more and less; no residual, too
         few tokens to pack."""
-        judge(type(self), answer, bits_per_element, CASES, SUSPECTS, what="the average in bits", otherwise="count")
+        more = hidden(lambda chance: (
+            chance.randint(1, 9_999), chance.choice((2, 4, 8)), chance.randint(1, 128), chance.randint(0, 300),
+            chance.choice((16, 32)),
+        ))  # fmt: skip
+        judge(
+            type(self),
+            answer,
+            bits_per_element,
+            [*CASES, *more],
+            SUSPECTS,
+            what="the average in bits",
+            otherwise="count",
+        )

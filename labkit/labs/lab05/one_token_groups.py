@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.trials import LAYOUTS
 from labkit.course.exercise import Exercise, NotYet
@@ -91,6 +92,7 @@ class GroupsToQuantize(Exercise):
             (2, 1, 4, SHAPE), (0, 1, 4, SHAPE), (3, 6, 4, SHAPE), (3, 1, 4, SHAPE), (0, 4, 4, SHAPE), (0, 11, 4, SHAPE),
             (2, 13, 3, (1, 2, 7)), (5, 0, 4, SHAPE), (3, 4, 1, SHAPE), (31, 1, 32, (3, 1, 4)), (31, 2, 32, (3, 1, 4)),
             (30, 1, 32, (3, 1, 4)), (7, 3000, 64, (1, 1, 2)), (0, 0, 4, SHAPE),
+            *hidden(lambda chance: (chance.randint(0, 9), chance.randint(0, 40), chance.randint(1, 9), SHAPE)),
         ):  # fmt: skip
             self.case(
                 answer, numbered(range(held), shape=shape), numbered(range(held, held + count), shape=shape), group_size

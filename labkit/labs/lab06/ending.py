@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,11 +12,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.suspects import Suspect
 from labkit.course.checks.trials import sliced, transposed
 from labkit.course.exercise import Exercise, NotYet
 from labkit.labs.lab06.parts import judge_parts
 from labkit.labs.lab06.references import finish, first_chunk, set_row
+
+
+def some_requests(chance: random.Random) -> tuple[dict[str, list[int]], list[str]]:
+    """Requests, two of them with one beginning and one without a block; and who ends, in which order."""
+    blocks = chance.sample(range(40), 12)
+    running = {"a": blocks[:3], "b": [*blocks[:2], *blocks[3:5]], "c": blocks[5:], "d": []}
+    return running, chance.choices([*running, "nobody"], k=12)
+
+
+def some_rows(chance: random.Random) -> tuple[int, int, list[tuple[int, list[int], int]]]:
+    """Rows of a table, entries of a row, and who comes into which row: blocks and tokens."""
+    rows, wide, steps = chance.randint(1, 4), chance.randint(1, 7), []
+    for _ in range(8):
+        blocks = chance.sample(range(50), chance.randint(0, wide))
+        steps.append((chance.randrange(rows), blocks, max(0, 16 * len(blocks) - chance.randrange(16))))
+    return rows, wide, steps
+
+
+def some_chunk(chance: random.Random) -> tuple[int, int, int, int]:
+    """Tokens of a prompt, those found in whole blocks, the size of a block, and the budget."""
+    size, prompt = chance.randint(1, 32), chance.randint(1, 600)
+    return prompt, chance.randint(0, prompt // size) * size, size, chance.randint(1, 512)
 
 
 class Finish(Exercise):
@@ -46,6 +70,7 @@ class Finish(Exercise):
             ({"x": [0]}, ["nobody", "x", "x"]),
             ({"x": [6, 2, 0], "y": [6, 2, 8], "z": [6, 1]}, ["y", "y", "x", "y", "x", "z", "z"]),
             ({str(n): [0, 3 * n + 1, 3 * n + 2] for n in range(20)}, [str(n % 20) for n in range(0, 147, 7)]),
+            *hidden(some_requests, count=4),
         ]
         for running, ends in scripts:
             tables = copy.deepcopy(running)
@@ -143,6 +168,7 @@ class SetRow(Exercise):
             (2, 4, [(0, [6, 2, 7], 40), (0, [1], 3), (1, [5], 16), (0, [], 0), (1, [9, 0, 4, 3], 61), (1, [8, 2], 20)]),
             (3, 2, [(2, [0, 1], 9), (2, [], 0), (0, [3], 1), (2, [4], 5), (0, [], 0)]),
             (1, 7, [(0, [2, 4, 6, 8, 10, 12, 14], 100), (0, [3, 5, 7], 48), (0, [3, 5, 7, 9], 49)]),
+            *hidden(some_rows, count=4),
         ]
         for layout in (lambda x: x, transposed, sliced):
             for rows, wide, steps in scripts:
@@ -307,6 +333,7 @@ class FirstChunk(Exercise):
             (16, 16, 16, 5), (9, 9, 3, 2), (1000, 0, 16, 256), (1000, 992, 16, 256), (1024, 1024, 16, 1),
             (48, 48, 16, 512),
         ]  # fmt: skip
+        cases += hidden(some_chunk, count=30)
         try:
             judge_parts(
                 type(self),

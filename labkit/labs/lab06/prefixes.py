@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.exercise import Exercise
 from labkit.labs.lab06.chains import Written, chain, written
@@ -125,7 +127,7 @@ class Reusable(Exercise):
     def examine(self, answer: Callable) -> None:
         """Nothing found, a part, everything; ends of blocks; other beginnings; other salts; keys that collide."""
         got: list[tuple[Call, list[int], list[int]]] = []
-        for call in cases():
+        for call in [*cases(), *hidden(some_call, count=30)]:
             got.append((call, self.called(answer, call, got), reusable(*call)))
         wrong = [one for one in got if one[1] != one[2]]
         if not wrong:
@@ -156,6 +158,16 @@ class Reusable(Exercise):
                       cause="the key, the Written or the place came back in place of its block",
                       look="what is put into the list: found[key].block")  # fmt: skip
         return [int(one) for one in got]
+
+
+def some_call(chance: random.Random) -> Call:
+    """A text, part of another that was run; at times with one token changed."""
+    size, text = chance.randint(2, 6), chance.choices(range(300), k=70)
+    found = written(text, chance.sample(range(99), 70 // size), size, "anna")
+    tokens, place = text[: chance.randint(1, 70)], chance.randrange(70)
+    if place < len(tokens) and chance.random() < 0.5:
+        tokens[place] += 1
+    return tokens, found, size, "anna"
 
 
 def cases() -> list[Call]:

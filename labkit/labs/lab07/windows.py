@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import numbers
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from labkit.course.checks.hidden import hidden
 from labkit.course.checks.numbers import judge
 from labkit.course.checks.suspects import Suspect, accuse
 from labkit.course.checks.tensors import agree, draw, first_place
@@ -23,6 +25,12 @@ HELD = (
     (3, 8, 2), (8, 8, 2), (9, 8, 2), (10, 8, 2), (11, 8, 2), (20, 8, 2), (1, 8, 3), (2, 8, 3), (7, 8, 3), (13, 8, 0),
     (1, 1, 0), (5, 1, 0), (6, 5, 4), (30, 5, 4), (5, 5, 4), (0, 4, 1), (12, 7, 5), (100, 9, 1), (2000, 24, 4),
 )  # fmt: skip
+
+
+def some_ring(chance: random.Random, most: int) -> tuple[int, int, int]:
+    """Up to `most` tokens, a budget, and fewer sinks than that."""
+    budget = chance.randint(1, 40)
+    return chance.randint(0, most), budget, chance.randrange(budget)
 
 
 def from_end(n: int, count: int) -> list[int]:
@@ -129,15 +137,16 @@ class WindowPositions(Exercise):
 
     def examine(self, answer: Callable) -> None:
         """Windows that are short, full, just over, long; with no sinks, and with nothing but sinks and one token."""
-        got = [self.positions(self.call(answer, *case), case) for case in HELD]
-        wrong = [i for i, case in enumerate(HELD) if got[i] != window_positions(*case)]
+        cases = [*HELD, *hidden(lambda chance: some_ring(chance, 200))]
+        got = [self.positions(self.call(answer, *case), case) for case in cases]
+        wrong = [i for i, case in enumerate(cases) if got[i] != window_positions(*case)]
         if not wrong:
             return
-        case = HELD[wrong[0]]
+        case = cases[wrong[0]]
         want, mine = window_positions(*case), got[wrong[0]]
         seen = f"{told(case)}: {brief(mine)} came back; held are {brief(want)}"
-        accuse(type(self), POSITIONS, seen, fits=lambda rule: all(map(same_as(rule), HELD, got)))
-        self.explain(case, mine, want, f"{seen}; {len(wrong)} of {len(HELD)} cases")
+        accuse(type(self), POSITIONS, seen, fits=lambda rule: all(map(same_as(rule), cases, got)))
+        self.explain(case, mine, want, f"{seen}; {len(wrong)} of {len(cases)} cases")
 
     def positions(self, got: Any, case: tuple[int, int, int]) -> list[int]:
         """What came back, as a list of ints; a finding where it is none."""
@@ -465,6 +474,7 @@ class RingSlot(Exercise):
         cases = [(position, budget, sinks) for budget, sinks in rings for position in range(3 * budget + 2)]
         cases += [(1000, 6, 2), (1001, 6, 2), (1001, 7, 2), (1001, 7, 3)]
         cases += [(99_999, 512, 4), (511, 512, 4), (512, 512, 4)]
+        cases += hidden(lambda chance: some_ring(chance, 9_999), count=30)
         try:
             judge(type(self), answer, ring_slot, cases, SLOTS, what="the slot", whole=True)
         except NotYet as not_yet:
