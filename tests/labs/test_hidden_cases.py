@@ -6,6 +6,7 @@ What every call was given is digested while a check examines the reference.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from labkit.course.catalogue import numbers
 from labkit.course.checks.held import walk
 from labkit.course.checks.hidden import hidden
 from labkit.course.checks.tensors import SHIFT, cases_of
@@ -26,6 +28,9 @@ from labkit.specs import GpuSpec, ModelSpec
 from tests.labs.kill_table import gather
 
 _, EXERCISES = gather()
+RIGHT: list[tuple[str, Callable]] = [
+    pair for number in numbers() for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
+]
 PLAIN = (bool, int, float, str, type(None), ModelSpec, GpuSpec)  # what repr says all of
 
 # Exercises whose check calls every answer with the same numbers, and why.
@@ -86,6 +91,12 @@ def test_another_seed_calls_an_answer_with_other_numbers(id: str) -> None:
     usual, again, other = (numbers_seen(EXERCISES[id], seed) for seed in (7, 7, 4321))
     assert usual == again
     assert (usual == other) == (id in SAME_NUMBERS)
+
+
+@pytest.mark.parametrize(("id", "answer"), RIGHT, ids=[f"{id}-{place}" for place, (id, _) in enumerate(RIGHT)])
+def test_a_right_answer_passes_hidden_cases_however_it_is_written(id: str, answer: Callable) -> None:
+    verdict = examine(EXERCISES[id], answer, seed=99)
+    assert verdict.status == "pass", verdict.finding
 
 
 def test_more_cases_come_with_the_seeds_of_hidden_ones_alone() -> None:

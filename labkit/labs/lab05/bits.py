@@ -182,7 +182,7 @@ class BitsPerElement(Exercise):
         """Each argument changed alone; groups that divide and that do not, one token more and less; no residual, too
         few tokens to pack."""
         more = hidden(lambda chance: (
-            chance.randint(1, 9_999), chance.choice((2, 4, 8)), chance.randint(1, 128), chance.randint(0, 300),
+            chance.randint(1, 9_999), chance.choice((2, 4, 8)), 8 * chance.randint(1, 16), chance.randint(0, 300),
             chance.choice((16, 32)),
         ))  # fmt: skip
         judge(
