@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from filelock import FileLock
 
+from labkit import measure
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "tested-site"
+TOOK = BUILT / "took.json"
 READ = ("docs/**/*", "notebooks/*.ipynb", "labkit/**/*.py", "*.md", "Makefile", "pyproject.toml", "data/claims.yaml")
 
 
@@ -24,12 +30,25 @@ def built() -> Path:
     BUILT.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILT / "lock"):
         stamp, state = BUILT / "stamp", state_of_files()
-        if not stamp.exists() or stamp.read_text() != state:
+        if not (stamp.exists() and stamp.read_text() == state and TOOK.exists()):
             stamp.unlink(missing_ok=True)
             shutil.rmtree(BUILT / "html", ignore_errors=True)
-            make("html")
+            TOOK.write_text(json.dumps(timed("html")))
             stamp.write_text(state)
     return BUILT / "html"
+
+
+def timed(name: str) -> dict[str, float | str]:
+    """`make`, with the seconds it took, those of computing among them, and what else the machine did, or nothing."""
+    try:
+        busy = measure.quiet().get("busy", "")
+    except measure.BusyError as error:
+        busy = str(error)
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    make(name)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "computing": computing, "busy": busy}
 
 
 def make(name: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from labkit.course.cli import jupyter_environment
+from labkit.course.workspace import refresh
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -52,7 +53,7 @@ class Server:
 def server(tmp_path_factory) -> Iterator[Server]:
     home, token = tmp_path_factory.mktemp("jupyter"), secrets.token_hex(16)
     folder = home / "work"
-    shutil.copytree(ROOT / "notebooks", folder)
+    refresh(ROOT / "notebooks", folder)
     (home / "config/labconfig").mkdir(parents=True)
     (home / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(OVERRIDES))
     with socket.socket() as free:
