@@ -123,12 +123,12 @@ wanted = [{folder!r} + "/gradebook.db", "/etc/shadow", *glob.glob({folder!r} + "
 for path in wanted:
     try:
         open(path, "rb").read(1)
-        print("SEEN", path)
+        print("FILE SEEN", path)
     except OSError:
         pass
 commands = [open(f"/proc/{{name}}/cmdline", "rb").read() for name in os.listdir("/proc") if name.isdigit()]
 others = [command for command in commands if b"course.cli" in command]
-print("looked at", len(wanted), "files;", len(others), "processes of the grader SEEN" if others else "")"""
+print("looked at", len(wanted), "files;", len(others), "PROCESS SEEN: the grader's" if others else "")"""
 SPRAY = """import os
 for folder in ({folder!r}, {outside!r}, "/tmp", "/var/tmp", "/dev/shm", {package!r}, os.path.expanduser("~root")):
     for path in (folder, folder + "/submitted/right/lab01"):

@@ -16,6 +16,14 @@ EXAMPLES = """examples:
   labkit grade limits ~/class"""
 
 
+LIMITS = {  # option: its unit, its meaning, its field, its factor
+    "cell-seconds": ("S", "computing or doing nothing, for a cell", "cell_seconds", 1.0),
+    "seconds": ("S", "computing, for a notebook", "seconds", 1),
+    "wall-seconds": ("S", "on the wall, for a notebook", "wall_seconds", 1.0),
+    "memory": ("GB", "for all of a notebook's processes", "memory", 10**9),
+}
+
+
 def add(commands: Any) -> None:
     """Add the command and its steps."""
     command = commands.add_parser(
@@ -34,9 +42,8 @@ def add(commands: Any) -> None:
     setup.add_argument("--exercises", metavar="IDS", default="", help="of these only: 01.1,01.2; default: all")
     setup.add_argument("--notebooks", metavar="FOLDER", help="where the notebooks are; default: the course's own")
     setup.add_argument("--check-seconds", type=positive, default=20.0, metavar="S", help="computing, for a check")
-    setup.add_argument("--cell-seconds", type=positive, default=120.0, metavar="S", help="on the wall, for a cell")
-    setup.add_argument("--seconds", type=positive, default=600.0, metavar="S", help="computing, for a notebook")
-    setup.add_argument("--memory", type=positive, default=4.0, metavar="GB", help="for all of a notebook's processes")
+    for name, (unit, means, _, _) in LIMITS.items():
+        setup.add_argument(f"--{name}", type=positive, metavar=unit, help=f"{means}, in the whole class")
     collect.add_argument("submissions", metavar="SUBMISSIONS", help="the folder with what learners handed in")
     grade.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N", help="at a time")
     grade.add_argument("--student", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
@@ -72,7 +79,6 @@ def run(options: argparse.Namespace) -> int:
 def setup(options: argparse.Namespace) -> int:
     """Make the folder and the assignment."""
     from labkit.course.grading.classroom import ClassError, set_up
-    from labkit.course.grading.room import Limits
     from labkit.files import user_path
     from labkit.places import course_folder
 
@@ -81,7 +87,12 @@ def setup(options: argparse.Namespace) -> int:
     if not options.lab or len(found) != 1:
         known = ", ".join(path.name[:2] for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")))
         raise ClassError(f"which lab? --lab with one of {known}" if known else f"there are no notebooks in {notebooks}")
-    limits = Limits(seconds=int(options.seconds), cell_seconds=options.cell_seconds, memory=int(options.memory * 10**9))
+    given = {name: getattr(options, name.replace("-", "_")) for name in LIMITS}
+    limits = {
+        field: type(factor)(given[name] * factor)
+        for name, (_, _, field, factor) in LIMITS.items()
+        if given[name] is not None
+    }
     ids = [id.strip() for id in options.exercises.split(",") if id.strip()]
     for line in set_up(
         user_path(options.folder), found[0], ids=ids, limits=limits, check_seconds=options.check_seconds

@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -28,14 +28,16 @@ import nbformat
 from nbformat import NotebookNode
 
 from labkit.course.grading import export
-from labkit.course.grading.confined import LINUX, PDEATHSIG, libc
+from labkit.course.grading.confined import PDEATHSIG, libc
 from labkit.course.grading.room import Limits, as_dict
+from labkit.course.grading.usage import LINUX
 from labkit.files import make_folder, read_file, write_whole
 from labkit.printable import printable
 
 LARGEST = 20 * 10**6  # bytes of a submitted notebook
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-PROBLEMS = "not_collected.json"
+PROBLEMS = "problems.json"  # by assignment, by step, by student: why there are no points
+STEPS = ("collect", "run")
 CONFIGURATION = '''"""nbgrader's configuration for this class, written by `labkit grade setup`. Yours to change."""
 
 from pathlib import Path
@@ -60,7 +62,7 @@ c.Autograde.autograde_preprocessors = [
 ]
 c.HTMLExporter.sanitize_html = True
 
-# What a submission may use: seconds of computing in all, seconds on the wall for a cell, bytes, threads.
+# What a submission may use: seconds of computing in all, of a cell, on the wall for the notebook; bytes, threads.
 c.ConfinedExecute.limits = {limits}
 # What it must not see: this folder, and what you add.
 c.ConfinedExecute.hide = [str(Path(__file__).resolve().parent)]
@@ -82,17 +84,25 @@ class Graded:
 
 
 def set_up(
-    folder: Path, notebook: Path, *, ids: Sequence[str] = (), limits: Limits | None = None, check_seconds: float = 20.0
+    folder: Path,
+    notebook: Path,
+    *,
+    ids: Sequence[str] = (),
+    limits: Mapping[str, Any] | None = None,
+    check_seconds: float = 20.0,
 ) -> list[str]:
     """Make `folder` a class's (nobody else may look into it), with `notebook` as an assignment, and hand it out.
 
-    ids: of the exercises, where not all of the notebook's. Returns lines for the teacher. Raises ClassError.
+    ids: of the exercises, where not all of the notebook's. limits: fields of `Limits` that are not the usual
+    ones; a class has one set of limits, and others than it has are refused. Returns lines for the teacher. Raises
+    ClassError.
     """
     from labkit.course.catalogue import contents
     from labkit.course.editions.leaks import leaks
     from labkit.course.grading import source
 
     number = notebook.name[:2]
+    refuse_other_limits(folder, limits or {})
     try:
         edition, files = source.assignment(notebook, ids=ids, limit=check_seconds)
     except (OSError, ValueError) as error:
@@ -101,7 +111,7 @@ def set_up(
     make_folder(folder)
     folder.chmod(0o700)
     if not (folder / "nbgrader_config.py").exists():
-        write_whole(folder / "nbgrader_config.py", configured(limits or Limits()))
+        write_whole(folder / "nbgrader_config.py", configured(Limits(**(limits or {}))))
     for place, content in files.items():
         make_folder((folder / "source" / assignment / place).parent)
         write_whole(folder / "source" / assignment / place, content)
@@ -124,6 +134,19 @@ def set_up(
 def configured(limits: Limits) -> bytes:
     """The content of a class's nbgrader_config.py."""
     return CONFIGURATION.replace("{limits}", pprint.pformat(as_dict(limits), sort_dicts=False)).encode()
+
+
+def refuse_other_limits(folder: Path, limits: Mapping[str, float]) -> None:
+    """Raise ClassError where a class that is there has other limits than the ones asked for."""
+    file = folder / "nbgrader_config.py"
+    if not file.exists():
+        return
+    now = as_dict(limits_of(folder))
+    if others := [f"{name} is {now[name]:g}, not {value:g}" for name, value in limits.items() if now[name] != value]:
+        raise ClassError(
+            f"this class has other limits: {'; '.join(others)}. Nothing was changed. To change them for all its "
+            f"assignments, edit c.ConfinedExecute.limits in {file}"
+        )
 
 
 def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:
@@ -153,7 +176,7 @@ def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
     (folder / "submitted").mkdir(exist_ok=True)
-    write_whole(folder / PROBLEMS, json.dumps(problems, indent=1).encode())
+    note(folder, assignment, {"collect": problems, "run": {}})
     count = len(students(folder, assignment))
     return [*lines, f"{assignment}: {count} submissions collected" + (f", {len(problems)} not" if problems else "")]
 
@@ -201,7 +224,8 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
     wanted = [name for name in known if not names or name in names]
     if not wanted:
         raise ClassError("nothing was collected yet: labkit grade collect FOLDER SUBMISSIONS")
-    problems: dict[str, str] = json.loads((folder / PROBLEMS).read_text()) if (folder / PROBLEMS).exists() else {}
+    before = noted(folder, assignment)["run"]
+    problems = {name: problem for name, problem in before.items() if name not in wanted}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         jobs = {pool.submit(grade_one, folder, assignment, name): name for name in wanted}
         for job in as_completed(jobs):
@@ -214,7 +238,28 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
                 problems[name] = problem
             points, most = export.total(folder, assignment, name)
             yield Graded(name, points, most, problem)
-    export.write(folder, assignment, problems)
+    note(folder, assignment, {"run": problems})
+    export.write(folder, {name: without_points(folder, name) for name in assignments(folder)})
+
+
+def noted(folder: Path, assignment: str) -> dict[str, dict[str, str]]:
+    """Why students have no points for an assignment, by the step that found it."""
+    file = folder / PROBLEMS
+    found = json.loads(file.read_text()).get(assignment, {}) if file.exists() else {}
+    return {step: dict(found.get(step, {})) for step in STEPS}
+
+
+def note(folder: Path, assignment: str, problems: Mapping[str, Mapping[str, str]]) -> None:
+    """Keep the problems of some steps, in the place of those that an assignment had in them."""
+    file = folder / PROBLEMS
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    write_whole(file, json.dumps(kept | {assignment: {**noted(folder, assignment), **problems}}, indent=1).encode())
+
+
+def without_points(folder: Path, assignment: str) -> dict[str, str]:
+    """Why students have no points for an assignment; what is wrong with what they handed in goes first."""
+    found = noted(folder, assignment)
+    return found["run"] | found["collect"]
 
 
 def end_with_parent() -> None:
@@ -276,7 +321,7 @@ def last_line(result: dict[str, Any]) -> str:
 
 def the_assignment(folder: Path, assignment: str) -> tuple[str, str]:
     """The assignment that is meant, and its notebook's file name. Raises ClassError."""
-    there = sorted(path.name for path in (folder / "source").glob("lab*") if path.is_dir())
+    there = assignments(folder)
     if not there:
         raise ClassError(f"{folder} is not a class's folder: labkit grade setup {folder} --lab 01 makes it one")
     if not assignment and len(there) > 1:
@@ -285,6 +330,11 @@ def the_assignment(folder: Path, assignment: str) -> tuple[str, str]:
     if wanted not in there:
         raise ClassError(f"{wanted} was not set up here; there are {', '.join(there)}")
     return wanted, next((folder / "source" / wanted).glob("*.ipynb")).name
+
+
+def assignments(folder: Path) -> list[str]:
+    """What was set up in a class."""
+    return sorted(path.name for path in (folder / "source").glob("lab*") if path.is_dir())
 
 
 def students(folder: Path, assignment: str) -> list[str]:

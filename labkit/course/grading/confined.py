@@ -1,10 +1,10 @@
-"""Run a command as nobody in particular, within limits: `python confined.py PLAN COMMAND ...`.
+"""Run a command as nobody in particular, within limits: `python -m labkit.course.grading.confined PLAN COMMAND ...`.
 
 PLAN is a JSON file, written by `room.py`. The command gets a folder of its own and an environment of its own, and what
 this system allows is taken from it: the network, other people's files, other processes, memory, time. Whatever could
 not be taken is written to the plan's `report`, and what ended the command, when a limit did, to its `why`.
 
-This file runs as a script, before anything of the course is imported: it uses the standard library and psutil alone.
+It runs before anything else of the course is imported: it and what it imports use the standard library and psutil.
 """
 
 from __future__ import annotations
@@ -28,13 +28,31 @@ from typing import Any
 
 import psutil
 
+from labkit.course.grading import landlock
+from labkit.course.grading.landlock import leaves_open
+from labkit.course.grading.usage import (
+    LINUX,
+    MOST_FILES,
+    OutOfSight,
+    computed,
+    family,
+    memory,
+    mounted,
+    nameless,
+    segments,
+    written,
+)
+
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 0x1000, 0x4000, 0x40000  # for mount()
 MOUNT_SETATTR, FOR_ALL_BELOW, AT_FDCWD = 442, 0x8000, -100  # the number is the same on every processor
 PDEATHSIG, NO_NEW_PRIVS, SUBREAPER = 1, 38, 36  # for prctl()
 LOOK = 0.3  # seconds between two looks at what the command uses
 SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # where anybody may write, or sockets lead outside
-LINUX = sys.platform.startswith("linux")
+SYSTEM = (  # of the folders at the top, those with the system itself; what is nobody's business is not in them
+    *("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "opt", "nix", "gnu", "snap", "proc", "sys"),
+    "dev",
+)
 
 Step = Callable[[], Any]
 
@@ -59,7 +77,7 @@ def main() -> int:
             os.write(why, f"it could not be started: {error}".encode())
             os._exit(126)
     try:
-        return watch(child, plan, why)
+        return watch(child, plan, report, why)
     finally:
         end_all(plan)
 
@@ -88,24 +106,54 @@ def set_read_only(path: str, read_only: bool, below: bool = False) -> None:
 
 
 def isolate(plan: dict[str, Any], report: dict[str, str]) -> None:
-    """Leave the system's network, processes and files, as far as it allows."""
+    """Leave the system's network, processes and files, as far as it allows; `report` says why where it does not."""
     root = os.geteuid() == 0
     report["user"] = "" if root and plan.get("uid") else "the command runs as you: only root can make it another user"
-    if not LINUX:
-        for name in ("network", "processes", "files"):
-            report[name] = "this system has no namespaces"
+    why = "" if root else no_namespaces()
+    if not why and not root:
+        own_namespaces()
+    if why:
+        report |= leaves_open(landlock.version(), why) | {"shared memory": why}
+        report["files"] = report["files"] or cannot_close(plan)
         return
-    group, user = os.getegid(), os.geteuid()
-    if not root:
-        attempt(report, "namespaces", lambda: libc("unshare", NEWUSER))
-        if not report["namespaces"]:
-            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
-            for name, text in maps.items():
-                attempt(report, "namespaces", functools.partial(Path(f"/proc/self/{name}").write_text, text))
     attempt(report, "network", functools.partial(libc, "unshare", NEWNET), loopback_up)
     attempt(report, "shared memory", functools.partial(libc, "unshare", NEWIPC))
     attempt(report, "files", functools.partial(libc, "unshare", NEWNS), functools.partial(hide, plan))
     attempt(report, "processes", functools.partial(libc, "unshare", NEWPID))
+    report |= {"tcp": report["network"], "signals": report["processes"], "names": report["files"]}
+    if report["files"]:
+        left = leaves_open(landlock.version(), report["files"])
+        report |= {name: left[name] for name in left if report[name]}
+        report["files"] = report["files"] or cannot_close(plan)
+
+
+def no_namespaces() -> str:
+    """Why this user cannot have namespaces of their own; "" where they can. A child tries, since half is worse."""
+    if not LINUX:
+        return "this system has no namespaces"
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            own_namespaces()
+            libc("unshare", NEWNS | NEWNET | NEWIPC | NEWPID)
+            mount(None, "/", None, RECURSIVE | PRIVATE)
+            mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=64k")
+        except BaseException as error:
+            os.write(theirs, f"no namespaces: {getattr(error, 'strerror', None) or error}".encode())
+        os._exit(0)
+    os.close(theirs)
+    os.waitpid(child, 0)
+    with os.fdopen(ours) as answer:
+        return answer.read()
+
+
+def own_namespaces() -> None:
+    """Enter a namespace in which this user may make others; files and limits are still this user's."""
+    group, user = os.getegid(), os.geteuid()
+    libc("unshare", NEWUSER)
+    for name, text in {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}.items():
+        Path(f"/proc/self/{name}").write_text(text)
 
 
 def attempt(report: dict[str, str], name: str, *steps: Step) -> None:
@@ -125,31 +173,46 @@ def loopback_up() -> None:
 
 
 def hide(plan: dict[str, Any]) -> None:
-    """Everything read only; what is nobody's business empty; the command's own folders writable."""
+    """Everything read only; what is nobody's business empty; the command's own folders writable.
+
+    From the outside in: what is needed in a hidden folder is put back, and what is hidden in that is hidden again.
+    """
     mount(None, "/", None, RECURSIVE | PRIVATE)
     kept = [(path, path, False) for path in plan["keep"]] + [(a, b, False) for a, b in plan["read"]]
     kept += [(path, path, True) for path in plan["write"]]
     handles = [os.open(source, os.O_PATH) for source, _, _ in kept]
-    same = [os.stat(source) for source, _, _ in kept]
     set_read_only("/", True, below=True)
-    empty = [path for path in (*SHARED, *plan["hide"]) if os.path.isdir(path) and not os.path.islink(path)]
-    for path in sorted(empty, key=len):
-        if os.path.isdir(path):  # not where one above it was emptied
+    steps: list[tuple[str, int, bool]] = [(path, -1, False) for path in {*SHARED, *plan["hide"], *outside()}]
+    steps += [(target, handle, writable) for handle, (_, target, writable) in zip(handles, kept, strict=True)]
+    for path, handle, writable in sorted(steps, key=lambda step: (len(step[0]), step[1] >= 0)):
+        if handle >= 0:
+            put_back(handle, path, writable)
+        elif os.path.isdir(path) and not os.path.islink(path):  # not where one above it was emptied
             mount("tmpfs", path, "tmpfs", NOSUID | NODEV, "size=64m,nr_inodes=2000,mode=1777")
-    for handle, status, (_, target, writable) in zip(handles, same, kept, strict=True):
-        if not writable and os.path.exists(target) and os.path.samestat(os.stat(target), status):
-            continue  # it is still in sight
-        is_folder = stat.S_ISDIR(status.st_mode)
-        os.makedirs(target if is_folder else os.path.dirname(target), mode=0o755, exist_ok=True)
-        if not is_folder:
-            Path(target).touch()
-        mount(f"/proc/self/fd/{handle}", target, None, BIND)
-        set_read_only(target, not writable)
-    for path in plan["hide"]:
+    for path in {*plan["hide"], *outside()} - {*SHARED}:
         with contextlib.suppress(OSError):
             set_read_only(path, True)
     for handle in handles:
         os.close(handle)
+
+
+def outside() -> list[str]:
+    """The folders at the top that hold no part of the system: homes, data, whatever there is."""
+    found = [f"/{name}" for name in os.listdir("/") if name not in SYSTEM]
+    return [path for path in found if os.path.isdir(path) and not os.path.islink(path)]
+
+
+def put_back(handle: int, target: str, writable: bool) -> None:
+    """Mount what a handle holds open where the command will look for it."""
+    status = os.stat(f"/proc/self/fd/{handle}")
+    if not writable and os.path.exists(target) and os.path.samestat(os.stat(target), status):
+        return  # it is still in sight
+    is_folder = stat.S_ISDIR(status.st_mode)
+    os.makedirs(target if is_folder else os.path.dirname(target), mode=0o755, exist_ok=True)
+    if not is_folder:
+        Path(target).touch()
+    mount(f"/proc/self/fd/{handle}", target, None, BIND)
+    set_read_only(target, not writable)
 
 
 def as_init(plan: dict[str, Any], report: dict[str, str], command: list[str]) -> int:
@@ -163,7 +226,7 @@ def as_init(plan: dict[str, Any], report: dict[str, str], command: list[str]) ->
     child = os.fork()
     if child == 0:
         try:
-            become(plan, command)
+            become(plan, report, command)
         except BaseException as error:
             os.write(2, f"it could not be started: {error}".encode())
         os._exit(126)
@@ -179,7 +242,7 @@ def as_init(plan: dict[str, Any], report: dict[str, str], command: list[str]) ->
     return os.waitstatus_to_exitcode(status) & 0xFF if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
-def become(plan: dict[str, Any], command: list[str]) -> None:
+def become(plan: dict[str, Any], report: dict[str, str], command: list[str]) -> None:
     """Take on the limits and the user, then become the command."""
     os.chdir(plan["folder"])
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -191,7 +254,7 @@ def become(plan: dict[str, Any], command: list[str]) -> None:
         kind = getattr(resource, f"RLIMIT_{name}", None)
         if kind is None:
             continue
-        value += running() if name == "NPROC" and not (plan["uid"] and os.geteuid() == 0) else 0
+        value += threads() if name == "NPROC" and not (plan["uid"] and os.geteuid() == 0) else 0
         _, most = resource.getrlimit(kind)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
         with contextlib.suppress(ValueError, OSError):  # what macOS does not let anybody set
@@ -204,12 +267,33 @@ def become(plan: dict[str, Any], command: list[str]) -> None:
     if LINUX:
         libc("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
         libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if report["names"]:
+        without_mounts(plan)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     os.execve(command[0], command, plan["environment"])
 
 
-def running() -> int:
+def without_mounts(plan: dict[str, Any]) -> None:
+    """Where nothing can be mounted: links to what the command looks for, and the files of the system alone."""
+    for source, target in plan["read"]:
+        with contextlib.suppress(OSError):
+            os.symlink(source, target)
+    if landlock.version():
+        system = [f"/{name}" for name in SYSTEM if name != "dev"]
+        landlock.restrict([*system, *plan["keep"], *(source for source, _ in plan["read"])], plan["write"])
+
+
+def cannot_close(plan: dict[str, Any]) -> str:
+    """What Landlock leaves open of what should be hidden: it opens folders with all that is in them."""
+    for path in plan["hide"]:
+        for above in (*(f"/{name}" for name in SYSTEM), *plan["keep"]):
+            if path == above or path.startswith(f"{above}/"):
+                return f"Landlock cannot close {path}, which lies in {above}"
+    return ""
+
+
+def threads() -> int:
     """How many threads this user has already: the limit counts them all."""
     count, user = 0, os.getuid()
     for process in psutil.process_iter(["uids", "num_threads"]):
@@ -218,84 +302,62 @@ def running() -> int:
     return count
 
 
-def watch(child: int, plan: dict[str, Any], why: int) -> int:
-    """Wait for the command; end it when all its processes together, or its folders, hold more than they may."""
-    look = 0
+def watch(child: int, plan: dict[str, Any], report: dict[str, str], why: int) -> int:
+    """Wait for the command; end it when all its processes together hold, or have used, more than they may."""
+    began, look = time.monotonic(), 0
     while True:
-        ended, status, used = os.wait4(child, os.WNOHANG)
+        ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
-            seconds = used.ru_utime + used.ru_stime
-            if code in (128 + signal.SIGKILL, 128 + signal.SIGXCPU) and seconds >= plan["limits"]["CPU"] - 1:
-                os.write(why, f"it computed for more than {plan['limits']['CPU']} seconds".encode())
-            elif code == 128 + signal.SIGSEGV:
-                os.write(why, b"it crashed: a segmentation fault, an access to memory that is not its own")
-            elif code > 128:
-                os.write(why, f"it was ended by signal {code - 128} ({signal.strsignal(code - 128)})".encode())
-            elif code:
-                os.write(why, f"it ended by itself, with status {code}".encode())
-            else:
-                os.write(why, b"it ended by itself, as after exit()")
+            os.write(why, in_words(code, plan).encode())
             return code & 0xFF
         time.sleep(LOOK)
         look += 1
-        excess = too_much_memory(plan["memory"]) if look % 2 else too_much_on_disk(plan["write"], plan["disk"])
-        if excess:
+        if excess := too_long(plan, began) or (too_much_memory if look % 2 else too_much_on_disk)(plan, report):
             os.write(why, excess.encode())
             return 128 + signal.SIGKILL
 
 
-def family(pid: int) -> list[psutil.Process]:
-    """All processes below one, whoever their parents were: what loses its parent becomes the launcher's own."""
-    found, pending = [], [pid]
-    while pending:
-        parent = pending.pop()
-        try:
-            if not LINUX:
-                return psutil.Process(parent).children(recursive=True)
-            below = [
-                child for file in Path(f"/proc/{parent}/task").glob("*/children") for child in file.read_text().split()
-            ]
-        except (OSError, psutil.Error):
-            continue
-        for child in map(int, below):
-            pending.append(child)
-            with contextlib.suppress(psutil.Error):
-                found.append(psutil.Process(child))
-    return found
+def in_words(code: int, plan: dict[str, Any]) -> str:
+    """How the command ended."""
+    if code == 128 + signal.SIGXCPU:
+        return f"it computed for more than {plan['limits']['CPU']} seconds"
+    if code == 128 + signal.SIGSEGV:
+        return "it crashed: a segmentation fault, an access to memory that is not its own"
+    if code > 128:
+        return f"it was ended by signal {code - 128} ({signal.strsignal(code - 128)})"
+    return f"it ended by itself, with status {code}" if code else "it ended by itself, as after exit()"
 
 
-def too_much_memory(most: int) -> str:
+def too_long(plan: dict[str, Any], began: float) -> str:
+    """For how long the command runs or computes, in words, if that is longer than it may. Each process has the
+    system's own limit besides; one that forks has none."""
+    if computed(os.getpid())[0] > plan["limits"]["CPU"]:
+        return f"it computed for more than {plan['limits']['CPU']} seconds"
+    if time.monotonic() - began > plan["wall"]:
+        return f"it ran for more than {plan['wall']:.0f} seconds on the wall"
+    return ""
+
+
+def too_much_memory(plan: dict[str, Any], report: dict[str, str]) -> str:
     """How much memory the processes hold together, in words, if it is more than they may."""
-    held = 0
-    for process in family(os.getpid()):
-        try:
-            info = process.memory_info()
-            if info.rss > most // 64:  # what is shared is shared out; small ones are not worth the reading
-                info = process.memory_full_info()
-            held += getattr(info, "pss", info.rss)
-        except (psutil.Error, OSError):
-            continue
+    most, processes = plan["memory"], family(os.getpid())
+    try:
+        held = memory(processes, most // 64) + nameless(processes, plan["write"])[0]
+    except OutOfSight:
+        return "it forbade to look at the memory that it holds"
+    held += 0 if report["files"] or report["names"] else mounted([path for path in SHARED if os.path.isdir(path)])
+    held += 0 if report["shared memory"] else segments()
     return f"its processes held {held / 1e9:.1f} GB of memory; {most / 1e9:.1f} GB are allowed" if held > most else ""
 
 
-def too_much_on_disk(folders: list[str], most: int) -> str:
+def too_much_on_disk(plan: dict[str, Any], report: dict[str, str]) -> str:
     """How much the command wrote, in words, if it is more than it may."""
-    total = files = 0
-    pending = list(folders)
-    while pending and files < 20_000:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    files += 1
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError:
-            continue
-    if files >= 20_000:
-        return "it made more than 20,000 files"
+    most, (total, files) = plan["disk"], written(plan["write"], [target for _, target in plan["read"]])
+    if files >= MOST_FILES:
+        return f"it made more than {MOST_FILES:,} files"
+    with contextlib.suppress(OutOfSight):  # the look at memory says it
+        total += nameless(family(os.getpid()), plan["write"])[1]
     return f"it wrote {total / 1e6:.0f} MB to files; {most / 1e6:.0f} MB are allowed" if total > most else ""
 
 

@@ -30,8 +30,11 @@ LONGEST = 2000  # characters of a card that are taken
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
 
-def write(folder: Path, assignment: str, problems: Mapping[str, str]) -> None:
-    """Write `grades.csv` with nbgrader's exporter, and `reasons.csv`. problems: why students have no points."""
+def write(folder: Path, problems: Mapping[str, Mapping[str, str]]) -> None:
+    """Write `grades.csv` with nbgrader's exporter, and `reasons.csv`.
+
+    problems: for each assignment of the class, why students have no points.
+    """
     from nbgrader.plugins import CsvExportPlugin
 
     with gradebook(folder) as book:
@@ -41,7 +44,7 @@ def write(folder: Path, assignment: str, problems: Mapping[str, str]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
-    for row in rows(folder, assignment, problems):
+    for row in (row for assignment, amiss in problems.items() for row in rows(folder, assignment, amiss)):
         table.writerow({name: safe(row.get(name, "")) for name in COLUMNS})
     write_whole(folder / "reasons.csv", text.getvalue().encode())
 

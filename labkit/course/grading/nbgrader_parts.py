@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+import zmq
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.client import NotebookClient
 from nbclient.exceptions import DeadKernelError
@@ -27,13 +28,20 @@ from nbgrader.api import Gradebook
 from nbgrader.preprocessors import ClearSolutions, Execute, NbGraderPreprocessor
 from traitlets import Dict, Float, List, Unicode
 
-from labkit.course.grading.confined import family
 from labkit.course.grading.marks import BLANK, KIND, marks
-from labkit.course.grading.room import Limits, Room
+from labkit.course.grading.room import Limits, Room, RoomError
+from labkit.course.grading.usage import computed
+from labkit.printable import printable
 
 DEATHS = 3  # kernels that one notebook may lose
 GRACE = 5.0  # seconds for a cell to end after it was interrupted
 OUTPUT = 200_000  # characters of one cell's outputs
+OUTPUTS = 50 * OUTPUT  # of all of a notebook's
+MESSAGE = 4 * 10**6  # bytes of one message: a larger one is refused before it is in the grader's memory
+QUEUE = 64  # messages that wait
+SILENCE = 2.0  # seconds that a process may be alive, but cut off
+SHORT = 2000  # characters of a part of an error that is too long
+LEFT_OUT = f"[The rest is left out: a cell's outputs may have {OUTPUT:,} characters.]\n"
 LOOK = 0.4  # seconds between two looks at a cell that runs
 STEP = 1.0  # seconds that one look at the clock counts at most: a machine that was asleep has not computed
 
@@ -118,9 +126,35 @@ class ConfinedKernelManager(AsyncKernelManager):
         super().write_connection_file(**options)
         self.room.give_file(Path(self.connection_file))
 
+    def client(self, **options: Any) -> AsyncKernelClient:  # type: ignore[override]
+        """A client that takes no message without measure: the kernel is the submission's."""
+        client = super().client(**options)
+        client.context.setsockopt(zmq.MAXMSGSIZE, MESSAGE)
+        client.context.setsockopt(zmq.RCVHWM, QUEUE)
+        return client
+
     def close(self) -> None:
         """Leave nothing behind."""
         self.room.close()
+
+
+class Cuts:
+    """Whether a connection to a kernel was cut, as ZeroMQ does where a message is too large."""
+
+    def __init__(self, client: Any) -> None:
+        channels = (client.iopub_channel, client.shell_channel)
+        self.sockets: list[Any] = [channel.socket for channel in channels]
+        self.monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets]
+
+    async def seen(self) -> bool:
+        """Whether one was cut since the kernel started."""
+        return any([await monitor.poll(0) for monitor in self.monitors])
+
+    def close(self) -> None:
+        """Look no more."""
+        for socket in self.sockets:
+            if not socket.closed:
+                socket.disable_monitor()
 
 
 class ConfinedExecute(Execute):
@@ -136,35 +170,44 @@ class ConfinedExecute(Execute):
         self.reset_execution_trackers()
         self._check_assign_resources(resources)
         self.timeout, self.iopub_timeout, self.startup_timeout = None, 60, int(self.startup_seconds)
-        self.record_timing = False
-        self.cell_seconds = Limits(**self.limits).cell_seconds
+        self.record_timing = self.store_widget_state = False
+        allowed = Limits(**self.limits)
+        self.cell_seconds, self.ends = allowed.cell_seconds, time.monotonic() + allowed.wall_seconds
+        self.written_in_all = 0
         self.lost: list[int] = []
         if not nb.cells:
             return nb, self.resources
         start = 0
-        while start < len(nb.cells) and len(self.lost) < DEATHS:
+        while start < len(nb.cells) and len(self.lost) < DEATHS and time.monotonic() < self.ends:
             start = self.run_from(start)
+        why = f"{DEATHS} cells before it ended the process"
+        if len(self.lost) < DEATHS:
+            why = f"the notebook had run for {allowed.wall_seconds:g} seconds"
         for cell in nb.cells[start:]:
             if cell.cell_type == "code":
-                cell.outputs = [failure("NotRun", f"not run: {DEATHS} cells before it ended the process")]
+                cell.outputs = [failure("NotRun", f"not run: {why}")]
         for cell in nb.cells:
             if cell.cell_type == "code":
                 cell.outputs = settled(cell) if utils.is_grade(cell) else harmless(cell.outputs)
         return nb, self.resources
 
     def run_from(self, start: int) -> int:
-        """Run the cells from `start` in a new kernel, after those before; returns where to go on when it dies."""
+        """Run the cells from `start` in a new kernel, after those before; returns where to go on when it dies.
+
+        Raises RoomError where the kernel does not start: no submission is to blame for that.
+        """
         numbers = [match for cell in self.nb.cells if utils.is_grade(cell) for match in [number_in(cell)] if match]
         seal = f"__import__('labkit.course.grading.judge', fromlist=['seal']).seal({(numbers or ['01'])[0]!r})"
-        manager = ConfinedKernelManager(
-            kernel_name="python3", limits=dict(self.limits), hide=list(self.hide), config=self.config
-        )
+        left = dict(self.limits) | {"wall_seconds": self.ends - time.monotonic()}
+        manager = ConfinedKernelManager(kernel_name="python3", limits=left, hide=list(self.hide), config=self.config)
         self.km: Any = manager
-        self.kc, self.owns_km = None, True
-        index = start
+        self.kc: Any = None
+        self.owns_km = True
+        index, started = start, False
         try:
-            with self.setup_kernel():
+            with self.setup_kernel(), contextlib.closing(Cuts(self.kc)) as self.cuts:
                 self.run_aside(seal, self.startup_seconds)
+                started = True
                 for before, cell in enumerate(self.nb.cells[:start]):
                     if again := self.again(before, cell):
                         self.run_aside(again)
@@ -172,8 +215,15 @@ class ConfinedExecute(Execute):
                     self.run_limited(self.nb.cells[index], index)
                 return len(self.nb.cells)
         except (DeadKernelError, RuntimeError, TimeoutError) as error:
-            cell = self.nb.cells[index]
             why = str(error) if "stopped" in str(error) else manager.room.why or str(error)
+            if not started and time.monotonic() < self.ends:
+                raise RoomError(f"no kernel could be started: {printable(why)}") from None
+            index = next(
+                (at for at in range(index, len(self.nb.cells)) if self.nb.cells[at].cell_type == "code"), index
+            )
+            cell = self.nb.cells[index]
+            if cell.cell_type != "code":  # nothing is left to run
+                return len(self.nb.cells)
             cell.outputs = [*cell.get("outputs", []), failure("ProcessEnded", f"the process was ended: {why}")]
             self.lost.append(index)
             return index + 1
@@ -202,7 +252,7 @@ class ConfinedExecute(Execute):
     def run_limited(self, cell: NotebookNode, index: int, seconds: float = 0) -> None:
         """Execute one cell in limited time; interrupt it then, and end the kernel if that does not help."""
         if cell.cell_type == "code":
-            self.written = 0
+            self.written, self.left_out = 0, False
             run_sync(self.limited)(cell, index, seconds or self.cell_seconds)
 
     async def limited(self, cell: NotebookNode, index: int, seconds: float) -> None:
@@ -214,13 +264,17 @@ class ConfinedExecute(Execute):
         provisioner: Any = self.km.provisioner
         launcher = provisioner.pid
         before, _ = computed(launcher)
-        last, idle, stopped, grace = time.monotonic(), 0.0, False, 0.0
+        last, idle, stopped, grace, silence = time.monotonic(), 0.0, False, 0.0, 0.0
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK)
             now = time.monotonic()
             step, last = min(now - last, STEP), now
             used, busy = computed(launcher)
             idle += 0 if busy else step
+            silence += step if await self.cuts.seen() else 0
+            if silence > SILENCE or (silence and task.done() and not task.exception()):
+                await self.end(task, provisioner)
+                raise DeadKernelError(f"it was stopped: it put out more than {MESSAGE / 1e6:g} MB at once")
             if not stopped and max(used - before, idle) > seconds:
                 stopped = True
                 await ensure_async(self.km.interrupt_kernel())
@@ -229,6 +283,8 @@ class ConfinedExecute(Execute):
                 if grace > GRACE:
                     await ensure_async(provisioner.kill())
                     grace = -1e9
+        if self.left_out:
+            cell.outputs.append(new_output("stream", name="stderr", text=LEFT_OUT))
         if not stopped:
             task.result()
         elif task.exception():
@@ -236,24 +292,40 @@ class ConfinedExecute(Execute):
         else:
             cell.outputs.append(failure("TimeIsUp", f"the cell was stopped after {seconds:g} seconds"))
 
+    @staticmethod
+    async def end(task: asyncio.Future, provisioner: Any) -> None:
+        """End the kernel, and leave its cell."""
+        await ensure_async(provisioner.kill())
+        await asyncio.wait({task}, timeout=GRACE)  # nbclient sees that it is dead, and ends its own looking
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
-        """Take what a cell puts out, up to a limit: an endless loop that prints must not fill the grader's memory."""
-        if msg["msg_type"] in ("stream", "display_data", "execute_result", "error", "update_display_data"):
-            self.written += len(str(msg["content"]))
-            if self.written > OUTPUT and msg["msg_type"] in ("stream", "display_data", "update_display_data"):
-                return None
+        """Take what a cell puts out, up to a limit: an endless loop that prints must not fill the grader's memory.
+
+        Results and errors have a limit of their own: what was printed before must not cost them.
+        """
+        kind = msg["msg_type"]
+        if kind in ("status", "execute_input", "clear_output"):
+            return super().process_message(msg, cell, cell_index)
+        if kind == "error" and len(str(msg["content"])) > OUTPUT // 4:
+            msg["content"] = shortened(msg["content"])
+        size = len(str(msg["content"])) + sum(map(len, msg.get("buffers") or ()))
+        most = 2 * OUTPUT if kind in ("execute_result", "error") and size <= OUTPUT else OUTPUT
+        if self.written + size > most or self.written_in_all + size > OUTPUTS:
+            self.left_out = True
+            return None
+        self.written += size
+        self.written_in_all += size
         return super().process_message(msg, cell, cell_index)
 
 
-def computed(launcher: int) -> tuple[float, bool]:
-    """Seconds that all processes of a room have computed, and whether one of them computes or wants to."""
-    total, busy = 0.0, False
-    for process in family(launcher):
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-            busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-    return total, busy
+def shortened(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An error whose parts are too long, with the beginning of each."""
+    name, value = (str(content.get(part, ""))[:SHORT] for part in ("ename", "evalue"))
+    return {"ename": name, "evalue": value, "traceback": [f"{name}: {value}", LEFT_OUT]}
 
 
 def number_in(cell: NotebookNode) -> str:

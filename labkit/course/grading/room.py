@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import secrets
 import shutil
 import subprocess
@@ -17,17 +18,22 @@ from pathlib import Path
 import psutil
 
 import labkit
-from labkit.course.grading import confined
+from labkit.course.grading.confined import SYSTEM
+from labkit.places import PACKAGE, course_folder
 
 PASSED_ON = ("LANG", "PYTHONPATH", "LABKIT_DEVICE", "LABKIT_PROFILE", "LABKIT_MODEL", "GOMP_SPINCOUNT")
 USERS = range(30_000, 60_000)  # numbers for users that nobody is; a container may know no larger ones
 PROBE = "import importlib.util, psutil, labkit; assert importlib.util.find_spec('torch').origin"
+LAUNCHER = "labkit.course.grading.confined"
 WORDS = {
     "user": "a user of its own",
-    "network": "no network",
+    "tcp": "no connection to anywhere (TCP)",
+    "network": "no network of any kind",
+    "signals": "no signal to other processes",
     "processes": "no sight of other processes",
-    "files": "nothing written outside its folder, and other submissions out of sight",
-    "shared memory": "no shared memory with others",
+    "files": "nothing read of your home, of the class or of other submissions, nothing written outside its folder",
+    "names": "no sight of which other files there are",
+    "shared memory": "no System V shared memory with others, and what it holds of it counted",
 }
 
 
@@ -37,13 +43,15 @@ class RoomError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a submission may use. seconds: of computing, for the notebook. cell_seconds: on the wall, for one cell.
+    """What a submission may use. seconds: of computing, of all its processes. cell_seconds: of it, or of doing nothing,
+    for one cell. wall_seconds: on the wall, for the notebook, whatever it does.
 
     memory, disk: bytes, of all its processes and files together. file: bytes of one file. processes: threads count.
     """
 
     seconds: int = 600
     cell_seconds: float = 120.0
+    wall_seconds: float = 3600.0
     memory: int = 4 * 10**9
     disk: int = 500 * 10**6
     file: int = 200 * 10**6
@@ -55,6 +63,11 @@ class Room:
     """The folders and the plan; `command(...)` is what to run. `close` removes it all."""
 
     def __init__(self, limits: Limits, hide: Sequence[Path] = ()) -> None:
+        hidden = {Path(path).resolve() for path in hide}
+        if inside := sorted(str(path) for path in hidden & set(needed())):
+            raise RoomError(
+                f"{inside[0]} cannot be hidden from a submission: the course lies in it; use another folder"
+            )
         self.base = Path(tempfile.mkdtemp(prefix="labkit-room-")).resolve()
         self.base.chmod(0o711)
         self.limits = limits
@@ -79,12 +92,13 @@ class Room:
                 "NOFILE": limits.open_files,
                 "CORE": 0,
             },
+            "wall": limits.wall_seconds,
             "memory": limits.memory,
             "disk": limits.disk,
             "keep": [str(path) for path in needed()],
             "read": self.models(),
             "write": [str(self.run), str(self.home)],
-            "hide": sorted({str(Path(path).resolve()) for path in hide} | (closed_above() if self.user else set())),
+            "hide": sorted({str(path) for path in hidden | homes()} | (closed_above() if self.user else set())),
         }
         self.plan.write_text(json.dumps(plan))
         self.give()
@@ -126,8 +140,8 @@ class Room:
             os.chown(path, self.user, self.user)
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """The command, confined. The launcher imports nothing of the course."""
-        return [sys.executable, "-P", confined.__file__, str(self.plan), *command]
+        """The command, confined. The launcher imports little of the course."""
+        return [sys.executable, "-P", "-m", LAUNCHER, str(self.plan), *command]
 
     @property
     def why(self) -> str:
@@ -144,9 +158,19 @@ class Room:
 
 def needed() -> list[Path]:
     """What a confined Python reads that may lie in a folder that is hidden: itself, its packages, the course."""
-    places = {Path(place).resolve() for place in (sys.prefix, sys.base_prefix, Path(labkit.__file__).parents[1])}
-    places |= {Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
+    own = [home for home in homes() if home not in (Path(sys.prefix), Path(sys.base_prefix))]
+    path = [Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    places = {place for place in path if not any(home.is_relative_to(place) for home in own)}
+    places |= {Path(place).resolve() for place in (sys.prefix, sys.base_prefix)}
+    places |= {PACKAGE, course_folder("data"), course_folder("notebooks")}
     return sorted(place for place in places if place.is_dir())
+
+
+def homes() -> set[Path]:
+    """The home of whoever grades, as the system and as the environment know it."""
+    named = {os.path.expanduser("~"), pwd.getpwuid(os.getuid()).pw_dir}
+    found = {Path(name).resolve() for name in named if os.path.isdir(name)}
+    return {home for home in found if len(home.parts) > 2 or home.name not in (*SYSTEM, "")}
 
 
 def closed_above() -> set[str]:
@@ -163,8 +187,6 @@ def closed_above() -> set[str]:
 
 def unused_user() -> int:
     """The number of a user that nobody is and that runs nothing."""
-    import pwd
-
     known = {entry.pw_uid for entry in pwd.getpwall()}
     busy = {process.info["uids"].real for process in psutil.process_iter(["uids"]) if process.info["uids"]}
     return secrets.choice([user for user in USERS if user not in known | busy])
@@ -195,6 +217,7 @@ def told(report: dict[str, str], limits: Limits) -> list[str]:
     holds = [words for name, words in WORDS.items() if not report.get(name, "")]
     lines = [
         f"Each submission runs with at most {limits.seconds} s of computing, {limits.cell_seconds:g} s a cell, "
+        f"{limits.wall_seconds:.0f} s on the wall, "
         f"{limits.memory / 1e9:g} GB of memory, {limits.disk / 1e6:g} MB of files, {limits.processes} threads; "
         f"and with {'; '.join(holds) or 'nothing more'}."
     ]

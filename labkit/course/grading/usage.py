@@ -1,0 +1,158 @@
+"""What a process and all below it use: computing time, memory, disk. Looked at from outside, several times a second."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+LINUX = sys.platform.startswith("linux")
+MOST_FILES = 20_000
+GONE = " (deleted)"
+
+
+class OutOfSight(Exception):
+    """A process forbids to look at what it holds, as only bad will does."""
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All processes below one, whoever their parents were: what loses its parent becomes the launcher's own."""
+    found, pending = [], [pid]
+    while pending:
+        parent = pending.pop()
+        try:
+            if not LINUX:
+                return psutil.Process(parent).children(recursive=True)
+            below = [
+                child for file in Path(f"/proc/{parent}/task").glob("*/children") for child in file.read_text().split()
+            ]
+        except (OSError, psutil.Error):
+            continue
+        for child in map(int, below):
+            pending.append(child)
+            with contextlib.suppress(psutil.Error):
+                found.append(psutil.Process(child))
+    return found
+
+
+def computed(pid: int) -> tuple[float, bool]:
+    """Seconds that all processes below one have computed, and whether one of them computes or wants to."""
+    total, busy = 0.0, False
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+            busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    return total, busy
+
+
+def memory(processes: Iterable[psutil.Process], small: int) -> int:
+    """Bytes that processes hold together. small: of a process that is not worth a closer look."""
+    held = 0
+    for process in processes:
+        try:
+            info = process.memory_info()
+            held += info.rss
+            if info.rss > small:  # what is shared is shared out
+                held += getattr(process.memory_full_info(), "pss", info.rss) - info.rss
+        except (psutil.Error, OSError):
+            continue
+    return held
+
+
+def nameless(processes: Iterable[psutil.Process], folders: Sequence[str]) -> tuple[int, int]:
+    """Bytes in files that processes hold and no folder lists: in memory, and on the disk below `folders`.
+
+    Those of memfd_create(2), and those that were removed while they were open or mapped. Raises OutOfSight.
+    """
+    in_memory: dict[int, int] = {}
+    on_disk: dict[int, int] = {}
+    own = tuple(f"{folder}/" for folder in folders)
+    for process in processes if LINUX else ():
+        for name, file, size in looked_into(process):
+            if name.startswith("/memfd:"):
+                in_memory[file] = max(size, in_memory.get(file, 0))
+            elif name.startswith(own):
+                on_disk[file] = max(size, on_disk.get(file, 0))
+    return sum(in_memory.values()), sum(on_disk.values())
+
+
+def looked_into(process: psutil.Process) -> list[tuple[str, int, int]]:
+    """`held`, of a process that may end meanwhile. Raises OutOfSight."""
+    for _ in range(10):
+        try:
+            return list(held(process.pid))
+        except PermissionError:  # a process that is about to end gives that answer, too, for a moment
+            time.sleep(0.1)
+        except OSError:
+            return []
+    if running(process):
+        raise OutOfSight
+    return []
+
+
+def held(pid: int) -> Iterator[tuple[str, int, int]]:
+    """Name, number and bytes of each nameless file that one process has open, or has mapped from a disk."""
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            name = os.readlink(entry.path)
+            if name.endswith(GONE) or name.startswith("/memfd:"):
+                status = os.stat(entry.path)
+                yield name, status.st_ino, status.st_blocks * 512
+    for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+        if line.endswith(GONE) and "/memfd:" not in line:  # what is mapped of those is counted as memory
+            span, _, _, _, file, name = line.split(maxsplit=5)
+            first, last = (int(end, 16) for end in span.split("-"))
+            yield name, int(file), last - first
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether it has not ended, or is about to."""
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def segments() -> int:
+    """Bytes in the System V shared memory that this process's namespace holds, attached or not."""
+    try:
+        head, *rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()]
+    except (OSError, ValueError):
+        return 0
+    return sum(int(row[head.index("rss")]) for row in rows)
+
+
+def mounted(folders: Sequence[str]) -> int:
+    """Bytes in file systems in memory that were mounted for the command alone."""
+    used = 0
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            status = os.statvfs(folder)
+            used += (status.f_blocks - status.f_bfree) * status.f_frsize
+    return used
+
+
+def written(folders: Iterable[str], given: Sequence[str]) -> tuple[int, int]:
+    """Bytes and number of the files in folders, but for what was `given`; it stops counting at MOST_FILES."""
+    total = files = 0
+    pending = list(folders)
+    while pending and files < MOST_FILES:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    if entry.path in given:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return total, files

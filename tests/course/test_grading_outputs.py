@@ -1,0 +1,80 @@
+"""What a submission puts out reaches the grader within bounds, and a kernel that does not start blames nobody."""
+
+from __future__ import annotations
+
+import time
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+pytest.importorskip("nbgrader")
+
+from labkit.course.grading.nbgrader_parts import LEFT_OUT, MESSAGE, ConfinedExecute, shortened
+from labkit.course.grading.room import RoomError
+from labkit.course.grading.usage import family
+
+
+def executed(*sources: str, **limits) -> nbformat.NotebookNode:
+    """A notebook of these cells below a text, after it was run as a submission; it is valid."""
+    notebook = new_notebook(cells=[new_markdown_cell("a text"), *map(new_code_cell, sources)])
+    executor = ConfinedExecute(limits={"seconds": 300, "cell_seconds": 60.0, **limits})
+    executor.preprocess(notebook, {"metadata": {}})
+    nbformat.validate(notebook)
+    return notebook
+
+
+def text(cell: nbformat.NotebookNode) -> str:
+    return str([output.get("text") or output.get("evalue") or output.get("data") for output in cell.outputs])
+
+
+def test_a_result_and_a_line_of_hundreds_of_megabytes_do_not_reach_the_grader() -> None:
+    before = psutil.Process().memory_info().rss
+    notebook = executed("'x' * 300_000_000", "print('y' * 300_000_000)", "print('and on')", memory=3 * 10**9)
+    _, result, line, after = notebook.cells
+    for cell in (result, line):
+        assert f"it put out more than {MESSAGE / 1e6:g} MB at once" in text(cell)
+    assert "and on" in text(after)
+    assert psutil.Process().memory_info().rss - before < 200_000_000
+
+
+def test_what_is_too_long_is_left_out_with_a_line_and_the_cell_goes_on() -> None:
+    notebook = executed(
+        "for _ in range(40):\n    print('z' * 10_000, flush=True)\n'the result'",
+        "'w' * 1_000_000",
+        "raise ValueError('v' * 1_000_000)",
+        "for _ in range(500): display({'text/plain': 'u' * 10_000}, raw=True)",
+        "print('short')",
+    )
+    _, lines, result, error, shows, short = notebook.cells
+    for cell in (lines, result, shows):
+        assert LEFT_OUT in [each.get("text") for each in cell.outputs]
+    assert "the result" in text(lines)
+    assert error.outputs[0].ename == "ValueError"
+    assert error.outputs[0].evalue.startswith("vvv")
+    assert all(len(str(cell.outputs)) < 500_000 for cell in notebook.cells[1:])
+    assert text(short) == str(["short\n"])
+
+
+def test_a_notebook_has_an_end_on_the_wall_whatever_its_cells_do() -> None:
+    began = time.monotonic()
+    notebook = executed("import time\nprint(1)", "while True: time.sleep(1e-4)", "print(2)", wall_seconds=15.0)
+    assert time.monotonic() - began < 90
+    assert "it ran for more than" in text(notebook.cells[2])
+    assert "not run: the notebook had run for 15 seconds" in text(notebook.cells[3])
+    assert family(psutil.Process().pid) == []
+
+
+def test_a_kernel_that_does_not_start_is_not_the_submissions_fault() -> None:
+    notebook = new_notebook(cells=[new_markdown_cell("a text"), new_code_cell("1")])
+    executor = ConfinedExecute(limits={}, startup_seconds=0.0)
+    with pytest.raises(RoomError, match="no kernel could be started"):
+        executor.preprocess(notebook, {"metadata": {}})
+    nbformat.validate(notebook)
+
+
+def test_an_error_is_shortened_and_stays_one() -> None:
+    error = shortened({"ename": "E" * 10**6, "evalue": ["x"], "traceback": None})
+    assert len(str(error)) < 20_000
+    nbformat.v4.new_output("error", **error)

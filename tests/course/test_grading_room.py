@@ -1,0 +1,274 @@
+"""What a confined process cannot do, on a system with namespaces, without them, as root and as an ordinary user.
+
+A system that cannot enforce something is asked whether it says so: no test here is left out for want of a right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from labkit.course.grading.confined import SYSTEM
+from labkit.course.grading.room import WORDS, Limits, Room, RoomError, homes, needed, told
+
+LINUX = sys.platform.startswith("linux")
+AS_IN_A_CONTAINER = """
+import sys
+from labkit.course.grading import confined
+libc = confined.libc
+def forbidden(name, *arguments):
+    if name == "unshare":
+        raise PermissionError(1, "Operation not permitted")
+    return libc(name, *arguments)
+confined.libc = forbidden
+sys.exit(confined.main())
+"""
+
+
+@dataclass
+class Ran:
+    """What a confined Python printed, why it ended, its status, what was enforced, and for how long it ran."""
+
+    printed: str
+    why: str
+    status: int
+    report: dict[str, str]
+    seconds: float
+
+    def holds(self, name: str) -> bool:
+        """Whether something was enforced; where it was not, the teacher was told."""
+        reason = self.report[name]
+        assert not reason or f"NOT enforced here: {WORDS[name]} ({reason})." in told(self.report, Limits())
+        return not reason
+
+
+@pytest.fixture(params=["as the system allows", "namespaces forbidden"])
+def room(request, tmp_path: Path):
+    """Runs Python code in a room of its own, in both ways."""
+    (tmp_path / "secret.txt").write_text("secret")
+    made: list[Room] = []
+
+    def run(code: str, **limits) -> Ran:
+        one = Room(Limits(**{"seconds": 30, "memory": 10**9, "disk": 50 * 10**6, **limits}), [tmp_path])
+        made.append(one)
+        command = one.command(
+            [sys.executable, "-c", f"import os, sys, time\nSECRET = {str(tmp_path / 'secret.txt')!r}\n{code}"]
+        )
+        if "forbidden" in request.param:
+            plan = json.loads(one.plan.read_text())  # without mounts nobody else can read a Python in root's home
+            one.plan.write_text(json.dumps(plan | {"uid": 0}))
+            command[2:4] = ["-c", AS_IN_A_CONTAINER]
+        began = time.monotonic()
+        status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
+        seconds = time.monotonic() - began
+        report = json.loads((one.base / "report").read_text())
+        output = one.home / "output.txt"
+        return Ran(output.read_text() if output.exists() else "", one.why, status, report, seconds)
+
+    yield run
+    for one in made:
+        one.close()
+
+
+def test_a_room_has_an_environment_and_a_folder_of_its_own(room, monkeypatch) -> None:
+    monkeypatch.setenv("PRIVATE_TOKEN", "hidden")
+    ran = room("print(os.environ.get('PRIVATE_TOKEN'), os.path.basename(os.getcwd())); open('x', 'w').write('1')")
+    assert (ran.printed.split(), ran.status) == (["None", "work"], 0)
+
+
+def test_time_and_files_are_limited(room) -> None:
+    ran = room("while True: pass", seconds=1)
+    assert ran.status != 0
+    assert "computed for more than 1 seconds" in ran.why
+    ran = room("open('big', 'wb').write(bytes(10**7))", file=10**6)
+    assert "File too large" in ran.printed
+    ran = room("[os.open('/usr', 0) for _ in range(1000)]", open_files=100)
+    assert "Too many open files" in ran.printed
+
+
+def test_processes_that_fork_have_no_more_time_together_than_one(room) -> None:
+    ran = room("for _ in range(3): os.fork()\nwhile True: pass", seconds=4)
+    assert "computed for more than 4 seconds" in ran.why
+    ran = room(  # each of them far below the limit of one process
+        "while True:\n    if os.fork() == 0:\n        began = time.process_time()\n"
+        "        while time.process_time() < began + 0.2: pass\n        os._exit(0)\n    os.wait()",
+        seconds=3,
+    )
+    assert "computed for more than 3 seconds" in ran.why
+
+
+def test_what_does_nothing_for_ever_has_an_end(room) -> None:
+    ran = room("import subprocess\nsubprocess.Popen(['sleep', '98764'], start_new_session=True)\ntime.sleep(98764)",
+               wall_seconds=3.0)  # fmt: skip
+    assert "ran for more than 3 seconds on the wall" in ran.why
+    assert ran.seconds < 60
+    assert "sleep 98764" not in everything_that_runs()
+
+
+@pytest.mark.skipif(not LINUX, reason="macOS lets nobody limit memory; it is looked at instead")
+def test_memory_is_limited(room) -> None:
+    ran = room("hoard = [bytearray(10**8) for _ in range(100)]")
+    assert "MemoryError" in ran.printed
+    assert ran.status == 1
+
+
+NAMELESS = {
+    "memory files": "for _ in range(20): f = os.memfd_create('a'); os.write(f, CHUNK); kept = [*kept, f]",
+    "memory files that are mapped": "import mmap\nfor _ in range(20):\n    f = os.memfd_create('a')\n"
+    "    os.write(f, CHUNK)\n    kept.append(mmap.mmap(f, len(CHUNK)))\n    kept[-1].read()\n    os.close(f)",
+    "segments": "import ctypes\nC = ctypes.CDLL(None)\nC.shmat.restype = ctypes.c_void_p\n"
+    "for _ in range(20):\n    a = C.shmat(C.shmget(0, ctypes.c_size_t(len(CHUNK)), 0o1600), None, 0)\n"
+    "    ctypes.memset(a, 1, len(CHUNK))\n    C.shmdt(ctypes.c_void_p(a))",
+}
+REMOVED = {
+    "removed files": "for _ in range(20):\n    f = open('x', 'wb')\n    f.write(CHUNK)\n    f.flush()\n"
+    "    os.remove('x')\n    kept.append(f)",
+    "removed files that are mapped": "import mmap\nfor _ in range(20):\n    f = open('x', 'w+b')\n    f.write(CHUNK)\n"
+    "    f.flush()\n    os.remove('x')\n    kept.append(mmap.mmap(f.fileno(), len(CHUNK)))\n    f.close()",
+}
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no such files")
+@pytest.mark.parametrize("kind", NAMELESS)
+def test_memory_in_files_without_a_name_is_counted(room, kind: str) -> None:
+    ran = room(f"CHUNK, kept = bytes(20_000_000), []\n{NAMELESS[kind]}\ntime.sleep(6)", memory=3 * 10**8)
+    if kind != "segments" or ran.holds("shared memory"):
+        assert "GB of memory; 0.3 GB are allowed" in ran.why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems do not list what a process has open")
+@pytest.mark.parametrize("kind", REMOVED)
+def test_files_that_were_removed_while_they_were_open_are_counted(room, kind: str) -> None:
+    ran = room(f"CHUNK, kept = bytes(20_000_000), []\n{REMOVED[kind]}\ntime.sleep(6)", disk=10**8)
+    assert "MB to files; 100 MB are allowed" in ran.why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no such folders")
+def test_memory_in_the_shared_folders_is_counted_where_they_are_there(room) -> None:
+    ran = room(
+        "for place in ('/tmp', '/dev/shm', '/run'):\n    open(place + '/x', 'wb').write(bytes(50_000_000))\n"
+        "time.sleep(6)",
+        memory=10**8,
+    )
+    assert "GB of memory; 0.1 GB are allowed" in ran.why or "Permission denied" in ran.printed or not ran.holds("files")
+
+
+def test_a_room_sees_no_network_no_secret_and_no_other_process(room, tmp_path: Path) -> None:
+    """Whatever the system enforces cannot be done; whatever it does not, it says."""
+    tries = {
+        "open(SECRET).read()": "files",
+        "open(os.path.dirname(SECRET) + '/mine', 'w')": "files",
+        "open(sys.prefix + '/mine', 'w')": "files",
+        "os.listdir(os.path.dirname(SECRET))": "files",
+        "os.stat(SECRET)": "names",
+        "socket.create_connection(('1.1.1.1', 80), 2)": "tcp",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('1.1.1.1', 53))": "network",
+        "os.kill(GRADER, 0)": "signals",
+        "os.stat(f'/proc/{GRADER}/cmdline')": "processes",
+    }
+    attempts = "".join(f"    (lambda: {what}),\n" for what in tries)
+    ran = room(
+        f"import socket\nGRADER = {os.getpid()}\nfor what in (\n{attempts}):\n"
+        "    try:\n        what(); print('DONE')\n    except OSError as error:\n        print('no:', error)\n"
+    )
+    lines = ran.printed.splitlines()
+    assert len(lines) == len(tries), ran.printed
+    for (what, name), line in zip(tries.items(), lines, strict=True):
+        if ran.holds(name):
+            assert line.startswith("no:"), (what, line)
+    if ran.holds("files"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt"]
+
+
+def test_the_home_of_who_grades_is_out_of_reach(room, tmp_path: Path, monkeypatch) -> None:
+    """Also where the submission runs as the same user, who may read it all."""
+    home = tmp_path.parent / f"{tmp_path.name}-home"
+    home.mkdir()
+    (home / "diary.txt").write_text("dear diary")
+    (home / "diary.txt").chmod(0o644)
+    monkeypatch.setenv("HOME", str(home))
+    ran = room(f"try:\n    print(open({str(home / 'diary.txt')!r}).read())\nexcept OSError:\n    print('no')")
+    assert home in homes()
+    assert ran.printed.strip() == ("no" if ran.holds("files") else "dear diary")
+
+
+def test_what_a_submission_needs_does_not_open_the_home_that_it_lies_in(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home/code").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path, tmp_path / "home", tmp_path / "home/code"))))
+    assert {tmp_path, tmp_path / "home", tmp_path / "home/code"} & set(needed()) == {tmp_path / "home/code"}
+
+
+def test_a_class_in_a_folder_that_is_needed_is_hidden_all_the_same(room, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path.parent), os.environ.get("PYTHONPATH", "")]))
+    ran = room("try:\n    print(open(SECRET).read())\nexcept OSError:\n    print('no')")
+    assert ran.printed.strip() == ("no" if ran.holds("files") else "secret")
+
+
+def test_a_folder_that_is_the_courses_own_is_refused() -> None:
+    with pytest.raises(RoomError, match="cannot be hidden from a submission: the course lies in it"):
+        Room(Limits(), [needed()[0]])
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts are Linux's")
+def test_no_folder_at_the_top_but_the_systems_own_is_in_sight(room) -> None:
+    code = (
+        "for name in os.listdir('/'):\n    try:\n        print(name, len(os.listdir('/' + name)))\n"
+        "    except OSError:\n        print(name, 'no')"
+    )
+    ran = room(code)
+    used = {*SYSTEM, *(path.parts[1] for path in (*needed(), Path(tempfile.gettempdir())))}
+    for line in ran.printed.splitlines() if ran.holds("files") else ():
+        name, seen = line.split()
+        link = os.path.islink(f"/{name}") or not os.path.isdir(f"/{name}")
+        assert seen in ("0", "no") or name in used or link, line
+
+
+def everything_that_runs() -> str:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_what_is_left_running_ends_with_the_room(room) -> None:
+    ran = room(
+        "import subprocess\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(98765)'], start_new_session=True)\n"
+        "print('left')"
+    )
+    assert ran.printed.strip() == "left"
+    assert "time.sleep(98765)" not in everything_that_runs()
+
+
+def test_somebody_who_is_not_root_gets_what_the_system_gives_them(room) -> None:
+    """A room in a room, whose user is not root: namespaces where the kernel allows them; else it is said."""
+    ran = room(
+        "import json, subprocess\n"
+        "from labkit.course.grading.room import Limits, Room, told\n"
+        "inner = Room(Limits(seconds=20))\n"
+        "done = subprocess.run(inner.command([sys.executable, '-c', 'import os; print(os.getuid())']))\n"
+        "report = json.loads((inner.base / 'report').read_text())\n"
+        "uid = (inner.home / 'output.txt').read_text().strip()\n"
+        "same = uid == str(os.getuid()) or not os.getuid()\n"
+        "print(json.dumps([done.returncode, same, report, told(report, Limits())]))\n"
+    )
+    assert ran.status == 0, ran.printed
+    code, same, report, lines = json.loads(ran.printed.splitlines()[-1])
+    assert code == 0
+    assert same
+    for name in WORDS:  # enforced, or said not to be
+        assert not report[name] or any(report[name] in line for line in lines)
+
+
+def test_what_is_not_enforced_is_said() -> None:
+    lines = told({"user": "", "network": "no namespaces", "files": "denied"}, Limits())
+    assert "a user of its own" in lines[0]
+    assert "3600 s on the wall" in lines[0]
+    assert f"NOT enforced here: {WORDS['network']} (no namespaces)." in lines
+    assert len(lines) >= 3
