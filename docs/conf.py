@@ -50,6 +50,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 add_module_names = False
+viewcode_follow_imported_members = False  # else a cached function brings along functools, or not: that hangs on -j
 suppress_warnings = ["ref.python"]  # two modules have a `Plan`, and a hint says no more than the name
 python_maximum_signature_line_length = 88
 default_role = "code"
