@@ -48,7 +48,7 @@ def test_check_accepts_another_right_way_of_writing_it(exercise: str, answer) ->
 
 
 @pytest.mark.parametrize(
-    ("place", "wrong"), enumerate(WRONG), ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)]
+    ("place", "wrong"), list(enumerate(WRONG)), ids=[f"{m.exercise}-{m.diagnosis}-{i}" for i, m in enumerate(WRONG)]
 )
 def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_run(place: int, wrong: Wrong) -> None:
     """And in the words that the kill table publishes, at the answer's own place in it."""

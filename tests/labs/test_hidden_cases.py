@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +99,26 @@ def test_another_seed_calls_an_answer_with_other_numbers(id: str) -> None:
 def test_a_right_answer_passes_hidden_cases_however_it_is_written(id: str, answer: Callable) -> None:
     verdict = examine(EXERCISES[id], answer, seed=99)
     assert verdict.status == "pass", verdict.finding
+
+
+IMPORTS = """
+import random
+import torch
+
+def refused(*args, **kwargs):
+    raise AssertionError("drawn at import, before a seed is set")
+
+for name in ("rand", "randn", "randint", "randperm"):
+    setattr(torch, name, refused)
+from labkit.course.catalogue import contents, numbers
+random.Random = refused
+print(sum(len(contents(number).exercises) for number in numbers()))
+"""
+
+
+def test_no_lab_draws_a_number_when_it_is_imported() -> None:
+    run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert run.stdout == f"{len(EXERCISES)}\n", run.stderr[-2000:]
 
 
 def test_more_cases_come_with_the_seeds_of_hidden_ones_alone() -> None:
