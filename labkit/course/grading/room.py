@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -168,7 +169,9 @@ def needed() -> list[Path]:
 
 def homes() -> set[Path]:
     """The home of whoever grades, as the system and as the environment know it."""
-    named = {os.path.expanduser("~"), pwd.getpwuid(os.getuid()).pw_dir}
+    named = {os.path.expanduser("~")}
+    with contextlib.suppress(KeyError):  # in a container a user may have no entry
+        named.add(pwd.getpwuid(os.getuid()).pw_dir)
     found = {Path(name).resolve() for name in named if os.path.isdir(name)}
     return {home for home in found if len(home.parts) > 2 or home.name not in (*SYSTEM, "")}
 
