@@ -30,20 +30,7 @@ def notebook(real: NotebookNode) -> NotebookNode:
     return copy.deepcopy(real)
 
 
-# Its page is of a quiet run from before the machine was noted; the next recording says it, and this goes.
-UNKNOWN = {"05_quantization"}
-NOTED = [
-    pytest.param(path, marks=[pytest.mark.xfail(strict=True, reason="no machine noted")] * (path.stem in UNKNOWN))
-    for path in NOTEBOOKS
-]
-
-
-def test_the_pages_of_which_no_machine_was_noted_have_no_other_fault() -> None:
-    for path in (path for path in NOTEBOOKS if path.stem in UNKNOWN):
-        assert {finding.rule for finding in lint(path)} == {"unknown machine"}
-
-
-@pytest.mark.parametrize("path", NOTED, ids=[path.stem for path in NOTEBOOKS])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_nothing_is_found_in_the_notebooks_of_the_course(path: Path) -> None:
     assert "\n".join(map(str, lint(path))) == ""
 
