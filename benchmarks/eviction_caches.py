@@ -8,7 +8,6 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import logits_beside
 from labkit.cache import Cache
 from labkit.cache.evicting import (
     H2O,
@@ -23,6 +22,7 @@ from labkit.cache.evicting import (
     Window,
 )
 from labkit.llama import Llama
+from labkit.quality.side_by_side import logits_beside
 from labkit.specs import ModelSpec
 
 SHARES = (1.0, 0.5, 0.25, 0.12)

@@ -8,60 +8,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.eviction_caches import SHARES, policies, progress, quest
 from benchmarks.report import bar
-from benchmarks.side_by_side import logits_beside
 from labkit.cache import Cache
-from labkit.cache.evicting import Held, Merging, Notes, Policy, Seen
+from labkit.cache.evicting import Merging
 from labkit.llama import Llama
 from labkit.quality.reading import Reading, read
 from labkit.quality.recall import NUMBER, PLACES, QUESTION, planted, wilson
+from labkit.quality.scored import Scored
+from labkit.quality.side_by_side import logits_beside
 
 TEXT_TOKENS = 300
 QUARTER = 0.25
 Cell = tuple[str, float, bool, str]
 """Cache, share of the text's tokens, whether the question was known before eviction, place of the number."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Scored(Policy):
-    """A policy whose notes and scores of one reading are made once for all budgets, on which they do not depend."""
-
-    policy: Policy
-    known: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in ("sinks", "recent"):
-            object.__setattr__(self, name, getattr(self.policy, name))
-
-    @property
-    def watches(self) -> bool:
-        """As the policy does."""
-        return self.policy.watches
-
-    def for_layer(self, layer: int) -> Scored:
-        """The layer's own, the same for every budget."""
-        return self.known.setdefault(layer, Scored(policy=self.policy.for_layer(layer)))
-
-    def watch(self, seen: Seen) -> Notes:
-        """The policy's notes."""
-        return self.once("notes", self.policy.watch, seen)
-
-    def score(self, held: Held) -> Tensor:
-        """The policy's scores."""
-        return self.once("scores", self.policy.score, held)
-
-    def once(self, name: str, make: Callable[[Any], Any], shown: Any) -> Any:
-        """What `make` says of what is shown, the first time that it is asked."""
-        if name not in self.known:
-            self.known[name] = make(shown)
-        return self.known[name]
 
 
 def recalled(model: Llama, caches: Sequence[Cache], asked: list[int], answer: list[int]) -> list[bool]:

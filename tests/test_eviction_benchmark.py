@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import eviction, eviction_caches, eviction_recall, eviction_times, side_by_side
+from benchmarks import eviction, eviction_caches, eviction_recall, eviction_times
 from labkit import models
 from labkit.cache import Cache, EvictingCache
 from labkit.quality.reading import read
+from labkit.quality.side_by_side import logits_beside
 from labkit.specs import ModelSpec
 
 TINY = ModelSpec(
@@ -58,9 +59,7 @@ def test_caches_side_by_side_answer_as_each_alone(model):
     tokens, follow = text(300), torch.tensor([text(9, seed=1)])
     reading = read(model, torch.tensor([tokens]))
     makers = eviction_recall.asked_caches(model, len(tokens), seed=3)
-    together = side_by_side.logits_beside(
-        model, [reading.given(make()) for make in makers.values()], follow.expand(len(makers), -1)
-    )
+    together = logits_beside(model, [reading.given(make()) for make in makers.values()], follow.expand(len(makers), -1))
     for (name, share), row in zip(makers, together, strict=True):
         policy = eviction_caches.policies(model, seed=3).get(name)  # shares no scores
         cache = makers[name, share]() if policy is None else Cache.evicting(2, policy, share, during="prompt")

@@ -11,12 +11,12 @@ import torch
 from labkit.cache import Cache
 from labkit.cache.evicting import Policy, Random
 from labkit.course import waiting
-from labkit.labs.lab07.abreast import abreast
-from labkit.labs.lab07.replay import replayed
 from labkit.labs.lab07.tasks import Task, tasks
 from labkit.llama import Llama
 from labkit.quality.reading import Reading, read
 from labkit.quality.recall import wilson
+from labkit.quality.scored import Scored
+from labkit.quality.side_by_side import logits_beside
 
 Kept = tuple[str, float]
 """A policy's name, and which share of the prompt it keeps."""
@@ -52,7 +52,7 @@ def caches_of(
     """The full cache, and for every policy and budget one that has read the text and evicted at its end."""
     made = {FULL: reading.given(model.cache())}
     for name, policy in policies.items():
-        looked = replayed(model, reading, policy)
+        looked = Scored(policy=policy)
         for budget in budgets:
             cache = Cache.evicting(model.spec.num_layers, looked, budget, during="prompt")
             made[name, budget] = reading.given(cache)
@@ -68,7 +68,7 @@ def answered(model: Llama, caches: Sequence[Cache], task: Task) -> list[Result]:
     """
     asked, answer = (task.asked, task.answer) if task.asked else (task.answer[:1], task.answer[1:])
     tokens = torch.tensor([[*asked, *answer[:-1]]], device=model.device)
-    logits = model(tokens.expand(len(caches), -1), abreast(caches))[:, -len(answer) :]
+    logits = logits_beside(model, caches, tokens.expand(len(caches), -1), last=len(answer))
     want = torch.tensor(answer, device=model.device)
     results = []
     for row in logits:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from labkit import models
 from labkit.cache import Cache
-from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Policy, Random, SnapKV, Window
-from labkit.labs.lab07.abreast import abreast
-from labkit.labs.lab07.replay import replayed
-from labkit.labs.lab07.scores import FULL, Score, answered, caches_of, drawn_anew, pooled, scores, table
+from labkit.cache.evicting import Random, Window
+from labkit.labs.lab07.scores import FULL, Score, answered, drawn_anew, pooled, scores, table
 from labkit.labs.lab07.tasks import Task, tasks
 from labkit.llama import Llama
-from labkit.quality.reading import read
 from labkit.quality.recall import wilson
 from labkit.specs import ModelSpec
 from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
@@ -24,63 +20,6 @@ def having_read(model: Llama, text: tuple[int, ...]) -> list[Cache]:
     cache = model.cache()
     model(torch.tensor([text]), cache, last_only=True)
     return [cache]
-
-
-class TestReplayed:
-    @pytest.mark.parametrize("budget", [0.5, 0.25, 0.12])
-    @pytest.mark.parametrize(
-        "policy",
-        [H2O(), TOVA(), SnapKV(window=4, pool=5), KeyDiff(), KeyNorm(), Window(sinks=4), Random(seed=3), None],
-        ids=lambda policy: type(policy).__name__,
-    )
-    def test_keeps_what_the_policy_keeps_when_it_looks_on(
-        self, model: Llama, tokens: Tensor, policy: Policy | None, budget: float
-    ) -> None:
-        policy = policy or ExpectedAttention(frequencies=model.frequencies)
-        reading = read(model, tokens)
-        looked = replayed(model, reading, policy)
-        own, again = (Cache.evicting(SPEC.num_layers, one, budget, during="prompt") for one in (policy, looked))
-        model(tokens, own, last_only=True)
-        assert all(map(torch.equal, kept(own), kept(reading.given(again))))
-
-
-class TestAbreast:
-    def test_each_row_answers_as_it_would_by_itself(self, model: Llama, tokens: Tensor) -> None:
-        reading = read(model, tokens)
-        policies = {"H2O": H2O(), "window": Window(sinks=2)}
-        alone, together = (caches_of(model, reading, policies, (0.5, 0.2)) for _ in range(2))
-        new = torch.tensor([[5, 6, 7]])
-        whole = model(new.expand(5, -1), abreast(list(together.values())))
-        for row, cache in zip(whole, alone.values(), strict=True):
-            # Bounded: products of one row and of five sum in another order.
-            torch.testing.assert_close(row, model(new, cache)[0], rtol=1e-4, atol=1e-4)
-
-    def test_rows_of_other_lengths_and_rows_that_would_still_evict_are_refused(
-        self, model: Llama, tokens: Tensor
-    ) -> None:
-        one, other = model.cache(), model.cache()
-        model(tokens, one, last_only=True)
-        model(tokens[:, :9], other, last_only=True)
-        with pytest.raises(ValueError, match="as many tokens"):
-            abreast([one, other])
-        always = Cache.evicting(SPEC.num_layers, Window(), 10)
-        model(tokens, always, last_only=True)
-        with pytest.raises(ValueError, match="during"):
-            abreast([one, always])
-
-    def test_a_step_that_fails_leaves_every_row_as_it_was(self, model: Llama, tokens: Tensor) -> None:
-        caches = list(caches_of(model, read(model, tokens), {"window": Window()}, (0.5,)).values())
-        whole = abreast(caches)
-
-        def break_off() -> None:
-            with whole.step([1, 1]) as step:
-                whole[0].append(*torch.zeros(2, 2, SPEC.num_kv_heads, 1, SPEC.head_dim), step)
-                raise KeyError
-
-        with pytest.raises(KeyError):
-            break_off()
-        assert whole.lengths == (60, 60)
-        assert [cache[0].physical_len for cache in caches] == [60, 30]
 
 
 def test_an_answer_is_judged_by_the_models_own_next_tokens(model: Llama) -> None:

@@ -18,9 +18,14 @@ from labkit.llama import Llama
 def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: int | None = None) -> Tensor:
     """Of the last tokens (all) of each row, `[rows, last, vocab_size]`: row i of int `[rows, tokens]` through cache i.
 
-    The caches have seen equally many tokens, and evict and pack no more: no step of theirs is ended, and they are of no
-    use afterwards. One that reads less in a step of one token alone gets them one by one.
+    The caches evict no more: no step of theirs is ended, and they are of no use afterwards. One that reads less in a
+    step of one token alone gets them one by one. Raises ValueError for caches of several rows or that have not seen
+    equally many tokens, and for those that would evict again.
     """
+    if len(lengths := {cache.lengths for cache in caches}) != 1 or len(caches[0].lengths) != 1:
+        raise ValueError(f"caches side by side have one row each and have seen equally many tokens; got {lengths}")
+    if any(getattr(layer, "during", "prompt") != "prompt" for cache in caches for layer in cache.layers):
+        raise ValueError('side by side no cache evicts: take those that evict once, during="prompt"')
     step = rectangle(len(caches), tokens.shape[1], [caches[0].seq_len] * len(caches))
     layers = [SideBySide(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
     stream = model.run(tokens, layers, step)  # type: ignore[arg-type]
@@ -59,7 +64,8 @@ def joined(layers: Sequence[LayerCache]) -> LayerCache:
         return layers[0]
     held = [layer.read() for layer in layers]
     one = GrowingCache()
-    one.append(*(torch.cat(side) for side in zip(*held, strict=True)))
+    keys, values = (torch.cat(side) for side in zip(*held, strict=True))
+    one.append(keys, values)
     return one
 
 
