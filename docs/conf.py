@@ -9,6 +9,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
+# jsonschema would check addresses with it, of which there are none here; making its grammars takes 3 s.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT.get("urls", {}).get("Repository", "").rstrip("/")
