@@ -218,6 +218,11 @@ class Llama(nn.Module):
         for block in self.blocks:
             yield block.attention.qkv.weight, 1.0
 
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether a weight is laid out for the CPU's kernels, by `prepack`."""
+        return any(isinstance(module, PrepackedLinear) for module in self.modules())
+
     def prepack(self) -> Llama:
         """Lay the weights out for this CPU's kernels, where that helps (see `prepacked`); they cannot change after.
 
@@ -233,7 +238,7 @@ class Llama(nn.Module):
 
     def load(self, weights: Mapping[str, Tensor]) -> Llama:
         """Take weights under Hugging Face's names; ValueError when they do not fit, and then nothing is changed."""
-        if any(isinstance(module, PrepackedLinear) for module in self.modules()):
+        if self.is_prepacked:
             raise ValueError("the model is prepacked: load the weights first, then prepack()")
         self.check_shapes({name: tuple(value.shape) for name, value in weights.items()})
         for name, parameter in self.named_parameters():

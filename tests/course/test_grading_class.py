@@ -123,7 +123,7 @@ def test_a_class_of_30_is_graded_with_reasons_and_nothing_else_is_touched(
         assert "PROCESS SEEN" not in said or report["processes"], name
         assert "REACHED" not in said or report["tcp"], name
         assert len(said) < 1_000_000, name
-    assert got == want
+    assert {name: (got[name], want[name]) for name in want if got[name] != want[name]} == {}
     assert {row["student"] for row in rows if row["status"] == "not graded"} == {
         "a_link", "bad name!", "no_notebook", "not_json"
     }  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -58,7 +59,7 @@ class Board:
 
 def picture(draw: Callable[[Board], None], wide: float = 20, high: float = 8) -> bytes:
     """A board as PNG; the same bytes each time."""
-    with matplotlib.rc_context(FONT):
+    with _own_style():
         figure, axes = _canvas(wide * 0.5, high * 0.5)
         axes.set_xlim(0, wide)
         axes.set_ylim(0, high)
@@ -69,7 +70,7 @@ def picture(draw: Callable[[Board], None], wide: float = 20, high: float = 8) ->
 
 def strip(sections: Sequence[Section], title: str) -> bytes:
     """A lab's sections along its minutes as PNG: as wide as they are long, the core blue."""
-    with matplotlib.rc_context(FONT):
+    with _own_style():
         figure, axes = _canvas(12, 2.1)
         start = 0
         for section in sections:
@@ -89,6 +90,15 @@ def strip(sections: Sequence[Section], title: str) -> bytes:
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
         return _png(figure)
+
+
+@contextlib.contextmanager
+def _own_style() -> Iterator[None]:
+    """Matplotlib's defaults and one font, whatever was drawn in this process before."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(FONT)
+        yield
 
 
 def _canvas(wide: float, high: float) -> tuple[Figure, Axes]:

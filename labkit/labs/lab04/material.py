@@ -44,4 +44,5 @@ def rebuilt(model: Llama, change: Callable[[int, Tensor, Tensor], tuple[Tensor, 
     with torch.device("meta"):
         other = Llama(replace(spec, num_kv_heads=len(k) // spec.head_dim))
     other.load_state_dict(weights, assign=True)
-    return other.requires_grad_(False)
+    other.requires_grad_(False)
+    return other.prepack() if model.is_prepacked else other  # the same products, so that equal weights give equal bits
