@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import nbformat
@@ -11,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 pytest.importorskip("nbgrader")
 
-from labkit.course.grading.nbgrader_parts import LEFT_OUT, MESSAGE, ConfinedExecute, shortened
+from labkit.course.grading.nbgrader_parts import LEFT_OUT, MESSAGE, ConfinedExecute, ConfinedKernelManager, shortened
 from labkit.course.grading.room import RoomError
 from labkit.course.grading.usage import family
 
@@ -67,9 +68,11 @@ def test_a_notebook_has_an_end_on_the_wall_whatever_its_cells_do() -> None:
     assert family(psutil.Process().pid) == []
 
 
-def test_a_kernel_that_does_not_start_is_not_the_submissions_fault() -> None:
+def test_a_kernel_that_does_not_start_is_not_the_submissions_fault(monkeypatch) -> None:
     notebook = new_notebook(cells=[new_markdown_cell("a text"), new_code_cell("1")])
-    executor = ConfinedExecute(limits={}, startup_seconds=0.0)
+    silent = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(ConfinedKernelManager, "format_kernel_cmd", lambda self, **_: self.room.command(silent))
+    executor = ConfinedExecute(limits={}, startup_seconds=2.0)
     with pytest.raises(RoomError, match="no kernel could be started"):
         executor.preprocess(notebook, {"metadata": {}})
     nbformat.validate(notebook)
