@@ -19,7 +19,13 @@ from tests.tracked import tracked
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OWN = {"labkit", "tests", "benchmarks", "docs", "pictures", "extensions", "get_config"}
-NAMES = {"IPython": "ipython", "rattler": "py-rattler", "websocket": "websocket-client", "yaml": "pyyaml"}
+NAMES = {
+    "IPython": "ipython",
+    "rattler": "py-rattler",
+    "websocket": "websocket-client",
+    "yaml": "pyyaml",
+    "zmq": "pyzmq",
+}
 # Rooms where an extra is there, too; elsewhere what the labs need has to do.
 EXTRAS = {
     "labkit/course/grading/": ("classes",),

@@ -110,7 +110,7 @@ def test_every_link_leads_somewhere_all_is_local_and_every_picture_has_words(htm
 
 @pytest.mark.timeout(900)
 def test_the_site_is_built_within_a_minute_where_nothing_else_runs(html: Path) -> None:
-    """On two cores. Tests run side by side, and then the time is only told. The bar is missed as yet, which is told, too."""
+    """On two cores; where other tests run beside it the time is only told. The bar is missed as yet: told, too."""
     took = json.loads(site.TOOK.read_text())
     told = f"the site took {took['seconds']:.0f} s, {took['computing']:.0f} s of computing; {took['busy'] or 'quiet'}"
     print(told)
