@@ -6,8 +6,6 @@ import inspect
 import re
 import sys
 
-import torch
-from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -15,6 +13,7 @@ from labkit.cache import Cache
 from labkit.hf.attention import ORIGINALS, PREFIX
 from labkit.hf.cache import WrappedCache
 from labkit.hf.refusal import OWN_CACHE, WITHOUT, CannotHold
+from labkit.hf.trying import failure, tokens_of
 from labkit.hf.turning import check_turns
 
 # Keeps nothing, or reads what another layer keeps; older releases have no layer there at all.
@@ -98,19 +97,14 @@ def probe(model: PreTrainedModel, num_layers: int) -> list[int | None]:
     scratch = WrappedCache(Cache.growing(num_layers), attends=True)
     for layer in scratch.wrapped:
         layer.checks = True
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    tokens = torch.tensor([[1, 2]], device=embedding.device) * (len(embedding) // 3)
-    # Not compiled for this, and a model in train() must not draw other numbers afterwards.
-    with torch.no_grad(), torch.random.fork_rng(enabled=model.training), torch.compiler.set_stance("force_eager"):
-        try:
-            model(input_ids=tokens, past_key_values=scratch, use_cache=True)
-        except CannotHold:
-            raise
-        except Exception as error:
-            if runs_with_its_own_cache(model, tokens):
-                raise CannotHold(f"{type(model).__name__} fails with a labkit cache ({error}): {OWN_CACHE}") from error
-            return [None] * num_layers
+    tokens = tokens_of(model, [1, 2])
+    error = failure(model, tokens, scratch)
+    if isinstance(error, CannotHold):
+        raise error
+    if error is not None:
+        if failure(model, tokens, DynamicCache(config=model.config)) is None:
+            raise CannotHold(f"{type(model).__name__} fails with a labkit cache ({error}): {OWN_CACHE}") from error
+        return [None] * num_layers
     filled = sum(layer.get_seq_length() == tokens.shape[1] for layer in scratch.wrapped)
     if filled != num_layers:
         raise CannotHold(
@@ -118,15 +112,6 @@ def probe(model: PreTrainedModel, num_layers: int) -> list[int | None]:
             f"as keep K and V of their own, or {WITHOUT}"
         )
     return [layer.told_window for layer in scratch.wrapped]
-
-
-def runs_with_its_own_cache(model: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether these tokens are all that the model needs."""
-    try:
-        model(input_ids=tokens, past_key_values=DynamicCache(config=model.config), use_cache=True)
-    except Exception:
-        return False
-    return True
 
 
 def check_name_is_not_asked(model: PreTrainedModel, text: PretrainedConfig, original: str) -> None:

@@ -10,6 +10,7 @@ from labkit.cache import Cache
 from labkit.cache.evicting.places import turned
 from labkit.hf.cache import WrappedCache
 from labkit.hf.refusal import CannotHold
+from labkit.hf.trying import failure, tokens_of
 
 TOKENS = 48  # positions that are looked at: enough that a slow channel of another frequency shows
 CHANGES = ("dynamic", "longrope")  # RoPE whose frequencies change with the length: keys held were turned by others
@@ -49,19 +50,13 @@ def rope_types(text: PretrainedConfig) -> set[str]:
 def keys_of_one_token(model: PreTrainedModel, num_layers: int) -> list[Tensor]:
     """K of each layer, `[1, num_kv_heads, TOKENS, head_dim]`, of one token read `TOKENS` times."""
     scratch = WrappedCache(Cache.growing(num_layers), attends=True)
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    tokens = torch.full((1, TOKENS), len(embedding) // 3, device=embedding.device)
-    # Not compiled for this, and a model in train() must not draw other numbers afterwards.
-    with torch.no_grad(), torch.random.fork_rng(enabled=model.training), torch.compiler.set_stance("force_eager"):
-        try:
-            model(input_ids=tokens, past_key_values=scratch, use_cache=True)
-        except CannotHold:
-            raise
-        except Exception as error:
-            raise CannotHold(
-                f"how {type(model).__name__} turns its keys cannot be seen with tokens alone ({error}): {OTHERWISE}"
-            ) from error
+    error = failure(model, tokens_of(model, [1] * TOKENS), scratch)
+    if isinstance(error, CannotHold):
+        raise error
+    if error is not None:
+        raise CannotHold(
+            f"how {type(model).__name__} turns its keys cannot be seen with tokens alone ({error}): {OTHERWISE}"
+        ) from error
     return [layer.read()[0] for layer in scratch.source.layers]
 
 
