@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 
 from labkit.course.cli import jupyter_environment
 from labkit.course.workspace import refresh
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -56,9 +56,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     refresh(ROOT / "notebooks", folder)
     (home / "config/labconfig").mkdir(parents=True)
     (home / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(OVERRIDES))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = jupyter_environment(dict(os.environ), folder) | {  # as labkit open has it
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_RUNTIME_DIR": str(home / "run"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import running
+from tests.ports import free_port
 
 SLEEPS = [sys.executable, "-c", "print('starting', flush=True); import time; time.sleep(60)"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_server_that_never_answers_is_ended_and_its_log_shown(tmp_path: Path, monkeypatch) -> None:

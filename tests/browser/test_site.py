@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import pytest
 
 from tests import npm, site
 from tests.browser.conftest import CHROMIUM, FLAGS, running
+from tests.ports import free_port
 
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BRIGHTNESS = (
@@ -38,9 +38,7 @@ class Visit:
 @pytest.fixture(scope="session")
 def address(tmp_path_factory) -> Iterator[str]:
     folder = site.built()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serves = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
     with running(serves, f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("site") / "log"):
         yield f"http://127.0.0.1:{port}"

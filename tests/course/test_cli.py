@@ -18,6 +18,7 @@ from labkit.course import cli, doctor
 from labkit.course.guard import Guarded
 from labkit.course.workspace import WorkspaceError
 from labkit.quality.texts import load_text
+from tests.ports import free_port
 
 ROOT = places.checkout()
 
@@ -37,9 +38,7 @@ def taken():
 
 @pytest.fixture
 def free():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return port
+    return free_port()
 
 
 @pytest.fixture

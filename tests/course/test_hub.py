@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import yaml
 from traitlets.config import PyFileConfigLoader
 
 from tests import npm
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -52,22 +52,10 @@ c.Spawner.args += ["--allow-root"]
 """
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
 @contextmanager
 def hub(folder: Path, password: str, model: Path) -> Iterator[str]:
     """The address of a hub with all its files in `folder`; every process of it is gone afterwards, or this fails."""
-    ports = free_ports(3)
+    ports = [free_port() for _ in range(3)]
     proxy = [npm.node(), str(npm.package("configurable-http-proxy") / "bin/configurable-http-proxy")]
     settings = {
         "config": str(DEPLOY / "jupyterhub/jupyterhub_config.py"),

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -26,6 +25,7 @@ from filelock import FileLock
 from labkit.course.linked import opened
 from labkit.course.release.runs import NBVAL, PLAIN
 from tests.links import dead_links
+from tests.ports import free_port
 from tests.tracked import copy_tree, tracked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,8 +149,7 @@ def test_the_doctor_finds_all_well(installed: Installed) -> None:
 def test_open_fills_an_empty_folder_and_serves_it_to_who_has_the_token(
     installed: Installed,
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     log = installed.folder.parent / "log"
     with log.open("w") as written:
         process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections import Counter
 
 import pytest
@@ -30,6 +31,10 @@ LABS = {number: contents(number) for number in numbers()}
 WRONG, EXERCISES = gather()
 PUBLISHED, PLACED = published(), placed(WRONG)
 BY_THE_CLOCK = {"not-constant"}  # which of several operations a clock finds slow first is not the same each time
+# PyTorch takes a float32 mask beside float64 queries and reads past its end: which call shows it is chance.
+BY_WHAT_LIES_BEHIND = {("02.7", "a float32 mask of -inf, whatever q is")}
+# How many entries one rounding too many reaches is not the same with every processor's order of sums.
+HOW_MANY = re.compile(r"\(\d+ of (?=\d+ entries differ)")
 RIGHT: list[tuple[str, object]] = [
     pair for number in LABS for pair in importlib.import_module(f"tests.labs.lab{number}.answers").RIGHT
 ]
@@ -58,13 +63,14 @@ def test_check_rejects_a_wrong_answer_with_its_diagnosis_each_time_its_cell_is_r
     assert verdict.finding.diagnosis == wrong.diagnosis, verdict.finding
     assert all((verdict.finding.seen, verdict.finding.cause, verdict.finding.look)), verdict.finding
     again = examine(EXERCISES[wrong.exercise], wrong.answer)
-    if wrong.diagnosis in BY_THE_CLOCK:
+    if wrong.diagnosis in BY_THE_CLOCK or (wrong.exercise, wrong.mistake) in BY_WHAT_LIES_BEHIND:
         begins = row(wrong, verdict.finding).partition(f"`{wrong.diagnosis}`")[0] + f"`{wrong.diagnosis}`"
         assert PLACED.get(place, "").startswith(begins), "run `make docs` to write the kill table anew"
         assert again.finding is not None
         assert again.finding.diagnosis == wrong.diagnosis
     else:
-        assert row(wrong, verdict.finding) == PLACED.get(place), "run `make docs` to write the kill table anew"
+        now, before = (HOW_MANY.sub("(", line) for line in (row(wrong, verdict.finding), PLACED.get(place, "")))
+        assert now == before, "run `make docs` to write the kill table anew"
         assert again == verdict
 
 

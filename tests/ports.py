@@ -1,0 +1,20 @@
+"""Ports for the servers that tests start."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+FIRST, LAST = 20_000, 32_000  # below those that systems hand to whoever asks for any: Linux from 32,768, others 49,152
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on, and that nobody gets by chance before it is used."""
+    for port in random.SystemRandom().sample(range(FIRST, LAST), 100):
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise OSError(f"none of 100 ports between {FIRST} and {LAST} of 127.0.0.1 is free")
