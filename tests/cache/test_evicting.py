@@ -321,6 +321,23 @@ class TestScores:
         got = self.scores(policy, k, v, q)[:, :, sinks:].double()
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
+    @given(
+        counts=st.lists(st.one_of(st.just(1), st.integers(1, 9)), min_size=1, max_size=30),
+        sinks=st.integers(0, 4),
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_of_expected_attention_come_from_sums_over_all_queries_so_far(self, counts, sinks):
+        """Bounded: float32 sums of at most 270 numbers of order 1, and their products, beside float64's."""
+        cache = Cache.evicting(1, ExpectedAttention(frequencies=FREQUENCIES, sinks=sinks), 8)
+        feed(cache, counts)
+        q = torch.cat([drawn(2, count, turn)[0] for turn, count in enumerate(counts)], dim=2)
+        angle = torch.arange(q.shape[2])[:, None] * FREQUENCIES
+        (one, two), cos, sin = q.chunk(2, dim=-1), angle.cos(), angle.sin()
+        plain = torch.cat((one * cos + two * sin, two * cos - one * sin), dim=-1)[:, :, sinks:]
+        expected = torch.full((2, KV_HEADS * GROUP, 1), float(plain.shape[2])), plain.sum(2), plain.mT @ plain
+        for got, right in zip(cache[0].kept.notes.rows, expected, strict=True):
+            torch.testing.assert_close(got.double(), right.double(), rtol=1e-5, atol=1e-3)
+
     def test_by_chance_every_token_seen_is_as_likely_to_be_held(self):
         held = torch.zeros(40)
         for seed in range(60):
@@ -718,6 +735,7 @@ class TestBadInput:
             (lambda: EvictingCache(Window, 8), "policy is one of labkit.cache.evicting's"),
             (lambda: EvictingCache(Window(), 8, during="decode"), 'during is "always" or "prompt"; got'),
             (lambda: EvictingCache(Window(), 8, every=0), "every is a number of steps, at least 1; got 0"),
+            (lambda: EvictingCache(Window(), 8, every=2, during="prompt"), "leave every out"),
             (lambda: EvictingCache(Window(), 8, safeguard=0.2), 'take during="prompt" with safeguard'),
             (lambda: EvictingCache(Window(), 8, during="prompt", safeguard=2.0), "a fraction of the budget, 0 to 1"),
             (

@@ -230,6 +230,7 @@ class TestMemory:
     )
     @settings(max_examples=60, deadline=None)
     def test_bytes_are_what_sizing_says_at_every_step(self, counts, budget, every, during, dtype):
+        every = every if during == "always" else 1
         cache, seen = Cache.evicting(2, policy(), budget, every=every, during=during), 0
         model = shape(num_layers=2, num_heads=KV_HEADS * GROUP, num_kv_heads=KV_HEADS, head_dim=DIM)
         for count in counts:

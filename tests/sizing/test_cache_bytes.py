@@ -180,7 +180,7 @@ def test_every_way_to_evict_takes_what_is_predicted_at_every_step(
     tokens, prompt, batch, budget, during, every, policy, dtype
 ):
     prompt = min(tokens, prompt)
-    cache = Cache.evicting(2, policy, budget, during=during, every=every)
+    cache = Cache.evicting(2, policy, budget, during=during, every=every if during == "always" else 1)
     for new in [prompt, *[1] * (tokens - prompt)]:
         with cache.step([new] * batch) as step:
             for layer in cache.layers:

@@ -106,6 +106,8 @@ class EvictingCache(LayerCache):
             raise ValueError(f'during is "always" or "prompt"; got {during!r}')
         if not is_count(every) or every < 1:
             raise ValueError(f"every is a number of steps, at least 1; got {every!r}")
+        if every > 1 and during == "prompt":
+            raise ValueError('during="prompt" evicts once, and no decode step does: leave every out')
         if safeguard is not None:
             check_safeguard(safeguard, during, frequencies)
         self.policy, self.budget, self.during, self.every = policy, budget, during, int(every)
