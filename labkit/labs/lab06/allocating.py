@@ -18,7 +18,7 @@ from labkit.labs.lab06.references import BlockAllocator
 NAMES = ("num_free", "ref_count", "take", "hold", "drop")
 MANY, FEW = 200_000, 64  # blocks, to compare what one operation costs
 MANY_HELD, FEW_HELD = 1_000, 50  # blocks, to count what one operation looks at when nearly all are held
-SLOWER = 25  # times: above what memory that is far away costs, below a walk through all blocks
+SLOWER = 12  # times: above what memory that is far away costs (4), below a walk through half the blocks (30)
 NOISE = 15e-6  # seconds
 
 
