@@ -1,7 +1,8 @@
 """What notebooks link to beside their folder, put among them: where they are opened, nothing lies above.
 
 In the tree a notebook links to `../docs/glossary.md`; its copy for a learner links to `reading/docs/glossary.md`, and
-that page lies there. `reading/` keeps the tree's layout, so that links from page to page stay as they are.
+that page lies there. `reading/` keeps the tree's layout, so that links from page to page stay as they are. A link to
+a lab that does not lie there becomes plain words.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from labkit.places import beside
 FOLDER = "reading"
 ABOVE = re.compile(r"\]\(\.\./([^)#\s]+)")  # a notebook's link to a file beside `notebooks/`
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")  # a page's link to any file
+LAB = re.compile(r"\[([^\]]*)\]\((?:[^)#\s]*/)?(\d\d_\w+\.ipynb)(?:#[^)\s]*)?\)")  # a link to a notebook, whole
 
 Notebook = MutableMapping[str, Any]  # as json or nbformat reads it
 
@@ -32,23 +34,25 @@ def wanted(notebook: Notebook) -> set[str]:
     return {path for cell in texts(notebook) for path in ABOVE.findall("".join(cell["source"]))}
 
 
-def lead(notebook: Notebook) -> None:
-    """Turn these links to `reading/`, in place."""
+def lead(notebook: Notebook, there: Collection[str]) -> None:
+    """Turn these links to `reading/`, in place. there: the names of the notebooks that will lie beside this one."""
     for cell in texts(notebook):
         source = cell["source"]  # nbformat's is one text, a file's a list of lines
-        cell["source"] = led(source) if isinstance(source, str) else [led(line) for line in source]
+        text = unlinked(ABOVE.sub(rf"]({FOLDER}/\1", "".join(source)), there)
+        cell["source"] = text if isinstance(source, str) else text.splitlines(keepends=True)
 
 
-def led(text: str) -> str:
-    """Text whose links go beside the folder no more, but into `reading/`."""
-    return ABOVE.sub(rf"]({FOLDER}/\1", text)
+def unlinked(text: str, there: Collection[str]) -> str:
+    """Text whose links to notebooks that are not `there` are plain words."""
+    return LAB.sub(lambda link: link[0] if link[2] in there else link[1], text)
 
 
-def pages(paths: Iterable[str], notebooks: Path) -> dict[str, bytes]:
+def pages(paths: Iterable[str], notebooks: Path, there: Collection[str]) -> dict[str, bytes]:
     """These files and those that they link to in turn, by their place beside the notebooks that link to them.
 
-    paths: from the top of the tree. notebooks: the folder `notebooks` of the tree or of the installed package. Links
-    to notebooks lead to those that `reading/` lies among. A file that is not there is left out.
+    paths: from the top of the tree. notebooks: the folder `notebooks` of the tree or of the installed package. there:
+    the names of the notebooks that `reading/` will lie among; links to them lead there. A file that is not there is
+    left out.
     """
     found: dict[str, bytes] = {}
     left = sorted(set(paths), reverse=True)
@@ -66,7 +70,7 @@ def pages(paths: Iterable[str], notebooks: Path) -> dict[str, bytes]:
                 if to.startswith("notebooks/"):
                     up = posixpath.relpath(to.removeprefix("notebooks/"), posixpath.dirname(place))
                     text = text.replace(f"]({link}", f"]({up}")
-            found[place] = text.encode()
+            found[place] = unlinked(text, there).encode()
     return dict(sorted(found.items()))
 
 
@@ -76,7 +80,8 @@ def opened(notebooks: Path) -> dict[str, bytes]:
     A file that is no notebook is copied as it is: Jupyter says what is wrong with it.
     """
     made, linked = {}, set()
-    for path in sorted(notebooks.glob("*.ipynb")):
+    there = {path.name: path for path in sorted(notebooks.glob("*.ipynb"))}
+    for path in there.values():
         made[path.name] = path.read_bytes()
         try:
             notebook = json.loads(made[path.name])
@@ -84,10 +89,10 @@ def opened(notebooks: Path) -> dict[str, bytes]:
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             continue
         if here:
-            lead(notebook)
+            lead(notebook, there)
             made[path.name] = to_bytes(notebook)
             linked |= here
-    return made | pages(linked, notebooks)
+    return made | pages(linked, notebooks, there)
 
 
 def to_bytes(notebook: Notebook) -> bytes:

@@ -75,15 +75,16 @@ def to_bytes(notebook: NotebookNode) -> bytes:
     return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
 
 
-def led(notebook: NotebookNode) -> NotebookNode:
-    """A notebook as an edition has it: its links lead to `reading/` beside it."""
-    lead(notebook)
+def led(notebook: NotebookNode, sources: Iterable[Path]) -> NotebookNode:
+    """A notebook as an edition of these has it: its links lead to what lies beside it."""
+    lead(notebook, {path.name for path in sources})
     return notebook
 
 
-def linked(notebooks: Iterable[NotebookNode], root: Path) -> dict[str, bytes]:
-    """What notebooks link to, by its place in the folder of an edition."""
-    return pages({path for notebook in notebooks for path in wanted(notebook)}, root / "notebooks")
+def linked(made: dict[Path, NotebookNode]) -> dict[str, bytes]:
+    """What notebooks link to, by its place in the folder of an edition. made: by the files that they were made from."""
+    paths = {path for notebook in made.values() for path in wanted(notebook)}
+    return pages(paths, next(iter(made)).parent, {path.name for path in made})
 
 
 Made = Iterator[tuple[Path, bytes]]
@@ -94,10 +95,10 @@ def as_notebooks(
 ) -> Made:
     """An edition of notebooks, each made from the one in `notebooks/`."""
     made = {path: make(read(path), lab) for path, lab in sources.items()}
-    for place, content in linked(made.values(), next(iter(sources)).parents[1]).items():
+    for place, content in linked(made).items():
         yield folder / place, content
     for path, notebook in made.items():
-        yield folder / path.name, to_bytes(led(notebook))
+        yield folder / path.name, to_bytes(led(notebook, sources))
 
 
 def self_paced(sources: dict[Path, LabContents], folder: Path) -> Made:
@@ -121,10 +122,10 @@ def slides(sources: dict[Path, LabContents], folder: Path) -> Made:
     for name, content in reveal_files().items():
         yield folder / "reveal.js" / name, content
     made = {path: read(path) for path in sources}
-    for place, content in linked_pages(linked(made.values(), next(iter(sources)).parents[1])).items():
+    for place, content in linked_pages(linked(made)).items():
         yield folder / place, content
     for path, lab in sources.items():
-        yield folder / f"{path.stem}.html", slides(led(made[path]), lab).encode()
+        yield folder / f"{path.stem}.html", slides(led(made[path], sources), lab).encode()
 
 
 def nbgrader(sources: dict[Path, LabContents], folder: Path) -> Made:

@@ -42,8 +42,8 @@ def assignment(
     exercises = {each.id: each for each in contents(notebook.name[:2]).exercises}
     original = nbformat.read(notebook, as_version=4)
     edition = source_edition(cut(original, ids) if ids else original, exercises, limit=limit)
-    linked = pages(wanted(edition), notebook.parent)
-    lead(edition)
+    linked = pages(wanted(edition), notebook.parent, [notebook.name])  # each lab is handed out by itself
+    lead(edition, [notebook.name])
     return edition, {notebook.name: nbformat.writes(edition).encode(), **linked}
 
 
