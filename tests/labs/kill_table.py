@@ -31,8 +31,8 @@ that holds.
 Written by somebody who knew the notebook's blanks and not the checks, and counted once, when they first met. *Fitting*:
 the message names the mistake. *Misleading*: it names another one. What is neither got a neutral message, which shows
 what was seen. *Checks* counts the meetings: between two, the checks were mended at what the one before had shown.
-The answers of meetings 2 and 4 are part of the tests as they were written; of meeting 3, those that had passed or had
-got a misleading message are, in other words.
+The answers of meetings 2, 4 and 5 are part of the tests as they were written; of meeting 3, those that passed or got
+a misleading message are, in other words.
 
 """
 KNOWN = """

@@ -1,7 +1,7 @@
 """Answers that the checks met once as strangers: what is wrong is refused, what is right is accepted, ever since.
 
-Those of the second meeting are in `met.py`, those of the fourth in `met_fourth.py`; how they fared when they first met
-stands in `first_meetings.json`.
+Those of the second meeting are in `met.py`, of the fourth and fifth in `met_fourth.py` and `met_fifth.py`; how they
+fared when they first met stands in `first_meetings.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from labkit.course.examine import examine
 from tests.labs.kill_table import COUNTED, MEETINGS, gather
 
 _, EXERCISES = gather()
-NAMES = {2: "met", 4: "met_fourth"}  # by what `first_meetings.json` calls "checks"
+NAMES = {2: "met", 4: "met_fourth", 5: "met_fifth"}  # by what `first_meetings.json` calls "checks"
 MET = {
     checks: [
         importlib.import_module(f"tests.labs.lab{number}.{name}")

@@ -166,6 +166,10 @@ def mistakes(name: str, x: Tensor, parts: list[Tensor], when: str, *, kept: bool
                   "read(): everything that is held" if kept else "append: all tokens that come are kept, behind those "
                   "held", f"{when}, read() gives {name} of the last token")  # fmt: skip
     whole = torch.cat(parts, dim=2)
+    twice = [torch.cat((parts[0], *parts), dim=2), torch.cat([part for part in parts for _ in range(2)], dim=2)]
+    yield Suspect("appended-twice", twice, "what an append brings is stored twice, one behind the other",
+                  "append: the first k and v are kept, later ones are joined to what is held, each once",
+                  f"{when}, read() gives tokens of {name} twice")  # fmt: skip
     if x.dim() == 4 and x.shape[2] > whole.shape[2] and same_numbers(x[:, :, : whole.shape[2]], whole):
         yield Suspect("reads-slack", x, "all of the memory is returned, the unwritten part with it",
                       "read(): a slice up to seq_len",

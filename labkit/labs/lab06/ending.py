@@ -134,9 +134,12 @@ class Finish(Exercise):
                       cause="the request is still counted, or was taken off twice",
                       look="holders[block] -= 1, once for each block of the table")  # fmt: skip
         if request in tables:
+            empty = not tables[request]
             self.fail("table-left", seen=f"{seen}: the request still has a table",
-                      cause="it goes on running with blocks that are another's soon",
-                      look="tables: the request's entry goes away, too")  # fmt: skip
+                      cause="an empty table was taken for none" if empty else
+                      "it goes on running with blocks that are another's soon",
+                      look="what asks whether there is a table: `not []` is True" if empty else
+                      "tables: the request's entry goes away, too")  # fmt: skip
         if tables != want_tables:
             self.fail("other-request", seen=f"{seen}: another request's table changed",
                       cause="more than this request's table was taken away",

@@ -353,10 +353,28 @@ def blind_at_first(new, held, heads):
     return column <= (row if held else row + new)
 
 
+class JoinedToItself(GrowingCache):
+    """No else: what was stored first is joined to itself."""
+
+    def append(self, k, v):
+        if not self.seq_len:
+            self.k, self.v = k, v
+        self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.seq_len = self.k.shape[2]
+
+
+class EveryTokenTwice(GrowingCache):
+    def append(self, k, v):
+        for _ in range(2):
+            super().append(k, v)
+
+
 WRONG = [
     Wrong("02.1", "moved-again", "one cat for each token that comes", OneCatPerToken),
     Wrong("02.1", "moved-again", "clones what was joined", CopiedTwice),
     Wrong("02.1", "moved-again", "joins twice", CatOfCat),
+    Wrong("02.1", "appended-twice", "stores the first tokens, and joins them to themselves", JoinedToItself),
+    Wrong("02.1", "appended-twice", "appends everything twice", EveryTokenTwice),
     Wrong("02.1", "last-token", "append keeps the last token", KeepsLastToken),
     Wrong("02.1", "tokens-lost", "joins half of what comes", HalfJoined),
     Wrong("02.1", "joined-in-read", "joins at the first read after an append", JoinsOnce),
