@@ -15,11 +15,10 @@ from torch import Tensor
 from benchmarks.eviction_caches import SHARES, policies, progress, quest
 from benchmarks.report import bar
 from labkit.cache import Cache
-from labkit.cache.evicting import Merging
 from labkit.llama import Llama
 from labkit.quality.reading import Reading, read
 from labkit.quality.recall import NUMBER, PLACES, QUESTION, planted, wilson
-from labkit.quality.scored import Scored
+from labkit.quality.scored import scored_once
 from labkit.quality.side_by_side import logits_beside
 
 TEXT_TOKENS = 300
@@ -44,7 +43,7 @@ def asked_caches(model: Llama, tokens: int, seed: int) -> dict[tuple[str, float]
     for name, policy in policies(model, seed).items():
         if "window of 64" in name:
             continue  # more than a budget of 12%
-        once = policy if isinstance(policy, Merging) else Scored(policy=policy)  # merging scores what it has merged
+        once = scored_once(policy)
         for share in SHARES[1:]:  # all of it is the full cache, whoever chooses
             makers[name, share] = lambda policy=once, share=share: Cache.evicting(
                 model.spec.num_layers, policy, share, during="prompt"

@@ -12,7 +12,8 @@ from labkit.hf.cache import WrappedCache
 from labkit.hf.refusal import CannotHold
 from labkit.hf.trying import failure, tokens_of
 
-TOKENS = 48  # positions that are looked at: enough that a slow channel of another frequency shows
+TOKENS = 48  # positions that are looked at
+SAME = 1e-3  # frequencies that differ by less are one: at 1,000 positions a turn of 1 radian is off by 0.001
 CHANGES = ("dynamic", "longrope")  # RoPE whose frequencies change with the length: keys held were turned by others
 OTHERWISE = "leave frequencies out, or take a policy that needs none"
 
@@ -23,7 +24,9 @@ def check_turns(model: PreTrainedModel, text: PretrainedConfig, cache: WrappedCa
 
     One token is read many times over: wherever it stands, every layer's key of it is the same but for RoPE. So it is
     seen, whatever the model's code is, that channels are paired otherwise (each with its neighbour, as Cohere and GLM
-    have it), that only some are turned, or none, or that frequencies are another layer's.
+    have it), that only some are turned, or none, or that frequencies are another layer's. A slow channel hardly turns
+    in so few tokens, less than half precision rounds away: where the model keeps its frequencies (`inv_freq`), those
+    that were given have to be among them.
     """
     if not any(layer.layer.turns for layer in cache.wrapped):
         return
@@ -33,7 +36,7 @@ def check_turns(model: PreTrainedModel, text: PretrainedConfig, cache: WrappedCa
     keys = keys_of_one_token(model, len(cache))
     for index, (layer, k) in enumerate(zip(cache.wrapped, keys, strict=True)):
         for frequencies in layer.layer.turns:
-            if not turns_by(k, frequencies):
+            if not (kept_among(model, frequencies) and turns_by(k, frequencies)):
                 raise CannotHold(
                     f"layer {index} of {name} does not turn its keys in pairs (i, i + head_dim / 2) by the frequencies "
                     f"that this cache was given: {OTHERWISE}"
@@ -58,6 +61,14 @@ def keys_of_one_token(model: PreTrainedModel, num_layers: int) -> list[Tensor]:
             f"how {type(model).__name__} turns its keys cannot be seen with tokens alone ({error}): {OTHERWISE}"
         ) from error
     return [layer.read()[0] for layer in scratch.source.layers]
+
+
+def kept_among(model: PreTrainedModel, frequencies: Tensor) -> bool:
+    """Whether these are among the frequencies that the model keeps, or it keeps none for as many channels."""
+    kept = [x for name, x in model.named_buffers() if name.endswith("inv_freq") and x.numel() == frequencies.numel()]
+    known = [x for x in kept if not x.is_meta]
+    given = frequencies.double().cpu()
+    return not known or any(torch.allclose(x.double().cpu().flatten(), given, rtol=SAME, atol=0) for x in known)
 
 
 def turns_by(k: Tensor, frequencies: Tensor) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.cache import Cache, GrowingCache, LayerCache
-from labkit.cache.evicting import MergingCache
+from labkit.attention import Constants
+from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache
+from labkit.cache.evicting import EvictingCache
 from labkit.cache.step import Step, rectangle
 from labkit.llama import Llama
 
@@ -35,14 +36,13 @@ def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: i
 class SideBySide:
     """One layer of several caches of one row each, as the layer of a batch: row i goes through cache i.
 
-    Caches that evict no more and hold equally many tokens become one with as many rows.
+    Those that later queries see all of, and that hold equally many tokens, become one with as many rows.
     """
 
     def __init__(self, layers: Sequence[LayerCache]) -> None:
         rows: dict[Any, list[int]] = {}
         for row, layer in enumerate(layers):
-            alone = layer.selects or isinstance(layer, MergingCache)
-            rows.setdefault((row,) if alone else layer.physical_len, []).append(row)
+            rows.setdefault(seen_whole(layer) or row, []).append(row)
         self.groups = [(own, joined([layers[row] for row in own])) for own in rows.values()]
         self.order = torch.tensor([row for own, _ in self.groups for row in own]).argsort()
         self.new: tuple[Tensor, Tensor] | None = None
@@ -58,12 +58,25 @@ class SideBySide:
         return torch.cat(found)[self.order]
 
 
+def seen_whole(layer: LayerCache) -> tuple[int, Constants] | None:
+    """What layers must have in common to become the rows of one; None for one that a row of its own is left to.
+
+    Later queries see all that such a layer holds, in its numbers and as it was turned.
+    """
+    if type(layer) not in (GrowingCache, PreallocatedCache, EvictingCache) or layer.constants.window is not None:
+        return None
+    if isinstance(layer, EvictingCache):
+        if layer.frequencies is not None or layer.kept is None or layer.kept.hides:
+            return None
+    return layer.physical_len, layer.constants
+
+
 def joined(layers: Sequence[LayerCache]) -> LayerCache:
-    """Layers that hold equally many tokens, which later ones see all, as the rows of one that keeps all."""
+    """Layers that are `seen_whole` alike as the rows of one that keeps all; a single layer as it is."""
     if len(layers) == 1:
         return layers[0]
-    held = [layer.read() for layer in layers]
-    one = GrowingCache()
+    held, constants = [layer.read() for layer in layers], layers[0].constants
+    one = GrowingCache(scale=constants.scale, soft_cap=constants.soft_cap)
     keys, values = (torch.cat(side) for side in zip(*held, strict=True))
     one.append(keys, values)
     return one

@@ -1,6 +1,7 @@
 """Evicting caches inside transformers: what labkit's own decoder says with the same weights, or a refusal."""
 
 import copy
+import re
 import sys
 import warnings
 
@@ -165,6 +166,24 @@ def test_frequencies_of_another_model_are_refused():
         wrap(turning(1.01 * frequencies_of(theirs))["merging"], theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frequencies_that_differ_in_slow_channels_alone_are_refused_in_every_dtype(dtype):
+    """Llama 3.1's, as they were before they were scaled for long texts."""
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    theirs, scaled = (tiny_model("llama", rope_parameters=each) for each in (rope | {"rope_type": "default"}, rope))
+    before, after = frequencies_of(theirs), frequencies_of(scaled)
+    assert not torch.equal(before, after)
+    layers = num_layers(scaled)
+    for weights in scaled.parameters():  # as a model is loaded: its frequencies stay float32
+        weights.data = weights.data.to(dtype)
+    wrap(turning(after, layers)["merging"], scaled)
+    with pytest.raises(CannotHold, match="by the frequencies that this cache was given"):
+        wrap(turning(before, layers)["merging"], scaled)
+
+
 def test_rope_that_changes_with_the_length_is_refused():
     theirs = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
     with pytest.raises(CannotHold, match=r"dynamic.* changes with the text's length"):
@@ -196,7 +215,11 @@ def test_whatever_the_type_keys_are_turned_as_the_model_does_or_the_cache_is_ref
     neighbours = [f(torch.arange(1.0, 5.0)).tolist() != [-3, -4, 1, 2] for f in halves]
     try:
         wrap(Cache.evicting(layers, Window(sinks=2), 8, frequencies=frequencies), theirs)
-    except CannotHold:
-        assert neighbours != [False] or kind not in PLAIN
+    except CannotHold as error:
+        refused = str(error)
     else:
+        assert parts, "a model that turns nothing"
         assert not any(neighbours)
+        return
+    assert re.search("does not turn its keys in pairs|changes with the text's length|cannot be seen", refused)
+    assert neighbours != [False] or kind not in PLAIN

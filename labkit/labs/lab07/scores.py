@@ -15,7 +15,7 @@ from labkit.labs.lab07.tasks import Task, tasks
 from labkit.llama import Llama
 from labkit.quality.reading import Reading, read
 from labkit.quality.recall import wilson
-from labkit.quality.scored import Scored
+from labkit.quality.scored import scored_once
 from labkit.quality.side_by_side import logits_beside
 
 Kept = tuple[str, float]
@@ -52,7 +52,7 @@ def caches_of(
     """The full cache, and for every policy and budget one that has read the text and evicted at its end."""
     made = {FULL: reading.given(model.cache())}
     for name, policy in policies.items():
-        looked = Scored(policy=policy)
+        looked = scored_once(policy)
         for budget in budgets:
             cache = Cache.evicting(model.spec.num_layers, looked, budget, during="prompt")
             made[name, budget] = reading.given(cache)
