@@ -103,14 +103,17 @@ def reveal(prediction: Prediction, guess: float | None, value: float) -> str:
     said = f"You said {with_unit(prediction, guess)}"
     if number(guess) == number(value):
         return f"{lead}{said}: exactly."
-    if guess <= 0 or value <= 0:
-        return f"{lead}{said}."
-    ratio, side = max(guess / value, value / guess), "high" if guess > value else "low"
+    side = "high" if guess > value else "low"
+    apart = number(float(f"{abs(guess - value):.2g}"))
+    points = f"{lead}{said}: {apart} {'point' if apart == '1' else 'points'} too {side}."
+    if guess <= 0 or value <= 0:  # no ratio says how far apart they are
+        amount = f"{apart} {prediction.unit}".rstrip()
+        return points if prediction.unit == "%" else f"{lead}{said}: {amount} too {side}."
+    ratio = max(guess / value, value / guess)
     if ratio <= prediction.within:
         return f"{lead}{said}: close."
     if prediction.unit == "%" and ratio < 2:  # a percentage of a percentage could be either
-        points = number(float(f"{abs(guess - value):.2g}"))
-        return f"{lead}{said}: {points} {'point' if points == '1' else 'points'} too {side}."
+        return points
     if ratio < 2:
         return f"{lead}{said}: {abs(guess - value) / value:.0%} too {side}."
     return f"{lead}{said}: {number(float(f'{ratio:.2g}'))} times too {side}."

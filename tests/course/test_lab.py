@@ -136,7 +136,7 @@ def test_the_solution_is_the_references_source(lab: Lab, capsys) -> None:
         (12, "You said 12 tokens: 50% too high."),
         (5, "You said 5 tokens: 38% too low."),
         (2, "You said 2 tokens: 4 times too low."),
-        (-1, "You said -1 tokens."),
+        (-1, "You said -1 tokens: 9 tokens too low."),
         (..., "You had not guessed."),
     ],
 )
@@ -162,6 +162,19 @@ def test_a_guessed_percentage_is_off_by_points(guess: float, said: str) -> None:
 def test_points_from_a_hundred_on_are_written_as_people_write_them(guess: float, said: str) -> None:
     prediction = Prediction("00.p1", "How much?", "%", within=1.1)
     assert cards.reveal(prediction, guess, 170).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("unit", "guess", "value", "said"),
+    [
+        ("%", 30, 0, "it is 0 %. You said 30 %: 30 points too high."),
+        ("%", 0, 25, "it is 25 %. You said 0 %: 25 points too low."),
+        ("", 0, 4, "it is 4. You said 0: 4 too low."),
+        ("MB", 3, 0, "it is 0 MB. You said 3 MB: 3 MB too high."),
+    ],
+)
+def test_a_guess_beside_nothing_is_off_by_what_lies_between(unit: str, guess: float, value: float, said: str) -> None:
+    assert cards.reveal(Prediction("00.p1", "How much?", unit), guess, value) == f"00.p1 · {said}"
 
 
 @pytest.mark.parametrize("guess", ["ten", True, float("nan"), [3, 4], 10**400, None.__class__])

@@ -7,11 +7,33 @@ import torch
 from torch import Tensor
 
 from labkit.cache import Cache
-from labkit.cache.evicting import H2O, TOVA, ExpectedAttention, KeyDiff, KeyNorm, Policy, Random, SnapKV, Window
+from labkit.cache.evicting import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    Merging,
+    Policy,
+    Random,
+    SnapKV,
+    Window,
+)
 from labkit.llama import Llama
 from labkit.quality.reading import read
-from labkit.quality.scored import Scored
+from labkit.quality.scored import Scored, scored_once
 from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
+
+
+def test_it_is_of_one_reading_and_no_policy_that_merges(model: Llama, tokens: Tensor) -> None:
+    once = Scored(policy=H2O())
+    read(model, tokens).given(Cache.evicting(SPEC.num_layers, once, 20, during="prompt"))
+    with pytest.raises(ValueError, match="of one reading"):
+        read(model, tokens.flip(1)).given(Cache.evicting(SPEC.num_layers, once, 20, during="prompt"))
+    merging = Merging(frequencies=model.frequencies)
+    assert scored_once(merging) is merging
+    with pytest.raises(ValueError, match="scores what it has merged"):
+        Scored(policy=merging)
 
 
 @pytest.mark.parametrize(

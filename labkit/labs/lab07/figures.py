@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from labkit.labs.lab07.material import times_as_fast
 from labkit.labs.lab07.scores import FULL, Kept, Score
 from labkit.labs.lab07.timeline import Timeline
 from labkit.measure import Timing
@@ -226,10 +226,7 @@ def paying(
     for (name, timings), color, marker in zip(
         ((name, timings) for name, timings in seconds.items() if name != full), CYCLE, MARKERS, strict=False
     ):
-        pairs = list(zip(seconds[full], timings, strict=True))
-        ratios[name] = [slow.median / fast.median for slow, fast in pairs]
-        off = [ratio * math.hypot(*(each.spread / each.median for each in pair))
-               for ratio, pair in zip(ratios[name], pairs, strict=True)]  # fmt: skip
+        ratios[name], off = zip(*map(times_as_fast, seconds[full], timings), strict=True)
         axes.errorbar(lengths, ratios[name], off, fmt=f"{marker}-", markersize=4.5, capsize=2, color=color, label=name)
     axes.set(xscale="log", xlabel="tokens seen (log scale); an evicting cache holds a quarter of them",
              ylabel="full step's time /\nevicting step's")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from labkit.cache import Cache, EvictingCache
 from labkit.cache.evicting import Held, Notes, Policy, Seen
 from labkit.llama import Llama
+from labkit.measure import Timing
 
 
 @torch.inference_mode()
@@ -71,9 +73,16 @@ def filled(cache: Cache, model: Llama, tokens: int) -> Cache:
     return cache
 
 
-def begins_to_pay(lengths: Sequence[int], ratios: Sequence[float]) -> str:
-    """Between which lengths a ratio rises above 1 for good: a full cache's time over an evicting one's, say."""
-    loses = [index for index, ratio in enumerate(ratios) if ratio <= 1]
+def times_as_fast(full: Timing, own: Timing) -> tuple[float, float]:
+    """How many times as long a full cache's step takes as an evicting one's, and the spread of that."""
+    ratio = full.median / own.median
+    return ratio, ratio * math.hypot(full.spread / full.median, own.spread / own.median)
+
+
+def begins_to_pay(lengths: Sequence[int], full: Sequence[Timing], own: Sequence[Timing]) -> str:
+    """Between which lengths an evicting cache's step gets faster for good, by more than the spread."""
+    times = [times_as_fast(*pair) for pair in zip(full, own, strict=True)]
+    loses = [index for index, (ratio, spread) in enumerate(times) if ratio - spread <= 1]
     if not loses:
         return f"pays from {lengths[0]:,} tokens on"
     if loses[-1] == len(lengths) - 1:

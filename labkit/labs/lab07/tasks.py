@@ -37,7 +37,8 @@ class Task:
 
 
 def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
-    """One task of each kind, about prose of the project's own; another `seed` takes other prose and numbers.
+    """One task of each kind, each about a passage of its own from a text of the project's; another `seed` takes other
+    passages and numbers.
 
     ValueError where a text of the project's is shorter than `text_tokens` and what follows them.
     """
@@ -47,20 +48,24 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     names = sorted(path.stem for path in quality.TEXTS.glob("*.txt"))
-    whole = encode(quality.load_text(names[seed % len(names)]))
-    starts = min(1500, len(whole) - text_tokens - FOLLOWING + 1)
-    if starts < 1:
-        raise ValueError(
-            f"{names[seed % len(names)]} has {len(whole)} tokens: take text_tokens of at most {len(whole) - FOLLOWING}"
-        )
-    start = chance.randrange(0, starts)
-    prose, end = whole[start : start + text_tokens], start + text_tokens
-    made = [Task("the text goes on", tuple(prose), (), tuple(whole[end : end + FOLLOWING]))]
+
+    def passage(following: int = 0) -> list[int]:
+        """So many tokens of prose, and so many more, from anywhere in a text."""
+        name = chance.choice(names)
+        whole = encode(quality.load_text(name))
+        starts = len(whole) - text_tokens - FOLLOWING + 1
+        if starts < 1:
+            raise ValueError(f"{name} has {len(whole)} tokens: take text_tokens of at most {len(whole) - FOLLOWING}")
+        start = chance.randrange(0, starts)
+        return whole[start : start + text_tokens + following]
+
+    prose = passage(FOLLOWING)
+    made = [Task("the text goes on", tuple(prose[:text_tokens]), (), tuple(prose[text_tokens:]))]
 
     def planted(facts: Mapping[float, str]) -> list[int]:
         """The prose with each fact behind the sentence that ends nearest to its place."""
         told = {place: encode(fact) for place, fact in facts.items()}
-        return plant(prose, told, text_tokens, ends=lambda token: tokenizer.decode([token]).endswith("."))
+        return plant(passage(), told, text_tokens, ends=lambda token: tokenizer.decode([token]).endswith("."))
 
     def put(question: str, answer: str) -> tuple[list[int], list[int]]:
         """A space before the answer, where it is a token of its own, is asked, not answered."""
@@ -85,10 +90,10 @@ def tasks(tokenizer: Any, seed: int, text_tokens: int = 300) -> list[Task]:
     made.append(known("one number of three", several, f"\nThe number of the {OWNERS[which]}'s locker is",
                       f" {numbers[which]}"))  # fmt: skip
     words = " ".join(chance.sample(WORDS, 10))
-    made.append(known("a list, copied", [*encode(f"The list: {words}.\n"), *prose], "\nThe list:", f" {words}"))
+    made.append(known("a list, copied", [*encode(f"The list: {words}.\n"), *passage()], "\nThe list:", f" {words}"))
     number = str(chance.randint(1000, 9999))
     system = f"<|im_start|>system\nThe number of the guest's room is {number}.<|im_end|>\n<|im_start|>user\n"
-    talk = [*encode(system + "Tell me a story.<|im_end|>\n<|im_start|>assistant\n"), *prose[:200]]
+    talk = [*encode(system + "Tell me a story.<|im_end|>\n<|im_start|>assistant\n"), *passage()[:200]]
     turn = ("<|im_end|>\n<|im_start|>user\nWhat is the number of the guest's room?<|im_end|>\n<|im_start|>assistant\n"
             "The number of the guest's room is")  # fmt: skip
     made.append(known("a conversation's first line", talk, turn, f" {number}"))

@@ -14,6 +14,7 @@ from labkit.labs.lab07.references import attention_received, snapkv_scores
 from labkit.labs.lab07.tasks import PLACES, QUESTION, tasks
 from labkit.labs.lab07.timeline import Timeline, timeline
 from labkit.llama import Llama
+from labkit.measure import Timing
 from labkit.quality.reading import read
 from tests.reading import SPEC, kept, small_model, small_text  # noqa: F401
 
@@ -83,6 +84,12 @@ class TestTasks:
             before = tokenizer.decode(task.text[: number[0]])
             assert before.removesuffix("The number of the harbour master's locker is ").rstrip().endswith(".")
 
+    def test_each_is_about_a_passage_of_its_own(self, tokenizer) -> None:
+        for seed in range(6):
+            made = [task.text for task in tasks(tokenizer, seed)]
+            starts = {text[:12] for text in made}
+            assert len(starts) == len(made)
+
     def test_another_seed_takes_other_prose_and_numbers(self, tokenizer) -> None:
         one, same, other = (tasks(tokenizer, seed) for seed in (1, 1, 2))
         assert one == same
@@ -96,10 +103,13 @@ class TestTasks:
         ([0.8, 0.9, 1.3], "pays from between 256 and 1,024 tokens on"),
         ([0.8, 1.1, 0.9], "does not pay up to 1,024 tokens"),  # what pays once and not later was luck
         ([1.1, 1.0, 1.2], "pays from between 256 and 1,024 tokens on"),
+        ([0.8, 1.01, 1.2], "pays from between 256 and 1,024 tokens on"),  # less than the spread, 0.011
     ],
 )
 def test_evicting_pays_from_where_it_is_faster_for_good(ratios: list[float], said: str) -> None:
-    assert begins_to_pay([64, 256, 1024], ratios) == said
+    full = [Timing((0.98, 1.0, 1.02))] * 3
+    own = [Timing((0.99 / ratio, 1 / ratio, 1.01 / ratio)) for ratio in ratios]
+    assert begins_to_pay([64, 256, 1024], full, own) == said
 
 
 def test_a_filled_cache_has_seen_the_tokens_and_holds_its_budget(model: Llama) -> None:
