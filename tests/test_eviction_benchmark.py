@@ -142,6 +142,22 @@ def test_the_best_policy_is_chosen_on_half_of_the_trials_and_judged_on_the_other
     assert eviction_recall.recall_figures(found)[1][0]["holds"]
 
 
+def test_both_halves_of_the_trials_have_all_texts():
+    """Trials go round 3 texts; only the first of them is found."""
+    hits = [trial % 3 == 0 for trial in range(12)]
+    found = {("full", 1.0, True, "early"): [True] * 12, ("TOVA", 0.25, True, "early"): hits}
+    assert eviction_recall.best_at_quarter(found, known=True, texts=3) == ("TOVA", 1 / 3)
+
+
+def test_layers_that_keep_another_number_than_half_are_found(model, monkeypatch):
+    tokens = torch.tensor([text(256)])
+    assert eviction.wrong_counts(model, tokens) == 0
+    monkeypatch.setattr(eviction, "KEPT", 129)
+    made = Cache.evicting
+    monkeypatch.setattr(eviction.Cache, "evicting", lambda count, policy, _, **how: made(count, policy, 128, **how))
+    assert eviction.wrong_counts(model, tokens) > 0
+
+
 def test_a_perplexity_below_kvpress_is_as_good_as_one_beside_it(monkeypatch):
     theirs = {"full": 20.0, "TOVA": 22.0, "KeyDiff": 22.0, "random": 30.0}
     monkeypatch.setattr(eviction.kvpress_side, "measure", lambda *_, **__: theirs)
