@@ -229,6 +229,31 @@ def test_the_nbgrader_edition_is_a_class_s_folder_that_nbgrader_hands_out_from(f
         assert dead_links(folder) == []
 
 
+@pytest.mark.parametrize("name", ["gradebook.db", "nbgrader_config.py"])
+def test_a_class_that_runs_is_not_built_over(name: str, tmp_path: Path, capsys) -> None:
+    """Its limits and hidden cases are its own; nothing else that was asked for is written either."""
+    folder = tmp_path / "nbgrader"
+    source = folder / "source/lab01" / LABS["01"].name
+    source.parent.mkdir(parents=True)
+    source.write_text("cases of this class")
+    (folder / name).write_text("of this class")
+    before, mode = contents_of(tmp_path), folder.stat().st_mode
+    assert main(["build", "--out", str(tmp_path), "--edition", "self-paced", "nbgrader", "--lab", "01"]) == 1
+    said = capsys.readouterr().err
+    assert f"{folder} holds a class ({name})" in said
+    assert "labkit grade setup" in said
+    assert "--out" in said
+    assert contents_of(tmp_path) == before
+    assert folder.stat().st_mode == mode
+
+
+def test_labkit_build_alone_makes_what_all_may_have(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(building, "build", lambda root, out, editions, labs: asked.append(list(editions)))
+    assert main(["build", "--out", str(tmp_path)]) == 0
+    assert asked == [["self-paced", "instructor", "slides"]]
+
+
 def test_no_release_holds_a_class_s_hidden_cases() -> None:
     assert set(building.EDITIONS) - set(building.PUBLISHED) == {"nbgrader"}
 

@@ -24,7 +24,8 @@ def build(
 ) -> list[Path]:
     """Write the editions of the labs (all when none is named) from `root`/notebooks; returns the files written.
 
-    Each goes to `out`/EDITION, with what its text links to in `reading/` there. Raises BuildError.
+    Each goes to `out`/EDITION, with what its text links to in `reading/` there. Raises BuildError, before anything is
+    written where the folder for nbgrader is a class's already.
     """
     unknown = [name for name in editions if name not in EDITIONS]
     if unknown:
@@ -34,6 +35,8 @@ def build(
         root / "notebooks"
     ).resolve():
         raise BuildError(f"{out} is where the notebooks come from: name another folder with --out")
+    if "nbgrader" in editions:
+        refuse_a_class(out / "nbgrader")
     written: list[Path] = []
     try:
         for name in editions:
@@ -47,6 +50,16 @@ def build(
     except OSError as error:
         raise BuildError(f"{error.filename or out} cannot be written ({error.strerror or error}): try --out") from None
     return written
+
+
+def refuse_a_class(folder: Path) -> None:
+    """Raise BuildError where a class lies in a folder: its hidden cases, points and limits would be lost."""
+    if found := [name for name in ("gradebook.db", "nbgrader_config.py") if (folder / name).exists()]:
+        raise BuildError(
+            f"{folder} holds a class ({' and '.join(found)}): building there would draw new hidden cases and undo its "
+            f"limits. Nothing was changed. Add a lab with labkit grade setup {folder} --lab 01, or name another "
+            "folder with --out"
+        )
 
 
 def notebooks(root: Path, labs: Sequence[str] = ()) -> dict[Path, LabContents]:

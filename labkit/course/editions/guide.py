@@ -25,7 +25,7 @@ by `make docs`: the minutes come from `data/syllabus.yaml`, the mistakes from th
 ## What you get
 
 ```
-labkit build                          all editions, into dist/editions
+labkit build                          all editions but nbgrader's, into dist/editions
 labkit build --edition instructor     one of them; --lab 01 02 for some labs, --out for another folder
 labkit plan --hours 4                 sections for so many hours, and what is left out
 ```
@@ -38,7 +38,8 @@ labkit plan --hours 4                 sections for so many hours, and what is le
   speaker's view (press *s*). `reveal.js` is fetched once from npm's registry and kept; on a machine without a network,
   set `LABKIT_REVEAL` to a folder that has it.
 - **nbgrader**: a class's folder, with nbgrader's source of every lab: points, and hidden cases with seeds drawn anew at
-  each build. Keep it to yourself, and go on as [Running a class](classes.md) says.
+  each build. Made where it is named, and never over a class that is there. Keep it to yourself, and go on as
+  [Running a class](classes.md) says.
 
 What the notebooks link to (glossary, claims, results) lies in each edition's folder, in `reading/`.
 
