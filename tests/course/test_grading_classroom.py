@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 pytest.importorskip("nbgrader")
 
 from labkit.course.cli import main
-from labkit.course.grading import classroom
+from labkit.course.grading import classroom, export
 from labkit.course.grading.classroom import collect, grade, limits_of, set_up
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -21,6 +23,37 @@ def two_labs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "class"
     set_up(folder, NOTEBOOKS / "01_attention_basics.ipynb", ids=["01.2"], limits={"memory": 2 * 10**9})
     set_up(folder, NOTEBOOKS / "02_cache_from_scratch.ipynb", ids=["02.1"])
+    return folder
+
+
+def pool(answer: Callable[[str, str], str]) -> type:
+    """In the place of a pool of workers: what one would answer for an assignment and a student, without one."""
+
+    class Pool:
+        def __init__(self, *args, **options) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *error) -> None: ...
+        def submit(self, step, folder, assignment, student):
+            done: Future = Future()
+            done.set_result(answer(assignment, student))
+            return done
+
+    return Pool
+
+
+def told(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of the table of reasons, by student and exercise; of a problem the exercise is empty."""
+    with (folder / "reasons.csv").open() as file:
+        return {(row["student"], row["exercise"]): row for row in csv.DictReader(file)}
+
+
+def handed_in(folder: Path, **files: str) -> Path:
+    """A folder with a file for each student."""
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.ipynb").write_text(content, encoding="utf-8")
     return folder
 
 
@@ -40,30 +73,20 @@ def test_other_limits_for_a_class_that_has_some_are_refused(two_labs: Path, caps
 
 def test_each_assignment_keeps_why_somebody_has_no_points(two_labs: Path, tmp_path: Path, monkeypatch) -> None:
     """Neither another assignment nor a run for one student takes the reasons of the others away."""
-    handed_in = {lab: next((two_labs / "release" / lab).glob("*.ipynb")).read_bytes() for lab in ("lab01", "lab02")}
-    for lab, notebook in handed_in.items():
+    notebooks = {lab: next((two_labs / "release" / lab).glob("*.ipynb")).read_bytes() for lab in ("lab01", "lab02")}
+    for lab, notebook in notebooks.items():
         (tmp_path / lab).mkdir()
         for name in ("ada", "ben"):
             (tmp_path / lab / f"{name}.ipynb").write_bytes(notebook)
     (tmp_path / "lab01/eve.ipynb").write_text("{")
     (tmp_path / "lab02/dan.ipynb").write_text("{")
-    for lab in handed_in:
+    for lab in notebooks:
         collect(two_labs, tmp_path / lab, lab)
 
-    class Pool:  # what a worker would answer, without one
-        def __init__(self, *args, **options) -> None: ...
-        def __enter__(self) -> Pool:
-            return self
+    def answer(assignment: str, student: str) -> str:
+        return f"of {assignment}" if student == "ben" and assignment == "lab01" else ""
 
-        def __exit__(self, *error) -> None: ...
-        def submit(self, step, folder, assignment, student):
-            from concurrent.futures import Future
-
-            answer: Future = Future()
-            answer.set_result(f"of {assignment}" if student == "ben" and assignment == "lab01" else "")
-            return answer
-
-    monkeypatch.setattr(classroom, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(classroom, "ProcessPoolExecutor", pool(answer))
     list(grade(two_labs, "lab01"))
     list(grade(two_labs, "lab02"))
     list(grade(two_labs, "lab01", names=["ada"]))
@@ -71,3 +94,49 @@ def test_each_assignment_keeps_why_somebody_has_no_points(two_labs: Path, tmp_pa
         found = {(row["student"], row["assignment"]): row["seen"] for row in csv.DictReader(file)}
     assert set(found) == {("ben", "lab01"), ("eve", "lab01"), ("dan", "lab02")}
     assert found["ben", "lab01"] == "of lab01"
+
+
+@pytest.fixture
+def one_lab(tmp_path: Path) -> tuple[Path, str]:
+    """A class with one exercise, and the notebook that it hands out."""
+    folder = tmp_path / "class"
+    set_up(folder, NOTEBOOKS / "01_attention_basics.ipynb", ids=["01.2"])
+    return folder, next((folder / "release/lab01").glob("*.ipynb")).read_text(encoding="utf-8")
+
+
+def test_what_comes_late_takes_no_reason_of_the_others_away(one_lab, tmp_path: Path, monkeypatch) -> None:
+    folder, notebook = one_lab
+    monkeypatch.setattr(classroom, "ProcessPoolExecutor", pool(lambda lab, student: f"of {student}"))
+    collect(folder, handed_in(tmp_path / "first", ada=notebook, ben=notebook, eve="{", fay="{"))
+    list(grade(folder))
+    collect(folder, handed_in(tmp_path / "late", ben=notebook, eve=notebook, gus="{"))
+    assert set(classroom.noted(folder, "lab01")["collect"]) == {"fay", "gus"}
+    assert classroom.noted(folder, "lab01")["run"] == {"ada": "of ada"}  # ben's new one was not run yet
+    list(grade(folder, names=["eve"]))
+    assert {student: row["seen"] for (student, _), row in told(folder).items() if student in ("ada", "eve")} == {
+        "ada": "of ada", "eve": "of eve"
+    }  # fmt: skip
+    assert {student for student, _ in told(folder)} == {"ada", "eve", "fay", "gus"}
+
+
+def test_who_has_points_and_hands_in_a_broken_file_keeps_both_in_the_table(one_lab, tmp_path, monkeypatch) -> None:
+    """The table of reasons says no other thing than the totals."""
+    folder, notebook = one_lab
+    with export.gradebook(folder) as book:
+        for name, score in (("eve", 2.0), ("dan", None)):  # what a grading leaves, and one that failed
+            book.add_student(name)
+            book.add_submission("lab01", name)
+            book.find_submission("lab01", name).notebooks[0].grades[0].auto_score = score
+        book.db.commit()
+    collect(folder, handed_in(tmp_path / "first", eve=notebook, dan=notebook))
+    collect(folder, handed_in(tmp_path / "late", eve="{"))
+    failed = pool(lambda lab, student: "the grader ended" if student == "dan" else "")
+    monkeypatch.setattr(classroom, "ProcessPoolExecutor", failed)
+    assert {each.student: each.points for each in grade(folder)} == {"eve": 2.0, "dan": 0.0}
+    rows = told(folder)
+    assert set(rows) == {("eve", ""), ("eve", "01.2"), ("dan", "")}
+    assert rows["eve", "01.2"]["points"] == "2"
+    assert rows["eve", ""]["status"] == "latest not graded"
+    assert "no notebook that Jupyter can read" in rows["eve", ""]["seen"]
+    assert rows["eve", ""]["look"] == export.EARLIER
+    assert (rows["dan", ""]["status"], rows["dan", ""]["seen"]) == ("not graded", "the grader ended")

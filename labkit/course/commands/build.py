@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-ABOUT = """Write editions of the labs from notebooks/, each into a folder of its own; all but the last, where none is named.
+ABOUT = """Write editions of the labs from notebooks/, each into a folder of its own; all but the last if none is named.
   self-paced   the notebooks as they stand
   instructor   references in the blanks, teaching notes around them
   slides       reveal.js, without solutions; opens without a network (reveal.js itself

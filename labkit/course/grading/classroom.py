@@ -152,12 +152,14 @@ def refuse_other_limits(folder: Path, limits: Mapping[str, float]) -> None:
 def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:
     """Copy submitted notebooks into the class's folder: NAME.ipynb, or NAME/ with the notebook in it.
 
-    Nothing but the notebook is taken. What cannot be used gets a line, and the others go on. Raises ClassError.
+    Nothing but the notebook is taken. What cannot be used gets a line, and the others go on. Whoever is not in this
+    folder keeps what was collected, and said, before. Raises ClassError.
     """
     assignment, notebook = the_assignment(folder, assignment)
     if not submissions.is_dir():
         raise ClassError(f"{submissions} is no folder: name the one that the submissions are in")
-    lines, problems = [], {}
+    before = noted(folder, assignment)
+    lines, problems, taken = [], {}, set()
     for entry in sorted(submissions.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -175,8 +177,10 @@ def collect(folder: Path, submissions: Path, assignment: str = "") -> list[str]:
         target = folder / "submitted" / student / assignment / notebook
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
+        taken.add(student)
     (folder / "submitted").mkdir(exist_ok=True)
-    note(folder, assignment, {"collect": problems, "run": {}})
+    kept = {step: {name: why for name, why in said.items() if name not in taken} for step, said in before.items()}
+    note(folder, assignment, kept | {"collect": kept["collect"] | problems})
     count = len(students(folder, assignment))
     return [*lines, f"{assignment}: {count} submissions collected" + (f", {len(problems)} not" if problems else "")]
 
@@ -257,7 +261,7 @@ def note(folder: Path, assignment: str, problems: Mapping[str, Mapping[str, str]
 
 
 def without_points(folder: Path, assignment: str) -> dict[str, str]:
-    """Why students have no points for an assignment; what is wrong with what they handed in goes first."""
+    """Why what students handed in last has no points; what is wrong with their file goes first."""
     found = noted(folder, assignment)
     return found["run"] | found["collect"]
 

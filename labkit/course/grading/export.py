@@ -26,6 +26,7 @@ COLUMNS = (
     "likely",
     "look",
 )
+EARLIER = "the points are of what was handed in before"
 LONGEST = 2000  # characters of a card that are taken
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
@@ -33,7 +34,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 def write(folder: Path, problems: Mapping[str, Mapping[str, str]]) -> None:
     """Write `grades.csv` with nbgrader's exporter, and `reasons.csv`.
 
-    problems: for each assignment of the class, why students have no points.
+    problems: for each assignment of the class, why what students handed in last has no points.
     """
     from nbgrader.plugins import CsvExportPlugin
 
@@ -50,28 +51,39 @@ def write(folder: Path, problems: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def rows(folder: Path, assignment: str, problems: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """A row for each student and exercise; one for each student without points."""
-    from nbgrader.api import MissingEntry
+    """A row for each problem, and one for each student and exercise that has points.
 
+    A student can have both: what was handed in last is not graded, and the points are of what came before.
+    """
     with gradebook(folder) as book:
         for student in sorted({each.id for each in book.students} | set(problems)):
-            if student in problems:
-                yield {"student": student, "assignment": assignment, "status": "not graded", "seen": problems[student]}
+            own = {"student": student, "assignment": assignment}
+            graded = list(graded_rows(book, folder, assignment, student))
+            if student in problems and graded:
+                yield own | {"status": "latest not graded", "seen": problems[student], "look": EARLIER}
+            elif student in problems:
+                yield own | {"status": "not graded", "seen": problems[student]}
+            yield from (own | row for row in graded)
+
+
+def graded_rows(book: Any, folder: Path, assignment: str, student: str) -> Iterator[dict[str, Any]]:
+    """A row for each exercise of a student that has points in the gradebook, as its totals have them."""
+    from nbgrader.api import MissingEntry
+
+    try:
+        submitted = book.find_submission(assignment, student).notebooks
+    except MissingEntry:  # of another lab's class
+        return
+    for notebook in submitted:
+        file = folder / "autograded" / student / assignment / f"{notebook.name}.ipynb"
+        cards = reasons(file) if file.exists() else {}
+        for grade in notebook.grades:
+            if grade.auto_score is None and grade.manual_score is None:  # the first grading failed
                 continue
-            try:
-                submitted = book.find_submission(assignment, student).notebooks
-            except MissingEntry:  # of another lab's class
-                continue
-            for notebook in submitted:
-                file = folder / "autograded" / student / assignment / f"{notebook.name}.ipynb"
-                cards = reasons(file) if file.exists() else {}
-                for grade in notebook.grades:
-                    card = cards.get(grade.name, {})
-                    exercise = grade.name.removeprefix("points-").replace("-", ".")
-                    yield {
-                        "student": student, "assignment": assignment, "exercise": exercise,
-                        "points": f"{grade.score:g}", "most": f"{grade.max_score:g}",
-                    } | card  # fmt: skip
+            exercise = grade.name.removeprefix("points-").replace("-", ".")
+            yield {
+                "exercise": exercise, "points": f"{grade.score:g}", "most": f"{grade.max_score:g}"
+            } | cards.get(grade.name, {})  # fmt: skip
 
 
 def reasons(file: Path) -> dict[str, dict[str, str]]:
