@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 
@@ -12,7 +13,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 pytest.importorskip("nbgrader")
 
-from labkit.course.grading.nbgrader_parts import LEFT_OUT, MESSAGE, ConfinedExecute, ConfinedKernelManager, shortened
+from labkit.course.grading.nbgrader_parts import (
+    LEFT_OUT,
+    MESSAGE,
+    SILENCE,
+    ConfinedExecute,
+    ConfinedKernelManager,
+    shortened,
+)
 from labkit.course.grading.room import RoomError
 from labkit.course.grading.usage import family
 
@@ -38,6 +46,20 @@ def test_a_result_and_a_line_of_hundreds_of_megabytes_do_not_reach_the_grader() 
         assert f"it put out more than {MESSAGE / 1e6:g} MB at once" in text(cell)
     assert "and on" in text(after)
     assert psutil.Process().memory_info().rss - before < 200_000_000
+
+
+def test_a_crash_is_told_as_one_however_late_it_is_seen(monkeypatch) -> None:
+    """Who dies is cut off, too: on a slow machine for longer than a kernel that put out too much is waited for."""
+    seen = ConfinedExecute._async_poll_kernel_alive
+
+    async def seen_late(self) -> None:
+        await asyncio.sleep(3 * SILENCE)
+        await seen(self)
+
+    monkeypatch.setattr(ConfinedExecute, "_async_poll_kernel_alive", seen_late)
+    notebook = executed("import ctypes\nctypes.string_at(0)", "print('and on')")
+    assert "segmentation fault" in text(notebook.cells[1])
+    assert "and on" in text(notebook.cells[2])
 
 
 def test_what_is_too_long_is_left_out_with_a_line_and_the_cell_goes_on() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
@@ -30,7 +31,7 @@ from traitlets import Dict, Float, List, Unicode
 
 from labkit.course.grading.marks import BLANK, KIND, marks
 from labkit.course.grading.room import Limits, Room, RoomError
-from labkit.course.grading.usage import computed
+from labkit.course.grading.usage import computed, family, running
 from labkit.printable import printable
 
 DEATHS = 3  # kernels that one notebook may lose
@@ -39,7 +40,7 @@ OUTPUT = 200_000  # characters of one cell's outputs
 OUTPUTS = 50 * OUTPUT  # of all of a notebook's
 MESSAGE = 4 * 10**6  # bytes of one message: a larger one is refused before it is in the grader's memory
 QUEUE = 64  # messages that wait
-SILENCE = 2.0  # seconds that a process may be alive, but cut off
+SILENCE = 2.0  # seconds that a kernel may be alive, but cut off
 SHORT = 2000  # characters of a part of an error that is too long
 LEFT_OUT = f"[The rest is left out: a cell's outputs may have {OUTPUT:,} characters.]\n"
 LOOK = 0.4  # seconds between two looks at a cell that runs
@@ -157,6 +158,18 @@ class Cuts:
                 socket.disable_monitor()
 
 
+def lives(launcher: int) -> bool:
+    """Whether a kernel runs below its launcher: one that died is cut off as well, and nothing that it put out did that.
+
+    The launcher's own children only wait for it.
+    """
+    for process in family(launcher):
+        with contextlib.suppress(psutil.Error):
+            if process.ppid() != launcher and running(process):
+                return True
+    return False
+
+
 class ConfinedExecute(Execute):
     """nbgrader's Execute in a confined kernel; a cell that ends the kernel costs that cell, not the notebook."""
 
@@ -271,7 +284,7 @@ class ConfinedExecute(Execute):
             step, last = min(now - last, STEP), now
             used, busy = computed(launcher)
             idle += 0 if busy else step
-            silence += step if await self.cuts.seen() else 0
+            silence += step if await self.cuts.seen() and lives(launcher) else 0
             if silence > SILENCE or (silence and task.done() and not task.exception()):
                 await self.end(task, provisioner)
                 raise DeadKernelError(f"it was stopped: it put out more than {MESSAGE / 1e6:g} MB at once")
