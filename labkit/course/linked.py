@@ -1,8 +1,9 @@
 """What notebooks link to beside their folder, put among them: where they are opened, nothing lies above.
 
 In the tree a notebook links to `../docs/glossary.md`; its copy for a learner links to `reading/docs/glossary.md`, and
-that page lies there. `reading/` keeps the tree's layout, so that links from page to page stay as they are. A link to
-a lab that does not lie there becomes plain words.
+that page lies there. `reading/` keeps the tree's layout, so that links from page to page stay as they are. What is not
+beside the notebooks is the course's own, where it has it. A notebook's link to what is nowhere, and any link to a lab
+that does not lie there, becomes plain words.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from labkit.places import beside
+from labkit.places import beside, course_folder
 
 FOLDER = "reading"
 ABOVE = re.compile(r"\]\(\.\./([^)#\s]+)")  # a notebook's link to a file beside `notebooks/`
+BESIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#\s]+)(?:#[^)\s]*)?\)")  # the same, whole
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")  # a page's link to any file
 LAB = re.compile(r"\[([^\]]*)\]\((?:[^)#\s]*/)?(\d\d_\w+\.ipynb)(?:#[^)\s]*)?\)")  # a link to a notebook, whole
 
@@ -34,11 +36,24 @@ def wanted(notebook: Notebook) -> set[str]:
     return {path for cell in texts(notebook) for path in ABOVE.findall("".join(cell["source"]))}
 
 
-def lead(notebook: Notebook, there: Collection[str]) -> None:
-    """Turn these links to `reading/`, in place. there: the names of the notebooks that will lie beside this one."""
+def origin(notebooks: Path, path: str) -> Path | None:
+    """The file that a notebook links to, by its path from the top of the tree; None where it is nowhere.
+
+    notebooks: the folder that the notebook lies in; beside a teacher's own lies no page: the course's are meant.
+    """
+    places = (beside(folder, path) for folder in (notebooks, course_folder("notebooks")))
+    return next((file for file in places if file.is_file()), None)
+
+
+def lead(notebook: Notebook, notebooks: Path, there: Collection[str]) -> None:
+    """Turn these links to `reading/`, in place; those to files that are nowhere become plain words.
+
+    notebooks: the folder that it lies in. there: the names of the notebooks that will lie beside this one.
+    """
     for cell in texts(notebook):
         source = cell["source"]  # nbformat's is one text, a file's a list of lines
-        text = unlinked(ABOVE.sub(rf"]({FOLDER}/\1", "".join(source)), there)
+        text = BESIDE.sub(lambda link: link[0] if origin(notebooks, link[2]) else link[1], "".join(source))
+        text = unlinked(ABOVE.sub(rf"]({FOLDER}/\1", text), there)
         cell["source"] = text if isinstance(source, str) else text.splitlines(keepends=True)
 
 
@@ -50,22 +65,22 @@ def unlinked(text: str, there: Collection[str]) -> str:
 def pages(paths: Iterable[str], notebooks: Path, there: Collection[str]) -> dict[str, bytes]:
     """These files and those that they link to in turn, by their place beside the notebooks that link to them.
 
-    paths: from the top of the tree. notebooks: the folder `notebooks` of the tree or of the installed package. there:
-    the names of the notebooks that `reading/` will lie among; links to them lead there. A file that is not there is
-    left out.
+    paths: from the top of the tree. notebooks: the folder that the notebooks lie in. there: the names of the notebooks
+    that `reading/` will lie among; links to them lead there. A file that is nowhere is left out.
     """
     found: dict[str, bytes] = {}
     left = sorted(set(paths), reverse=True)
     while left:
         path = left.pop()
-        place, file = f"{FOLDER}/{path}", beside(notebooks, path)
-        if place in found or not file.is_file():
+        place, file = f"{FOLDER}/{path}", origin(notebooks, path)
+        if place in found or not file:
             continue
         found[place] = file.read_bytes()
         if file.suffix == ".md":
             text = file.read_text(encoding="utf-8")
-            inner = {link: posixpath.normpath(f"{posixpath.dirname(path)}/{link}") for link in LINK.findall(text)}
-            left += sorted(to for to in inner.values() if not to.startswith(("../", "notebooks/")))
+            folder = posixpath.dirname(path)
+            inner = {link: posixpath.normpath(posixpath.join(folder, link)) for link in LINK.findall(text)}
+            left += sorted(to for to in inner.values() if not to.startswith(("/", "../", "notebooks/")))
             for link, to in inner.items():
                 if to.startswith("notebooks/"):
                     up = posixpath.relpath(to.removeprefix("notebooks/"), posixpath.dirname(place))
@@ -89,7 +104,7 @@ def opened(notebooks: Path) -> dict[str, bytes]:
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             continue
         if here:
-            lead(notebook, there)
+            lead(notebook, notebooks, there)
             made[path.name] = to_bytes(notebook)
             linked |= here
     return made | pages(linked, notebooks, there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from labkit.course.grading import judge as judging
 from labkit.course.grading.export import safe
 from labkit.course.grading.judge import Points, judge, seal, share
 from labkit.course.grading.marks import BLANK, KIND
-from labkit.course.grading.source import cut, source_edition
+from labkit.course.grading.source import assignment, cut, source_edition
 from labkit.labs.lab01.mask import Mask
 from labkit.labs.lab01.references import attention_weights, causal_mask
 
@@ -63,6 +64,17 @@ def test_seeds_are_new_every_time_and_points_can_be_given() -> None:
     tests = [[cell.source for cell in each.cells if "HIDDEN" in cell.source] for each in (first, second)]
     assert all(a != b for a, b in zip(*tests, strict=True))
     assert "# 7 points" in tests[0][0]
+
+
+def test_a_teacher_s_own_copy_of_a_notebook_is_handed_out_with_the_pages_that_it_links_to(tmp_path: Path) -> None:
+    """As `labkit grade setup --notebooks` names it: no page lies beside it, and the course has them."""
+    copy = tmp_path / "mine" / NOTEBOOKS[0].name
+    copy.parent.mkdir()
+    copy.write_bytes(NOTEBOOKS[0].read_bytes())
+    notebook, files = assignment(copy)
+    assert files.keys() == assignment(NOTEBOOKS[0])[1].keys() >= {"reading/docs/glossary.md"}
+    text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert set(re.findall(r"\]\((reading/[^)#]+)", text)) <= files.keys()
 
 
 def test_a_cut_keeps_what_its_exercises_need_and_refuses_one_that_is_not_there() -> None:

@@ -77,6 +77,23 @@ def test_what_a_notebook_links_to_and_that_in_turn_is_put_beside_it(linked):
     assert refresh(notebooks, work) == []
 
 
+def test_a_page_at_the_top_of_the_tree_leads_on_and_a_link_to_nothing_is_plain_words(linked):
+    notebooks, work = linked
+    text = "[read](../READ.md) [me](../docs/gone.md#x) [own](../docs/design.md)"
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": text}]
+    (notebooks / NAMES[0]).write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
+    (notebooks.parent / "READ.md").write_text(f"[a](docs/a.md) [lab](notebooks/01_a.ipynb) [root]({Path(__file__)})")
+    refresh(notebooks, work)
+    (text_cell,) = json.loads((work / NAMES[0]).read_text())["cells"]
+    assert text_cell["source"] == "[read](reading/READ.md) me [own](reading/docs/design.md)"
+    assert (work / "reading/READ.md").read_text().startswith("[a](docs/a.md) [lab](../01_a.ipynb)")
+    made = {str(path.relative_to(work)) for path in (work / "reading").rglob("*") if path.is_file()}
+    assert made >= {"reading/READ.md", "reading/docs/a.md", "reading/docs/more/c.md"}
+    # What lies not beside the notebooks, as beside a teacher's own, is the course's.
+    assert (work / "reading/docs/design.md").is_file()
+    assert not list(work.rglob(Path(__file__).name))
+
+
 def test_a_notebook_that_was_copied_before_pages_came_along_is_brought_up_to_date(linked):
     notebooks, work = linked
     work.mkdir()

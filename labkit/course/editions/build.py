@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -88,9 +88,9 @@ def to_bytes(notebook: NotebookNode) -> bytes:
     return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
 
 
-def led(notebook: NotebookNode, sources: Iterable[Path]) -> NotebookNode:
+def led(notebook: NotebookNode, sources: Collection[Path]) -> NotebookNode:
     """A notebook as an edition of these has it: its links lead to what lies beside it."""
-    lead(notebook, {path.name for path in sources})
+    lead(notebook, next(iter(sources)).parent, {path.name for path in sources})
     return notebook
 
 

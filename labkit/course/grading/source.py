@@ -43,7 +43,7 @@ def assignment(
     original = nbformat.read(notebook, as_version=4)
     edition = source_edition(cut(original, ids) if ids else original, exercises, limit=limit)
     linked = pages(wanted(edition), notebook.parent, [notebook.name])  # each lab is handed out by itself
-    lead(edition, [notebook.name])
+    lead(edition, notebook.parent, [notebook.name])
     return edition, {notebook.name: nbformat.writes(edition).encode(), **linked}
 
 
