@@ -26,7 +26,7 @@ import yaml
 from traitlets.config import PyFileConfigLoader
 
 from tests import npm
-from tests.ports import free_port
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -55,7 +55,7 @@ c.Spawner.args += ["--allow-root"]
 @contextmanager
 def hub(folder: Path, password: str, model: Path) -> Iterator[str]:
     """The address of a hub with all its files in `folder`; every process of it is gone afterwards, or this fails."""
-    ports = [free_port() for _ in range(3)]
+    ports = free_ports(3)
     proxy = [npm.node(), str(npm.package("configurable-http-proxy") / "bin/configurable-http-proxy")]
     settings = {
         "config": str(DEPLOY / "jupyterhub/jupyterhub_config.py"),
