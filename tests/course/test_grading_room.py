@@ -246,6 +246,56 @@ def test_what_is_left_running_ends_with_the_room(room) -> None:
     assert "time.sleep(98765)" not in everything_that_runs()
 
 
+@pytest.fixture
+def ordinary(room):
+    """Why a room ended its code where the grader is not root: a room in a room, whose user is not."""
+
+    def run(code: str, **limits) -> str:
+        given = {"seconds": 20, "wall_seconds": 20.0, "memory": 10**9, "disk": 50 * 10**6, **limits}
+        ran = room(
+            "import json, subprocess\n"
+            "from labkit.course.grading.room import Limits, Room\n"
+            f"inner = Room(Limits(**{given!r}))\n"
+            f"code = 'import os, sys, time\\n' + {code!r}\n"
+            "subprocess.run(inner.command([sys.executable, '-c', code]))\n"
+            "why = inner.why\n"
+            "inner.close()\n"
+            "print(json.dumps([why, inner.base.exists()]))\n",
+            memory=4 * 10**9, disk=500 * 10**6, seconds=100,
+        )  # fmt: skip
+        why, left = json.loads(ran.printed.splitlines()[-1])
+        assert not left
+        return str(why)
+
+    return run
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems do not list what a process has open")
+@pytest.mark.parametrize("room", ["as the system allows"], indirect=True)
+def test_processes_that_have_ended_do_not_stop_the_looking(ordinary) -> None:
+    """What they hold is nobody's to see, which is also how a process looks that forbids it."""
+    why = ordinary(
+        "for _ in range(50):\n    if os.fork() == 0:\n        os._exit(0)\n"
+        "time.sleep(1)\nend = time.monotonic() + 10\n"
+        "kept = [os.memfd_create('a') for _ in range(20)]\nfor f in kept: os.write(f, bytes(20_000_000))\n"
+        "while time.monotonic() < end: time.sleep(0.1)\n",
+        memory=3 * 10**8,
+    )
+    assert "GB of memory; 0.3 GB are allowed" in why
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere a process ends with its first thread")
+def test_a_process_whose_first_thread_has_ended_hides_nothing(room) -> None:
+    ran = room(
+        "import ctypes, threading\ndef go_on():\n    time.sleep(0.5)\n"
+        "    kept = [os.memfd_create('a') for _ in range(20)]\n    for f in kept: os.write(f, bytes(20_000_000))\n"
+        "    time.sleep(8)\n    os._exit(0)\n"
+        "threading.Thread(target=go_on).start()\nctypes.CDLL(None).pthread_exit(None)",
+        memory=3 * 10**8,
+    )
+    assert "forbade to look" in ran.why
+
+
 @pytest.mark.parametrize("room", ["as the system allows"], indirect=True)  # the other way may be root's
 def test_somebody_who_is_not_root_gets_what_the_system_gives_them(room) -> None:
     """A room in a room, whose user is not root: namespaces where the kernel allows them; else it is said."""

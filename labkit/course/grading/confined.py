@@ -311,11 +311,20 @@ def watch(child: int, plan: dict[str, Any], report: dict[str, str], why: int) ->
             code = os.waitstatus_to_exitcode(status)
             os.write(why, in_words(code, plan).encode())
             return code & 0xFF
+        reap_others(child)
         time.sleep(LOOK)
         look += 1
         if excess := too_long(plan, began) or (too_much_memory if look % 2 else too_much_on_disk)(plan, report):
             os.write(why, excess.encode())
             return 128 + signal.SIGKILL
+
+
+def reap_others(child: int) -> None:
+    """Take leave of what ended after its parent, so that it is not looked at for ever."""
+    for process in family(os.getpid()):
+        if process.pid != child:
+            with contextlib.suppress(OSError):  # most are somebody else's children
+                os.waitpid(process.pid, os.WNOHANG)
 
 
 def in_words(code: int, plan: dict[str, Any]) -> str:

@@ -226,7 +226,9 @@ def told(report: dict[str, str], limits: Limits) -> list[str]:
     ]
     lines += [f"NOT enforced here: {words} ({report[name]})." for name, words in WORDS.items() if report.get(name, "")]
     if sys.platform == "darwin":
-        lines.append("NOT limited by this system: memory and files; they are looked at five times a second.")
+        lines.append(
+            "NOT limited by this system: memory and files; each is looked at every 0.6 seconds or a little more."
+        )
     return lines
 
 

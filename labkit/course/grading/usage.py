@@ -14,6 +14,7 @@ import psutil
 LINUX = sys.platform.startswith("linux")
 MOST_FILES = 20_000
 GONE = " (deleted)"
+TRIES = 10  # looks, a tenth of a second apart, at a process that forbids them
 
 
 class OutOfSight(Exception):
@@ -73,27 +74,34 @@ def nameless(processes: Iterable[psutil.Process], folders: Sequence[str]) -> tup
     in_memory: dict[int, int] = {}
     on_disk: dict[int, int] = {}
     own = tuple(f"{folder}/" for folder in folders)
-    for process in processes if LINUX else ():
-        for name, file, size in looked_into(process):
-            if name.startswith("/memfd:"):
-                in_memory[file] = max(size, in_memory.get(file, 0))
-            elif name.startswith(own):
-                on_disk[file] = max(size, on_disk.get(file, 0))
+    for name, file, size in all_held(processes) if LINUX else ():
+        if name.startswith("/memfd:"):
+            in_memory[file] = max(size, in_memory.get(file, 0))
+        elif name.startswith(own):
+            on_disk[file] = max(size, on_disk.get(file, 0))
     return sum(in_memory.values()), sum(on_disk.values())
 
 
-def looked_into(process: psutil.Process) -> list[tuple[str, int, int]]:
-    """`held`, of a process that may end meanwhile. Raises OutOfSight."""
-    for _ in range(10):
-        try:
-            return list(held(process.pid))
-        except PermissionError:  # a process that is about to end gives that answer, too, for a moment
-            time.sleep(0.1)
-        except OSError:
-            return []
-    if running(process):
-        raise OutOfSight
-    return []
+def all_held(processes: Iterable[psutil.Process]) -> list[tuple[str, int, int]]:
+    """`held`, of processes that may end meanwhile. Raises OutOfSight."""
+    found: list[tuple[str, int, int]] = []
+    pending = list(processes)
+    for _ in range(TRIES):
+        denied = []
+        for process in pending:
+            try:
+                if ended(process):  # its files and its memory would read as none
+                    raise PermissionError
+                found += held(process.pid)
+            except PermissionError:  # what has ended, or is about to, gives that answer, too
+                denied.append(process)
+            except OSError:
+                continue
+        pending = [process for process in denied if running(process)]
+        if not pending:
+            return found
+        time.sleep(0.1)  # once for all of them: meanwhile nothing is looked at
+    raise OutOfSight
 
 
 def held(pid: int) -> Iterator[tuple[str, int, int]]:
@@ -111,11 +119,19 @@ def held(pid: int) -> Iterator[tuple[str, int, int]]:
             yield name, int(file), last - first
 
 
-def running(process: psutil.Process) -> bool:
-    """Whether it has not ended, or is about to."""
+def ended(process: psutil.Process) -> bool:
+    """Whether its first thread has ended, or is about to; others may go on."""
     try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:
+        return True
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether anything of it goes on."""
+    try:
+        return not ended(process) or len(os.listdir(f"/proc/{process.pid}/task")) > 1
+    except OSError:
         return False
 
 
