@@ -18,6 +18,7 @@ import pytest
 
 from labkit.course.grading.confined import SYSTEM
 from labkit.course.grading.room import WORDS, Limits, Room, RoomError, homes, needed, told
+from labkit.course.grading.usage import Clock
 
 LINUX = sys.platform.startswith("linux")
 AS_IN_A_CONTAINER = """
@@ -103,6 +104,36 @@ def test_processes_that_fork_have_no_more_time_together_than_one(room) -> None:
         seconds=3,
     )
     assert "computed for more than 3 seconds" in ran.why
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere processes are not counted after their end")
+def test_computing_counts_where_nobody_waits_for_its_end(room) -> None:
+    """The system adds a child's time to its parent's when the parent waits for it, and only then."""
+    ran = room(
+        "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "while True:\n    if os.fork() == 0:\n        began = time.process_time()\n"
+        "        while time.process_time() < began + 0.2: pass\n        os._exit(0)\n"
+        "    try:\n        os.wait()\n    except ChildProcessError:\n        pass",
+        seconds=3, wall_seconds=20.0,
+    )  # fmt: skip
+    assert "computed for more than 3 seconds" in ran.why
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere processes are not counted after their end")
+def test_what_a_parent_gets_of_its_childrens_time_is_counted_once() -> None:
+    clock = Clock(os.getpid())
+    code = (
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        while time.process_time() < 0.7: pass\n"
+        "        os._exit(0)\n    os.wait()\nprint(sum(os.times()[:4]))\ntime.sleep(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        looked = []
+        while process.poll() is None:
+            looked.append(clock.look())
+            time.sleep(0.1)
+        used = float(process.stdout.read())
+    assert looked == sorted(looked)
+    assert used <= looked[-1] + 0.05 < used + 4 * 0.2 + 0.3
 
 
 def test_what_does_nothing_for_ever_has_an_end(room) -> None:

@@ -33,8 +33,8 @@ from labkit.course.grading.landlock import leaves_open
 from labkit.course.grading.usage import (
     LINUX,
     MOST_FILES,
+    Clock,
     OutOfSight,
-    computed,
     family,
     memory,
     mounted,
@@ -304,7 +304,7 @@ def threads() -> int:
 
 def watch(child: int, plan: dict[str, Any], report: dict[str, str], why: int) -> int:
     """Wait for the command; end it when all its processes together hold, or have used, more than they may."""
-    began, look = time.monotonic(), 0
+    began, clock, look = time.monotonic(), Clock(os.getpid()), 0
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -314,7 +314,7 @@ def watch(child: int, plan: dict[str, Any], report: dict[str, str], why: int) ->
         reap_others(child)
         time.sleep(LOOK)
         look += 1
-        if excess := too_long(plan, began) or (too_much_memory if look % 2 else too_much_on_disk)(plan, report):
+        if excess := too_long(plan, began, clock) or (too_much_memory if look % 2 else too_much_on_disk)(plan, report):
             os.write(why, excess.encode())
             return 128 + signal.SIGKILL
 
@@ -338,10 +338,10 @@ def in_words(code: int, plan: dict[str, Any]) -> str:
     return f"it ended by itself, with status {code}" if code else "it ended by itself, as after exit()"
 
 
-def too_long(plan: dict[str, Any], began: float) -> str:
+def too_long(plan: dict[str, Any], began: float, clock: Clock) -> str:
     """For how long the command runs or computes, in words, if that is longer than it may. Each process has the
     system's own limit besides; one that forks has none."""
-    if computed(os.getpid())[0] > plan["limits"]["CPU"]:
+    if clock.look() > plan["limits"]["CPU"]:
         return f"it computed for more than {plan['limits']['CPU']} seconds"
     if time.monotonic() - began > plan["wall"]:
         return f"it ran for more than {plan['wall']:.0f} seconds on the wall"

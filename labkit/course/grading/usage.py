@@ -14,6 +14,7 @@ import psutil
 LINUX = sys.platform.startswith("linux")
 MOST_FILES = 20_000
 GONE = " (deleted)"
+STEP = 1.0  # seconds that one look counts at most: a machine that was asleep has not computed
 TRIES = 10  # looks, a tenth of a second apart, at a process that forbids them
 
 
@@ -50,6 +51,46 @@ def computed(pid: int) -> tuple[float, bool]:
             total += times.user + times.system + times.children_user + times.children_system
             busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
     return total, busy
+
+
+class Clock:
+    """Seconds that all processes below one have computed together, looked at now and then; it never goes back.
+
+    A parent that ignores its children's ends does not get their time, so what was seen of a process stays counted when
+    it ends, but for what its parent got. Of one that is new and computes, much may have been missed, and it may end
+    unseen: it counts as having computed since the last look.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.seconds, self.last = pid, 0.0, time.monotonic()
+        self.seen: dict[tuple[int, float], tuple[float, float]] = {}  # what counts, and its ended children's part
+
+    def look(self) -> float:
+        """The seconds by now."""
+        now = time.monotonic()
+        step, self.last = min(now - self.last, STEP), now
+        seen: dict[tuple[int, float], tuple[float, float]] = {}
+        unknown = os.cpu_count() or 1  # no more can compute at a time
+        got = 0.0
+        for process in family(self.pid):
+            with contextlib.suppress(psutil.Error):
+                key, times = (process.pid, process.create_time()), process.cpu_times()
+                children = times.children_user + times.children_system
+                counted = times.user + times.system + children
+                before, children_before = self.seen.get(key, (0.0, 0.0))
+                if (
+                    key not in self.seen
+                    and unknown
+                    and (counted > step / 4 or process.status() == psutil.STATUS_RUNNING)
+                ):
+                    counted, unknown = max(counted, step), unknown - 1
+                seen[key] = max(counted, before), children
+                self.seconds += seen[key][0] - before
+                got += children - children_before
+        gone = sum(counted for key, (counted, _) in self.seen.items() if key not in seen)
+        self.seconds -= max(0.0, min(got, gone))
+        self.seen = seen
+        return self.seconds
 
 
 def memory(processes: Iterable[psutil.Process], small: int) -> int:
