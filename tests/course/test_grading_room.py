@@ -151,10 +151,25 @@ def test_memory_is_limited(room) -> None:
     assert ran.status == 1
 
 
+CHUNK = """CHUNK, kept = bytes(20_000_000), []
+import ctypes
+C = ctypes.CDLL(None)
+C.mmap.restype = ctypes.c_void_p
+def mapped(f, size, flags=1):  # Python's own keeps the file open
+    return C.mmap(None, ctypes.c_size_t(size), 3, flags, f, ctypes.c_long(0))
+"""
 NAMELESS = {
     "memory files": "for _ in range(20): f = os.memfd_create('a'); os.write(f, CHUNK); kept = [*kept, f]",
-    "memory files that are mapped": "import mmap\nfor _ in range(20):\n    f = os.memfd_create('a')\n"
-    "    os.write(f, CHUNK)\n    kept.append(mmap.mmap(f, len(CHUNK)))\n    kept[-1].read()\n    os.close(f)",
+    "memory files that are mapped": "for _ in range(20):\n    f = os.memfd_create('a')\n    os.write(f, CHUNK)\n"
+    "    ctypes.string_at(mapped(f, len(CHUNK)), len(CHUNK))\n    os.close(f)",
+    "memory files that are mapped, but not read": "for _ in range(20):\n    f = os.memfd_create('a')\n"
+    "    os.write(f, CHUNK)\n    ctypes.string_at(mapped(f, 4096), 1)\n    os.close(f)",
+    "shared memory out of sight": "import mmap\nfor _ in range(20):\n    m = mmap.mmap(-1, len(CHUNK))\n"
+    "    m.write(CHUNK)\n    m.madvise(mmap.MADV_DONTNEED)\n    kept.append(m)",
+    "shared memory with a name of its own": "for _ in range(20):\n    at = mapped(-1, len(CHUNK), 0x21)\n"
+    "    ctypes.memset(at, 1, len(CHUNK))\n"
+    "    C.prctl(0x53564d41, ctypes.c_ulong(0), ctypes.c_ulong(at), ctypes.c_ulong(len(CHUNK)), b'mine')\n"
+    "    C.madvise(ctypes.c_void_p(at), ctypes.c_size_t(len(CHUNK)), 4)",
     "segments": "import ctypes\nC = ctypes.CDLL(None)\nC.shmat.restype = ctypes.c_void_p\n"
     "for _ in range(20):\n    a = C.shmat(C.shmget(0, ctypes.c_size_t(len(CHUNK)), 0o1600), None, 0)\n"
     "    ctypes.memset(a, 1, len(CHUNK))\n    C.shmdt(ctypes.c_void_p(a))",
@@ -162,15 +177,17 @@ NAMELESS = {
 REMOVED = {
     "removed files": "for _ in range(20):\n    f = open('x', 'wb')\n    f.write(CHUNK)\n    f.flush()\n"
     "    os.remove('x')\n    kept.append(f)",
-    "removed files that are mapped": "import mmap\nfor _ in range(20):\n    f = open('x', 'w+b')\n    f.write(CHUNK)\n"
-    "    f.flush()\n    os.remove('x')\n    kept.append(mmap.mmap(f.fileno(), len(CHUNK)))\n    f.close()",
+    "removed files that are mapped": "for _ in range(20):\n    f = os.open('x', os.O_RDWR | os.O_CREAT)\n"
+    "    os.write(f, CHUNK)\n    os.remove('x')\n    mapped(f, len(CHUNK))\n    os.close(f)",
+    "removed files of which one page is mapped": "for _ in range(20):\n    f = os.open('x', os.O_RDWR | os.O_CREAT)\n"
+    "    os.write(f, CHUNK)\n    os.remove('x')\n    mapped(f, 4096)\n    os.close(f)",
 }
 
 
 @pytest.mark.skipif(not LINUX, reason="other systems have no such files")
 @pytest.mark.parametrize("kind", NAMELESS)
 def test_memory_in_files_without_a_name_is_counted(room, kind: str) -> None:
-    ran = room(f"CHUNK, kept = bytes(20_000_000), []\n{NAMELESS[kind]}\ntime.sleep(6)", memory=3 * 10**8)
+    ran = room(f"{CHUNK}{NAMELESS[kind]}\ntime.sleep(6)", memory=3 * 10**8)
     if kind != "segments" or ran.holds("shared memory"):
         assert "GB of memory; 0.3 GB are allowed" in ran.why
 
@@ -178,7 +195,7 @@ def test_memory_in_files_without_a_name_is_counted(room, kind: str) -> None:
 @pytest.mark.skipif(not LINUX, reason="other systems do not list what a process has open")
 @pytest.mark.parametrize("kind", REMOVED)
 def test_files_that_were_removed_while_they_were_open_are_counted(room, kind: str) -> None:
-    ran = room(f"CHUNK, kept = bytes(20_000_000), []\n{REMOVED[kind]}\ntime.sleep(6)", disk=10**8)
+    ran = room(f"{CHUNK}{REMOVED[kind]}\ntime.sleep(6)", disk=10**8)
     assert "MB to files; 100 MB are allowed" in ran.why
 
 
@@ -313,6 +330,17 @@ def test_processes_that_have_ended_do_not_stop_the_looking(ordinary) -> None:
         memory=3 * 10**8,
     )
     assert "GB of memory; 0.3 GB are allowed" in why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no such files")
+@pytest.mark.parametrize("room", ["as the system allows"], indirect=True)
+def test_a_file_without_a_name_counts_in_full_where_only_root_may_know_its_size(ordinary) -> None:
+    """What is in sight of it is the one page that is mapped."""
+    code = NAMELESS["memory files that are mapped, but not read"]
+    assert "GB of memory; 0.3 GB are allowed" in ordinary(f"{CHUNK}{code}\ntime.sleep(6)", memory=3 * 10**8)
+    code = REMOVED["removed files of which one page is mapped"]
+    why = ordinary(f"{CHUNK}{code}\ntime.sleep(6)", disk=10**8, file=3 * 10**7)
+    assert "MB to files; 100 MB are allowed" in why
 
 
 @pytest.mark.skipif(not LINUX, reason="elsewhere a process ends with its first thread")

@@ -31,8 +31,10 @@ import psutil
 from labkit.course.grading import landlock
 from labkit.course.grading.landlock import leaves_open
 from labkit.course.grading.usage import (
+    ANONYMOUS,
     LINUX,
     MOST_FILES,
+    SEGMENT,
     Clock,
     OutOfSight,
     family,
@@ -350,14 +352,20 @@ def too_long(plan: dict[str, Any], began: float, clock: Clock) -> str:
 
 def too_much_memory(plan: dict[str, Any], report: dict[str, str]) -> str:
     """How much memory the processes hold together, in words, if it is more than they may."""
-    most, processes = plan["memory"], family(os.getpid())
+    most = plan["memory"]
     try:
-        held = memory(processes, most // 64) + nameless(processes, plan["write"])[0]
+        held = memory(family(os.getpid()), most // 64) + without_names(plan, report)[0]
     except OutOfSight:
         return "it forbade to look at the memory that it holds"
     held += 0 if report["files"] or report["names"] else mounted([path for path in SHARED if os.path.isdir(path)])
     held += 0 if report["shared memory"] else segments()
     return f"its processes held {held / 1e9:.1f} GB of memory; {most / 1e9:.1f} GB are allowed" if held > most else ""
+
+
+def without_names(plan: dict[str, Any], report: dict[str, str]) -> tuple[int, int]:
+    """Bytes of files without names, in memory and on the disk. Raises OutOfSight."""
+    shared = [*ANONYMOUS, *([SEGMENT] if report["shared memory"] else []), *(["/dev/shm/"] if report["names"] else [])]
+    return nameless(family(os.getpid()), plan["write"], shared, plan["limits"]["FSIZE"])
 
 
 def too_much_on_disk(plan: dict[str, Any], report: dict[str, str]) -> str:
@@ -366,7 +374,7 @@ def too_much_on_disk(plan: dict[str, Any], report: dict[str, str]) -> str:
     if files >= MOST_FILES:
         return f"it made more than {MOST_FILES:,} files"
     with contextlib.suppress(OutOfSight):  # the look at memory says it
-        total += nameless(family(os.getpid()), plan["write"])[1]
+        total += without_names(plan, report)[1]
     return f"it wrote {total / 1e6:.0f} MB to files; {most / 1e6:.0f} MB are allowed" if total > most else ""
 
 

@@ -14,6 +14,8 @@ import psutil
 LINUX = sys.platform.startswith("linux")
 MOST_FILES = 20_000
 GONE = " (deleted)"
+SEGMENT = "/SYSV"  # so begin the names of System V's shared memory, as those of what has no name at all:
+ANONYMOUS = ("/memfd:", f"/dev/zero{GONE}", "[anon_shmem:")
 STEP = 1.0  # seconds that one look counts at most: a machine that was asleep has not computed
 TRIES = 10  # looks, a tenth of a second apart, at a process that forbids them
 
@@ -94,38 +96,64 @@ class Clock:
 
 
 def memory(processes: Iterable[psutil.Process], small: int) -> int:
-    """Bytes that processes hold together. small: of a process that is not worth a closer look."""
-    held = 0
+    """Bytes that processes hold together; on Linux without shared memory, which `nameless` and others count.
+
+    small: of a process that is not worth a closer look.
+    """
+    total = 0
     for process in processes:
-        try:
-            info = process.memory_info()
-            held += info.rss
-            if info.rss > small:  # what is shared is shared out
-                held += getattr(process.memory_full_info(), "pss", info.rss) - info.rss
-        except (psutil.Error, OSError):
-            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            total += resident(process.pid, small) if LINUX else process.memory_info().rss
+    return total
+
+
+def resident(pid: int, small: int) -> int:
+    """Bytes of its own and of files that a process holds in memory; if they are many, what is shared is shared out."""
+    held = fields(f"/proc/{pid}/status", "RssAnon:", "RssFile:")
+    if held > small:
+        with contextlib.suppress(OSError):
+            return fields(f"/proc/{pid}/smaps_rollup", "Pss_Anon:", "Pss_File:") or held
     return held
 
 
-def nameless(processes: Iterable[psutil.Process], folders: Sequence[str]) -> tuple[int, int]:
+def fields(file: str, *names: str) -> int:
+    """The sum of some lines of a file of /proc, in bytes; it has kilobytes."""
+    lines = [line.split() for line in Path(file).read_text(errors="replace").splitlines()]
+    return 1024 * sum(int(line[1]) for line in lines if line and line[0] in names)
+
+
+def nameless(
+    processes: Iterable[psutil.Process], folders: Sequence[str], shared: Sequence[str], largest: int
+) -> tuple[int, int]:
     """Bytes in files that processes hold and no folder lists: in memory, and on the disk below `folders`.
 
-    Those of memfd_create(2), and those that were removed while they were open or mapped. Raises OutOfSight.
+    In memory: those whose names begin as one in `shared` does. On the disk: those that were removed while they were
+    open or mapped. largest: bytes that a file may have, which is what one counts of which a mapping alone is in sight.
+    Raises OutOfSight.
     """
-    in_memory: dict[int, int] = {}
-    on_disk: dict[int, int] = {}
+    known: dict[tuple[str, int], int] = {}
+    unknown: dict[tuple[str, int], int] = {}
     own = tuple(f"{folder}/" for folder in folders)
-    for name, file, size in all_held(processes) if LINUX else ():
-        if name.startswith("/memfd:"):
-            in_memory[file] = max(size, in_memory.get(file, 0))
+    for name, file, size, mapped in all_held(processes, tuple(shared)) if LINUX else ():
+        if name.startswith(tuple(shared)):
+            kind = SEGMENT if name.startswith(SEGMENT) else "memory"
         elif name.startswith(own):
-            on_disk[file] = max(size, on_disk.get(file, 0))
-    return sum(in_memory.values()), sum(on_disk.values())
+            kind = "disk"
+        else:
+            continue
+        if mapped and (kind == "disk" or name.startswith("/memfd:")):
+            mapped = largest
+        sizes = unknown if mapped else known
+        sizes[kind, file] = max(mapped or size, sizes.get((kind, file), 0))
+    total = {"memory": 0, "disk": 0, SEGMENT: 0}
+    for (kind, _), size in (unknown | known).items():
+        total[kind] += size
+    return total["memory"] + total[SEGMENT], total["disk"]
 
 
-def all_held(processes: Iterable[psutil.Process]) -> list[tuple[str, int, int]]:
+def all_held(processes: Iterable[psutil.Process], shared: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
     """`held`, of processes that may end meanwhile. Raises OutOfSight."""
-    found: list[tuple[str, int, int]] = []
+    found: list[tuple[str, int, int, int]] = []
     pending = list(processes)
     for _ in range(TRIES):
         denied = []
@@ -133,7 +161,7 @@ def all_held(processes: Iterable[psutil.Process]) -> list[tuple[str, int, int]]:
             try:
                 if ended(process):  # its files and its memory would read as none
                     raise PermissionError
-                found += held(process.pid)
+                found += held(process.pid, shared)
             except PermissionError:  # what has ended, or is about to, gives that answer, too
                 denied.append(process)
             except OSError:
@@ -145,19 +173,24 @@ def all_held(processes: Iterable[psutil.Process]) -> list[tuple[str, int, int]]:
     raise OutOfSight
 
 
-def held(pid: int) -> Iterator[tuple[str, int, int]]:
-    """Name, number and bytes of each nameless file that one process has open, or has mapped from a disk."""
+def held(pid: int, shared: tuple[str, ...]) -> Iterator[tuple[str, int, int, int]]:
+    """Name, number and bytes of each nameless file that one process has open or mapped; of one that is mapped, where
+    only root may know the bytes, how far the mapping reaches instead."""
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
             name = os.readlink(entry.path)
-            if name.endswith(GONE) or name.startswith("/memfd:"):
+            if name.endswith(GONE) or name.startswith(shared):
                 status = os.stat(entry.path)
-                yield name, status.st_ino, status.st_blocks * 512
+                yield name, status.st_ino, status.st_blocks * 512, 0
     for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-        if line.endswith(GONE) and "/memfd:" not in line:  # what is mapped of those is counted as memory
-            span, _, _, _, file, name = line.split(maxsplit=5)
+        span, _, offset, _, file, *name = line.split(maxsplit=5)
+        if name and (name[0].endswith(GONE) or name[0].startswith(shared)):
             first, last = (int(end, 16) for end in span.split("-"))
-            yield name, int(file), last - first
+            try:
+                size, mapped = os.stat(f"/proc/{pid}/map_files/{first:x}-{last:x}").st_blocks * 512, 0
+            except OSError:
+                size, mapped = 0, int(offset, 16) + last - first
+            yield name[0], int(file), size, mapped
 
 
 def ended(process: psutil.Process) -> bool:
