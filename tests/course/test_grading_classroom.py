@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -117,6 +119,22 @@ def test_what_comes_late_takes_no_reason_of_the_others_away(one_lab, tmp_path: P
         "ada": "of ada", "eve": "of eve"
     }  # fmt: skip
     assert {student for student, _ in told(folder)} == {"ada", "eve", "fay", "gus"}
+
+
+def ended(folder: Path, assignment: str, student: str) -> str:
+    """What a grader does that one submission brings to an end."""
+    if student == "ben":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"graded by {os.getpid()}"
+
+
+def test_a_grader_that_is_ended_costs_no_other_submission(one_lab, tmp_path: Path, monkeypatch) -> None:
+    folder, notebook = one_lab
+    monkeypatch.setattr(classroom, "grade_one", ended)
+    collect(folder, handed_in(tmp_path / "in", ada=notebook, ben=notebook, eve=notebook))
+    said = {each.student: each.problem for each in grade(folder, workers=2)}
+    assert "its grader was ended by the system" in said["ben"]
+    assert all(said[name].startswith("graded by") for name in ("ada", "eve"))
 
 
 def test_who_has_points_and_hands_in_a_broken_file_keeps_both_in_the_table(one_lab, tmp_path, monkeypatch) -> None:

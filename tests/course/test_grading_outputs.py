@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 import time
 
@@ -13,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 pytest.importorskip("nbgrader")
 
+from labkit.course.grading import nbgrader_parts
 from labkit.course.grading.nbgrader_parts import (
     LEFT_OUT,
     MESSAGE,
@@ -22,7 +24,7 @@ from labkit.course.grading.nbgrader_parts import (
     shortened,
 )
 from labkit.course.grading.room import RoomError
-from labkit.course.grading.usage import family
+from labkit.course.grading.usage import LINUX, family
 
 
 def executed(*sources: str, **limits) -> nbformat.NotebookNode:
@@ -46,6 +48,20 @@ def test_a_result_and_a_line_of_hundreds_of_megabytes_do_not_reach_the_grader() 
         assert f"it put out more than {MESSAGE / 1e6:g} MB at once" in text(cell)
     assert "and on" in text(after)
     assert psutil.Process().memory_info().rss - before < 200_000_000
+
+
+@pytest.mark.skipif(not LINUX, reason="nothing else bounds the memory of a process")
+def test_a_message_of_many_parts_does_not_reach_the_grader_either(monkeypatch) -> None:
+    """Each part may be as large as a part may be, and no number of them is too many for ZeroMQ."""
+    monkeypatch.setattr(nbgrader_parts, "GRADER", 200_000_000)
+    many = f"""kernel = get_ipython().kernel
+parts = [memoryview(bytes({MESSAGE - 1000}))] * 150
+kernel.session.send(kernel.iopub_socket, "display_data", {{}}, parent=kernel.get_parent(), buffers=parts)"""
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    notebook = executed(many, "print('and on')")
+    assert f"it put out more than {MESSAGE / 1e6:g} MB at once" in text(notebook.cells[1])
+    assert "and on" in text(notebook.cells[2])
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
 def test_a_crash_is_told_as_one_however_late_it_is_seen(monkeypatch) -> None:

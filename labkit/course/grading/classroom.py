@@ -18,7 +18,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -230,13 +231,15 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
         raise ClassError("nothing was collected yet: labkit grade collect FOLDER SUBMISSIONS")
     before = noted(folder, assignment)["run"]
     problems = {name: problem for name, problem in before.items() if name not in wanted}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-        jobs = {pool.submit(grade_one, folder, assignment, name): name for name in wanted}
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(grade_apart, folder, assignment, name): name for name in wanted}
         for job in as_completed(jobs):
             name = jobs[job]
             try:
                 problem = job.result()
-            except Exception as error:  # the worker itself ended
+            except BrokenProcessPool:
+                problem = "its grader was ended by the system, as where what it put out needs more memory than there is"
+            except Exception as error:
                 problem = f"the grader ended: {type(error).__name__}"
             if problem:
                 problems[name] = problem
@@ -270,6 +273,12 @@ def end_with_parent() -> None:
     """Let a worker end when the command is killed, and what it runs with it; elsewhere than on Linux it goes on."""
     if LINUX:
         libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def grade_apart(folder: Path, assignment: str, student: str) -> str:
+    """`grade_one` in a process of its own: where a submission brings its grader to an end, it costs no other."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as one:
+        return one.submit(grade_one, folder, assignment, student).result()
 
 
 def grade_one(folder: Path, assignment: str, student: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,18 @@ from traitlets import Dict, Float, List, Unicode
 
 from labkit.course.grading.marks import BLANK, KIND, marks
 from labkit.course.grading.room import Limits, Room, RoomError
-from labkit.course.grading.usage import computed, family, running
+from labkit.course.grading.usage import LINUX, computed, family, running
 from labkit.printable import printable
 
 DEATHS = 3  # kernels that one notebook may lose
 GRACE = 5.0  # seconds for a cell to end after it was interrupted
 OUTPUT = 200_000  # characters of one cell's outputs
 OUTPUTS = 50 * OUTPUT  # of all of a notebook's
-MESSAGE = 4 * 10**6  # bytes of one message: a larger one is refused before it is in the grader's memory
+MESSAGE = 4 * 10**6  # bytes of one part of a message: a larger one is refused before it is in the grader's memory
 QUEUE = 64  # messages that wait
+GRADER = (
+    10**9
+)  # bytes that the grader may take for all that one notebook puts out: a message can have any number of parts
 SILENCE = 2.0  # seconds that a kernel may be alive, but cut off
 SHORT = 2000  # characters of a part of an error that is too long
 LEFT_OUT = f"[The rest is left out: a cell's outputs may have {OUTPUT:,} characters.]\n"
@@ -128,7 +132,8 @@ class ConfinedKernelManager(AsyncKernelManager):
         self.room.give_file(Path(self.connection_file))
 
     def client(self, **options: Any) -> AsyncKernelClient:  # type: ignore[override]
-        """A client that takes no message without measure: the kernel is the submission's."""
+        """A client that takes no part of a message without measure, nor any number of messages: the kernel is the
+        submission's. The number of parts ZeroMQ does not bound: `at_most` does."""
         client = super().client(**options)
         client.context.setsockopt(zmq.MAXMSGSIZE, MESSAGE)
         client.context.setsockopt(zmq.RCVHWM, QUEUE)
@@ -158,6 +163,24 @@ class Cuts:
                 socket.disable_monitor()
 
 
+@contextlib.contextmanager
+def at_most(more: int) -> Iterator[None]:
+    """Let this process hold so many bytes more than now, on Linux; elsewhere nothing bounds it.
+
+    ZeroMQ cuts the connection where it has no memory for a part of a message, as where a part is too large.
+    """
+    if not LINUX:
+        yield
+        return
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [psutil.Process().memory_info().data + more, *(each for each in before if each != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def lives(launcher: int) -> bool:
     """Whether a kernel runs below its launcher: one that died is cut off as well, and nothing that it put out did that.
 
@@ -179,6 +202,11 @@ class ConfinedExecute(Execute):
 
     def preprocess(self, nb: NotebookNode, resources: Any = None, km: Any = None) -> tuple[NotebookNode, Any]:
         """Run all cells, then let each graded one say either points of the judge's or why there are none."""
+        with at_most(GRADER):
+            return self.run_all(nb, resources)
+
+    def run_all(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
+        """`preprocess`, in whatever memory there is."""
         NotebookClient.__init__(self, nb)
         self.reset_execution_trackers()
         self._check_assign_resources(resources)
