@@ -41,9 +41,7 @@ OUTPUT = 200_000  # characters of one cell's outputs
 OUTPUTS = 50 * OUTPUT  # of all of a notebook's
 MESSAGE = 4 * 10**6  # bytes of one part of a message: a larger one is refused before it is in the grader's memory
 QUEUE = 64  # messages that wait
-GRADER = (
-    10**9
-)  # bytes that the grader may take for all that one notebook puts out: a message can have any number of parts
+GRADER = 10**9  # bytes that the grader may take for what one notebook puts out: a message has any number of parts
 SILENCE = 2.0  # seconds that a kernel may be alive, but cut off
 SHORT = 2000  # characters of a part of an error that is too long
 LEFT_OUT = f"[The rest is left out: a cell's outputs may have {OUTPUT:,} characters.]\n"
