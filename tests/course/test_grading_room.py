@@ -32,6 +32,12 @@ def forbidden(name, *arguments):
 confined.libc = forbidden
 sys.exit(confined.main())
 """
+FOR_A_ROOM_INSIDE = """
+import sys
+from labkit.course.grading import confined
+confined.elsewhere = lambda *_: False
+sys.exit(confined.main())
+"""
 
 
 @dataclass
@@ -67,6 +73,8 @@ def room(request, tmp_path: Path):
             plan = json.loads(one.plan.read_text())  # without mounts nobody else can read a Python in root's home
             one.plan.write_text(json.dumps(plan | {"uid": 0}))
             command[2:4] = ["-c", AS_IN_A_CONTAINER]
+        if "inside" in request.param:
+            command[2:4] = ["-c", FOR_A_ROOM_INSIDE]
         began = time.monotonic()
         status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
         seconds = time.monotonic() - began
@@ -319,7 +327,7 @@ def ordinary(room):
 
 
 @pytest.mark.skipif(not LINUX, reason="other systems do not list what a process has open")
-@pytest.mark.parametrize("room", ["as the system allows"], indirect=True)
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)
 def test_processes_that_have_ended_do_not_stop_the_looking(ordinary) -> None:
     """What they hold is nobody's to see, which is also how a process looks that forbids it."""
     why = ordinary(
@@ -333,7 +341,7 @@ def test_processes_that_have_ended_do_not_stop_the_looking(ordinary) -> None:
 
 
 @pytest.mark.skipif(not LINUX, reason="other systems have no such files")
-@pytest.mark.parametrize("room", ["as the system allows"], indirect=True)
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)
 def test_a_file_without_a_name_counts_in_full_where_only_root_may_know_its_size(ordinary) -> None:
     """What is in sight of it is the one page that is mapped."""
     code = NAMELESS["memory files that are mapped, but not read"]
@@ -341,6 +349,37 @@ def test_a_file_without_a_name_counts_in_full_where_only_root_may_know_its_size(
     code = REMOVED["removed files of which one page is mapped"]
     why = ordinary(f"{CHUNK}{code}\ntime.sleep(6)", disk=10**8, file=3 * 10**7)
     assert "MB to files; 100 MB are allowed" in why
+
+
+OWN_SPACES = """
+import ctypes
+C = ctypes.CDLL(None)
+try:
+    if C.unshare(0x10000000 | 0x20000 | 0x8000000) or C.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None):
+        raise OSError
+    kept = [open(f'/tmp/{number}', 'wb') for number in range(20)]
+    for file in kept: file.write(bytes(20_000_000))
+    print('DONE')
+except OSError:
+    print('forbidden')
+time.sleep(8)
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no namespaces")
+def test_what_makes_namespaces_of_its_own_is_ended(room) -> None:
+    ran = room(OWN_SPACES, memory=3 * 10**8)
+    assert "namespaces of its own" in ran.why or ran.printed.strip() == "forbidden"
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no namespaces")
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)
+def test_an_ordinary_graders_room_ends_what_makes_namespaces_of_its_own(ordinary) -> None:
+    assert "namespaces of its own" in ordinary(OWN_SPACES) or not namespaces_for_users()
+
+
+def namespaces_for_users() -> bool:
+    return Path("/proc/sys/user/max_user_namespaces").read_text().strip() != "0"
 
 
 @pytest.mark.skipif(not LINUX, reason="elsewhere a process ends with its first thread")
@@ -355,7 +394,7 @@ def test_a_process_whose_first_thread_has_ended_hides_nothing(room) -> None:
     assert "forbade to look" in ran.why
 
 
-@pytest.mark.parametrize("room", ["as the system allows"], indirect=True)  # the other way may be root's
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)  # the other way may be root's
 def test_somebody_who_is_not_root_gets_what_the_system_gives_them(room) -> None:
     """A room in a room, whose user is not root: namespaces where the kernel allows them; else it is said."""
     ran = room(

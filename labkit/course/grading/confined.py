@@ -37,6 +37,7 @@ from labkit.course.grading.usage import (
     SEGMENT,
     Clock,
     OutOfSight,
+    elsewhere,
     family,
     memory,
     mounted,
@@ -316,6 +317,9 @@ def watch(child: int, plan: dict[str, Any], report: dict[str, str], why: int) ->
         reap_others(child)
         time.sleep(LOOK)
         look += 1
+        if elsewhere(family(os.getpid()), child):
+            os.write(why, b"it made namespaces of its own, in which memory and files are out of sight")
+            return 128 + signal.SIGKILL
         if excess := too_long(plan, began, clock) or (too_much_memory if look % 2 else too_much_on_disk)(plan, report):
             os.write(why, excess.encode())
             return 128 + signal.SIGKILL

@@ -209,6 +209,24 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
+def spaces(pid: int) -> tuple[str, ...]:
+    """Which namespaces a process is in, of those in which memory can lie out of sight. Raises OSError."""
+    return tuple(os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("user", "mnt", "ipc"))
+
+
+def elsewhere(processes: Iterable[psutil.Process], first: int) -> bool:
+    """Whether one of the processes, those that ended aside, has other namespaces than the first has."""
+    try:
+        here = spaces(first)
+    except OSError:  # it has ended, and with it all others; or this system has no namespaces
+        return False
+    for process in processes:
+        with contextlib.suppress(OSError):  # one that forbids to look is found by `nameless`
+            if spaces(process.pid) != here:
+                return True
+    return False
+
+
 def segments() -> int:
     """Bytes in the System V shared memory that this process's namespace holds, attached or not."""
     try:
