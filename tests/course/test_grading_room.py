@@ -42,13 +42,14 @@ sys.exit(confined.main())
 
 @dataclass
 class Ran:
-    """What a confined Python printed, why it ended, its status, what was enforced, and for how long it ran."""
+    """What a confined Python printed, why it ended, its status, what was enforced, for how long it ran, and where."""
 
     printed: str
     why: str
     status: int
     report: dict[str, str]
     seconds: float
+    room: Room
 
     def holds(self, name: str) -> bool:
         """Whether something was enforced; where it was not, the teacher was told."""
@@ -80,7 +81,7 @@ def room(request, tmp_path: Path):
         seconds = time.monotonic() - began
         report = json.loads((one.base / "report").read_text())
         output = one.home / "output.txt"
-        return Ran(output.read_text() if output.exists() else "", one.why, status, report, seconds)
+        return Ran(output.read_text() if output.exists() else "", one.why, status, report, seconds, one)
 
     yield run
     for one in made:
@@ -306,14 +307,16 @@ def test_what_is_left_running_ends_with_the_room(room) -> None:
 def ordinary(room):
     """Why a room ended its code where the grader is not root: a room in a room, whose user is not."""
 
-    def run(code: str, **limits) -> str:
+    def run(code: str, container: bool = False, **limits) -> str:
         given = {"seconds": 20, "wall_seconds": 20.0, "memory": 10**9, "disk": 50 * 10**6, **limits}
         ran = room(
             "import json, subprocess\n"
             "from labkit.course.grading.room import Limits, Room\n"
             f"inner = Room(Limits(**{given!r}))\n"
             f"code = 'import os, sys, time\\n' + {code!r}\n"
-            "subprocess.run(inner.command([sys.executable, '-c', code]))\n"
+            "command = inner.command([sys.executable, '-c', code])\n"
+            f"command[2:4] = ['-c', {AS_IN_A_CONTAINER!r}] if {container} else command[2:4]\n"
+            "subprocess.run(command)\n"
             "why = inner.why\n"
             "inner.close()\n"
             "print(json.dumps([why, inner.base.exists()]))\n",
@@ -349,6 +352,39 @@ def test_a_file_without_a_name_counts_in_full_where_only_root_may_know_its_size(
     code = REMOVED["removed files of which one page is mapped"]
     why = ordinary(f"{CHUNK}{code}\ntime.sleep(6)", disk=10**8, file=3 * 10**7)
     assert "MB to files; 100 MB are allowed" in why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems mount no model")
+def test_what_is_written_in_the_models_place_is_counted(room, tmp_path_factory, monkeypatch) -> None:
+    """The model itself is not: neither where it was put nor where it is after its folder got another name."""
+    model = tmp_path_factory.mktemp("models")
+    model.chmod(0o755)
+    (model / "weights").write_bytes(bytes(30_000_000))
+    (model / "weights").chmod(0o644)
+    monkeypatch.setattr(Room, "models", lambda self: [(str(model), str(self.home / "cache" / "model"))])
+    move = "os.chdir('..')\nos.rename('cache', 'moved')\nos.makedirs('cache/model')\n"
+    ran = room(f"{move}print(os.path.getsize('moved/model/weights'))\ntime.sleep(2)", disk=2 * 10**7)
+    assert "ended by itself" in ran.why, ran.printed
+    ran = room(f"{move}open('cache/model/x', 'wb').write(bytes(30_000_000))\ntime.sleep(4)", disk=2 * 10**7)
+    assert "it wrote 30 MB to files; 20 MB are allowed" in ran.why, ran.printed
+
+
+WRITE = "open('x', 'wb').write(bytes(60_000_000))\ntime.sleep(4)"
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have other permissions")
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)
+def test_a_folder_that_forbids_to_be_read_ends_the_submission(ordinary) -> None:
+    why = ordinary(f"os.mkdir('d', 0o300)\nos.chdir('d')\n{WRITE}", container=True)
+    assert "forbade to look at the files" in why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have other limits")
+def test_folders_deeper_than_a_path_can_say_end_the_submission_and_are_removed(room) -> None:
+    ran = room(f"for _ in range(30):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\n{WRITE}")
+    assert "forbade to look at the files" in ran.why
+    ran.room.close()
+    assert not ran.room.base.exists()
 
 
 OWN_SPACES = """

@@ -154,6 +154,12 @@ class Room:
 
     def close(self) -> None:
         """Remove the folders, and put an end to what still runs in them."""
+        if not self.user:  # root needs no permission
+            for above, names, _ in os.walk(self.base):
+                for path in (Path(above, name) for name in names):
+                    with contextlib.suppress(OSError):
+                        if not path.is_symlink():
+                            path.chmod(0o700)
         shutil.rmtree(self.base, ignore_errors=True)
 
 

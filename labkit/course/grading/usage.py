@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -246,21 +247,26 @@ def mounted(folders: Sequence[str]) -> int:
     return used
 
 
-def written(folders: Iterable[str], given: Sequence[str]) -> tuple[int, int]:
-    """Bytes and number of the files in folders, but for what was `given`; it stops counting at MOST_FILES."""
+def written(folders: Iterable[str], given: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes and number of the files in folders; it stops counting at MOST_FILES. Raises OutOfSight.
+
+    given: device and number of folders that do not count, wherever they are: names can be given to others.
+    """
     total = files = 0
     pending = list(folders)
     while pending and files < MOST_FILES:
         try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    files += 1
-                    if entry.path in given:
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
+            entries = list(os.scandir(pending.pop()))
+            for entry in entries:
+                files += 1
+                with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                    status = entry.stat(follow_symlinks=False)
+                    if not stat.S_ISDIR(status.st_mode):
+                        total += status.st_blocks * 512
+                    elif (status.st_dev, status.st_ino) not in given:
                         pending.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:  # it forbids to be read, or lies deeper than a path can say
+            raise OutOfSight from error
     return total, files
