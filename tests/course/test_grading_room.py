@@ -387,6 +387,31 @@ def test_folders_deeper_than_a_path_can_say_end_the_submission_and_are_removed(r
     assert not ran.room.base.exists()
 
 
+@pytest.mark.skipif(not LINUX, reason="mounts are Linux's")
+def test_the_graders_terminals_and_devices_are_out_of_sight_and_a_room_has_its_own(room) -> None:
+    mine, theirs = os.openpty()
+    os.chmod(os.ttyname(theirs), 0o666)
+    code = (
+        f"try:\n    os.close(os.open({os.ttyname(theirs)!r}, os.O_WRONLY | os.O_NOCTTY))\n    print('DONE')\n"
+        "except OSError:\n    print('no')\n"
+        "open('/dev/null', 'w').write('x')\nprint(len(open('/dev/urandom', 'rb').read(3)), flush=True)\n"
+        "import pty\ntry:\n    print(*sorted(os.listdir('/dev')), flush=True)\n"
+        "    pty.spawn([sys.executable, '-c', 'import sys; print(sys.stdout.isatty())'])\n"
+        "except OSError:\n    print('no')"
+    )
+    ran = room(code)
+    os.close(mine)
+    os.close(theirs)
+    lines = ran.printed.split("\n")
+    if ran.holds("files"):
+        assert lines[0] == "no"
+    if ran.holds("names"):
+        needed = {"fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "urandom", "zero"}
+        assert {name for name in lines[2].split() if not name.startswith("nvidia")} == needed
+        assert lines[3].strip() == "True"
+    assert lines[1] == "3"
+
+
 OWN_SPACES = """
 import ctypes
 C = ctypes.CDLL(None)

@@ -182,21 +182,34 @@ def hide(plan: dict[str, Any]) -> None:
     """
     mount(None, "/", None, RECURSIVE | PRIVATE)
     kept = [(path, path, False) for path in plan["keep"]] + [(a, b, False) for a, b in plan["read"]]
-    kept += [(path, path, True) for path in plan["write"]]
+    kept += [(path, path, True) for path in [*plan["write"], *landlock.devices()]]
     handles = [os.open(source, os.O_PATH) for source, _, _ in kept]
     set_read_only("/", True, below=True)
-    steps: list[tuple[str, int, bool]] = [(path, -1, False) for path in {*SHARED, *plan["hide"], *outside()}]
+    steps: list[tuple[str, int, bool]] = [(path, -1, False) for path in {"/dev", *SHARED, *plan["hide"], *outside()}]
     steps += [(target, handle, writable) for handle, (_, target, writable) in zip(handles, kept, strict=True)]
     for path, handle, writable in sorted(steps, key=lambda step: (len(step[0]), step[1] >= 0)):
         if handle >= 0:
             put_back(handle, path, writable)
         elif os.path.isdir(path) and not os.path.islink(path):  # not where one above it was emptied
             mount("tmpfs", path, "tmpfs", NOSUID | NODEV, "size=64m,nr_inodes=2000,mode=1777")
-    for path in {*plan["hide"], *outside()} - {*SHARED}:
+            if path == "/dev":
+                furnish()
+    for path in {"/dev", *plan["hide"], *outside()} - {*SHARED}:
         with contextlib.suppress(OSError):
             set_read_only(path, True)
     for handle in handles:
         os.close(handle)
+
+
+def furnish() -> None:
+    """Fill an empty /dev, but for the devices: with terminals that are nobody else's, to which nobody else's belong."""
+    for name in ("pts", "shm"):
+        os.mkdir(f"/dev/{name}", 0o755)
+    for name, target in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
+        os.symlink(f"/proc/self/fd{target}", f"/dev/{name}")
+    with contextlib.suppress(OSError):  # without it there are none at all
+        mount("devpts", "/dev/pts", "devpts", NOSUID | NOEXEC, "newinstance,ptmxmode=0666,mode=0600")
+        os.symlink("pts/ptmx", "/dev/ptmx")
 
 
 def outside() -> list[str]:
