@@ -412,6 +412,13 @@ def test_the_graders_terminals_and_devices_are_out_of_sight_and_a_room_has_its_o
     assert lines[1] == "3"
 
 
+@pytest.mark.skipif(not LINUX, reason="mounts are Linux's")
+@pytest.mark.parametrize("room", ["a room inside"], indirect=True)
+def test_an_ordinary_graders_room_has_devices_and_terminals_that_work(ordinary) -> None:
+    code = "open('/dev/null', 'w').write('x')\nopen('/dev/shm/x', 'w').write('x')\nimport pty\npty.openpty()"
+    assert ordinary(code) == "it ended by itself, as after exit()"
+
+
 OWN_SPACES = """
 import ctypes
 C = ctypes.CDLL(None)
