@@ -419,6 +419,34 @@ def test_an_ordinary_graders_room_has_devices_and_terminals_that_work(ordinary) 
     assert ordinary(code) == "it ended by itself, as after exit()"
 
 
+NO_PROC = """
+import sys
+from labkit.course.grading import confined
+mount = confined.mount
+def forbidden(source, target, *rest):
+    if target == "/proc":
+        raise PermissionError(1, "Operation not permitted")
+    mount(source, target, *rest)
+confined.mount = forbidden
+sys.exit(confined.main())
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems have no /proc")
+def test_who_may_not_mount_proc_is_told_that_processes_are_in_sight() -> None:
+    one = Room(Limits())
+    command = one.command([sys.executable, "-c", f"import os; os.stat('/proc/{os.getpid()}'); print('seen')"])
+    command[2:4] = ["-c", NO_PROC]
+    try:
+        subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
+        assert (one.home / "output.txt").read_text() == "seen\n"
+        report = json.loads((one.base / "report").read_text())
+        assert report["processes"]
+        assert f"NOT enforced here: {WORDS['processes']} ({report['processes']})." in told(report, Limits())
+    finally:
+        one.close()
+
+
 OWN_SPACES = """
 import ctypes
 C = ctypes.CDLL(None)

@@ -71,14 +71,19 @@ def main() -> int:
         libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # where the grader is killed, nothing of it stays
         libc("prctl", SUBREAPER, 1, 0, 0, 0)  # what the command leaves behind becomes this process's own
     isolate(plan, report)
-    os.write(told, json.dumps(report).encode())
+    answer, answering = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            own_proc(report, answering)
             os._exit(as_init(plan, report, sys.argv[2:]))
         except BaseException as error:
             os.write(why, f"it could not be started: {error}".encode())
             os._exit(126)
+    os.close(answering)
+    with os.fdopen(answer) as file:
+        report["processes"] = report["processes"] or file.read()
+    os.write(told, json.dumps(report).encode())
     try:
         return watch(child, plan, report, why)
     finally:
@@ -232,14 +237,24 @@ def put_back(handle: int, target: str, writable: bool) -> None:
     set_read_only(target, not writable)
 
 
+def own_proc(report: dict[str, str], answering: int) -> None:
+    """See no process but those of the own process space; answer why not. Some containers forbid it."""
+    why = report["processes"]
+    if not why:
+        try:
+            libc("unshare", NEWNS)
+            mount(None, "/", None, RECURSIVE | PRIVATE)
+            mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
+        except OSError as error:
+            why = f"no /proc of its own: {error.strerror}"
+    os.write(answering, why.encode())
+    os.close(answering)
+
+
 def as_init(plan: dict[str, Any], report: dict[str, str], command: list[str]) -> int:
     """The first process of the command's own process space: starts the command, and ends when it ends."""
     if LINUX:
         libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if not report["processes"] and not report["files"]:
-            with contextlib.suppress(OSError):  # /proc without other people's processes; some containers forbid it
-                libc("unshare", NEWNS)
-                mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
     child = os.fork()
     if child == 0:
         try:
