@@ -140,7 +140,7 @@ def test_what_a_parent_gets_of_its_childrens_time_is_counted_once() -> None:
         while process.poll() is None:
             looked.append(clock.look())
             time.sleep(0.1)
-        used = float(process.stdout.read())
+        used = float(process.communicate()[0])
     assert looked == sorted(looked)
     assert used <= looked[-1] + 0.05 < used + 4 * 0.2 + 0.3
 

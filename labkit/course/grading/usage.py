@@ -184,14 +184,14 @@ def held(pid: int, shared: tuple[str, ...]) -> Iterator[tuple[str, int, int, int
                 status = os.stat(entry.path)
                 yield name, status.st_ino, status.st_blocks * 512, 0
     for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-        span, _, offset, _, file, *name = line.split(maxsplit=5)
-        if name and (name[0].endswith(GONE) or name[0].startswith(shared)):
+        span, _, offset, _, file, *named = line.split(maxsplit=5)
+        if named and (named[0].endswith(GONE) or named[0].startswith(shared)):
             first, last = (int(end, 16) for end in span.split("-"))
             try:
                 size, mapped = os.stat(f"/proc/{pid}/map_files/{first:x}-{last:x}").st_blocks * 512, 0
             except OSError:
                 size, mapped = 0, int(offset, 16) + last - first
-            yield name[0], int(file), size, mapped
+            yield named[0], int(file), size, mapped
 
 
 def ended(process: psutil.Process) -> bool:
