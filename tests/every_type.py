@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -245,7 +244,6 @@ def verdict(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], bound: 
     return f"wrong: {apart:.2g} of {expected[1].abs().max().item():.2g}"
 
 
-@cache
 def outcomes(kind: str) -> dict[str, str]:
     """What generate() of a tiny model of that type does with a labkit cache: "equal" to what it does with its own,
     "ran" (where K and V are quantized), "refused: " and the reason, or else what went wrong. And whether its padding is
@@ -291,9 +289,8 @@ def outcomes(kind: str) -> dict[str, str]:
         return found
 
 
-def wrong(kind: str) -> dict[str, str]:
+def wrong(found: dict[str, str]) -> dict[str, str]:
     """What of `outcomes` may not be."""
-    found = outcomes(kind)
     right = ("seen", "ignored", "equal", "ran", "refused: ")
     return {
         how: what
