@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
+
 from tests.specs.every_config import KINDS, compare
 
 
@@ -15,6 +17,7 @@ def apart(kinds: list[str]) -> dict[str, str]:
     return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(900)
 def test_a_default_config_has_the_bytes_of_the_models_own_cache_or_is_refused():
     results = {kind: compare(kind) for kind in KINDS}
     # Some of transformers' modules leave state behind with which another's class fails on the meta device.

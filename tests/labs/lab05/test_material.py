@@ -79,7 +79,9 @@ def test_a_bar_counts_every_pass_and_changes_no_figure(bars, capsys) -> None:
     plain = quality.compare(model, tokens, caches, chunk=16, context=40)
     assert all(torch.equal(found[name].divergence, plain[name].divergence) for name in caches)
     assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(24, 24, True)]  # closed: 8 passes, 3 caches
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr().out  # on a slow machine the bar is seen, and is gone again
+    assert said.rpartition("\r")[2] == ""
+    assert "\n" not in said
 
 
 def test_a_bar_is_closed_when_the_model_fails(bars) -> None:
