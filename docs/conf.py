@@ -64,6 +64,8 @@ html_extra_path = ["front"]  # the site's first page leads to docs/index.html
 html_favicon = "static/favicon.svg"
 html_css_files = ["site.css"]
 html_context = {"default_mode": "auto"}
+# Pages of source code have no tree of all pages beside them: making it for each took a third of the build.
+html_sidebars = {"_modules/**": ["navbar-logo.html", "search-button-field.html"]}
 html_domain_indices = False
 html_copy_source = False
 html_show_sourcelink = False
