@@ -16,6 +16,7 @@ import pprint
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -231,8 +232,8 @@ def grade(folder: Path, assignment: str = "", *, workers: int = 1, names: Sequen
         raise ClassError("nothing was collected yet: labkit grade collect FOLDER SUBMISSIONS")
     before = noted(folder, assignment)["run"]
     problems = {name: problem for name, problem in before.items() if name not in wanted}
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(grade_apart, folder, assignment, name): name for name in wanted}
+    with Graders() as graders, ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(graders.grade, folder, assignment, name): name for name in wanted}
         for job in as_completed(jobs):
             name = jobs[job]
             try:
@@ -275,10 +276,31 @@ def end_with_parent() -> None:
         libc("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def grade_apart(folder: Path, assignment: str, student: str) -> str:
-    """`grade_one` in a process of its own: where a submission brings its grader to an end, it costs no other."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as one:
-        return one.submit(grade_one, folder, assignment, student).result()
+class Graders:
+    """A process for each thread that grades: where a submission brings its grader to an end, it costs no other, and the
+    next one gets a new grader."""
+
+    def __init__(self) -> None:
+        self.own = threading.local()
+        self.made: list[ProcessPoolExecutor] = []
+
+    def __enter__(self) -> Graders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.made:
+            one.shutdown()
+
+    def grade(self, folder: Path, assignment: str, student: str) -> str:
+        """`grade_one` in this thread's process. BrokenProcessPool when that has ended."""
+        if getattr(self.own, "grader", None) is None:
+            self.own.grader = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+            self.made.append(self.own.grader)
+        try:
+            return self.own.grader.submit(grade_one, folder, assignment, student).result()
+        except BrokenProcessPool:
+            self.own.grader = None
+            raise
 
 
 def grade_one(folder: Path, assignment: str, student: str) -> str:

@@ -17,12 +17,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from labkit import models
 from labkit.course import environments
 from labkit.engine import Request
+from labkit.generation import generate
 from labkit.labs.lab06 import vllm, vllm_environment, vllm_protocol
 from labkit.labs.lab06.vllm import Prompt, VllmError, serving
 from labkit.labs.lab06.vllm_metrics import counters_in, labels_of, numbers_in
+from labkit.llama import Llama
 from tests.labs.lab06.fake_vllm import DYING, METRICS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -343,18 +347,13 @@ def test_the_recorded_runs_answer_the_lab_s_requests_and_say_what_the_lab_shows(
 
 
 def test_the_recorded_tokens_are_those_of_one_request_at_a_time(lab_model: Path) -> None:
-    for request in vllm.eight_requests():
-        assert one_at_a_time(request) == vllm.recorded().answers[request.id].tokens, request.id
-
-
-def one_at_a_time(request: Prompt) -> list[int]:
-    """The greedy answer of our own model."""
-    import torch
-
-    from labkit import models
-    from labkit.generation import generate
-
     model = models.load(dtype=torch.float32, device="cpu")
+    for request in vllm.eight_requests():
+        assert one_at_a_time(model, request) == vllm.recorded().answers[request.id].tokens, request.id
+
+
+def one_at_a_time(model: Llama, request: Prompt) -> list[int]:
+    """The greedy answer of our own model."""
     made = generate(model, torch.tensor([list(request.tokens)]), request.max_new_tokens, cache=model.cache())
     return made.tokens[0].tolist()
 
@@ -390,8 +389,9 @@ def test_a_real_server_answers_as_our_own_model_does_preempts_and_leaves_nothing
         run = server.run(vllm.eight_requests())
         assert server.version().startswith(vllm_environment.VERSION)
         mine = [process for process in psutil.process_iter() if process.pid not in before]
+    model = models.load(dtype=torch.float32, device="cpu")
     for request in vllm.eight_requests():
-        assert run.answers[request.id].tokens == one_at_a_time(request), request.id
+        assert run.answers[request.id].tokens == one_at_a_time(model, request), request.id
     assert run.figures()["vllm:num_preemptions"] > 0
     assert run.cache_config["num_gpu_blocks"] == "24"
     assert [process for process in mine if process.is_running() and "vllm" in " ".join(process.cmdline())] == []
