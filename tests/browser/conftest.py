@@ -20,6 +20,7 @@ import pytest
 from labkit.course.cli import jupyter_environment
 from labkit.course.workspace import refresh
 from tests.ports import free_port
+from tests.time_once import TIME_ONCE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -56,6 +57,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
     refresh(ROOT / "notebooks", folder)
     (home / "config/labconfig").mkdir(parents=True)
     (home / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(OVERRIDES))
+    startup = home / "ipython/profile_default/startup"
+    startup.mkdir(parents=True)
+    (startup / "time_once.py").write_text(TIME_ONCE)
     port = free_port()
     environment = jupyter_environment(dict(os.environ), folder) | {  # as labkit open has it
         "JUPYTER_CONFIG_DIR": str(home / "config"),

@@ -1,7 +1,8 @@
 """The labs in a real browser: every cell runs, widgets answer, a learner's answer passes.
 
 A lab runs long, so what is looked at in a lab that has run is looked at in one go: errors, widgets by mouse and by
-keyboard, axe-core in the light and in the dark theme, figures on a wide and on a narrow page.
+keyboard, axe-core in the light and in the dark theme, figures on a wide and on a narrow page. What a cell times is run
+once: that its times are right, other tests see.
 """
 
 from __future__ import annotations

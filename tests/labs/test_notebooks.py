@@ -21,21 +21,12 @@ from labkit import claims
 from labkit.course import editions
 from labkit.course.catalogue import contents, numbers
 from labkit.course.record import MEASURED
+from tests.time_once import TIME_ONCE
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (Path.home(), Path("~root").expanduser(), ROOT, tempfile.gettempdir())
 HERE = {f"{folder}/" for folder in FOLDERS} - {"//"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# On the way back no time that is measured again is looked at: the cells that compare it stand behind it and have run.
-ONCE = """
-def time_once():
-    from labkit import measure
-    whole = measure.alternate
-    measure.alternate = lambda runs, **options: whole(runs, **options | {"repeats": 1, "warmup": 0})
-
-time_once()
-del time_once
-"""
 LONG = 6  # seconds. A cell that takes longer passes texts through the model or measures; it is not run a second time
 
 
@@ -155,7 +146,8 @@ class TestNotebook:
         again = copy.deepcopy(cells[1:])
         for cell in again:
             cell.id = f"again-{cell.id}"
-        filled.cells = [*cells, nbformat.v4.new_code_cell(ONCE), *reversed(again)]
+        # On the way back no time is looked at: the cells that compare times stand behind and have run.
+        filled.cells = [*cells, nbformat.v4.new_code_cell(TIME_ONCE), *reversed(again)]
         where = {"metadata": {"path": str(tmp_path)}}
         client = NotebookClient(filled, timeout=300, kernel_name="python3", resources=where)
         long = set()
