@@ -26,6 +26,7 @@ from labkit.course.linked import opened
 from labkit.course.release.runs import NBVAL, PLAIN
 from tests.links import dead_links
 from tests.ports import free_port
+from tests.shared import folder_of_the_run
 from tests.tracked import copy_tree, tracked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +56,7 @@ class Installed(NamedTuple):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Built:
     """Built once, also where several workers ask for it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    folder = folder_of_the_run(tmp_path_factory) / "built"
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
             copy_tree(ROOT, folder / "tree")

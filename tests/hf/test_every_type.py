@@ -4,12 +4,12 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from tests import every_type
 from tests.every_type import TEXT, UNTRIED, VISION, wrong
+from tests.shared import folder_of_the_run
 
 TRIED = [kind for kind in TEXT if kind not in UNTRIED]
 Outcomes = Callable[[str], dict[str, str]]
@@ -18,8 +18,7 @@ Outcomes = Callable[[str], dict[str, str]]
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory) -> Outcomes:
     """Those of each type, found once, whichever worker asks first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = Path(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, "types")
+    folder = folder_of_the_run(tmp_path_factory) / "types"
     folder.mkdir(exist_ok=True)
 
     def of(kind: str) -> dict[str, str]:
