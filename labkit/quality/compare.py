@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit.quality.side_by_side import Beside
+
 BLOCK = 32  # successive tokens that count as one observation
 
 Model = Callable[[Tensor, Any], Tensor]
@@ -149,12 +151,15 @@ def compare(
     full: MakeCache | None = None,
     chunk: int = 32,
     context: int = 256,
+    one_batch: bool = False,
 ) -> dict[str, Quality]:
     """The `Quality` of each cache on one text, `tokens`, int `[1, seq_len]`, by the names in `caches`.
 
     full: makes the reference, the full-precision cache; `model.cache` unless said. All caches go through the text in
     lockstep, so that no distribution is kept longer than its chunk. Every pass feeds at most `chunk` tokens; chunk=1 is
     decoding. The first `context` tokens are not scored, the `seq_len - context` others are, none from the first pass.
+    one_batch: each pass has a row for every cache (labkit's own), so that the model's weights are read once for all of
+    them; products of many rows sum in another order, and figures are those of each cache alone up to rounding.
     Raises ValueError for a call in which chunks would tell no more than one pass over the text: `chunk` may not be
     longer than `context`, and `context` not than the text.
     """
@@ -162,7 +167,8 @@ def compare(
         raise ValueError('no caches to compare: give at least one, {"name": function that makes an empty cache}')
     reference = new_cache("full", full or own_cache(model))
     compressed = [new_cache(name, make) for name, make in caches.items()]
-    return dict(zip(caches, lockstep(model, tokens, [reference, *compressed], chunk, context)[1:], strict=True))
+    measured = lockstep(model, tokens, [reference, *compressed], chunk, context, one_batch)
+    return dict(zip(caches, measured[1:], strict=True))
 
 
 def perplexity(
@@ -176,20 +182,22 @@ def perplexity(
     return lockstep(model, tokens, [cache], chunk, context)[0]
 
 
-def lockstep(model: Model, tokens: Tensor, caches: Sequence[Any], chunk: int, context: int) -> list[Quality]:
+def lockstep(
+    model: Model, tokens: Tensor, caches: Sequence[Any], chunk: int, context: int, one_batch: bool = False
+) -> list[Quality]:
     """The `Quality` of each empty cache beside the first of them."""
     check_tokens(tokens)
     seq_len = tokens.shape[1]
     check_passes(seq_len, chunk, context)
     if len({id(cache) for cache in caches}) < len(caches):
         raise ValueError("two names got the same cache object: each function has to make a new one when it is called")
+    beside = Beside(caches) if one_batch else None
     scores: list[list[Tensor]] = [[] for _ in caches]
     for start, end in passes(seq_len, chunk, context):
         first = max(start + 1, context)  # the logits of token t predict token t + 1
         targets = tokens[0, first : end + 1]
         reference = None
-        for cache, rows in zip(caches, scores, strict=True):
-            logits = run(model, tokens[:, start:end], cache)
+        for logits, rows in zip(answers(model, tokens[:, start:end], beside or caches), scores, strict=True):
             if len(targets):
                 logs = logits[first - 1 - start :][: len(targets)].double().log_softmax(dim=-1)
                 reference = logs if reference is None else reference
@@ -222,17 +230,26 @@ def score(logs: Tensor, full: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((surprise, terms.sum(dim=-1), (logs.argmax(-1) == full.argmax(-1)).double())).cpu()
 
 
+def answers(model: Model, tokens: Tensor, caches: Sequence[Any] | Beside) -> Iterator[Tensor]:
+    """Logits `[new_tokens, vocab_size]` of the same tokens, int `[1, new_tokens]`, through each cache."""
+    if isinstance(caches, Beside):
+        yield from run(model, tokens.expand(len(caches), -1), caches)
+        return
+    for cache in caches:
+        yield run(model, tokens, cache)[0]
+
+
 @torch.no_grad()
 def run(model: Model, tokens: Tensor, cache: Any) -> Tensor:
-    """Logits `[new_tokens, vocab_size]` of one pass, int `[1, new_tokens]`, on the model's device."""
+    """Logits `[rows, new_tokens, vocab_size]` of one pass, int `[rows, new_tokens]`, on the model's device."""
     logits = model(tokens.to(getattr(model, "device", tokens.device)), cache)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"model(tokens, cache) gives logits [1, {tokens.shape[1]}, vocab_size]; got {got}. A transformers model: "
-            f"lambda tokens, cache: model(tokens, past_key_values=cache).logits"
+            f"model(tokens, cache) gives logits [{len(tokens)}, {tokens.shape[1]}, vocab_size]; got {got}. A "
+            f"transformers model: lambda tokens, cache: model(tokens, past_key_values=cache).logits"
         )
-    return logits[0]
+    return logits
 
 
 def new_cache(name: str, make: MakeCache) -> Any:

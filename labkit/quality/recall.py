@@ -157,9 +157,9 @@ def ask(model: Model, tokenizer: Any, cache: Any, fact: Fact, text_tokens: int) 
 
     question, answer = encode(f"\n{fact.question}"), encode(f" {fact.answer}")
     fork = copy.deepcopy(cache)
-    logits = [run(model, question, fork)[-1:]]
+    logits = [run(model, question, fork)[0, -1:]]
     if answer.shape[1] > 1:
-        logits.append(run(model, answer[:, :-1], fork))
+        logits.append(run(model, answer[:, :-1], fork)[0])
     logs = torch.cat(logits).double().log_softmax(dim=-1).cpu()
     found = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", fact.text, re.IGNORECASE)  # a word, not part of one
     return Answer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,64 @@ from labkit.cache.step import Step, rectangle
 from labkit.llama import Llama
 
 
+class Beside:
+    """Caches of one row each as one of so many rows, in `model(tokens, cache)`: row i goes through cache i.
+
+    Each has a step of its own, which ends: those that evict do so. Where anything is raised all stay as they were.
+    Raises ValueError for caches that are not labkit's, have other numbers of layers, more rows than one or padding, or
+    have not seen equally many tokens.
+    """
+
+    def __init__(self, caches: Sequence[Any]) -> None:
+        for cache in caches:
+            if not isinstance(cache, Cache):
+                raise ValueError(f"caches of labkit stand side by side in one batch; got a {type(cache).__name__}")
+        if not caches or len({id(cache) for cache in caches}) < len(caches):
+            raise ValueError("every row of a batch has a cache of its own: one was given twice, or there is none")
+        check_alike(caches)
+        if len(numbers := {len(cache.layers) for cache in caches}) != 1 or any(cache.padding for cache in caches):
+            raise ValueError(f"caches side by side have equally many layers and no padding; got {sorted(numbers)}")
+        self.caches = tuple(caches)
+        self.layers = [OneByOne(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.caches)
+
+    def check_fits(self, num_layers: int, constants: Constants) -> None:
+        """As `Cache.check_fits`, of each."""
+        for cache in self.caches:
+            cache.check_fits(num_layers, constants)
+
+    @contextmanager
+    def step(self, counts: Sequence[int], *, padding: Sequence[int] | None = None) -> Iterator[Step]:
+        """One pass over the layers: a step of each cache, and that of all rows. ValueError for rows that differ."""
+        if len(counts) != len(self) or len(set(counts)) != 1 or padding is not None:
+            raise ValueError(f"side by side {len(self)} rows get equally many tokens and no padding; got {counts}")
+        with ExitStack() as stack:
+            steps = [stack.enter_context(cache.step(counts[:1])) for cache in self.caches]
+            for layer in self.layers:
+                layer.steps = steps
+            yield rectangle(len(self), counts[0], [step.before[0] for step in steps])
+
+
+class OneByOne:
+    """One layer of several caches of one row each, as the layer of a batch. steps: of each cache, set for each pass."""
+
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        self.layers = layers
+        self.steps: Sequence[Step] = ()
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Each row to its own layer."""
+        for row, (layer, own) in enumerate(zip(self.layers, self.steps, strict=True)):
+            layer.append(k[row : row + 1], v[row : row + 1], own)
+
+    def attend(self, q: Tensor, step: Step) -> Tensor:
+        """Of each row through its own layer."""
+        rows = zip(q.split(1), self.layers, self.steps, strict=True)
+        return torch.cat([layer.attend(row, own) for row, layer, own in rows])
+
+
 @torch.inference_mode()
 def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: int | None = None) -> Tensor:
     """Of the last tokens (all) of each row, `[rows, last, vocab_size]`: row i of int `[rows, tokens]` through cache i.
@@ -23,14 +82,22 @@ def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: i
     step of one token alone gets them one by one. Raises ValueError for caches of several rows or that have not seen
     equally many tokens, and for those that would evict again.
     """
-    if len(lengths := {cache.lengths for cache in caches}) != 1 or len(caches[0].lengths) != 1:
-        raise ValueError(f"caches side by side have one row each and have seen equally many tokens; got {lengths}")
+    check_alike(caches)
+    if not caches[0].lengths:
+        raise ValueError("caches side by side that evict no more have read a text: these are empty")
     if any(getattr(layer, "during", "prompt") != "prompt" for cache in caches for layer in cache.layers):
         raise ValueError('side by side no cache evicts: take those that evict once, during="prompt"')
     step = rectangle(len(caches), tokens.shape[1], [caches[0].seq_len] * len(caches))
     layers = [SideBySide(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
     stream = model.run(tokens, layers, step)  # type: ignore[arg-type]
     return model.predict(stream if last is None else stream[:, -last:])
+
+
+def check_alike(caches: Sequence[Cache]) -> None:
+    """Raise ValueError unless each cache has one row, or is empty, and all have seen equally many tokens."""
+    lengths = {cache.lengths for cache in caches}
+    if len(lengths) != 1 or len(min(lengths)) > 1:
+        raise ValueError(f"caches side by side have one row each and have seen equally many tokens; got {lengths}")
 
 
 class SideBySide:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from labkit import models
 from labkit.cache import Cache
+from labkit.cache.evicting import H2O
 from labkit.generation import generate
 from labkit.hf import wrap
 from labkit.llama import Llama
@@ -74,6 +75,27 @@ def test_several_caches_in_lockstep_measure_what_each_does_alone(model: Llama) -
         alone = compare(model, tokens, {name: way}, chunk=10, context=20)[name]
         assert torch.equal(alone.surprise, together[name].surprise)
         assert torch.equal(alone.divergence, together[name].divergence)
+
+
+def test_in_one_batch_each_cache_has_the_figures_that_it_has_alone(model: Llama) -> None:
+    ways = {
+        "coarse": lambda: make(CoarseCache),
+        "late": lambda: make(LateCache),
+        "packed": lambda: Cache.quantized(SPEC.num_layers, 4, group_size=8, residual_length=8),
+        "evicting": lambda: Cache.evicting(SPEC.num_layers, H2O(), 24),
+        "paged": lambda: Cache.paged(SPEC.num_layers, 16, 8),
+        "reading little": lambda: Cache.selecting(SPEC.num_layers, 32),
+    }
+    options = {"chunk": 10, "context": 20}
+    together = compare(model, text(100), ways, **options, one_batch=True)
+    apart = compare(model, text(100), ways, **options)
+    assert list(together) == list(apart)
+    for name, alone in apart.items():
+        # Bounded: float64; products of one row and of seven sum at most 96 terms in another order, in 2 layers.
+        torch.testing.assert_close(together[name].surprise, alone.surprise, rtol=0, atol=1e-9)
+        torch.testing.assert_close(together[name].full_surprise, alone.full_surprise, rtol=0, atol=1e-9)
+        torch.testing.assert_close(together[name].divergence, alone.divergence, rtol=0, atol=1e-9)
+        assert together[name].cache_bytes == alone.cache_bytes
 
 
 def test_bytes_are_those_after_the_last_token_and_none_where_a_cache_does_not_tell(model: Llama) -> None:

@@ -10,7 +10,7 @@ from labkit.cache import Cache, GrowingCache
 from labkit.cache.evicting import H2O, Merging, Window
 from labkit.llama import Llama
 from labkit.quality.reading import read
-from labkit.quality.side_by_side import logits_beside
+from labkit.quality.side_by_side import Beside, logits_beside
 from tests.reading import SPEC, small_model, small_text  # noqa: F401
 
 
@@ -66,3 +66,52 @@ def test_caches_of_other_lengths_or_that_would_evict_again_are_refused(model: Ll
         logits_beside(model, [one, other], torch.tensor([[1], [2]]))
     with pytest.raises(ValueError, match="during"):
         logits_beside(model, [one, always], torch.tensor([[1], [2]]))
+    with pytest.raises(ValueError, match="have read a text"):
+        logits_beside(model, [model.cache(), model.cache()], torch.tensor([[1], [2]]))
+
+
+def test_the_rows_of_a_batch_through_caches_that_evict_on_are_those_of_each_alone(model: Llama, tokens: Tensor) -> None:
+    def caches() -> list[Cache]:
+        return [model.cache(), *(Cache.evicting(SPEC.num_layers, policy, 20) for policy in (H2O(), Window()))]
+
+    beside, alone = Beside(caches()), caches()
+    for part in tokens[:, :32].split([25, 1, 1, 5], dim=1):
+        together = model(part.expand(3, -1), beside)
+        for row, cache in zip(together, alone, strict=True):
+            # Bounded: products of one row and of three sum in another order.
+            torch.testing.assert_close(row, model(part, cache)[0], rtol=1e-4, atol=1e-4)
+    assert [cache.nbytes for cache in beside.caches] == [cache.nbytes for cache in alone]
+    for mine, own in zip(beside.caches[1:], alone[1:], strict=True):
+        assert all(torch.equal(a.positions, b.positions) for a, b in zip(mine.layers, own.layers, strict=True))
+
+
+def test_where_one_row_fails_every_cache_of_the_batch_is_as_it_was(model: Llama, tokens: Tensor) -> None:
+    small = Cache.preallocated(SPEC.num_layers, 10)
+    beside = Beside([model.cache(), small])
+    model(tokens[:, :8].expand(2, -1), beside)
+    with pytest.raises(ValueError, match="10"):
+        model(tokens[:, 8:12].expand(2, -1), beside)
+    assert [cache.lengths for cache in beside.caches] == [(8,), (8,)]
+    model(tokens[:, 8:10].expand(2, -1), beside)
+
+
+def test_what_cannot_be_rows_of_one_batch_is_refused_with_the_reason(model: Llama, tokens: Tensor) -> None:
+    filled, padded, two = model.cache(), model.cache(), model.cache()
+    model(tokens[:, :5], filled)
+    model(tokens[:, :5], padded, padding=[2])
+    model(tokens[:, :5].expand(2, -1), two)
+    for caches, reason in [
+        ([model.cache(), []], "a list"),
+        ([model.cache(), filled], "equally many tokens"),
+        ([two], "one row each"),
+        ([filled, filled], "given twice"),
+        ([], "there is none"),
+        ([padded, filled], "no padding"),
+        ([model.cache(), Cache.growing(SPEC.num_layers + 1)], "layers"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            Beside(caches)
+    with pytest.raises(ValueError, match="3 rows"):
+        model(tokens[:, :2].expand(2, -1), Beside([model.cache() for _ in range(3)]))
+    with pytest.raises(ValueError, match="window"):
+        model(tokens[:, :2], Beside([Cache([GrowingCache(window=8) for _ in range(SPEC.num_layers)])]))

@@ -95,7 +95,7 @@ class Counting:
 def compare(
     model: Llama, tokens: Tensor, caches: Mapping[str, MakeCache], *, chunk: int, context: int
 ) -> dict[str, quality.Quality]:
-    """`quality.compare`, with a bar while it runs."""
+    """`quality.compare`, with a row of one batch for every cache, and a bar while it runs."""
     passes = len(list(quality.passes(tokens.shape[1], chunk, context)))
-    with Counting(model, passes * (len(caches) + 1)) as counting:
-        return quality.compare(counting, tokens, caches, chunk=chunk, context=context)
+    with Counting(model, passes) as counting:
+        return quality.compare(counting, tokens, caches, chunk=chunk, context=context, one_batch=True)
