@@ -11,6 +11,7 @@ import torch
 from benchmarks import eviction, eviction_caches, eviction_recall, eviction_times
 from labkit import models
 from labkit.cache import Cache, EvictingCache
+from labkit.measure import Timing
 from labkit.quality.reading import read
 from labkit.quality.side_by_side import logits_beside
 from labkit.specs import ModelSpec
@@ -186,6 +187,11 @@ def test_the_slowest_step_of_a_round_is_told_beside_the_mean(monkeypatch):
     one = eviction_times.times_of_steps({"TOVA": "cache"}, act, 2, rounds=3)["TOVA"]
     assert one.slowest.samples == (7.0, 7.0, 7.0)  # the warm-up's is not among them
     assert len(acts) == 16
+
+
+def test_what_evicting_adds_is_told_by_neighbours_so_that_a_machine_that_slows_down_changes_nothing():
+    full, mine = Timing((1.0, 2.0, 4.0)), Timing((1.1, 2.2, 4.4))
+    assert eviction_times.share_added(mine, full) == pytest.approx(0.1)
 
 
 def test_bytes_that_are_not_the_budgets_are_found(model, monkeypatch):

@@ -444,6 +444,16 @@ class TestMemory:
             assert not (layer.positions == victim).any()
         assert layer.kept.used == 0  # new ones are chosen
 
+    def test_a_window_that_chooses_several_victims_at_once_loses_the_same_tokens_at_the_same_steps(self):
+        at_once = [Cache.evicting(2, Window(sinks=2), 12, every=every) for every in (1, 5)]
+        for cache in at_once:
+            feed(cache, [20])
+        for turn in range(13):
+            for cache in at_once:
+                feed(cache, [1], seed=40 + turn)
+            for one, other in zip(at_once[0].layers, at_once[1].layers, strict=True):
+                assert torch.equal(one.positions.sort(dim=-1).values, other.positions.sort(dim=-1).values)
+
 
 def policy_notes_rows(policy):
     return isinstance(policy, ExpectedAttention)

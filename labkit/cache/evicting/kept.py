@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,13 @@ class Kept:
         return Kept(k, v, positions, hides=self.hides)
 
 
+@lru_cache(maxsize=64)
+def first_lines(rows: int, tokens: int, device: torch.device) -> Tensor:
+    """Where the slots of each row and KV head begin among the lines of all, int64 `[rows, 1]`; nobody changes it."""
+    with torch.inference_mode(False):  # it serves whoever asks next
+        return (tokens * torch.arange(rows, device=device))[:, None]
+
+
 @dataclass(frozen=True, eq=False)
 class Overwritten:
     """Tokens of each KV head whose slots others have taken: what it takes to put them back.
@@ -121,7 +129,7 @@ class Overwritten:
     def of(cls, kept: Kept, slots: Tensor) -> Overwritten:
         """What `kept` has in these slots, int64 `[batch, num_kv_heads, any]`."""
         rows = slots.flatten(0, 1)
-        slots = (rows + kept.tokens * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
+        slots = (rows + first_lines(len(rows), kept.tokens, rows.device)).flatten()
         return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
 
     @staticmethod
