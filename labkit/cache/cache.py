@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -30,6 +30,15 @@ from labkit.cache.quantized import QuantizedCache
 from labkit.cache.selecting import SelectingCache
 from labkit.cache.step import Step
 from labkit.interrupts import uninterrupted
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A step of a cache, and what undoing it takes: a mark of each layer, and what was known of padding."""
+
+    step: Step
+    marks: tuple[Any, ...]
+    padding: tuple[tuple[int, ...], bool]
 
 
 class Cache:
@@ -186,12 +195,16 @@ class Cache:
         were. The counters stay: the work was done. When its body has ended well, layers that evict do so: each plans,
         and where one raises all go back; then all settle. Raises ValueError for what cannot be.
         """
+        with steps([self], counts, padding=padding) as (step,):
+            yield step
+
+    def begin(self, counts: Sequence[int], padding: Sequence[int] | None = None) -> Begun:
+        """What a step of so many tokens is, and what undoing it takes; nothing changes. ValueError as `step` says."""
         held = self.lengths
         lengths = held or (0,) * len(counts)
         self.knows_padding |= not held
         if len(lengths) != len(counts):
             raise ValueError(f"the cache holds batch {len(lengths)}; the new tokens have batch {len(counts)}")
-        before = self.padding, self.knows_padding
         if padding is not None:
             if held:
                 raise ValueError("padding is said once per batch, with its first tokens: reset() the cache first")
@@ -203,20 +216,15 @@ class Cache:
                 "cache.padding, one number per row, and cache.knows_padding = True; else reset() the cache"
             )
         step = Step(tuple(counts), lengths, self.padding if padding is None else padding)
-        marks = [layer.mark() for layer in self.layers]
-        try:
-            self.padding = step.padding
-            yield step
-            plans = self.plan(step)
-            self.torn = any(plan is not None for plan in plans)  # from here on: all of it, or a refusal
-        except BaseException:
-            self.torn = True
-            for layer, mark in zip(self.layers, marks, strict=True):
-                layer.restore(mark)
-            self.padding, self.knows_padding = before
-            self.torn = False
-            raise
-        self.settle(plans)
+        return Begun(step, tuple(layer.mark() for layer in self.layers), (self.padding, self.knows_padding))
+
+    def undo(self, begun: Begun) -> None:
+        """Everything as it was when the step began, which has not been settled."""
+        self.torn = True
+        for layer, mark in zip(self.layers, begun.marks, strict=True):
+            layer.restore(mark)
+        self.padding, self.knows_padding = begun.padding
+        self.torn = False
 
     def plan(self, step: Step) -> list[Any]:
         """What each layer will do at the end of this step; neighbours of one kind may decide together."""
@@ -225,14 +233,7 @@ class Cache:
 
     def settle(self, plans: Sequence[Any]) -> None:
         """Let each layer do what it planned, all of them: an interrupt that comes in between waits."""
-        planned = [(layer, plan) for layer, plan in zip(self.layers, plans, strict=True) if plan is not None]
-        if not planned:
-            return
-        self.torn = True
-        with uninterrupted():
-            for layer, plan in planned:
-                layer.settle(plan)
-            self.torn = False
+        settle([self], [plans])
 
     def truncate(self, seq_len: int) -> None:
         """Forget every token from place `seq_len` on, in every row: for a conversation whose last part changes."""
@@ -277,6 +278,46 @@ class Cache:
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
+
+
+@contextmanager
+def steps(
+    caches: Sequence[Cache], counts: Sequence[int], *, padding: Sequence[int] | None = None
+) -> Iterator[list[Step]]:
+    """A step of each of several caches, as `Cache.step` says: all of them, or none."""
+    begun = [cache.begin(counts, padding) for cache in caches]
+    try:
+        for cache, one in zip(caches, begun, strict=True):
+            cache.padding = one.step.padding
+        yield [one.step for one in begun]
+        plans = [cache.plan(one.step) for cache, one in zip(caches, begun, strict=True)]
+        settles = any(plan is not None for some in plans for plan in some)
+        for cache in caches:
+            cache.torn = settles  # from here on: all of it, or a refusal
+    except BaseException:
+        for cache, one in zip(caches, begun, strict=True):
+            cache.undo(one)
+        raise
+    settle(caches, plans)
+
+
+def settle(caches: Sequence[Cache], plans: Sequence[Sequence[Any]]) -> None:
+    """`Cache.settle` of several, all of them."""
+    planned = [
+        (layer, plan)
+        for cache, some in zip(caches, plans, strict=True)
+        for layer, plan in zip(cache.layers, some, strict=True)
+        if plan is not None
+    ]
+    if not planned:
+        return
+    for cache in caches:
+        cache.torn = True
+    with uninterrupted():
+        for layer, plan in planned:
+            layer.settle(plan)
+        for cache in caches:
+            cache.torn = False
 
 
 def told(constants: Constants) -> str:

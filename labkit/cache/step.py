@@ -114,6 +114,16 @@ class Step:
             self._places[device, num_kv_heads] = made
         return self._places[device, num_kv_heads]
 
+    def first_lines(self, num_kv_heads: int, slots: int, device: torch.device | str) -> Tensor:
+        """Where the slots of each row and KV head, so many each, begin among those of all.
+
+        int64 `[batch * num_kv_heads, 1]`. Made once: do not write it.
+        """
+        key = torch.device(device), num_kv_heads, slots
+        if key not in self._places:
+            self._places[key] = (slots * torch.arange(self.batch * num_kv_heads, device=device))[:, None]
+        return self._places[key]
+
     def places(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Row and index in that row of each new token, row after row, both int64 `[all new tokens]`. Made once."""
         device = torch.device(device)

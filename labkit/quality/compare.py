@@ -22,7 +22,8 @@ from labkit.quality.side_by_side import Beside
 BLOCK = 32  # successive tokens that count as one observation
 
 Model = Callable[[Tensor, Any], Tensor]
-"""`model(tokens, cache)`: int `[1, new_tokens]` in, logits `[1, new_tokens, vocab_size]` out; a `Llama`, for one."""
+"""`model(tokens, cache)`: int `[1, new_tokens]` in, logits `[1, new_tokens, vocab_size]` out; a `Llama`, for one. With
+`one_batch` there are as many rows as caches."""
 MakeCache = Callable[[], Any]
 """Makes a new, empty cache."""
 
@@ -158,10 +159,11 @@ def compare(
     full: makes the reference, the full-precision cache; `model.cache` unless said. All caches go through the text in
     lockstep, so that no distribution is kept longer than its chunk. Every pass feeds at most `chunk` tokens; chunk=1 is
     decoding. The first `context` tokens are not scored, the `seq_len - context` others are, none from the first pass.
-    one_batch: each pass has a row for every cache (labkit's own), so that the model's weights are read once for all of
-    them; products of many rows sum in another order, and figures are those of each cache alone up to rounding.
+    one_batch: for a `Llama` and labkit's own caches. A pass is `[caches, new_tokens]`, a row for every cache, with a
+    `Beside` for its cache, so that the weights are read once for all of them. Products of many rows sum in another
+    order: figures are those of each cache alone up to rounding. Logits of all rows are there at once.
     Raises ValueError for a call in which chunks would tell no more than one pass over the text: `chunk` may not be
-    longer than `context`, and `context` not than the text.
+    longer than `context`, and `context` not than the text; and for caches that `Beside` does not take.
     """
     if not caches:
         raise ValueError('no caches to compare: give at least one, {"name": function that makes an empty cache}')

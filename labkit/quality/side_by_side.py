@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from labkit.attention import Constants
 from labkit.cache import Cache, GrowingCache, LayerCache, PreallocatedCache
+from labkit.cache.cache import steps
 from labkit.cache.evicting import EvictingCache
 from labkit.cache.step import Step, rectangle
 from labkit.llama import Llama
@@ -19,7 +20,8 @@ from labkit.llama import Llama
 class Beside:
     """Caches of one row each as one of so many rows, in `model(tokens, cache)`: row i goes through cache i.
 
-    Each has a step of its own, which ends: those that evict do so. Where anything is raised all stay as they were.
+    Each has a step of its own; all end together, and those that evict do so. Where anything is raised all stay as they
+    were.
     Raises ValueError for caches that are not labkit's, have other numbers of layers, more rows than one or padding, or
     have not seen equally many tokens.
     """
@@ -30,14 +32,25 @@ class Beside:
                 raise ValueError(f"caches of labkit stand side by side in one batch; got a {type(cache).__name__}")
         if not caches or len({id(cache) for cache in caches}) < len(caches):
             raise ValueError("every row of a batch has a cache of its own: one was given twice, or there is none")
-        check_alike(caches)
-        if len(numbers := {len(cache.layers) for cache in caches}) != 1 or any(cache.padding for cache in caches):
-            raise ValueError(f"caches side by side have equally many layers and no padding; got {sorted(numbers)}")
+        if len(numbers := {len(cache.layers) for cache in caches}) != 1:
+            raise ValueError(f"caches side by side have equally many layers; got {sorted(numbers)}")
         self.caches = tuple(caches)
         self.layers = [OneByOne(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+        self.check_alike()
 
     def __len__(self) -> int:
         return len(self.caches)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that each has seen."""
+        return self.caches[0].seq_len
+
+    def check_alike(self) -> None:
+        """Raise ValueError unless all are of one row without padding, or empty, and have seen equally many tokens."""
+        check_alike(self.caches)
+        if any(cache.padding for cache in self.caches):
+            raise ValueError("caches side by side have no padding: their tokens stand at the same places")
 
     def check_fits(self, num_layers: int, constants: Constants) -> None:
         """As `Cache.check_fits`, of each."""
@@ -49,11 +62,11 @@ class Beside:
         """One pass over the layers: a step of each cache, and that of all rows. ValueError for rows that differ."""
         if len(counts) != len(self) or len(set(counts)) != 1 or padding is not None:
             raise ValueError(f"side by side {len(self)} rows get equally many tokens and no padding; got {counts}")
-        with ExitStack() as stack:
-            steps = [stack.enter_context(cache.step(counts[:1])) for cache in self.caches]
+        self.check_alike()  # somebody may have given one of them tokens of its own
+        with steps(self.caches, counts[:1]) as own:
             for layer in self.layers:
-                layer.steps = steps
-            yield rectangle(len(self), counts[0], [step.before[0] for step in steps])
+                layer.steps = own
+            yield rectangle(len(self), counts[0], [step.before[0] for step in own])
 
 
 class OneByOne:

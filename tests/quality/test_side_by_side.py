@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from labkit.cache import Cache, GrowingCache
-from labkit.cache.evicting import H2O, Merging, Window
+from labkit.cache.evicting import H2O, Held, KeyNorm, Merging, Window
 from labkit.llama import Llama
 from labkit.quality.reading import read
 from labkit.quality.side_by_side import Beside, logits_beside
@@ -93,6 +93,53 @@ def test_where_one_row_fails_every_cache_of_the_batch_is_as_it_was(model: Llama,
         model(tokens[:, 8:12].expand(2, -1), beside)
     assert [cache.lengths for cache in beside.caches] == [(8,), (8,)]
     model(tokens[:, 8:10].expand(2, -1), beside)
+
+
+class Fails(KeyNorm):
+    """A policy whose scores cannot be made any more, once it is told."""
+
+    def score(self, held: Held) -> Tensor:
+        if failing:
+            raise MemoryError
+        return super().score(held)
+
+
+failing: list[bool] = []
+
+
+def test_where_the_end_of_one_rows_step_fails_no_cache_of_the_batch_has_evicted(model: Llama, tokens: Tensor) -> None:
+    policies = Fails(), H2O(), Fails()
+    beside = Beside([Cache.evicting(SPEC.num_layers, policy, 12) for policy in policies])
+    model(tokens[:, :20].expand(3, -1), beside)
+
+    def held() -> list[Tensor]:
+        return [x.clone() for cache in beside.caches for layer in cache.layers for x in (layer.positions, layer.kept.k)]
+
+    was = held()
+    failing.append(True)
+    try:
+        with pytest.raises(MemoryError):
+            model(tokens[:, 20:21].expand(3, -1), beside)
+    finally:
+        failing.clear()
+    assert [cache.lengths for cache in beside.caches] == [(20,)] * 3
+    assert all(map(torch.equal, was, held()))
+    again = model(tokens[:, 20:21].expand(3, -1), beside)
+    alone = Cache.evicting(SPEC.num_layers, H2O(), 12)
+    model(tokens[:, :20], alone)
+    # Bounded: products of one row and of three sum in another order.
+    torch.testing.assert_close(again[1], model(tokens[:, 20:21], alone)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_was_given_tokens_of_its_own_is_no_row_of_the_batch_any_more(model: Llama, tokens: Tensor) -> None:
+    for padding, reason in ((None, "equally many tokens"), ([2], "no padding")):
+        caches = [model.cache(), model.cache()]
+        beside = Beside(caches)
+        model(tokens[:, :5], caches[0], padding=padding)
+        if padding:
+            model(tokens[:, :5], caches[1])
+        with pytest.raises(ValueError, match=reason):
+            model(tokens[:, 5:7].expand(2, -1), beside)
 
 
 def test_what_cannot_be_rows_of_one_batch_is_refused_with_the_reason(model: Llama, tokens: Tensor) -> None:

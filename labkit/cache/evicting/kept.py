@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from labkit.cache.evicting.policy import Notes
 from labkit.cache.layer import size_of
+from labkit.cache.step import Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +105,6 @@ class Kept:
         return Kept(k, v, positions, hides=self.hides)
 
 
-@lru_cache(maxsize=64)
-def first_lines(rows: int, tokens: int, device: torch.device) -> Tensor:
-    """Where the slots of each row and KV head begin among the lines of all, int64 `[rows, 1]`; nobody changes it."""
-    with torch.inference_mode(False):  # it serves whoever asks next
-        return (tokens * torch.arange(rows, device=device))[:, None]
-
-
 @dataclass(frozen=True, eq=False)
 class Overwritten:
     """Tokens of each KV head whose slots others have taken: what it takes to put them back.
@@ -126,10 +119,9 @@ class Overwritten:
     positions: Tensor
 
     @classmethod
-    def of(cls, kept: Kept, slots: Tensor) -> Overwritten:
+    def of(cls, kept: Kept, slots: Tensor, step: Step) -> Overwritten:
         """What `kept` has in these slots, int64 `[batch, num_kv_heads, any]`."""
-        rows = slots.flatten(0, 1)
-        slots = (rows + first_lines(len(rows), kept.tokens, rows.device)).flatten()
+        slots = (slots.flatten(0, 1) + step.first_lines(slots.shape[1], kept.tokens, slots.device)).flatten()
         return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
 
     @staticmethod

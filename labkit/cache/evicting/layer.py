@@ -210,20 +210,20 @@ class EvictingCache(LayerCache):
                 k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
                 self.kept = Kept(k, v, positions.clone())
             elif step.new_tokens == 1 and kept.victims_left and self.spare is None:
-                self.overwrite(kept, k, v, positions)
+                self.overwrite(kept, k, v, step)
             else:
                 self.bytes_copied += size_of(kept.k) + size_of(kept.v)
                 self.kept = kept.extended(k, v, positions)
 
-    def overwrite(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def overwrite(self, kept: Kept, k: Tensor, v: Tensor, step: Step) -> None:
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
         slot = kept.victims[:, :, kept.used : kept.used + 1]
         notes = kept.notes
         if notes.tokens is not None:
             notes = Notes(notes.tokens.scatter(2, slot, 0.0), notes.rows)
-        self.spare = Overwritten.of(kept, slot)
-        self.spare.put(kept, k, v, positions)
+        self.spare = Overwritten.of(kept, slot, step)
+        self.spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
         self.kept = Kept(kept.k, kept.v, kept.positions, notes, kept.victims, kept.used + 1)
 
     # Attending.

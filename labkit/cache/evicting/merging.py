@@ -131,7 +131,7 @@ class MergingCache(EvictingCache):
             with torch.inference_mode(False):
                 self.kept = self.kept.noted(Notes(torch.zeros(self.kept.positions.shape, device=k.device)))
 
-    def overwrite(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def overwrite(self, kept: Kept, k: Tensor, v: Tensor, step: Step) -> None:
         """Merge the next pair into one of its slots, and put the new token into the other, in place."""
         assert kept.victims is not None
         assert kept.notes.tokens is not None
@@ -143,7 +143,8 @@ class MergingCache(EvictingCache):
             key, value, at, count = self.policy.merged(*sides, counts)
             # The first of a pair leaves its slot to the new token.
             notes = kept.notes.tokens.scatter(2, pair, torch.stack((torch.zeros_like(count), count - 1), dim=2))
-        self.spare = Overwritten.of(kept, pair)
+        self.spare = Overwritten.of(kept, pair, step)
+        positions = step.key_positions(k.shape[1], k.device)
         new = torch.cat((k, key[:, :, None]), dim=2), torch.cat((v, value[:, :, None]), dim=2)
         self.spare.put(kept, *new, torch.cat((positions, at[:, :, None]), dim=2))
         self.kept = replace(kept, notes=Notes(notes), used=kept.used + 2)
