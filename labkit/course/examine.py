@@ -138,7 +138,10 @@ class Trial(threading.Thread):
             self.begun = True
             self.result = self.judge()
         except BaseException:  # TimeIsUp, or an error whose own text raises another
-            pass
+            # Here too: Python 3.12 looks on the way out of a handler, and what comes there is caught by it once more.
+            self.over = True
+            if self.storm:
+                self.storm.__init__ = BaseException.__init__
         self.over = True
         if self.storm:
             self.storm.__init__ = BaseException.__init__
@@ -172,7 +175,7 @@ class Trial(threading.Thread):
                 self.stopped, sys.unraisablehook = True, bool  # one that ends in a `__del__` is no news
                 raise_in(ident, error)
             sent += 1
-            self.wake.acquire(timeout=min(1e-4 * 10**sent, 0.01))
+            self.wake.acquire(timeout=min(1e-4 * 10 ** min(sent, 2), 0.01))
             if sent == 3:
                 # A bare `except:` swallows them. From now on each one that is caught sends the next, before the handler
                 # runs: it comes where nothing catches it. Made of C calls, since a call of Python's would be hit.

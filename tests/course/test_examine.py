@@ -192,6 +192,22 @@ def test_a_call_that_cannot_be_interrupted_is_too_slow_and_its_time_is_said() ->
     assert "it took 1.5" in verdict.finding.seen
 
 
+def test_a_call_that_is_deaf_for_seconds_is_waited_for_as_long() -> None:
+    def sleeps_long(x):
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            try:
+                time.sleep(4)
+            except ValueError:
+                pass
+        return x * 2
+
+    start = time.monotonic()
+    verdict = examine(Double(), sleeps_long, limit=0.1)
+    assert verdict.finding.diagnosis == "too-slow"
+    assert time.monotonic() - start < 8
+
+
 def test_a_call_that_keeps_the_interpreter_to_itself_is_too_slow_too() -> None:
     assert examine(Double(), computes, limit=0.01).finding.diagnosis == "too-slow"
 

@@ -267,6 +267,20 @@ def test_a_run_of_another_commit_or_with_a_failure_ends_the_release(
     assert not (repo / "dist" / VERSION).exists()
 
 
+def test_a_run_of_its_own_is_kept_when_a_cell_failed(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(tree: Path, folders: object, where: dict[str, str], target: Path) -> None:
+        target.write_text(runs.settled(JUNIT.format("<failure>why</failure>"), where))
+
+    monkeypatch.setattr(runs, "run_notebooks", run)
+    said: list[str] = []
+    with pytest.raises(ReleaseError, match="cells failed"):
+        make.release(VERSION, repo, say=said.append)
+    kept = repo / "dist" / f"nbval-{VERSION}.xml"
+    assert "why" in kept.read_text()
+    assert f"dist/{kept.name}" in said[0]
+    assert os.listdir(repo / "dist") == [kept.name]
+
+
 def test_a_lab_that_was_not_run_ends_the_release(repo: Path, junit: Path) -> None:
     one = JUNIT.format("").replace('<testcase classname="editions.self-paced.02_b.ipynb" name="Cell 0" time="0.1">', "")
     junit.write_text(runs.settled(one.replace("</testcase>", ""), WHERE | {"commit": make.head(repo).hash}))

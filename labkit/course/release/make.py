@@ -42,8 +42,9 @@ def release(
 ) -> Path:
     """Make `dist/VERSION` in the checkout `top`; returns that folder.
 
-    junit: files of runs of the notebooks, by `labkit verify`; without one on a CPU the notebooks are run now.
-    gpu: refuse a release whose GPU rows are missing or stale. Raises ReleaseError, and then changes nothing.
+    junit: files of runs of the notebooks, by `labkit verify`; without one on a CPU the notebooks are run now, and
+    `dist/nbval-VERSION.xml` keeps that run. gpu: refuse a release whose GPU rows are missing or stale. Raises
+    ReleaseError, and then makes nothing else.
     """
     commit = check(version, top)
     target = top / "dist" / version
@@ -56,8 +57,9 @@ def release(
         labs = {name: labs_of(editions[name]) for name in EXECUTED if name in editions}
         kept = [*junit]
         if not any(not runs.read(path).on_gpu for path in kept):
-            say("running the notebooks, which takes minutes")
-            kept.append(verify(top, commit, Path(scratch, "junit-cpu.xml"), device="cpu"))
+            own = target.parent / f"nbval-{version}.xml"  # outside: an hour's run is not lost with a cell that failed
+            say(f"running the notebooks, which takes minutes; what they say goes to dist/{own.name}, fit for --junit")
+            kept.append(verify(top, commit, own, device="cpu"))
         known = check_verified(tree, commit, labs, kept, gpu=gpu)
         for name in editions:
             zip_edition(name, editions[name], made / f"{NAME}-{version}-{name}.zip", commit)
