@@ -199,7 +199,7 @@ class Cache:
             yield step
 
     def begin(self, counts: Sequence[int], padding: Sequence[int] | None = None) -> Begun:
-        """What a step of so many tokens is, and what undoing it takes; nothing changes. ValueError as `step` says."""
+        """What a step of so many tokens is, and what undoing it takes; no layer changes. ValueError as `step` says."""
         held = self.lengths
         lengths = held or (0,) * len(counts)
         self.knows_padding |= not held

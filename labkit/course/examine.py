@@ -175,7 +175,7 @@ class Trial(threading.Thread):
                 self.stopped, sys.unraisablehook = True, bool  # one that ends in a `__del__` is no news
                 raise_in(ident, error)
             sent += 1
-            self.wake.acquire(timeout=min(1e-4 * 10 ** min(sent, 2), 0.01))
+            self.wake.acquire(timeout=0.001 if sent == 1 else 0.01)
             if sent == 3:
                 # A bare `except:` swallows them. From now on each one that is caught sends the next, before the handler
                 # runs: it comes where nothing catches it. Made of C calls, since a call of Python's would be hit.

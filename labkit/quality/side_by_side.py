@@ -36,7 +36,7 @@ class Beside:
             raise ValueError(f"caches side by side have equally many layers; got {sorted(numbers)}")
         self.caches = tuple(caches)
         self.layers = [OneByOne(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
-        self.check_alike()
+        check_alike(self.caches)
 
     def __len__(self) -> int:
         return len(self.caches)
@@ -45,12 +45,6 @@ class Beside:
     def seq_len(self) -> int:
         """Tokens that each has seen."""
         return self.caches[0].seq_len
-
-    def check_alike(self) -> None:
-        """Raise ValueError unless all are of one row without padding, or empty, and have seen equally many tokens."""
-        check_alike(self.caches)
-        if any(cache.padding for cache in self.caches):
-            raise ValueError("caches side by side have no padding: their tokens stand at the same places")
 
     def check_fits(self, num_layers: int, constants: Constants) -> None:
         """As `Cache.check_fits`, of each."""
@@ -62,7 +56,7 @@ class Beside:
         """One pass over the layers: a step of each cache, and that of all rows. ValueError for rows that differ."""
         if len(counts) != len(self) or len(set(counts)) != 1 or padding is not None:
             raise ValueError(f"side by side {len(self)} rows get equally many tokens and no padding; got {counts}")
-        self.check_alike()  # somebody may have given one of them tokens of its own
+        check_alike(self.caches)  # somebody may have given one of them tokens of its own
         with steps(self.caches, counts[:1]) as own:
             for layer in self.layers:
                 layer.steps = own
@@ -92,8 +86,8 @@ def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: i
     """Of the last tokens (all) of each row, `[rows, last, vocab_size]`: row i of int `[rows, tokens]` through cache i.
 
     The caches evict no more: no step of theirs is ended, and they are of no use afterwards. One that reads less in a
-    step of one token alone gets them one by one. Raises ValueError for caches of several rows or that have not seen
-    equally many tokens, and for those that would evict again.
+    step of one token alone gets them one by one. Raises ValueError for caches of several rows, with padding or that
+    have not seen equally many tokens, and for those that would evict again.
     """
     check_alike(caches)
     if not caches[0].lengths:
@@ -107,10 +101,12 @@ def logits_beside(model: Llama, caches: Sequence[Cache], tokens: Tensor, last: i
 
 
 def check_alike(caches: Sequence[Cache]) -> None:
-    """Raise ValueError unless each cache has one row, or is empty, and all have seen equally many tokens."""
+    """Raise ValueError unless each has one row without padding, or is empty, and all have seen equally many tokens."""
     lengths = {cache.lengths for cache in caches}
     if len(lengths) != 1 or len(min(lengths)) > 1:
         raise ValueError(f"caches side by side have one row each and have seen equally many tokens; got {lengths}")
+    if any(cache.padding for cache in caches):
+        raise ValueError("caches side by side have no padding: their tokens stand at the same places")
 
 
 class SideBySide:

@@ -66,6 +66,10 @@ def test_caches_of_other_lengths_or_that_would_evict_again_are_refused(model: Ll
         logits_beside(model, [one, other], torch.tensor([[1], [2]]))
     with pytest.raises(ValueError, match="during"):
         logits_beside(model, [one, always], torch.tensor([[1], [2]]))
+    padded = model.cache()
+    model(tokens[:, :9], padded, padding=[2])
+    with pytest.raises(ValueError, match="no padding"):
+        logits_beside(model, [other, padded], torch.tensor([[1], [2]]))
     with pytest.raises(ValueError, match="have read a text"):
         logits_beside(model, [model.cache(), model.cache()], torch.tensor([[1], [2]]))
 
