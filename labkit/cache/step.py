@@ -79,6 +79,15 @@ class Step:
         first_key = tuple(-skip for skip in self.skipped)
         return Visibility(self.counts[0], max(self.after), shortened(first_query), shortened(first_key))
 
+    def newest_of(self, kv_len: int) -> Visibility:
+        """Who may see whom where new tokens, as many in each row, are the newest of `kv_len` keys, none of them padding.
+
+        Made once: the layers of a model share it, and its mask.
+        """
+        if ("newest", kv_len) not in self._places:
+            self._places["newest", kv_len] = Visibility.newest(self.counts[0], kv_len)
+        return self._places["newest", kv_len]
+
     def of_row(self, row: int) -> Visibility:
         """Who may see whom in one row by itself."""
         skip = self.skipped[row]
@@ -113,16 +122,6 @@ class Step:
             made = positions[:, None].expand(self.batch, num_kv_heads, -1).contiguous()
             self._places[device, num_kv_heads] = made
         return self._places[device, num_kv_heads]
-
-    def first_lines(self, num_kv_heads: int, slots: int, device: torch.device | str) -> Tensor:
-        """Where the slots of each row and KV head, so many each, begin among those of all.
-
-        int64 `[batch * num_kv_heads, 1]`. Made once: do not write it.
-        """
-        key = torch.device(device), num_kv_heads, slots
-        if key not in self._places:
-            self._places[key] = (slots * torch.arange(self.batch * num_kv_heads, device=device))[:, None]
-        return self._places[key]
 
     def places(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Row and index in that row of each new token, row after row, both int64 `[all new tokens]`. Made once."""

@@ -134,6 +134,23 @@ def test_a_grader_that_is_ended_costs_no_other_submission(one_lab, tmp_path: Pat
     assert all(said[name].startswith("graded by") for name in ("ada", "eve"))
 
 
+def test_an_assignment_is_made_anew_until_something_was_collected_for_it(one_lab, tmp_path: Path, capsys) -> None:
+    """Graded and ungraded submissions must have met the same hidden cases."""
+    folder, notebook = one_lab
+    source = next((folder / "source/lab01").glob("*.ipynb"))
+    command = ["grade", "setup", str(folder), "--lab", "01", "--exercises", "01.2"]
+    before = source.read_bytes()
+    assert main(command) == 0
+    assert source.read_bytes() != before  # other seeds
+    collect(folder, handed_in(tmp_path / "in", ada=notebook))
+    before = source.read_bytes()
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "lab01 was handed out, and 1 submission is in: made anew it would have other hidden cases" in said
+    assert source.read_bytes() == before
+    assert main(["grade", "setup", str(folder), "--lab", "02", "--exercises", "02.1"]) == 0  # another one
+
+
 def test_who_has_points_and_hands_in_a_broken_file_keeps_both_in_the_table(one_lab, tmp_path, monkeypatch) -> None:
     """The table of reasons says no other thing than the totals."""
     folder, notebook = one_lab

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.attention import is_count
-from labkit.cache.evicting.places import spun, turned
+from labkit.cache.evicting.places import spun
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
+from labkit.rotation import rotate, signed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,27 +50,27 @@ class ExpectedAttention(Policy):
             raise ValueError(f"future is a number of positions, at least 1; got {self.future!r}")
 
     def watch(self, seen: Seen) -> Notes:
-        """Adds to the number of queries, their sum, and the sum of their products, before RoPE."""
-        q = turned(seen.q.float(), -seen.query_positions[:, None], self.frequencies.to(seen.q.device))
-        batch, heads, queries, _ = q.shape
-        if isinstance(seen.newest, int) and seen.newest - queries + 1 >= self.sinks:  # all of them count
-            count = torch.full((batch, heads, 1), float(queries), device=q.device)
-        else:
+        """Adds to the number of queries, and to the sums of their products and, as one more column, of themselves."""
+        batch, heads, queries, _ = seen.q.shape
+        cos, sin = (back_once if queries == 1 else back)(seen.query_positions, self.frequencies)
+        q = rotate(seen.q.float(), cos, sin)
+        count: int | Tensor = queries
+        if not isinstance(seen.newest, int) or seen.newest - queries + 1 < self.sinks:  # some do not count
             real = (seen.query_positions >= self.sinks).expand(batch, -1)[:, None, :, None]
-            q, count = q * real, real.sum(dim=2).expand(-1, heads, -1).float()
-        total = q[:, :, 0] if queries == 1 else q.sum(dim=2)
+            q, count = q * real, real.sum(dim=2).float()
+        ones = F.pad(q, (0, 1), value=1.0)  # of what does not count q is 0, and so is what it adds
         if not seen.notes.rows:
-            return Notes(rows=(count, total, q.mT @ q))
-        counted, summed, products = seen.notes.rows
-        products = torch.baddbmm(products.flatten(0, 1), q.flatten(0, 1).mT, q.flatten(0, 1)).view(products.shape)
-        return Notes(rows=(counted + count, summed + total, products))
+            return Notes(rows=(torch.zeros(batch, heads, 1, device=q.device) + count, q.mT @ ones))
+        counted, sums = seen.notes.rows
+        sums = torch.addcmul(sums, q.mT, ones) if queries == 1 else sums + q.mT @ ones
+        return Notes(rows=(counted + count, sums))
 
     def score(self, held: Held) -> Tensor:
         """The expected attention."""
         if not held.notes.rows:  # nobody attended yet
             return held.tally
-        count, total, products = held.notes.rows
-        mean = total / count.clamp(min=1)
+        count, sums = held.notes.rows
+        products, mean = sums[..., :-1], sums[..., -1] / count.clamp(min=1)
         cos, sin = self.rotation(held)
         k, scale = held.k.float(), held.constants.scale_for(held.k.shape[3])
         ahead = spun(mean, cos, sin).unflatten(1, (held.k.shape[1], -1))  # [batch, num_kv_heads, heads of it, head_dim]
@@ -91,3 +94,12 @@ class ExpectedAttention(Policy):
         ahead = newest + torch.arange(1, self.future + 1, device=held.k.device)
         angle = ahead[..., None] * self.frequencies.to(held.k.device)
         return angle.cos().mean(dim=1)[:, None], angle.sin().mean(dim=1)[:, None]
+
+
+def back(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin that undo RoPE at these positions, int `[batch or 1, tokens]`, as `rotate` takes them."""
+    angle = -positions[:, None, :, None] * frequencies.to(positions.device)
+    return signed(angle.cos().float(), angle.sin().float())
+
+
+back_once = lru_cache(maxsize=1)(back)  # of a decode step, for the next layer: the tensors of its step are the same

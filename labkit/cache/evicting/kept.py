@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from labkit.cache.evicting.policy import Notes
 from labkit.cache.layer import size_of
-from labkit.cache.step import Step
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """K and V `[batch, num_kv_heads, tokens, head_dim]`, positions int32 `[batch, num_kv_heads, tokens]`, and notes.
 
-    victims: slots that the next tokens will take, in this order, int64 `[batch, num_kv_heads, any]`; None where the
-    next tokens are put behind. used: how many of them are taken. hides: whether slots may be empty, as of heads that
-    keep fewer tokens than another: their positions are -1, K and V 0.
+    victims: slots that the next tokens will take, in this order, int64 `[any, batch, num_kv_heads]`, counted over those
+    of all rows and KV heads (`lines_of`), as `lines` has them; None where the next tokens are put behind. used: how
+    many of them are taken. hides: whether slots may be empty, as of heads that keep fewer tokens than another: their
+    positions are -1, K and V 0.
     """
 
     k: Tensor
@@ -50,7 +50,13 @@ class Kept:
     @property
     def victims_left(self) -> int:
         """Tokens that can still be put in the place of a victim."""
-        return 0 if self.victims is None else self.victims.shape[2] - self.used
+        return 0 if self.victims is None else len(self.victims) - self.used
+
+    @cached_property
+    def lines(self) -> tuple[Tensor, Tensor, Tensor]:
+        """K, V and positions, a line for each slot of all rows and KV heads: views."""
+        head_dim = self.k.shape[3]
+        return self.k.view(-1, head_dim), self.v.view(-1, head_dim), self.positions.view(-1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V of all that is held."""
@@ -88,16 +94,19 @@ class Kept:
         return Kept(self.k, self.v, self.positions, notes, self.victims, self.used, self.hides)
 
     def doomed(self, victims: Tensor) -> Kept:
-        """The same with these victims, none of them taken."""
+        """The same with these victims, as `victims` has them, none of them taken."""
         return Kept(self.k, self.v, self.positions, self.notes, victims, 0)
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Kept:
-        """Each tensor changed: for what is done to all rows alike."""
-        notes = Notes(
-            None if self.notes.tokens is None else change(self.notes.tokens), tuple(map(change, self.notes.rows))
-        )
-        victims = None if self.victims is None else change(self.victims)
-        return Kept(change(self.k), change(self.v), change(self.positions), notes, victims, self.used, self.hides)
+    def of_rows(self, rows: Tensor) -> Kept:
+        """The chosen rows of the batch, int64 `[any]`."""
+        k, v, positions = (x.index_select(0, rows) for x in (self.k, self.v, self.positions))
+        tokens = None if self.notes.tokens is None else self.notes.tokens.index_select(0, rows)
+        notes = Notes(tokens, tuple(x.index_select(0, rows) for x in self.notes.rows))
+        victims = self.victims
+        if victims is not None:
+            slots = (victims % self.tokens).index_select(1, rows)
+            victims = lines_of(slots.permute(1, 2, 0), self.tokens)
+        return Kept(k, v, positions, notes, victims, self.used, self.hides)
 
     def first(self, tokens: int) -> Kept:
         """The first `tokens` slots, in memory of their own, without notes."""
@@ -105,12 +114,22 @@ class Kept:
         return Kept(k, v, positions, hides=self.hides)
 
 
+def lines_of(slots: Tensor, tokens: int) -> Tensor:
+    """Slots of each row and KV head, int64 `[..., batch, num_kv_heads, any]`, counted over those of all, so many each.
+
+    `[..., any, batch, num_kv_heads]`, contiguous.
+    """
+    batch, heads = slots.shape[-3:-1]
+    first = tokens * torch.arange(batch * heads, device=slots.device).view(batch, heads, 1)
+    return (slots + first).movedim(-1, -3).contiguous()
+
+
 @dataclass(frozen=True, eq=False)
 class Overwritten:
-    """Tokens of each KV head whose slots others have taken: what it takes to put them back.
+    """Tokens whose slots others have taken: what it takes to put them back.
 
-    slots: int64 `[batch * num_kv_heads * any]`, counted over the slots of all rows and KV heads. k, v: as many lines,
-    `[..., head_dim]`. positions: int32, as `slots`.
+    slots: int64 `[any]`, counted over those of all rows and KV heads. k, v: as many lines, `[any, head_dim]`.
+    positions: int32 `[any]`.
     """
 
     slots: Tensor
@@ -119,16 +138,10 @@ class Overwritten:
     positions: Tensor
 
     @classmethod
-    def of(cls, kept: Kept, slots: Tensor, step: Step) -> Overwritten:
-        """What `kept` has in these slots, int64 `[batch, num_kv_heads, any]`."""
-        slots = (slots.flatten(0, 1) + step.first_lines(slots.shape[1], kept.tokens, slots.device)).flatten()
-        return cls(slots, *(x.index_select(0, slots) for x in cls.lines(kept)))
-
-    @staticmethod
-    def lines(kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-        """K, V and positions, a line for each slot of all rows and KV heads: views."""
-        head_dim = kept.k.shape[3]
-        return kept.k.view(-1, head_dim), kept.v.view(-1, head_dim), kept.positions.view(-1)
+    def of(cls, kept: Kept, slots: Tensor) -> Overwritten:
+        """What `kept` has in these slots, of any shape, as `lines_of` counts them."""
+        slots = slots.reshape(-1)
+        return cls(slots, *(x.index_select(0, slots) for x in kept.lines))
 
     @property
     def nbytes(self) -> int:
@@ -136,11 +149,10 @@ class Overwritten:
         return sum(map(size_of, (self.slots, self.k, self.v, self.positions)))
 
     def put(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write K and V `[batch, num_kv_heads, any, head_dim]` and positions into the slots, in place."""
-        for held, new in zip(self.lines(kept), (k, v, positions), strict=True):
-            held.index_copy_(0, self.slots, new.reshape(-1, *held.shape[1:]))
+        """Write K and V, `[..., head_dim]`, and positions, `[...]`, into the slots, in their order, in place."""
+        for held, new, old in zip(kept.lines, (k, v, positions), (self.k, self.v, self.positions), strict=True):
+            held.index_copy_(0, self.slots, new.reshape(old.shape))
 
     def put_back(self, kept: Kept) -> None:
         """As it was. It takes no memory."""
-        for held, old in zip(self.lines(kept), (self.k, self.v, self.positions), strict=True):
-            held.index_copy_(0, self.slots, old)
+        self.put(kept, self.k, self.v, self.positions)

@@ -33,6 +33,8 @@ class KeyDiff(Policy):
 
     def score(self, held: Held) -> Tensor:
         """Minus the cosine between its key and the mean direction."""
-        keys = F.normalize(held.k.to(wide_dtype(held.k)), dim=-1).masked_fill(~held.real[..., None], 0.0)
-        mean = F.normalize(keys.sum(dim=2, keepdim=True), dim=-1)
-        return -(keys @ mean.mT)[..., 0]
+        keys = held.k.to(wide_dtype(held.k))
+        # Lengths beside the keys: keys of length 1 would be as large as those held once more.
+        shorter = keys.norm(dim=-1).clamp(min=1e-12).reciprocal().masked_fill(~held.real, 0.0)
+        mean = F.normalize(shorter[:, :, None] @ keys, dim=-1)
+        return -(keys @ mean.mT)[..., 0] * shorter

@@ -33,7 +33,7 @@ from torch import Tensor
 from labkit.attention import Visibility, attention_scores, attention_weights, blended, is_count, weights_of
 from labkit.cache.evicting.budgets import Budget, check_budget, check_protected, tokens_of
 from labkit.cache.evicting.choosing import highest, highest_of_all, lowest, ranked
-from labkit.cache.evicting.kept import Kept, Overwritten
+from labkit.cache.evicting.kept import Kept, Overwritten, lines_of
 from labkit.cache.evicting.places import places_of, turned
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
 from labkit.cache.evicting.window import Window
@@ -218,12 +218,12 @@ class EvictingCache(LayerCache):
     def overwrite(self, kept: Kept, k: Tensor, v: Tensor, step: Step) -> None:
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
-        slot = kept.victims[:, :, kept.used : kept.used + 1]
-        notes = kept.notes
+        notes, spare = kept.notes, Overwritten.of(kept, kept.victims[kept.used])
         if notes.tokens is not None:
-            notes = Notes(notes.tokens.scatter(2, slot, 0.0), notes.rows)
-        self.spare = Overwritten.of(kept, slot, step)
-        self.spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
+            tokens = notes.tokens.reshape(-1).index_fill(0, spare.slots, 0.0)
+            notes = Notes(tokens.view(kept.positions.shape), notes.rows)
+        self.spare = spare
+        spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
         self.kept = Kept(kept.k, kept.v, kept.positions, notes, kept.victims, kept.used + 1)
 
     # Attending.
@@ -320,7 +320,7 @@ class EvictingCache(LayerCache):
         if self.physical_len == self.seq_len and self.kept is not None and not self.kept.hides:
             return step.visible
         if self.constants.window is None and not self.has_padding(step):
-            return Visibility.newest(step.counts[0], self.physical_len)
+            return step.newest_of(self.physical_len)
         return Visibility(
             step.counts[0], self.physical_len, step.visible.first_query, key_position=self.positions
         )  # fmt: skip
@@ -372,7 +372,7 @@ class EvictingCache(LayerCache):
     def plan(self, step: Step, victims: Tensor | None = None) -> Plan | None:
         """What is left when the step has ended. ValueError for scores of another shape.
 
-        victims: the slots that the next tokens take, where they are known and nothing is to be cut.
+        victims: the slots that the next tokens take, as `Kept` has them, where nothing is to be cut.
         """
         if (kept := self.kept) is None:
             return None
@@ -426,7 +426,7 @@ class EvictingCache(LayerCache):
             return kept
         with torch.no_grad():  # when the next token has come, one less of these is among the newest
             ranks = self.ranked(scores, kept, newest, max(0, recent - 1), has_padding)
-            return kept.doomed(lowest(ranks, self.victims_of(self.room)))
+            return kept.doomed(lines_of(lowest(ranks, self.victims_of(self.room)), kept.tokens))
 
     def scores(self, kept: Kept, newest: int | Tensor) -> Tensor:
         """What the policy says of each token, float `[batch, num_kv_heads, tokens]`."""
@@ -482,7 +482,7 @@ class EvictingCache(LayerCache):
         assert self.kept is not None
         rows = rows.to(self.kept.k.device)
         with torch.inference_mode(False):
-            kept = self.kept.changed(lambda x: x.index_select(0, rows))
+            kept = self.kept.of_rows(rows)
         lost_at = self.lost_at if self.spare is None else self.seq_len
         self.kept, self.spare, self.lost_at = kept, None, lost_at
         self.bytes_copied += size_of(kept.k) + size_of(kept.v)
@@ -514,7 +514,7 @@ def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Te
             scores, positions, newest, sinks=first.policy.sinks, window=first.attended.window,
             recent=max(0, first.policy.recent_of(first.room) - 1), has_padding=first.has_padding(step),
         )  # fmt: skip
-        return lowest(ranks, first.victims_of(first.room)).unbind()
+        return lines_of(lowest(ranks, first.victims_of(first.room)), kept.tokens).unbind()
 
 
 def newest_of(step: Step, device: torch.device) -> int | Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from labkit.attention import Visibility, attention_scores, blended, weights_of, wide_dtype
 from labkit.cache.evicting.budgets import Budget, tokens_of
 from labkit.cache.evicting.choosing import MOST
-from labkit.cache.evicting.kept import Kept, Overwritten
+from labkit.cache.evicting.kept import Kept, Overwritten, lines_of
 from labkit.cache.evicting.layer import EvictingCache
 from labkit.cache.evicting.places import turned
 from labkit.cache.evicting.policy import BLOCK, Held, Notes, Policy
@@ -135,19 +135,20 @@ class MergingCache(EvictingCache):
         """Merge the next pair into one of its slots, and put the new token into the other, in place."""
         assert kept.victims is not None
         assert kept.notes.tokens is not None
-        pair = kept.victims[:, :, kept.used : kept.used + 2]
-        whole = pair[..., None].expand(-1, -1, -1, kept.k.shape[3])
+        pair = kept.victims[kept.used : kept.used + 2]
+        spare = Overwritten.of(kept, pair)
         with torch.no_grad():
-            counts = 1 + kept.notes.tokens.gather(2, pair)
-            sides = kept.k.gather(2, whole), kept.v.gather(2, whole), kept.positions.gather(2, pair)
-            key, value, at, count = self.policy.merged(*sides, counts)
+            noted = kept.notes.tokens.reshape(-1)
+            counts = 1 + noted[spare.slots].view(2, -1)
+            sides = (x.unflatten(0, (2, -1)).movedim(0, 1) for x in (spare.k, spare.v, spare.positions))
+            key, value, at, count = self.policy.merged(*sides, counts.mT)
             # The first of a pair leaves its slot to the new token.
-            notes = kept.notes.tokens.scatter(2, pair, torch.stack((torch.zeros_like(count), count - 1), dim=2))
-        self.spare = Overwritten.of(kept, pair, step)
+            notes = noted.index_copy(0, spare.slots, torch.cat((torch.zeros_like(count), count - 1)))
+        self.spare = spare
         positions = step.key_positions(k.shape[1], k.device)
-        new = torch.cat((k, key[:, :, None]), dim=2), torch.cat((v, value[:, :, None]), dim=2)
-        self.spare.put(kept, *new, torch.cat((positions, at[:, :, None]), dim=2))
-        self.kept = replace(kept, notes=Notes(notes), used=kept.used + 2)
+        new = torch.cat((k.flatten(0, 2), key)), torch.cat((v.flatten(0, 2), value))
+        spare.put(kept, *new, torch.cat((positions.flatten(), at)))
+        self.kept = replace(kept, notes=Notes(notes.view(kept.positions.shape)), used=kept.used + 2)
 
     # Attending.
 
@@ -210,7 +211,7 @@ class MergingCache(EvictingCache):
             if self.during == "prompt":
                 return kept
             pairs = self.pairs(kept, newest, max(0, recent - 1), self.victims_of(self.room) // 2)
-            return kept.doomed(self.slots(*pairs))
+            return kept.doomed(lines_of(self.slots(*pairs), kept.tokens))
 
     def pairs(self, kept: Kept, newest: int | Tensor, recent: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs most alike, those first: the order of positions, int64 `[batch, num_kv_heads, tokens]`, and in it

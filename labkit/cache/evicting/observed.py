@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -98,9 +99,11 @@ class SnapKV(Policy):
 
     def watch(self, seen: Seen) -> Notes:
         """The mean weight from the newest `window` queries."""
-        share = min(1.0, seen.q.shape[2] / self.window)
-        newest = seen.received(self.window) / self.window
-        return Notes(newest if share == 1 else newest + (1 - share) * seen.tally)
+        stays = max(0.0, 1 - seen.q.shape[2] / self.window)
+        newest = seen.received(self.window)
+        if not stays:
+            return Notes(newest / self.window)
+        return Notes(torch.add(stays * seen.tally, newest, alpha=1 / self.window))
 
     def score(self, held: Held) -> Tensor:
         """That, pooled."""

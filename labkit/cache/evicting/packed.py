@@ -123,7 +123,7 @@ class KeptPacked:
 
     def changed(self, rows: Tensor) -> KeptPacked:
         """The chosen rows of the batch."""
-        left = Kept(self.k, self.v, self.positions, self.notes).changed(lambda x: x.index_select(0, rows))
+        left = Kept(self.k, self.v, self.positions, self.notes).of_rows(rows)
         packed = None if self.packed is None else (self.packed[0].of_rows(rows), self.packed[1].of_rows(rows))
         return KeptPacked(packed, left.k, left.v, left.positions, left.notes)
 

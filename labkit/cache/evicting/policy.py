@@ -109,7 +109,7 @@ class Seen(Held):
             for start in range(first, queries, BLOCK):
                 some = self.weights_between(start, min(start + BLOCK, queries))
                 total[:, :, : some.shape[3]] += some.sum(dim=2)
-        return total.unflatten(1, (self.k.shape[1], -1)).mean(dim=2).float()
+        return total.view(batch, self.k.shape[1], -1, self.k.shape[2]).mean(dim=2).float()
 
     def weights_between(self, start: int, stop: int) -> Tensor:
         """Of some of the queries, over the tokens that came no later than they: `[..., stop - start, so many]`."""

@@ -96,20 +96,26 @@ def set_up(
     """Make `folder` a class's (nobody else may look into it), with `notebook` as an assignment, and hand it out.
 
     ids: of the exercises, where not all of the notebook's. limits: fields of `Limits` that are not the usual
-    ones; a class has one set of limits, and others than it has are refused. Returns lines for the teacher. Raises
-    ClassError.
+    ones; a class has one set of limits, and others than it has are refused. An assignment that is there is made anew,
+    with other seeds, as long as nothing was collected for it. Returns lines for the teacher. Raises ClassError.
     """
     from labkit.course.catalogue import contents
     from labkit.course.editions.leaks import leaks
     from labkit.course.grading import source
 
     number = notebook.name[:2]
+    assignment = f"lab{number}"
     refuse_other_limits(folder, limits or {})
+    if handed_in := students(folder, assignment):
+        are = "submission is" if len(handed_in) == 1 else "submissions are"
+        raise ClassError(
+            f"{assignment} was handed out, and {len(handed_in)} {are} in: made anew it would have other "
+            f"hidden cases. Nothing was changed. To begin again, move {folder / 'submitted' / '*' / assignment} away"
+        )
     try:
         edition, files = source.assignment(notebook, ids=ids, limit=check_seconds)
     except (OSError, ValueError) as error:
         raise ClassError(f"{notebook.name}: {error}") from None
-    assignment = f"lab{number}"
     make_folder(folder)
     folder.chmod(0o700)
     if not (folder / "nbgrader_config.py").exists():

@@ -45,27 +45,17 @@ def family(pid: int) -> list[psutil.Process]:
     return found
 
 
-def computed(pid: int) -> tuple[float, bool]:
-    """Seconds that all processes below one have computed, and whether one of them computes or wants to."""
-    total, busy = 0.0, False
-    for process in family(pid):
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-            busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-    return total, busy
-
-
 class Clock:
     """Seconds that all processes below one have computed together, looked at now and then; it never goes back.
 
     A parent that ignores its children's ends does not get their time, so what was seen of a process stays counted when
     it ends, but for what its parent got. Of one that is new and computes, much may have been missed, and it may end
     unseen: it counts as having computed since the last look.
+    busy: whether, at the last look, one of them computed or wanted to.
     """
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.seconds, self.last = pid, 0.0, time.monotonic()
+        self.pid, self.seconds, self.last, self.busy = pid, 0.0, time.monotonic(), False
         self.seen: dict[tuple[int, float], tuple[float, float]] = {}  # what counts, and its ended children's part
 
     def look(self) -> float:
@@ -74,18 +64,15 @@ class Clock:
         step, self.last = min(now - self.last, STEP), now
         seen: dict[tuple[int, float], tuple[float, float]] = {}
         unknown = os.cpu_count() or 1  # no more can compute at a time
-        got = 0.0
+        got, self.busy = 0.0, False
         for process in family(self.pid):
             with contextlib.suppress(psutil.Error):
-                key, times = (process.pid, process.create_time()), process.cpu_times()
+                key, times, status = (process.pid, process.create_time()), process.cpu_times(), process.status()
+                self.busy = self.busy or status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
                 children = times.children_user + times.children_system
                 counted = times.user + times.system + children
                 before, children_before = self.seen.get(key, (0.0, 0.0))
-                if (
-                    key not in self.seen
-                    and unknown
-                    and (counted > step / 4 or process.status() == psutil.STATUS_RUNNING)
-                ):
+                if key not in self.seen and unknown and (counted > step / 4 or status == psutil.STATUS_RUNNING):
                     counted, unknown = max(counted, step), unknown - 1
                 seen[key] = max(counted, before), children
                 self.seconds += seen[key][0] - before
