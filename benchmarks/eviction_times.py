@@ -21,8 +21,8 @@ from labkit.llama import Llama
 from labkit.measure import Timing, alternate
 
 OVERHEAD = {  # policies, and how many victims are chosen at once: of a window the same tokens go, in the same order
-    "sinks and window": 16, "H2O": 16, "TOVA": 1, "key norm": 16, "SnapKV": 32, "KeyDiff": 16, "expected attention": 128,
-    "merging": 16,
+    "sinks and window": 16, "H2O": 16, "TOVA": 1, "key norm": 16, "SnapKV": 32, "KeyDiff": 16,
+    "expected attention": 128, "merging": 16,
 }  # fmt: skip
 NOT_EVICTING = ("merging", "Quest")  # timed beside the others, and no bar is theirs
 

@@ -80,7 +80,7 @@ class Step:
         return Visibility(self.counts[0], max(self.after), shortened(first_query), shortened(first_key))
 
     def newest_of(self, kv_len: int) -> Visibility:
-        """Who may see whom where new tokens, as many in each row, are the newest of `kv_len` keys, none of them padding.
+        """Who may see whom where a rectangle's tokens are the newest of `kv_len` keys, none of them padding.
 
         Made once: the layers of a model share it, and its mask.
         """
