@@ -140,8 +140,10 @@ class MergingCache(EvictingCache):
         with torch.no_grad():
             noted = kept.notes.tokens.reshape(-1)
             counts = 1 + noted[spare.slots].view(2, -1)
-            sides = (x.unflatten(0, (2, -1)).movedim(0, 1) for x in (spare.k, spare.v, spare.positions))
-            key, value, at, count = self.policy.merged(*sides, counts.mT)
+            k_sides, v_sides, places = (
+                x.unflatten(0, (2, -1)).movedim(0, 1) for x in (spare.k, spare.v, spare.positions)
+            )
+            key, value, at, count = self.policy.merged(k_sides, v_sides, places, counts.mT)
             # The first of a pair leaves its slot to the new token.
             notes = noted.index_copy(0, spare.slots, torch.cat((torch.zeros_like(count), count - 1)))
         self.spare = spare

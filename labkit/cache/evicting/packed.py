@@ -121,7 +121,7 @@ class KeptPacked:
             packs = [widened(pack) for pack in packs]
         return KeptPacked((packs[0], packs[1]), waits[0], waits[1], self.positions, self.notes)
 
-    def changed(self, rows: Tensor) -> KeptPacked:
+    def of_rows(self, rows: Tensor) -> KeptPacked:
         """The chosen rows of the batch."""
         left = Kept(self.k, self.v, self.positions, self.notes).of_rows(rows)
         packed = None if self.packed is None else (self.packed[0].of_rows(rows), self.packed[1].of_rows(rows))
@@ -294,7 +294,7 @@ class EvictingQuantizedCache(EvictingCache):
         """Copy the chosen rows, notes with them."""
         assert self.kept is not None
         with torch.inference_mode(False):
-            self.kept = self.kept.changed(rows.to(self.kept.k.device))  # type: ignore[arg-type]
+            self.kept = self.kept.of_rows(rows.to(self.kept.k.device))  # type: ignore[arg-type]
         self.bytes_copied += self.kept.nbytes
 
 

@@ -244,7 +244,8 @@ class ConfinedExecute(Execute):
         index, started = start, False
         try:
             with self.setup_kernel(), contextlib.closing(Cuts(self.kc)) as self.cuts:
-                self.clock = Clock(self.km.provisioner.pid)
+                provisioner: Any = manager.provisioner
+                self.clock = Clock(provisioner.pid)
                 self.run_aside(seal, self.startup_seconds)
                 started = True
                 for before, cell in enumerate(self.nb.cells[:start]):
