@@ -1,7 +1,9 @@
 """Evicting caches against lists of (position, K, V), and what they promise: bytes, undo, and that evicted is gone."""
 
+import contextlib
 import copy
 import math
+import pickle
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -29,6 +31,7 @@ from labkit.cache.evicting import (
     pyramid,
 )
 from labkit.cache.evicting.places import turned
+from labkit.cache.evicting.policy import Seen
 from labkit.cache.step import rectangle
 from labkit.generation import generate
 from tests.bounds import attention_bound
@@ -157,13 +160,15 @@ class Lists:
         policy = self.policy
         if isinstance(policy, SnapKV):
             line = sorted(tokens, key=lambda token: token.position)
-            before = [0.0 if token.position > newest - policy.window else token.tally for token in line]
+            last = newest + 1 - (self.constants.window or math.inf)  # what the next query does not see
+            before = [token.tally if last < token.position <= newest - policy.window else 0.0 for token in line]
             half = policy.pool // 2
             return {
                 id(token): sum(before[max(0, i - half) : i + half + 1]) / policy.pool for i, token in enumerate(line)
             }
         if isinstance(policy, KeyDiff):
-            real = [token.k / token.k.norm() for token in tokens if token.position >= 0]
+            last = max(-1, newest + 1 - (self.constants.window or math.inf))  # what the next query does not see
+            real = [token.k / token.k.norm() for token in tokens if token.position > last]
             mean = torch.stack(real).mean(0)
             return {id(t): -torch.cosine_similarity(t.k, mean, dim=0).item() for t in tokens}
         if isinstance(policy, H2O) and policy.mean:
@@ -192,6 +197,7 @@ def by_position(layer, row, head):
     window=st.sampled_from([None, None, 4, 11]),
     seed=st.integers(0, 99),
 )
+@example(counts=[1, 1, 1, 7, 1, 2, 2], batch=2, budget=8, pad=0, window=11, seed=1)  # unseen tokens: any of them stay
 @settings(max_examples=12, deadline=None)
 def test_each_policy_keeps_and_answers_what_a_list_does(name, counts, batch, budget, pad, window, seed):
     policy, padding = POLICIES[name], [0, min(pad, counts[0] - 1)][:batch]
@@ -340,6 +346,29 @@ class TestScores:
         torch.testing.assert_close(sums[..., :-1], plain.mT @ plain, rtol=1e-5, atol=1e-3, check_dtype=False)
         torch.testing.assert_close(sums[..., -1], plain.sum(2), rtol=1e-5, atol=1e-3, check_dtype=False)
 
+    def test_of_key_differences_are_the_same_whatever_stands_in_padding(self):
+        _, k, v = drawn(1, 8, 4)
+        positions = torch.tensor([-1, -1, 0, 1, 2, 3, 4, 5], dtype=torch.int32).expand(1, KV_HEADS, -1)
+        found = []
+        for padding in (0.0, math.inf, math.nan):
+            k[:, :, 0] = padding
+            found.append(KeyDiff().score(Held(k, v, positions, 5, Constants(), Notes()))[:, :, 2:])
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+    def test_of_expected_attention_follow_positions_that_are_written_in_place(self):
+        """As a buffer does that somebody's own loop keeps."""
+        policy, positions, found = ExpectedAttention(frequencies=FREQUENCIES, sinks=0), torch.tensor([[7]]), []
+        q, k, v = drawn(1, 1, 6)
+        for position in (7, 700):
+            positions.fill_(position)
+            held = torch.full((1, KV_HEADS, 1), position, dtype=torch.int32)
+            seen = Seen(k, v, held, position, Constants(), Notes(), q, positions, Visibility.newest(1, 1))
+            found.append(policy.watch(seen).rows[1][..., -1].double())
+            plain = turned(q, -positions[:, None], FREQUENCIES)[:, :, 0]
+            torch.testing.assert_close(found[-1], plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+        assert not torch.equal(*found)
+
     def test_by_chance_every_token_seen_is_as_likely_to_be_held(self):
         held = torch.zeros(40)
         for seed in range(60):
@@ -387,6 +416,23 @@ class TestScores:
 
 
 class TestMemory:
+    @pytest.mark.parametrize("name", POLICIES)
+    def test_bytes_inside_a_step_are_those_allocated(self, name):
+        cache, inside = Cache.evicting(1, POLICIES[name], 9), []
+        feed(cache, [20])
+        layer = cache[0]
+        for turn in range(3):
+            with cache.step([1] * 2) as step:
+                q, k, v = drawn(2, 1, turn)
+                layer.append(k, v, step)
+                layer.attend(q, step)
+                kept, spare = layer.kept, layer.spare
+                tensors = [kept.k, kept.v, kept.positions, kept.victims, kept.notes.tokens, *kept.notes.rows]
+                tensors += [spare.slots, spare.k, spare.v, spare.positions]
+                storages = [x.untyped_storage() for x in tensors if x is not None]
+                inside.append(layer.nbytes - sum({x.data_ptr(): x.nbytes() for x in storages}.values()))
+        assert inside == [0, 0, 0]
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", POLICIES)
     def test_bytes_are_the_budgets_to_the_byte_at_every_step(self, name, dtype):
@@ -525,6 +571,22 @@ class TestUndo:
     def test_an_error_anywhere_in_a_step_takes_back_all_of_it(self, name, before, count):
         assert_an_error_takes_back_the_step(lambda: self.made(name, before), count)
 
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_a_copy_made_after_an_undone_step_goes_on_as_the_original_does(self, name, before, copied):
+        cache = self.made(name, before)
+        undone(cache)
+        other = copied(cache)
+        for turn in range(3):
+            assert torch.equal(*(feed(one, [1], seed=50 + turn)[0] for one in (cache, other)))
+        assert same(everything(cache[0]), everything(other[0]))
+
+    def test_a_step_undone_in_inference_mode_can_be_taken_outside(self, name, before):
+        cache = self.made(name, before)
+        with torch.inference_mode():
+            undone(cache)
+        plain = self.made(name, before)
+        assert torch.equal(*(feed(one, [1], seed=50)[0] for one in (cache, plain)))
+
     @pytest.mark.parametrize("count", [1, 9])
     def test_a_plan_that_fails_in_one_layer_evicts_in_none(self, name, before, count, monkeypatch):
         assert_a_plan_that_fails_changes_nothing(self.made(name, before), count, monkeypatch)
@@ -537,6 +599,13 @@ class TestUndo:
         (a,), (b,) = (feed_rows(one, rows) for one, rows in ((cache, [1, 1, 0]), (whole, [0, 1])))
         torch.testing.assert_close(a, b[[1, 1, 0]], rtol=0, atol=1e-13)  # bounded
         assert torch.equal(cache[0].positions, whole[0].positions[[1, 1, 0]])
+
+
+def undone(cache):
+    """A step that fails when it has written."""
+    with contextlib.suppress(ZeroDivisionError), cache.step([1] * 2) as step:
+        cache[0].append(*drawn(2, 1, 8)[1:], step)
+        raise ZeroDivisionError
 
 
 def feed_rows(cache, rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -147,6 +148,12 @@ def test_an_assignment_is_made_anew_until_something_was_collected_for_it(one_lab
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "lab01 was handed out, and 1 submission is in: made anew it would have other hidden cases" in said
+    with export.gradebook(folder) as book:  # as a run leaves it
+        book.add_student("ada")
+        book.add_submission("lab01", "ada")
+    shutil.rmtree(folder / "submitted")
+    assert main(command) == 1
+    assert "lab01 was handed out, and 1 submission is in" in capsys.readouterr().err
     assert source.read_bytes() == before
     assert main(["grade", "setup", str(folder), "--lab", "02", "--exercises", "02.1"]) == 0  # another one
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from labkit.course.grading import usage
 from labkit.course.grading.confined import SYSTEM
 from labkit.course.grading.room import WORDS, Limits, Room, RoomError, homes, needed, told
 from labkit.course.grading.usage import Clock
@@ -143,6 +144,23 @@ def test_what_a_parent_gets_of_its_childrens_time_is_counted_once() -> None:
         used = float(process.communicate()[0])
     assert looked == sorted(looked)
     assert used <= looked[-1] + 0.05 < used + 4 * 0.2 + 0.3
+
+
+def test_a_process_that_one_look_misses_is_not_counted_anew(monkeypatch) -> None:
+    """As where a thread of its parent ends while the parent's threads are gone through."""
+    burn = "import time\nwhile time.process_time() < 1: pass\nprint('done', flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", burn], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        clock = Clock(os.getpid())
+        before = clock.look()
+        with monkeypatch.context() as patch:
+            patch.setattr(usage, "family", lambda pid: [])
+            assert clock.look() == before
+        after = clock.look()
+        process.kill()
+    assert before > 0.9
+    assert after < before + 0.3
 
 
 def test_what_does_nothing_for_ever_has_an_end(room) -> None:

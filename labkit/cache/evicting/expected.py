@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -52,8 +51,7 @@ class ExpectedAttention(Policy):
     def watch(self, seen: Seen) -> Notes:
         """Adds to the number of queries, and to the sums of their products and, as one more column, of themselves."""
         batch, heads, queries, _ = seen.q.shape
-        cos, sin = (back_once if queries == 1 else back)(seen.query_positions, self.frequencies)
-        q = rotate(seen.q.float(), cos, sin)
+        q = rotate(seen.q.float(), *self.back(seen))
         count: int | Tensor = queries
         if not isinstance(seen.newest, int) or seen.newest - queries + 1 < self.sinks:  # some do not count
             real = (seen.query_positions >= self.sinks).expand(batch, -1)[:, None, :, None]
@@ -64,6 +62,16 @@ class ExpectedAttention(Policy):
         counted, sums = seen.notes.rows
         sums = torch.addcmul(sums, q.mT, ones) if queries == 1 else sums + q.mT @ ones
         return Notes(rows=(counted + count, sums))
+
+    def back(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """cos and sin that undo the queries' RoPE, as `rotate` takes them: once for the layers that have the same."""
+        positions, frequencies = seen.query_positions, self.frequencies
+        known = seen.shared.get(id(frequencies))
+        if known is None or known[0] is not positions or known[1] is not frequencies:
+            angle = -positions[:, None, :, None] * frequencies.to(positions.device)
+            known = positions, frequencies, signed(angle.cos().float(), angle.sin().float())
+            seen.shared[id(frequencies)] = known
+        return known[2]
 
     def score(self, held: Held) -> Tensor:
         """The expected attention."""
@@ -94,12 +102,3 @@ class ExpectedAttention(Policy):
         ahead = newest + torch.arange(1, self.future + 1, device=held.k.device)
         angle = ahead[..., None] * self.frequencies.to(held.k.device)
         return angle.cos().mean(dim=1)[:, None], angle.sin().mean(dim=1)[:, None]
-
-
-def back(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin that undo RoPE at these positions, int `[batch or 1, tokens]`, as `rotate` takes them."""
-    angle = -positions[:, None, :, None] * frequencies.to(positions.device)
-    return signed(angle.cos().float(), angle.sin().float())
-
-
-back_once = lru_cache(maxsize=1)(back)  # of a decode step, for the next layer: the tensors of its step are the same

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,7 @@ class Kept:
         """Tokens that can still be put in the place of a victim."""
         return 0 if self.victims is None else len(self.victims) - self.used
 
-    @cached_property
+    @property
     def lines(self) -> tuple[Tensor, Tensor, Tensor]:
         """K, V and positions, a line for each slot of all rows and KV heads: views."""
         head_dim = self.k.shape[3]
@@ -128,8 +127,8 @@ def lines_of(slots: Tensor, tokens: int) -> Tensor:
 class Overwritten:
     """Tokens whose slots others have taken: what it takes to put them back.
 
-    slots: int64 `[any]`, counted over those of all rows and KV heads. k, v: as many lines, `[any, head_dim]`.
-    positions: int32 `[any]`.
+    slots: int64 `[any]`, counted over those of all rows and KV heads; they lie in the memory of `Kept.victims`. k, v:
+    as many lines, `[any, head_dim]`. positions: int32 `[any]`.
     """
 
     slots: Tensor
@@ -145,8 +144,8 @@ class Overwritten:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return sum(map(size_of, (self.slots, self.k, self.v, self.positions)))
+        """Bytes of all of it but the slots, which count as victims."""
+        return sum(map(size_of, (self.k, self.v, self.positions)))
 
     def put(self, kept: Kept, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write K and V, `[..., head_dim]`, and positions, `[...]`, into the slots, in their order, in place."""

@@ -28,13 +28,14 @@ class KeyDiff(Policy):
     """Keys that point another way than the others do (KeyDiff, arXiv:2504.15364).
 
     Settled here: the others' direction is the mean of the keys held, each of length 1 first, as in the paper's
-    algorithm and kvpress; padding is none of them. Keys are taken as they are held, turned by RoPE.
+    algorithm and kvpress; padding, and what left the model's window, is none of them. Keys are taken as they are held,
+    turned by RoPE.
     """
 
     def score(self, held: Held) -> Tensor:
         """Minus the cosine between its key and the mean direction."""
-        keys = held.k.to(wide_dtype(held.k))
+        keys = held.k.to(wide_dtype(held.k)).masked_fill(~held.visible_later[..., None], 0.0)
         # Lengths beside the keys: keys of length 1 would be as large as those held once more.
-        shorter = keys.norm(dim=-1).clamp(min=1e-12).reciprocal().masked_fill(~held.real, 0.0)
+        shorter = keys.norm(dim=-1).clamp(min=1e-12).reciprocal()
         mean = F.normalize(shorter[:, :, None] @ keys, dim=-1)
         return -(keys @ mean.mT)[..., 0] * shorter

@@ -277,7 +277,9 @@ class EvictingCache(LayerCache):
         q, k, v, positions = attended
         with torch.inference_mode(False), torch.no_grad():
             newest = newest_of(step, q.device)
-            seen = Seen(k, v, kept.positions, newest, self.constants, kept.notes, q, positions, visible, known)
+            seen = Seen(
+                k, v, kept.positions, newest, self.constants, kept.notes, q, positions, visible, known, step.shared
+            )
             self.kept = kept.noted(checked_notes(self.policy, self.policy.watch(seen), kept))
 
     def is_sinks_and_window(self, step: Step) -> bool:

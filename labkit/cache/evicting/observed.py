@@ -108,7 +108,8 @@ class SnapKV(Policy):
     def score(self, held: Held) -> Tensor:
         """That, pooled."""
         order = held.positions.argsort(dim=-1)
-        before = held.tally.masked_fill(held.positions > held.newest - self.window, 0.0).gather(2, order)
+        counts = held.visible_later & (held.positions <= held.newest - self.window)
+        before = held.tally.masked_fill(~counts, 0.0).gather(2, order)
         pool = F.avg_pool1d if self.pool_by == "mean" else F.max_pool1d  # weights are never below the zeros at the ends
         pooled = pool(before, self.pool, stride=1, padding=self.pool // 2)
         return pooled.scatter(2, order, pooled)

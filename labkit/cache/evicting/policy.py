@@ -74,6 +74,15 @@ class Held:
         """Which tokens are no padding, bool `[batch, num_kv_heads, tokens]`."""
         return self.positions >= 0
 
+    @property
+    def visible_later(self) -> Tensor:
+        """Which tokens the next query sees: no padding, and in the model's window; bool, as `real`.
+
+        Of the others any may stay while there is room: what is made of several tokens should leave them out.
+        """
+        window = self.constants.window
+        return self.real if window is None else self.real & (self.positions > self.newest + 1 - window)
+
 
 @dataclass(frozen=True, eq=False)
 class Seen(Held):
@@ -81,13 +90,15 @@ class Seen(Held):
 
     q: `[batch, num_heads, new_tokens, head_dim]`, those of the newest tokens. query_positions: int `[batch or 1,
     new_tokens]`, what RoPE turned them to; negative for padding. visible: who sees whom. known: the weights of a single
-    query, which attention computed anyway.
+    query, which attention computed anyway. shared: what the layers of a step have in common, for a policy to put there
+    what need not be made for each of them.
     """
 
     q: Tensor
     query_positions: Tensor
     visible: Visibility
     known: Tensor | None = field(default=None, repr=False)
+    shared: dict = field(default_factory=dict, repr=False)
 
     def weights(self, newest: int) -> Tensor:
         """Attention's weights of the `newest` queries, float32 `[batch, num_heads, newest, tokens]`."""

@@ -106,11 +106,11 @@ def set_up(
     number = notebook.name[:2]
     assignment = f"lab{number}"
     refuse_other_limits(folder, limits or {})
-    if handed_in := students(folder, assignment):
+    if handed_in := {*students(folder, assignment), *export.students(folder, assignment)}:
         are = "submission is" if len(handed_in) == 1 else "submissions are"
         raise ClassError(
-            f"{assignment} was handed out, and {len(handed_in)} {are} in: made anew it would have other "
-            f"hidden cases. Nothing was changed. To begin again, move {folder / 'submitted' / '*' / assignment} away"
+            f"{assignment} was handed out, and {len(handed_in)} {are} in: made anew it would have other hidden cases, "
+            f"and grades would be of both. Nothing was changed. To begin again, set up another folder"
         )
     try:
         edition, files = source.assignment(notebook, ids=ids, limit=check_seconds)

@@ -128,6 +128,15 @@ def total(folder: Path, assignment: str, student: str) -> tuple[float, float]:
             return 0.0, most
 
 
+def students(folder: Path, assignment: str) -> list[str]:
+    """Who has a submission of this assignment in the gradebook, if there is one."""
+    if not (folder / "gradebook.db").exists():
+        return []
+    with gradebook(folder) as book:
+        known = [each.name for each in book.assignments]
+        return [each.student.id for each in book.assignment_submissions(assignment)] if assignment in known else []
+
+
 def gradebook(folder: Path) -> Any:
     """nbgrader's gradebook."""
     from nbgrader.api import Gradebook

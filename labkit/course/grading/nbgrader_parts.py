@@ -32,7 +32,7 @@ from traitlets import Dict, Float, List, Unicode
 
 from labkit.course.grading.marks import BLANK, KIND, marks
 from labkit.course.grading.room import Limits, Room, RoomError
-from labkit.course.grading.usage import LINUX, STEP, Clock, family, running
+from labkit.course.grading.usage import LINUX, computed, family, running
 from labkit.printable import printable
 
 DEATHS = 3  # kernels that one notebook may lose
@@ -46,6 +46,7 @@ SILENCE = 2.0  # seconds that a kernel may be alive, but cut off
 SHORT = 2000  # characters of a part of an error that is too long
 LEFT_OUT = f"[The rest is left out: a cell's outputs may have {OUTPUT:,} characters.]\n"
 LOOK = 0.4  # seconds between two looks at a cell that runs
+STEP = 1.0  # seconds that one look at the clock counts at most: a machine that was asleep has not computed
 
 
 class Blanks(ClearSolutions):
@@ -244,8 +245,6 @@ class ConfinedExecute(Execute):
         index, started = start, False
         try:
             with self.setup_kernel(), contextlib.closing(Cuts(self.kc)) as self.cuts:
-                provisioner: Any = manager.provisioner
-                self.clock = Clock(provisioner.pid)
                 self.run_aside(seal, self.startup_seconds)
                 started = True
                 for before, cell in enumerate(self.nb.cells[:start]):
@@ -303,14 +302,14 @@ class ConfinedExecute(Execute):
         task = asyncio.ensure_future(self.async_execute_cell(cell, index, store_history=True))
         provisioner: Any = self.km.provisioner
         launcher = provisioner.pid
-        before = self.clock.look()
+        before, _ = computed(launcher)
         last, idle, stopped, grace, silence = time.monotonic(), 0.0, False, 0.0, 0.0
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK)
             now = time.monotonic()
             step, last = min(now - last, STEP), now
-            used = self.clock.look()
-            idle += 0 if self.clock.busy else step
+            used, busy = computed(launcher)
+            idle += 0 if busy else step
             silence += step if await self.cuts.seen() and lives(launcher) else 0
             if silence > SILENCE or (silence and task.done() and not task.exception()):
                 await self.end(task, provisioner)

@@ -30,12 +30,13 @@ def family(pid: int) -> list[psutil.Process]:
     found, pending = [], [pid]
     while pending:
         parent = pending.pop()
+        below: list[str] = []
         try:
             if not LINUX:
                 return psutil.Process(parent).children(recursive=True)
-            below = [
-                child for file in Path(f"/proc/{parent}/task").glob("*/children") for child in file.read_text().split()
-            ]
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with contextlib.suppress(OSError):  # a thread that has ended leaves its children to another
+                    below += Path(f"/proc/{parent}/task/{thread}/children").read_text().split()
         except (OSError, psutil.Error):
             continue
         for child in map(int, below):
@@ -45,17 +46,28 @@ def family(pid: int) -> list[psutil.Process]:
     return found
 
 
+def computed(pid: int) -> tuple[float, bool]:
+    """Seconds that all processes below one have computed, and whether one of them computes or wants to."""
+    total, busy = 0.0, False
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+            busy = busy or process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    return total, busy
+
+
 class Clock:
     """Seconds that all processes below one have computed together, looked at now and then; it never goes back.
 
     A parent that ignores its children's ends does not get their time, so what was seen of a process stays counted when
     it ends, but for what its parent got. Of one that is new and computes, much may have been missed, and it may end
-    unseen: it counts as having computed since the last look.
-    busy: whether, at the last look, one of them computed or wanted to.
+    unseen: it counts as having computed since it began, or since the last look. That is too much for one that waited
+    for a processor, so `computed`, which estimates nothing, is what limits a single cell.
     """
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.seconds, self.last, self.busy = pid, 0.0, time.monotonic(), False
+        self.pid, self.seconds, self.last = pid, 0.0, time.monotonic()
         self.seen: dict[tuple[int, float], tuple[float, float]] = {}  # what counts, and its ended children's part
 
     def look(self) -> float:
@@ -63,24 +75,42 @@ class Clock:
         now = time.monotonic()
         step, self.last = min(now - self.last, STEP), now
         seen: dict[tuple[int, float], tuple[float, float]] = {}
-        unknown = os.cpu_count() or 1  # no more can compute at a time
-        got, self.busy = 0.0, False
+        unknown = processors()  # no more can compute at a time
+        got = 0.0
         for process in family(self.pid):
             with contextlib.suppress(psutil.Error):
-                key, times, status = (process.pid, process.create_time()), process.cpu_times(), process.status()
-                self.busy = self.busy or status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+                key, times = (process.pid, process.create_time()), process.cpu_times()
                 children = times.children_user + times.children_system
                 counted = times.user + times.system + children
                 before, children_before = self.seen.get(key, (0.0, 0.0))
-                if key not in self.seen and unknown and (counted > step / 4 or status == psutil.STATUS_RUNNING):
-                    counted, unknown = max(counted, step), unknown - 1
+                if (
+                    key not in self.seen
+                    and unknown
+                    and (counted > step / 4 or process.status() == psutil.STATUS_RUNNING)
+                ):
+                    counted, unknown = max(counted, min(step, time.time() - key[1])), unknown - 1
                 seen[key] = max(counted, before), children
                 self.seconds += seen[key][0] - before
                 got += children - children_before
+        missed = [key for key in self.seen if key not in seen]
+        seen |= {key: self.seen[key] for key in missed if same(*key)}  # it did not end, and is not new the next time
         gone = sum(counted for key, (counted, _) in self.seen.items() if key not in seen)
         self.seconds -= max(0.0, min(got, gone))
         self.seen = seen
         return self.seconds
+
+
+def processors() -> int:
+    """How many of this process's children can compute at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def same(pid: int, began: float) -> bool:
+    """Whether the process that began then still has this number."""
+    try:
+        return psutil.Process(pid).create_time() == began
+    except psutil.Error:
+        return False
 
 
 def memory(processes: Iterable[psutil.Process], small: int) -> int:
