@@ -286,11 +286,13 @@ def steps(
 ) -> Iterator[list[Step]]:
     """A step of each of several caches, as `Cache.step` says: all of them, or none."""
     begun = [cache.begin(counts, padding) for cache in caches]
+    own = [one.step for one in begun]
     try:
-        for cache, one in zip(caches, begun, strict=True):
-            cache.padding = one.step.padding
-        yield [one.step for one in begun]
-        plans = [cache.plan(one.step) for cache, one in zip(caches, begun, strict=True)]
+        for cache, step in zip(caches, own, strict=True):
+            cache.padding = step.padding
+        yield own
+        # No comprehension: since Python 3.12 what a tracer raises inside one is not caught by its function's `except`.
+        plans = list(map(Cache.plan, caches, own))
         settles = any(plan is not None for some in plans for plan in some)
         for cache in caches:
             cache.torn = settles  # from here on: all of it, or a refusal
