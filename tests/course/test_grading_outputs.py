@@ -64,6 +64,20 @@ kernel.session.send(kernel.iopub_socket, "display_data", {{}}, parent=kernel.get
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
+def test_memory_that_runs_out_when_a_message_is_taken_up_costs_that_cell_alone(monkeypatch) -> None:
+    process = ConfinedExecute.process_message
+
+    def too_large(self, msg, cell, index):
+        if msg["msg_type"] == "stream" and "all of it" in str(msg["content"]):
+            raise MemoryError
+        return process(self, msg, cell, index)
+
+    monkeypatch.setattr(ConfinedExecute, "process_message", too_large)
+    notebook = executed("print('all of it')", "print('and on')")
+    assert f"it put out more than {MESSAGE / 1e6:g} MB at once" in text(notebook.cells[1])
+    assert "and on" in text(notebook.cells[2])
+
+
 def test_a_crash_is_told_as_one_however_late_it_is_seen(monkeypatch) -> None:
     """Who dies is cut off, too: on a slow machine for longer than a kernel that put out too much is waited for."""
     seen = ConfinedExecute._async_poll_kernel_alive

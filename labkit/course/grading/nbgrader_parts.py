@@ -311,7 +311,9 @@ class ConfinedExecute(Execute):
             used, busy = computed(launcher)
             idle += 0 if busy else step
             silence += step if await self.cuts.seen() and lives(launcher) else 0
-            if silence > SILENCE or (silence and task.done() and not task.exception()):
+            cut = silence > SILENCE or (silence and task.done() and not task.exception())
+            # ZeroMQ may have had memory for a message, and Python none to take it up.
+            if cut or (task.done() and isinstance(task.exception(), MemoryError)):
                 await self.end(task, provisioner)
                 raise DeadKernelError(f"it was stopped: it put out more than {MESSAGE / 1e6:g} MB at once")
             if not stopped and max(used - before, idle) > seconds:
