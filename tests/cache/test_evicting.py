@@ -343,8 +343,8 @@ class TestScores:
         count, sums = (row.double() for row in cache[0].kept.notes.rows)
         assert count.shape == (2, KV_HEADS * GROUP, 1)
         assert (count == plain.shape[2]).all()
-        torch.testing.assert_close(sums[..., :-1], plain.mT @ plain, rtol=1e-5, atol=1e-3, check_dtype=False)
-        torch.testing.assert_close(sums[..., -1], plain.sum(2), rtol=1e-5, atol=1e-3, check_dtype=False)
+        torch.testing.assert_close(sums[..., :-1], plain.mT @ plain, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(sums[..., -1], plain.sum(2), rtol=1e-5, atol=1e-3)
 
     def test_of_key_differences_are_the_same_whatever_stands_in_padding(self):
         _, k, v = drawn(1, 8, 4)

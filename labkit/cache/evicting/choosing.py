@@ -35,11 +35,16 @@ def ranked(
         ranks = ranks.masked_fill(positions > newest - recent, math.inf)
     if sinks:
         ranks = ranks.masked_fill(positions < sinks, math.inf)
-    if window is not None:  # the next query stands at newest + 1
-        ranks = ranks.masked_fill(positions <= newest + 1 - window, UNSEEN)
+    if window is not None:
+        ranks = ranks.masked_fill(left_window(positions, newest, window), UNSEEN)
     if has_padding:
         ranks = ranks.masked_fill(positions < 0, -math.inf)
     return ranks
+
+
+def left_window(positions: Tensor, newest: int | Tensor, window: int) -> Tensor:
+    """Which tokens the next query, which stands at `newest` + 1, does not see for their distance, bool."""
+    return positions <= newest + 1 - window
 
 
 def highest(ranks: Tensor, count: int) -> Tensor:

@@ -35,7 +35,7 @@ class KeyDiff(Policy):
     def score(self, held: Held) -> Tensor:
         """Minus the cosine between its key and the mean direction."""
         keys = held.k.to(wide_dtype(held.k)).masked_fill(~held.visible_later[..., None], 0.0)
-        # Lengths beside the keys: keys of length 1 would be as large as those held once more.
+        # Lengths beside the keys: keys of length 1 would be one more copy of all.
         shorter = keys.norm(dim=-1).clamp(min=1e-12).reciprocal()
         mean = F.normalize(shorter[:, :, None] @ keys, dim=-1)
         return -(keys @ mean.mT)[..., 0] * shorter

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from labkit.attention import Constants, Visibility, attention_weights, is_count
+from labkit.cache.evicting.choosing import left_window
 
 BLOCK = 64  # queries whose weights are held at once
 
@@ -81,7 +82,7 @@ class Held:
         Of the others any may stay while there is room: what is made of several tokens should leave them out.
         """
         window = self.constants.window
-        return self.real if window is None else self.real & (self.positions > self.newest + 1 - window)
+        return self.real if window is None else self.real & ~left_window(self.positions, self.newest, window)
 
 
 @dataclass(frozen=True, eq=False)

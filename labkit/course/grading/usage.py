@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from labkit.limits import usable_cores
+
 LINUX = sys.platform.startswith("linux")
 MOST_FILES = 20_000
 GONE = " (deleted)"
@@ -67,50 +69,36 @@ class Clock:
     """
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.seconds, self.last = pid, 0.0, time.monotonic()
-        self.seen: dict[tuple[int, float], tuple[float, float]] = {}  # what counts, and its ended children's part
+        self.pid, self.seconds, self.last, self.cores = pid, 0.0, time.monotonic(), usable_cores()
+        self.seen: dict[psutil.Process, tuple[float, float]] = {}  # what counts, and its ended children's part
 
     def look(self) -> float:
         """The seconds by now."""
         now = time.monotonic()
         step, self.last = min(now - self.last, STEP), now
-        seen: dict[tuple[int, float], tuple[float, float]] = {}
-        unknown = processors()  # no more can compute at a time
-        got = 0.0
+        seen: dict[psutil.Process, tuple[float, float]] = {}
+        unknown, got = self.cores, 0.0  # no more can compute at a time
         for process in family(self.pid):
             with contextlib.suppress(psutil.Error):
-                key, times = (process.pid, process.create_time()), process.cpu_times()
+                times = process.cpu_times()
                 children = times.children_user + times.children_system
                 counted = times.user + times.system + children
-                before, children_before = self.seen.get(key, (0.0, 0.0))
+                before, children_before = self.seen.get(process, (0.0, 0.0))
                 if (
-                    key not in self.seen
+                    process not in self.seen
                     and unknown
                     and (counted > step / 4 or process.status() == psutil.STATUS_RUNNING)
                 ):
-                    counted, unknown = max(counted, min(step, time.time() - key[1])), unknown - 1
-                seen[key] = max(counted, before), children
-                self.seconds += seen[key][0] - before
+                    counted, unknown = max(counted, min(step, time.time() - process.create_time())), unknown - 1
+                seen[process] = max(counted, before), children
+                self.seconds += seen[process][0] - before
                 got += children - children_before
-        missed = [key for key in self.seen if key not in seen]
-        seen |= {key: self.seen[key] for key in missed if same(*key)}  # it did not end, and is not new the next time
-        gone = sum(counted for key, (counted, _) in self.seen.items() if key not in seen)
+        missed = [process for process in self.seen if process not in seen and process.is_running()]
+        seen |= {process: self.seen[process] for process in missed}  # they did not end, and are not new the next time
+        gone = sum(counted for process, (counted, _) in self.seen.items() if process not in seen)
         self.seconds -= max(0.0, min(got, gone))
         self.seen = seen
         return self.seconds
-
-
-def processors() -> int:
-    """How many of this process's children can compute at a time."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def same(pid: int, began: float) -> bool:
-    """Whether the process that began then still has this number."""
-    try:
-        return psutil.Process(pid).create_time() == began
-    except psutil.Error:
-        return False
 
 
 def memory(processes: Iterable[psutil.Process], small: int) -> int:
