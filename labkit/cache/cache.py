@@ -215,7 +215,7 @@ class Cache:
                 "positions that labkit would not give them. If each row counts from 0 behind its padding, set "
                 "cache.padding, one number per row, and cache.knows_padding = True; else reset() the cache"
             )
-        step = Step(tuple(counts), lengths, self.padding if padding is None else padding)
+        step = Step(tuple(counts), lengths, self.padding if padding is None else padding, ends=True)
         return Begun(step, tuple(layer.mark() for layer in self.layers), (self.padding, self.knows_padding))
 
     def undo(self, begun: Begun) -> None:

@@ -18,7 +18,8 @@ class Step:
     """The layout of one pass. The model's cache makes it once, and every layer is handed the same.
 
     counts: new tokens of each row. before: tokens that each row held already. padding: tokens at the left of each row
-    that are none, counted in `before` and `counts`; empty where no row has any. shared: what layers make once for all.
+    that are none, counted in `before` and `counts`; empty where no row has any. ends: whether layers are asked at its
+    end what they plan, so that what they learn of it can wait until then. shared: what layers make once for all.
 
     Rows with the same number of new tokens come as a rectangle, `[batch, ..., new_tokens, ...]`. Others come end to
     end in a single row, `[1, ..., total, ...]`: nothing is padded, a chunk of one row and single tokens of others go
@@ -28,6 +29,7 @@ class Step:
     counts: tuple[int, ...]
     before: tuple[int, ...]
     padding: tuple[int, ...] = ()
+    ends: bool = False
     shared: dict = field(default_factory=dict, init=False, repr=False)
     _places: dict = field(default_factory=dict, init=False, repr=False)
 

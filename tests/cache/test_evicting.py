@@ -6,7 +6,7 @@ import math
 import pickle
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -248,6 +248,78 @@ def test_layers_that_choose_victims_together_keep_what_each_one_s_list_does(name
                 right = sorted(token.position for token in tokens)
                 assert by_position(layer, row, head)[0] == right
     assert sum(together) == 7  # every step of one token, but none that cuts
+
+
+BY_WEIGHTS = [name for name, policy in POLICIES.items() if policy.by_weights]
+
+
+@pytest.mark.parametrize("name", BY_WEIGHTS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_layers_asked_at_the_end_of_a_step_note_what_each_notes_when_it_attends(name, every):
+    layers, budget = 3, 12 if name == "SnapKV" else 9
+    alone, together = (Cache.evicting(layers, POLICIES[name], budget, every=every) for _ in range(2))
+    for turn, count in enumerate([14, 1, 1, 1, 1, 4, 1, 1]):
+        given_to = [drawn(2, count, 100 * index + turn) for index in range(layers)]
+        outs = []
+        with together.step([count] * 2) as step:
+            for layer, (q, k, v) in zip(together.layers, given_to, strict=True):
+                layer.append(k, v, step)
+                outs.append(layer.attend(q, step))
+        for layer, (q, k, v), out in zip(alone.layers, given_to, outs, strict=True):
+            own = rectangle(2, count, layer.lengths)  # nobody is asked at the end of it
+            layer.append(k, v, own)
+            assert torch.equal(layer.attend(q, own), out)  # exact
+            layer.settle(layer.plan(own))
+        assert all(map(same, map(everything, together.layers), map(everything, alone.layers)))  # exact
+
+
+@pytest.mark.parametrize("name", BY_WEIGHTS)
+def test_a_token_that_nobody_attended_has_nothing_of_the_one_whose_slot_it_took(name):
+    budget = 12 if name == "SnapKV" else 9
+    cache = Cache.evicting(2, POLICIES[name], budget)
+    feed(cache, [14, 1])
+    with cache.step([1, 1]) as step:
+        for layer in cache.layers:
+            layer.append(*drawn(2, 1, 5)[1:], step)
+    for layer in cache.layers:
+        tally = layer.kept.notes.tokens
+        assert tally is None or (tally[layer.positions == 15] == 0).all()
+
+
+class Claims(Policy):
+    """Says that it reads weights alone, and reads keys or notes nothing."""
+
+    lasting: ClassVar[bool] = True
+    by_weights: ClassVar[bool] = True
+
+    def __init__(self, watch):
+        super().__init__()
+        object.__setattr__(self, "watch_", watch)
+
+    def watch(self, seen):
+        return self.watch_(seen)
+
+    def score(self, held):
+        return held.positions
+
+
+@pytest.mark.parametrize(
+    ("watch", "error"),
+    [
+        (lambda seen: Notes(seen.tally + seen.k.norm(dim=-1)), (RuntimeError, "device")),
+        (lambda seen: seen.notes if seen.q.shape[2] > 1 else Notes(), (ValueError, "notes no number for each token")),
+        (lambda seen: Notes(seen.tally[:1]), (ValueError, "notes a number for each token held")),
+    ],
+)
+def test_a_policy_that_reads_more_than_weights_or_notes_none_is_refused_and_changes_nothing(watch, error):
+    cache = Cache.evicting(2, Claims(lambda seen: Notes(seen.tally + seen.received())), 9)
+    feed(cache, [14, 1])
+    for layer in cache.layers:
+        layer.policy = Claims(watch)
+    was = [everything(layer) for layer in cache.layers]
+    with pytest.raises(error[0], match=error[1]):
+        feed(cache, [1], seed=7)
+    assert all(map(same, was, map(everything, cache.layers)))
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +53,16 @@ class Kept:
         """Tokens that can still be put in the place of a victim."""
         return 0 if self.victims is None else len(self.victims) - self.used
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lines: a copy's are views of its own tensors."""
+        return {name: value for name, value in vars(self).items() if name != "lines"}
+
+    @cached_property
     def lines(self) -> tuple[Tensor, Tensor, Tensor]:
-        """K, V and positions, a line for each slot of all rows and KV heads: views."""
+        """K, V and positions, a line for each slot of all rows and KV heads: views that may be written in any mode."""
         head_dim = self.k.shape[3]
-        return self.k.view(-1, head_dim), self.v.view(-1, head_dim), self.positions.view(-1)
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.k.view(-1, head_dim), self.v.view(-1, head_dim), self.positions.view(-1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V of all that is held."""
@@ -90,11 +97,22 @@ class Kept:
 
     def noted(self, notes: Notes) -> Kept:
         """The same with other notes."""
-        return Kept(self.k, self.v, self.positions, notes, self.victims, self.used, self.hides)
+        return self.beside(notes, self.victims, self.used, self.hides)
 
     def doomed(self, victims: Tensor) -> Kept:
         """The same with these victims, as `victims` has them, none of them taken."""
-        return Kept(self.k, self.v, self.positions, self.notes, victims, 0)
+        return self.beside(self.notes, victims, 0)
+
+    def taken(self, notes: Notes, count: int) -> Kept:
+        """The same when `count` more victims' slots are taken, with other notes."""
+        return self.beside(notes, self.victims, self.used + count)
+
+    def beside(self, notes: Notes, victims: Tensor | None, used: int, hides: bool = False) -> Kept:
+        """The same tensors, and so the same lines, with other things beside them."""
+        kept = Kept(self.k, self.v, self.positions, notes, victims, used, hides)
+        if "lines" in self.__dict__:  # three views less to make in every step of every layer
+            kept.__dict__["lines"] = self.lines
+        return kept
 
     def of_rows(self, rows: Tensor) -> Kept:
         """The chosen rows of the batch, int64 `[any]`."""

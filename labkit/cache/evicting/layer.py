@@ -36,6 +36,14 @@ from labkit.cache.evicting.choosing import highest, highest_of_all, lowest, rank
 from labkit.cache.evicting.kept import Kept, Overwritten, lines_of
 from labkit.cache.evicting.places import places_of, turned
 from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
+from labkit.cache.evicting.together import (
+    WAITING,
+    checked_notes,
+    cleared,
+    newest_of,
+    show_together,
+    victims_together,
+)  # fmt: skip
 from labkit.cache.evicting.window import Window
 from labkit.cache.layer import LayerCache, Observer, size_of
 from labkit.cache.step import Step
@@ -202,15 +210,16 @@ class EvictingCache(LayerCache):
         """Put a single token into a victim's slot, others behind what is held."""
         if self.room is None:
             self.room = tokens_of(self.budget, step)
+        kept = self.kept
+        if kept is not None and step.new_tokens == 1 and kept.victims_left and self.spare is None:
+            self.overwrite(kept, k, v, step)
+            return
         with torch.inference_mode(False):  # what is made inside could not be written outside
             positions = step.key_positions(k.shape[1], k.device)
-            kept = self.kept
             if kept is None:
                 # A clone: a view would keep the projection's whole output alive.
                 k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
                 self.kept = Kept(k, v, positions.clone())
-            elif step.new_tokens == 1 and kept.victims_left and self.spare is None:
-                self.overwrite(kept, k, v, step)
             else:
                 self.bytes_copied += size_of(kept.k) + size_of(kept.v)
                 self.kept = kept.extended(k, v, positions)
@@ -219,12 +228,11 @@ class EvictingCache(LayerCache):
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
         notes, spare = kept.notes, Overwritten.of(kept, kept.victims[kept.used])
-        if notes.tokens is not None:
-            tokens = notes.tokens.reshape(-1).index_fill(0, spare.slots, 0.0)
-            notes = Notes(tokens.view(kept.positions.shape), notes.rows)
+        if notes.tokens is not None and not (self.policy.by_weights and step.ends):  # else `show_together` does it
+            notes = replace(notes, tokens=cleared(notes.tokens, spare.slots))
         self.spare = spare
         spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
-        self.kept = Kept(kept.k, kept.v, kept.positions, notes, kept.victims, kept.used + 1)
+        self.kept = kept.taken(notes, 1)
 
     # Attending.
 
@@ -252,7 +260,9 @@ class EvictingCache(LayerCache):
                 observe(known.to(q.dtype))
         else:
             out = self.answer(q, (k, v), visible, observe)
-        if watched:
+        if watched and known is not None and self.policy.by_weights and step.ends:
+            step.shared.setdefault(WAITING, {})[id(self)] = known
+        elif watched:
             self.show(kept, step, (q, k, v, positions), visible, known)
         return out
 
@@ -367,6 +377,7 @@ class EvictingCache(LayerCache):
     @classmethod
     def plan_all(cls, layers: Sequence[EvictingCache], step: Step) -> list[Plan | None]:
         """`plan` of several layers; where all are full and alike, their victims are chosen at once."""
+        show_together(layers, step)
         if (victims := victims_together(layers, step)) is None:
             return [layer.plan(step) for layer in layers]
         return [layer.plan(step, some) for layer, some in zip(layers, victims, strict=True)]
@@ -498,43 +509,3 @@ def check_safeguard(safeguard: float, during: str, frequencies: Tensor | None) -
         raise ValueError('heads share a budget once, when the prompt has ended: take during="prompt" with safeguard')
     if frequencies is not None:
         raise ValueError("places in the cache are for heads that keep equally many: leave frequencies or safeguard out")
-
-
-def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Tensor] | None:
-    """Victims of each of several full layers, chosen by the same operations; None where they cannot be."""
-    first, kinds = layers[0], {layer.kind_of_choice() for layer in layers}
-    if len(layers) < 2 or len(kinds) > 1 or None in kinds:
-        return None
-    kept = first.kept
-    assert kept is not None
-    assert first.room is not None
-    newest = newest_of(step, kept.k.device)
-    with torch.inference_mode(False), torch.no_grad():
-        scores = torch.stack([layer.scores(layer.kept, newest).float() for layer in layers if layer.kept is not None])
-        positions = torch.stack([layer.kept.positions for layer in layers if layer.kept is not None])
-        ranks = ranked(
-            scores, positions, newest, sinks=first.policy.sinks, window=first.attended.window,
-            recent=max(0, first.policy.recent_of(first.room) - 1), has_padding=first.has_padding(step),
-        )  # fmt: skip
-        return lines_of(lowest(ranks, first.victims_of(first.room)), kept.tokens).unbind()
-
-
-def newest_of(step: Step, device: torch.device) -> int | Tensor:
-    """The position of the newest token: a number where all rows are at the same, else int64 `[batch, 1, 1]`."""
-    newest = [first + step.counts[0] - 1 for first in step.visible.first_query]
-    return newest[0] if len(newest) == 1 else torch.tensor(newest, device=device)[:, None, None]
-
-
-def checked_notes(policy: Policy, notes: Notes, kept: Kept) -> Notes:
-    """The notes of a policy, float32; ValueError unless they are of the tokens and rows held."""
-    if not isinstance(notes, Notes):
-        raise ValueError(f"{type(policy).__name__}.watch returns Notes; got a {type(notes).__name__}")
-    tokens = notes.tokens
-    if tokens is not None and tokens.shape != kept.positions.shape:
-        raise ValueError(
-            f"{type(policy).__name__}.watch notes a number for each token held, {list(kept.positions.shape)}; got "
-            f"{list(tokens.shape)}"
-        )
-    if any(row.shape[:1] != kept.k.shape[:1] for row in notes.rows):
-        raise ValueError(f"{type(policy).__name__}.watch notes of rows are [{kept.k.shape[0]}, ...] each")
-    return notes if tokens is None or tokens.dtype == torch.float32 else replace(notes, tokens=tokens.float())

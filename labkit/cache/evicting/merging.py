@@ -22,7 +22,7 @@ the next token comes, which takes the slot that is left. A step that is undone h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -150,7 +150,7 @@ class MergingCache(EvictingCache):
         positions = step.key_positions(k.shape[1], k.device)
         new = torch.cat((k.flatten(0, 2), key)), torch.cat((v.flatten(0, 2), value))
         spare.put(kept, *new, torch.cat((positions.flatten(), at)))
-        self.kept = replace(kept, notes=Notes(notes.view(kept.positions.shape)), used=kept.used + 2)
+        self.kept = kept.taken(Notes(notes.view(kept.positions.shape)), 2)
 
     # Attending.
 

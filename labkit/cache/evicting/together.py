@@ -1,0 +1,117 @@
+"""What the layers of a model decide in the same operations at the end of a step: a layer by itself is mostly overhead.
+
+At 2,000 tokens an operation on a layer's scores takes some microseconds, and calling it takes as long again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from labkit.attention import Visibility
+from labkit.cache.evicting.choosing import lowest, ranked
+from labkit.cache.evicting.kept import Kept, lines_of
+from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
+from labkit.cache.step import Step
+
+if TYPE_CHECKING:
+    from labkit.cache.evicting.layer import EvictingCache
+
+WAITING = "weights of layers whose policies are asked at the end of a step"
+
+
+def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Tensor] | None:
+    """Victims of each of several full layers, chosen by the same operations; None where they cannot be."""
+    first, kinds = layers[0], {layer.kind_of_choice() for layer in layers}
+    if len(layers) < 2 or len(kinds) > 1 or None in kinds:
+        return None
+    kept = first.kept
+    assert kept is not None
+    assert first.room is not None
+    newest = newest_of(step, kept.k.device)
+    with torch.inference_mode(False), torch.no_grad():
+        scores = torch.stack([layer.scores(layer.kept, newest).float() for layer in layers if layer.kept is not None])
+        positions = torch.stack([layer.kept.positions for layer in layers if layer.kept is not None])
+        ranks = ranked(
+            scores, positions, newest, sinks=first.policy.sinks, window=first.attended.window,
+            recent=max(0, first.policy.recent_of(first.room) - 1), has_padding=first.has_padding(step),
+        )  # fmt: skip
+        return lines_of(lowest(ranks, first.victims_of(first.room)), kept.tokens).unbind()
+
+
+def show_together(layers: Sequence[EvictingCache], step: Step) -> None:
+    """Keep what policies note of the weights that wait for the end of a step, those of alike layers in one call.
+
+    What was noted of a token whose slot was taken in this step is cleared before.
+    """
+    waiting = step.shared.pop(WAITING, {})
+    groups: dict[tuple[Any, ...], list[tuple[EvictingCache, Kept, Tensor]]] = {}
+    for layer in layers:
+        if (kept := layer.kept) is None or not layer.policy.by_weights:
+            continue
+        known, tally = waiting.get(id(layer)), kept.notes.tokens
+        if known is not None:
+            kind = id(layer.policy), known.shape, kept.positions.shape, kept.k.device, layer.constants, tally is None
+            groups.setdefault(kind, []).append((layer, kept, known))
+        elif tally is not None and layer.spare is not None:  # nobody attended
+            layer.kept = kept.noted(replace(kept.notes, tokens=cleared(tally, layer.spare.slots)))
+    with torch.inference_mode(False), torch.no_grad():
+        for group in groups.values():
+            first, many, seen = group[0][0], len(group), seen_together(group, step)
+            tokens = checked_notes(first.policy, first.policy.watch(seen), seen).tokens
+            if tokens is None:
+                raise ValueError(f"{type(first.policy).__name__}.watch notes no number for each token: not by_weights")
+            for (layer, kept, _), own in zip(group, tokens.unflatten(0, (many, -1)), strict=True):
+                layer.kept = kept.noted(Notes(own))
+
+
+def seen_together(group: Sequence[tuple[EvictingCache, Kept, Tensor]], step: Step) -> Seen:
+    """What layers that are alike show their policy of a single query, as rows of one batch: weights and tally."""
+    (first, kept, _), many = group[0], len(group)
+    known = torch.cat([weights for _, _, weights in group])
+    head_dim, rows = kept.k.shape[3:], (len(known), *kept.positions.shape[1:])
+    if kept.notes.tokens is None:
+        tokens = torch.zeros((), device=known.device).expand(rows)
+    else:
+        tokens = torch.cat([one.notes.tokens for _, one, _ in group if one.notes.tokens is not None])
+        spares = [(i, layer.spare) for i, (layer, _, _) in enumerate(group) if layer.spare is not None]
+        if spares:
+            taken = torch.cat([spare.slots + i * kept.positions.numel() for i, spare in spares])
+            tokens.view(-1).index_fill_(0, taken, 0.0)
+    newest, at = newest_of(step, kept.k.device), step.text_positions(kept.k.device)
+    k = torch.empty(*rows, *head_dim, device="meta")
+    return Seen(
+        k, k, torch.empty(*rows, device="meta"), newest.repeat(many, 1, 1) if isinstance(newest, Tensor) else newest,
+        first.constants, Notes(tokens), torch.empty(*known.shape[:3], *head_dim, device="meta"),
+        at.repeat(many, 1) if len(at) > 1 else at, Visibility.newest(1, kept.tokens), known, step.shared,
+    )  # fmt: skip
+
+
+def cleared(tally: Tensor, slots: Tensor) -> Tensor:
+    """The tally with nothing noted in these slots, counted as `lines_of` does."""
+    return tally.reshape(-1).index_fill(0, slots, 0.0).view(tally.shape)
+
+
+def newest_of(step: Step, device: torch.device) -> int | Tensor:
+    """The position of the newest token: a number where all rows are at the same, else int64 `[batch, 1, 1]`."""
+    newest = [first + step.counts[0] - 1 for first in step.visible.first_query]
+    return newest[0] if len(newest) == 1 else torch.tensor(newest, device=device)[:, None, None]
+
+
+def checked_notes(policy: Policy, notes: Notes, kept: Kept | Held) -> Notes:
+    """The notes of a policy, float32; ValueError unless they are of the tokens and rows held."""
+    if not isinstance(notes, Notes):
+        raise ValueError(f"{type(policy).__name__}.watch returns Notes; got a {type(notes).__name__}")
+    tokens = notes.tokens
+    if tokens is not None and tokens.shape != kept.positions.shape:
+        raise ValueError(
+            f"{type(policy).__name__}.watch notes a number for each token held, {list(kept.positions.shape)}; got "
+            f"{list(tokens.shape)}"
+        )
+    if any(row.shape[:1] != kept.k.shape[:1] for row in notes.rows):
+        raise ValueError(f"{type(policy).__name__}.watch notes of rows are [{kept.k.shape[0]}, ...] each")
+    return notes if tokens is None or tokens.dtype == torch.float32 else replace(notes, tokens=tokens.float())
