@@ -1,16 +1,16 @@
 """How long decode steps take: the part of `benchmarks.eviction` that needs a quiet machine.
 
-A sample has as many steps as victims are chosen for at once, so that each has its whole share of choosing; the slowest
-step of a sample is the one that chooses.
+Steps of each cache alternate with steps of the full one, a few at a time, so that what it adds is told by neighbours. A
+sample has as many as victims are chosen for at once, its whole share of choosing; the slowest of them chooses.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from statistics import median
+from itertools import pairwise
+from statistics import fmean, median, quantiles
 
 import torch
 
@@ -18,7 +18,7 @@ from benchmarks.eviction_caches import filled, policies, progress, quest, step_o
 from benchmarks.report import bar
 from labkit.cache import Cache
 from labkit.llama import Llama
-from labkit.measure import Timing, alternate
+from labkit.measure import Timing
 
 OVERHEAD = {  # policies, and how many victims are chosen at once: of a window the same tokens go, in the same order
     "sinks and window": 16, "H2O": 16, "TOVA": 1, "key norm": 16, "SnapKV": 32, "KeyDiff": 16,
@@ -29,17 +29,21 @@ NOT_EVICTING = ("merging", "Quest")  # timed beside the others, and no bar is th
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of a decode step. mean: of whole rounds of choosing. slowest: the slowest step of each such round."""
+    """Seconds of decode steps. mean: of a step, a sample for each round of choosing. slowest: of such a round.
+
+    added: by which share the round took longer than the full cache's steps in between.
+    """
 
     mean: Timing
     slowest: Timing
+    added: tuple[float, ...]
 
 
 @torch.inference_mode()
 def measure_overhead(model: Llama, rounds: int) -> dict[str, Steps]:
     """A decode step of the whole model at 2,000 tokens: full, evicting one at every step, merging, and Quest."""
     tokens, spec = 2000, model.spec
-    caches = {"full": filled(model.cache(tokens + (rounds + 2) * 16), spec, tokens)}
+    caches = {"full": filled(model.cache(tokens + 16), spec, tokens)}
     for name, every in OVERHEAD.items():
         caches[name] = filled(Cache.evicting(spec.num_layers, policies(model)[name], tokens, every=every), spec, tokens)
     caches["Quest"] = filled(quest(model, tokens // 4), spec, tokens)
@@ -54,7 +58,7 @@ def measure_quarter(model: Llama, rounds: int) -> dict[str, Steps]:
     In all layers, without the model's products: what a step does once for all of them counts once, as in the model.
     """
     seen, spec = 8000, model.spec
-    caches = {"full": filled(model.cache(seen + (rounds + 2) * 4), spec, seen)}
+    caches = {"full": filled(model.cache(seen + 4), spec, seen)}
     for name, every in OVERHEAD.items():
         policy = policies(model)[name]
         caches[name] = filled(Cache.evicting(spec.num_layers, policy, seen // 4, every=every), spec, seen)
@@ -65,45 +69,66 @@ def measure_quarter(model: Llama, rounds: int) -> dict[str, Steps]:
 def times_of_steps(
     caches: dict[str, Cache], act: Callable[[Cache], object], least: int, rounds: int
 ) -> dict[str, Steps]:
-    """Seconds of one `act` on each cache, in alternation: a sample is of `least` steps, or of a whole round of choosing
-    where several victims are chosen at once."""
-    steps = {name: max(least, OVERHEAD.get(name, 1)) for name in caches}
-    length = caches["full"].seq_len if "full" in caches else 0
-    slowest: dict[str, list[float]] = {name: [] for name in caches}
+    """Seconds of one `act` on each cache: `least` steps of the full one and as many of another, in alternation.
 
-    def run(name: str) -> None:
-        longest = 0.0
-        if name == "full":  # the others read no more for being fed
-            caches[name].truncate(length)
-        for _ in range(steps[name]):
-            start = time.perf_counter()
-            act(caches[name])
-            longest = max(longest, time.perf_counter() - start)
-        slowest[name].append(longest)
+    So often `rounds` times, and then as often as whole rounds of choosing take; a first time is not counted.
+    """
+    full, length, found = caches["full"], caches["full"].seq_len, {}
 
-    timings = alternate({name: partial(run, name) for name in caches}, repeats=rounds, warmup=1)
-    return {
-        name: Steps(Timing(tuple(sample / steps[name] for sample in one.samples)), Timing(tuple(slowest[name][1:])))
-        for name, one in timings.items()
-    }
+    def steps(cache: Cache) -> list[float]:
+        if cache is full:  # the others hold no more for being fed
+            full.truncate(length)
+        marks = [time.perf_counter()]
+        for _ in range(least):
+            act(cache)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+
+    theirs: list[float] = []
+    for name, cache in caches.items():
+        count = max(least, OVERHEAD.get(name, 1))  # steps of a round of choosing
+        turns = -(-rounds * least // count) * count // least
+        pairs = [(steps(full), steps(cache)) for _ in range(turns + 1)][1:] if cache is not full else []
+        beside, own = ([second for pair in pairs for second in pair[side]] for side in (0, 1))
+        theirs += beside
+        if pairs:
+            found[name] = steps_of(own, beside, count)
+    return {"full": steps_of(theirs, theirs, least), **found}
+
+
+def steps_of(seconds: Sequence[float], full: Sequence[float], count: int) -> Steps:
+    """Steps in rounds of `count`, beside those of the full cache."""
+    rounds, theirs = ([some[i : i + count] for i in range(0, len(some), count)] for some in (seconds, full))
+    return Steps(
+        Timing(tuple(map(fmean, rounds))),
+        Timing(tuple(map(max, rounds))),
+        tuple(fmean(mine) / fmean(other) - 1 for mine, other in zip(rounds, theirs, strict=True)),
+    )
 
 
 def overhead_figures(times: dict[str, Steps]) -> tuple[dict[str, float], list[dict]]:
     """Milliseconds of a step at 2,000 tokens, and the bar on what evicting adds to it."""
     figures, bars = step_figures("ms a step at 2000 tokens", times), []
+    figures |= spread_figures(times)
     for name, one in times.items():
-        added = share_added(one.mean, times["full"].mean)
+        added = median(one.added)
         worst = median(one.slowest.samples) / median(times["full"].slowest.samples) - 1
-        said = f"{one.mean} a step of the model, {added:+.1%}; {slowest_told(one)}, {worst:+.1%}"
+        said = f"{one.mean} a step of the model, {spread_told(one.added)}; {slowest_told(one)}, {worst:+.1%}"
         print(f"  2,000 tokens, {name:<20} {said}")
         if name != "full" and name not in NOT_EVICTING:
             bars.append(bar(f"{name}: share that evicting adds to a step at 2000 tokens", added, "<=", 0.10))
     return figures, bars
 
 
-def share_added(one: Timing, full: Timing) -> float:
-    """By which share a step is longer than a full cache's: the median over the rounds, whose steps are neighbours."""
-    return median(mine / theirs for mine, theirs in zip(one.samples, full.samples, strict=True)) - 1
+def spread_figures(times: dict[str, Steps]) -> dict[str, float]:
+    """The lower and the upper quartile of what rounds added, for all that have several."""
+    figures = {}
+    for name, one in times.items():
+        if name != "full" and len(one.added) > 1:
+            low, _, high = quantiles(one.added, n=4)
+            figures[f"share added at 2000 tokens, {name}, quartiles: low"] = round(low, 4)
+            figures[f"share added at 2000 tokens, {name}, quartiles: high"] = round(high, 4)
+    return figures
 
 
 def quarter_figures(times: dict[str, Steps]) -> tuple[dict[str, float], list[dict]]:
@@ -126,6 +151,12 @@ def step_figures(what: str, times: dict[str, Steps]) -> dict[str, float]:
         figures[f"{what}, {name}"] = round(one.mean.median * 1e3, 4)
         figures[f"{what}, {name}, slowest"] = round(one.slowest.median * 1e3, 4)
     return figures
+
+
+def spread_told(added: Sequence[float]) -> str:
+    """The median, and between which shares the middle half of the rounds lies."""
+    low, _, high = quantiles(added, n=4) if len(added) > 1 else (added[0],) * 3
+    return f"{median(added):+.1%} ({low:+.1%} to {high:+.1%} of {len(added)} rounds)"
 
 
 def slowest_told(one: Steps) -> str:

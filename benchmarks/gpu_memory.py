@@ -31,8 +31,9 @@ from benchmarks.gpu_engine import driver
 from benchmarks.report import SEEN, bar, finish, step_bytes
 from labkit import models, sizing, specs
 from labkit.cache import Cache
+from labkit.labs.lab03.filling import give_back, refusal
 from labkit.llama import Llama
-from labkit.measure import device_name
+from labkit.measure import device_name, room_told
 from labkit.specs import ModelSpec
 
 GB = 10**9
@@ -101,14 +102,6 @@ class Bench:
         return statistics.median(before.elapsed_time(after) for before, after in events) / 1e3
 
 
-def give_back(device: torch.device) -> None:
-    """Let go of what nobody holds."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 def tensors_bytes() -> int:
     """Bytes of all tensors on the CPU, each storage once: a stand-in for the GPU's count."""
     storages = {}
@@ -122,12 +115,7 @@ def explained(error: BaseException, device: torch.device) -> str:
     """An out-of-memory error in bytes."""
     if device.type != "cuda":
         return str(error)
-    free, total = torch.cuda.mem_get_info(device)
-    held, kept = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return (
-        f"of {total / GB:.2f} GB tensors hold {held / GB:.2f}, the allocator keeps {(kept - held) / GB:.2f} more for "
-        f"later, {(total - free - kept) / GB:.2f} are the driver's and others', {free / GB:.2f} are free"
-    )
+    return room_told(device)
 
 
 def layer_shape(spec: ModelSpec, batch: int, tokens: int) -> tuple[int, int, int, int]:
@@ -172,16 +160,10 @@ def capacity(bench: Bench, spec: ModelSpec, contexts: tuple[int, ...], limit: in
         give_back(bench.device)
         one = sizing.cache_bytes(spec, context, 1, dtype="bfloat16")
         room = torch.cuda.mem_get_info(bench.device)[0] if bench.device.type == "cuda" else limit or 0
-        caches: list[Tensor] = []  # one piece each: many small ones leave gaps in the allocator's segments of 20 MiB
-        try:
-            for _ in range(2 * room // one + 2):
-                if limit is not None and (len(caches) + 1) * one > limit:
-                    raise torch.OutOfMemoryError(f"{one:,} bytes more are over the limit of {limit:,}")
-                shape = 2, spec.num_layers, *layer_shape(spec, 1, context)
-                caches.append(torch.empty(shape, dtype=bench.dtype, device=bench.device))
-        except torch.OutOfMemoryError as error:
-            said = explained(error, bench.device)
-            print(f"  {context:>7,} tokens, {one / GB:.3f} GB each: {len(caches)} fit; the next is refused: {said}")
+        caches: list[Tensor] = []
+        while not (why := refusal(caches, one, bench.device, limit)):
+            pass
+        print(f"  {context:>7,} tokens, {one / GB:.3f} GB each: {len(caches)} fit; the next is refused: {why}")
         fit, most = len(caches), room // one
         caches.clear()
         give_back(bench.device)

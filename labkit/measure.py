@@ -122,6 +122,16 @@ def memory(device: torch.device | str = "cpu") -> dict[str, int]:
     return {"free": free, "total": total, "used": psutil.Process().memory_info().rss}
 
 
+def room_told(device: torch.device | str) -> str:
+    """Who has the memory of a GPU, in words: what an out-of-memory error does not say."""
+    free, total = torch.cuda.mem_get_info(device)
+    held, kept = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return (
+        f"of {total / 1e9:.2f} GB tensors hold {held / 1e9:.2f}, the allocator keeps {(kept - held) / 1e9:.2f} more "
+        f"for later, {(total - free - kept) / 1e9:.2f} are the driver's and others', {free / 1e9:.2f} are free"
+    )
+
+
 def device_name(device: torch.device | str = "cpu") -> str:
     """A device in words: the GPU's name, or the processor's family and thread count. Never a host name."""
     if torch.device(device).type == "cuda":

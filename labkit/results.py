@@ -34,6 +34,11 @@ def records(benchmark: str, folder: Path = DATA / "results") -> Iterator[dict[st
         yield json.loads(path.read_text(encoding="utf-8"))
 
 
+def figures_on(benchmark: str, device: str, folder: Path = DATA / "results") -> dict[str, float]:
+    """The figures that one benchmark gave on a device whose name has `device` in it; empty where nobody recorded it."""
+    return next((dict(one["figures"]) for one in records(benchmark, folder) if device in one["device"]), {})
+
+
 def recorded_steps(folder: Path = DATA / "results") -> list[Step]:
     """Times of decode steps on reference GPUs, by position.
 

@@ -11,7 +11,6 @@ import torch
 from benchmarks import eviction, eviction_caches, eviction_recall, eviction_times
 from labkit import models
 from labkit.cache import Cache, EvictingCache
-from labkit.measure import Timing
 from labkit.quality.reading import read
 from labkit.quality.side_by_side import logits_beside
 from labkit.specs import ModelSpec
@@ -178,21 +177,39 @@ def test_the_slowest_step_of_a_round_is_told_beside_the_mean(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(eviction_times.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(eviction_times, "OVERHEAD", {"TOVA": 4})
-    acts = []
+    acts = {"full": 0, "TOVA": 0}
+
+    class Named:
+        seq_len = 9
+
+        def __init__(self, name):
+            self.name = name
+
+        def truncate(self, length):
+            assert (self.name, length) == ("full", 9)
 
     def act(cache):
-        acts.append(cache)
-        clock[0] += 7.0 if len(acts) % 4 == 0 else 1.0
+        acts[cache.name] += 1
+        slower = 1.5 ** (acts["full"] // 2)  # a machine that gets slower all the time
+        clock[0] += slower * (1.0 if cache.name == "full" else 3.1 if acts["TOVA"] % 4 == 0 else 1.0)
 
-    one = eviction_times.times_of_steps({"TOVA": "cache"}, act, 2, rounds=3)["TOVA"]
-    assert one.slowest.samples == (7.0, 7.0, 7.0)  # the warm-up's is not among them
-    assert len(acts) == 16
+    times = eviction_times.times_of_steps({name: Named(name) for name in acts}, act, 2, rounds=6)
+    assert acts == {"full": 14, "TOVA": 14}  # two steps each before, that are not counted
+    assert len(times["full"].mean.samples) == 6
+    assert len(times["TOVA"].mean.samples) == 3
+    assert all(
+        slow > 1.5 * mean
+        for slow, mean in zip(*(vars(times["TOVA"])[x].samples for x in ("slowest", "mean")), strict=True)
+    )
+    assert times["full"].added == (0.0,) * 6
 
 
 def test_what_evicting_adds_is_told_by_neighbours_so_that_a_machine_that_slows_down_changes_nothing():
-    full, mine = Timing((1.0, 4.0, 2.0, 8.0, 3.0)), Timing((1.1, 4.4, 2.2, 8.8, 9.0))
-    assert mine.median / full.median > 1.4
-    assert eviction_times.share_added(mine, full) == pytest.approx(0.1)
+    full, mine = [1.0, 1.0, 4.0, 4.0, 2.0, 2.0], [1.0, 1.2, 4.0, 4.8, 2.0, 9.0]
+    steps = eviction_times.steps_of(mine, full, 2)
+    assert steps.mean.median / 2.0 == pytest.approx(2.2)
+    assert steps.added == pytest.approx((0.1, 0.1, 1.75))
+    assert eviction_times.spread_told(steps.added) == "+10.0% (+10.0% to +175.0% of 3 rounds)"
 
 
 def test_bytes_that_are_not_the_budgets_are_found(model, monkeypatch):

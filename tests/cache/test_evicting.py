@@ -250,10 +250,10 @@ def test_layers_that_choose_victims_together_keep_what_each_one_s_list_does(name
     assert sum(together) == 7  # every step of one token, but none that cuts
 
 
-BY_WEIGHTS = [name for name, policy in POLICIES.items() if policy.by_weights]
+AT_ONCE = [name for name, policy in POLICIES.items() if not policy.reads_held]
 
 
-@pytest.mark.parametrize("name", BY_WEIGHTS)
+@pytest.mark.parametrize("name", AT_ONCE)
 @pytest.mark.parametrize("every", [1, 3])
 def test_layers_asked_at_the_end_of_a_step_note_what_each_notes_when_it_attends(name, every):
     layers, budget = 3, 12 if name == "SnapKV" else 9
@@ -273,7 +273,7 @@ def test_layers_asked_at_the_end_of_a_step_note_what_each_notes_when_it_attends(
         assert all(map(same, map(everything, together.layers), map(everything, alone.layers)))  # exact
 
 
-@pytest.mark.parametrize("name", BY_WEIGHTS)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_a_token_that_nobody_attended_has_nothing_of_the_one_whose_slot_it_took(name):
     budget = 12 if name == "SnapKV" else 9
     cache = Cache.evicting(2, POLICIES[name], budget)
@@ -287,10 +287,10 @@ def test_a_token_that_nobody_attended_has_nothing_of_the_one_whose_slot_it_took(
 
 
 class Claims(Policy):
-    """Says that it reads weights alone, and reads keys or notes nothing."""
+    """Says that it reads nothing of what is held."""
 
     lasting: ClassVar[bool] = True
-    by_weights: ClassVar[bool] = True
+    reads_held: ClassVar[bool] = False
 
     def __init__(self, watch):
         super().__init__()
@@ -307,11 +307,11 @@ class Claims(Policy):
     ("watch", "error"),
     [
         (lambda seen: Notes(seen.tally + seen.k.norm(dim=-1)), (RuntimeError, "device")),
-        (lambda seen: seen.notes if seen.q.shape[2] > 1 else Notes(), (ValueError, "notes no number for each token")),
+        (lambda seen: Notes(seen.tally, (seen.q[:1],)), (ValueError, "notes of rows are")),
         (lambda seen: Notes(seen.tally[:1]), (ValueError, "notes a number for each token held")),
     ],
 )
-def test_a_policy_that_reads_more_than_weights_or_notes_none_is_refused_and_changes_nothing(watch, error):
+def test_a_policy_that_reads_more_than_it_says_or_notes_other_rows_is_refused_and_changes_nothing(watch, error):
     cache = Cache.evicting(2, Claims(lambda seen: Notes(seen.tally + seen.received())), 9)
     feed(cache, [14, 1])
     for layer in cache.layers:

@@ -199,7 +199,7 @@ def test_the_text_says_what_is_left_out_and_the_minutes(capsys) -> None:
     assert main(["plan", "--hours", "1.5"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("1 h 30 min: 80 min of work, 10 min of breaks, 0 min to spare")
-    assert "Left out, 591 min:" in said
+    assert "Left out, 595 min:" in said
     assert "Lab 07 · Eviction, 100 min, all of it" in said
 
 

@@ -42,6 +42,7 @@ class ExpectedAttention(Policy):
     epsilon: float = 0.0
     lasting: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
+    reads_held: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

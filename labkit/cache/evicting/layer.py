@@ -228,7 +228,7 @@ class EvictingCache(LayerCache):
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
         notes, spare = kept.notes, Overwritten.of(kept, kept.victims[kept.used])
-        if notes.tokens is not None and not (self.policy.by_weights and step.ends):  # else `show_together` does it
+        if notes.tokens is not None and not self.waits(step):  # else `show_together` does it
             notes = replace(notes, tokens=cleared(notes.tokens, spare.slots))
         self.spare = spare
         spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
@@ -260,8 +260,8 @@ class EvictingCache(LayerCache):
                 observe(known.to(q.dtype))
         else:
             out = self.answer(q, (k, v), visible, observe)
-        if watched and known is not None and self.policy.by_weights and step.ends:
-            step.shared.setdefault(WAITING, {})[id(self)] = known
+        if watched and q.shape[2] == 1 and self.waits(step):
+            step.shared.setdefault(WAITING, {})[id(self)] = q, known
         elif watched:
             self.show(kept, step, (q, k, v, positions), visible, known)
         return out
@@ -368,6 +368,10 @@ class EvictingCache(LayerCache):
     def looks_on(self) -> bool:
         """Whether the policy is shown this step."""
         return self.policy.watches and (self.keeps_notes or self.decides())
+
+    def waits(self, step: Step) -> bool:
+        """Whether the policy is shown a single query at the end of the step, with the other layers'."""
+        return step.ends and not self.policy.reads_held and self.frequencies is None
 
     @property
     def keeps_notes(self) -> bool:

@@ -28,7 +28,7 @@ class H2O(Policy):
     recent: int | float = 0.5
     mean: bool = False
     lasting: ClassVar[bool] = True
-    by_weights: ClassVar[bool] = True
+    reads_held: ClassVar[bool] = False
 
     def watch(self, seen: Seen) -> Notes:
         """Adds what each token gets."""
@@ -54,7 +54,7 @@ class TOVA(Policy):
 
     recent: int | float = 1
     by_head: bool = False
-    by_weights: ClassVar[bool] = True
+    reads_held: ClassVar[bool] = False
 
     def watch(self, seen: Seen) -> Notes:
         """The newest query's weights."""
@@ -87,7 +87,7 @@ class SnapKV(Policy):
     pool_by: str = "mean"
     recent: int | float = field(default=0, init=False)
     lasting: ClassVar[bool] = True
-    by_weights: ClassVar[bool] = True
+    reads_held: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("window", "pool"):

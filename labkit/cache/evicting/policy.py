@@ -147,9 +147,9 @@ class Policy(ABC):
     in steps at whose end something is evicted."""
     reads_weights: ClassVar[bool] = True
     """Whether `watch` asks for attention's weights; where it does not, attention need not spell them out for it."""
-    by_weights: ClassVar[bool] = False
-    """Whether `watch` asks for nothing but weights and `tally`: of a single query all layers are then asked at once, as
-    if they were rows of one batch, with K, V and queries that have a shape and no numbers."""
+    reads_held: ClassVar[bool] = True
+    """Whether `watch` asks for K, V or positions of what is held. Where it does not, a single query of all layers is
+    shown at once, as if they were rows of one batch; what is held then has a shape and no numbers."""
     merges: ClassVar[bool] = False
     """Whether tokens of the lowest scores join a neighbour instead of leaving: what `MergingCache` does."""
 

@@ -43,51 +43,60 @@ def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Te
         return lines_of(lowest(ranks, first.victims_of(first.room)), kept.tokens).unbind()
 
 
+Group = list[tuple["EvictingCache", Kept, Tensor, Tensor | None]]  # a layer, what it holds, its query, its weights
+
+
 def show_together(layers: Sequence[EvictingCache], step: Step) -> None:
-    """Keep what policies note of the weights that wait for the end of a step, those of alike layers in one call.
+    """Keep what policies note of the queries that wait for the end of a step, those of alike layers in one call.
 
     What was noted of a token whose slot was taken in this step is cleared before.
     """
     waiting = step.shared.pop(WAITING, {})
-    groups: dict[tuple[Any, ...], list[tuple[EvictingCache, Kept, Tensor]]] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     for layer in layers:
-        if (kept := layer.kept) is None or not layer.policy.by_weights:
+        if (kept := layer.kept) is None or not layer.waits(step):
             continue
-        known, tally = waiting.get(id(layer)), kept.notes.tokens
-        if known is not None:
-            kind = id(layer.policy), known.shape, kept.positions.shape, kept.k.device, layer.constants, tally is None
-            groups.setdefault(kind, []).append((layer, kept, known))
+        tally = kept.notes.tokens
+        if id(layer) in waiting:
+            q, known = waiting.pop(id(layer))
+            noted = tally is None, *(row.shape for row in kept.notes.rows)
+            kind = id(layer.policy), q.shape, q.device, kept.positions.shape, layer.constants, known is None, noted
+            groups.setdefault(kind, []).append((layer, kept, q, known))
         elif tally is not None and layer.spare is not None:  # nobody attended
             layer.kept = kept.noted(replace(kept.notes, tokens=cleared(tally, layer.spare.slots)))
     with torch.inference_mode(False), torch.no_grad():
         for group in groups.values():
             first, many, seen = group[0][0], len(group), seen_together(group, step)
-            tokens = checked_notes(first.policy, first.policy.watch(seen), seen).tokens
-            if tokens is None:
-                raise ValueError(f"{type(first.policy).__name__}.watch notes no number for each token: not by_weights")
-            for (layer, kept, _), own in zip(group, tokens.unflatten(0, (many, -1)), strict=True):
-                layer.kept = kept.noted(Notes(own))
+            notes = checked_notes(first.policy, first.policy.watch(seen), seen)
+            tokens = (None,) * many if notes.tokens is None else notes.tokens.unflatten(0, (many, -1))
+            rows = [row.unflatten(0, (many, -1)) for row in notes.rows]
+            for i, (layer, kept, _, _) in enumerate(group):
+                layer.kept = kept.noted(Notes(tokens[i], tuple(row[i] for row in rows)))
 
 
-def seen_together(group: Sequence[tuple[EvictingCache, Kept, Tensor]], step: Step) -> Seen:
-    """What layers that are alike show their policy of a single query, as rows of one batch: weights and tally."""
-    (first, kept, _), many = group[0], len(group)
-    known = torch.cat([weights for _, _, weights in group])
-    head_dim, rows = kept.k.shape[3:], (len(known), *kept.positions.shape[1:])
-    if kept.notes.tokens is None:
-        tokens = torch.zeros((), device=known.device).expand(rows)
-    else:
-        tokens = torch.cat([one.notes.tokens for _, one, _ in group if one.notes.tokens is not None])
-        spares = [(i, layer.spare) for i, (layer, _, _) in enumerate(group) if layer.spare is not None]
+def seen_together(group: Group, step: Step) -> Seen:
+    """What layers that are alike show their policy of a single query, as rows of one batch."""
+    (first, kept, q, known), many = group[0], len(group)
+    tokens = None
+    rows = (many * len(q), *kept.positions.shape[1:])
+    if kept.notes.tokens is not None:
+        tokens = torch.cat([one.notes.tokens for _, one, _, _ in group if one.notes.tokens is not None])
+        spares = [(i, layer.spare) for i, (layer, _, _, _) in enumerate(group) if layer.spare is not None]
         if spares:
             taken = torch.cat([spare.slots + i * kept.positions.numel() for i, spare in spares])
             tokens.view(-1).index_fill_(0, taken, 0.0)
-    newest, at = newest_of(step, kept.k.device), step.text_positions(kept.k.device)
-    k = torch.empty(*rows, *head_dim, device="meta")
+    elif known is not None:
+        tokens = torch.zeros((), device=q.device).expand(rows)  # the positions below have no device for it
+    notes = Notes(
+        tokens, tuple(torch.cat(some) for some in zip(*(one.notes.rows for _, one, _, _ in group), strict=True))
+    )
+    newest, at = newest_of(step, q.device), step.text_positions(q.device)
+    k = torch.empty(*rows, q.shape[3], device="meta")
     return Seen(
         k, k, torch.empty(*rows, device="meta"), newest.repeat(many, 1, 1) if isinstance(newest, Tensor) else newest,
-        first.constants, Notes(tokens), torch.empty(*known.shape[:3], *head_dim, device="meta"),
-        at.repeat(many, 1) if len(at) > 1 else at, Visibility.newest(1, kept.tokens), known, step.shared,
+        first.constants, Notes(tokens, noted), torch.cat([one for _, _, one, _ in group]),
+        at.repeat(many, 1) if len(at) > 1 else at, Visibility.newest(1, kept.tokens),
+        None if known is None else torch.cat([one for _, _, _, one in group if one is not None]), step.shared,
     )  # fmt: skip
 
 
