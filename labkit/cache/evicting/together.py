@@ -87,9 +87,7 @@ def seen_together(group: Group, step: Step) -> Seen:
             tokens.view(-1).index_fill_(0, taken, 0.0)
     elif known is not None:
         tokens = torch.zeros((), device=q.device).expand(rows)  # the positions below have no device for it
-    notes = Notes(
-        tokens, tuple(torch.cat(some) for some in zip(*(one.notes.rows for _, one, _, _ in group), strict=True))
-    )
+    noted = tuple(torch.cat(some) for some in zip(*(one.notes.rows for _, one, _, _ in group), strict=True))
     newest, at = newest_of(step, q.device), step.text_positions(q.device)
     k = torch.empty(*rows, q.shape[3], device="meta")
     return Seen(
