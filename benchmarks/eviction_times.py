@@ -1,6 +1,6 @@
 """How long decode steps take: the part of `benchmarks.eviction` that needs a quiet machine.
 
-Steps of each cache alternate with steps of the full one, a few at a time, so that what it adds is told by neighbours. A
+Steps of each cache alternate with steps of the full one, one by one, so that what it adds is told by neighbours. A
 sample has as many as victims are chosen for at once, its whole share of choosing; the slowest of them chooses.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, median, quantiles
 
 import torch
@@ -69,30 +68,27 @@ def measure_quarter(model: Llama, rounds: int) -> dict[str, Steps]:
 def times_of_steps(
     caches: dict[str, Cache], act: Callable[[Cache], object], least: int, rounds: int
 ) -> dict[str, Steps]:
-    """Seconds of one `act` on each cache: `least` steps of the full one and as many of another, in alternation.
+    """Seconds of one `act` on each cache, step by step in alternation with the full one.
 
-    So often `rounds` times, and then as often as whole rounds of choosing take; a first time is not counted.
+    `rounds` times `least` steps, and as many more as whole rounds of choosing take; the first `least` are not counted.
     """
     full, length, found = caches["full"], caches["full"].seq_len, {}
-
-    def steps(cache: Cache) -> list[float]:
-        if cache is full:  # the others hold no more for being fed
-            full.truncate(length)
-        marks = [time.perf_counter()]
-        for _ in range(least):
-            act(cache)
-            marks.append(time.perf_counter())
-        return [after - before for before, after in pairwise(marks)]
-
     theirs: list[float] = []
     for name, cache in caches.items():
+        if cache is full:
+            continue
         count = max(least, OVERHEAD.get(name, 1))  # steps of a round of choosing
-        turns = -(-rounds * least // count) * count // least
-        pairs = [(steps(full), steps(cache)) for _ in range(turns + 1)][1:] if cache is not full else []
-        beside, own = ([second for pair in pairs for second in pair[side]] for side in (0, 1))
-        theirs += beside
-        if pairs:
-            found[name] = steps_of(own, beside, count)
+        seconds: dict[int, list[float]] = {id(full): [], id(cache): []}
+        for step in range(-least, -(-rounds * least // count) * count):
+            if step % least == 0:  # the other holds no more for being fed
+                full.truncate(length)
+            for one in (full, cache) if step % 2 else (cache, full):
+                start = time.perf_counter()
+                act(one)
+                if step >= 0:
+                    seconds[id(one)].append(time.perf_counter() - start)
+        found[name] = steps_of(seconds[id(cache)], seconds[id(full)], count)
+        theirs += seconds[id(full)]
     return {"full": steps_of(theirs, theirs, least), **found}
 
 
