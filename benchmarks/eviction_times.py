@@ -28,14 +28,25 @@ NOT_EVICTING = ("merging", "Quest")  # timed beside the others, and no bar is th
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of decode steps. mean: of a step, a sample for each round of choosing. slowest: of such a round.
+    """Seconds of decode steps in rounds of choosing, and of the full cache's steps between them.
 
-    added: by which share the round took longer than the full cache's steps in between.
+    mean: of a step, a sample for each round. slowest: of such a round. full, full_slowest: the same of the full cache.
     """
 
     mean: Timing
     slowest: Timing
-    added: tuple[float, ...]
+    full: Timing
+    full_slowest: Timing
+
+    @property
+    def added(self) -> list[float]:
+        """By which share each round took longer than the full cache's steps."""
+        return [mine / other - 1 for mine, other in zip(self.mean.samples, self.full.samples, strict=True)]
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the full cache's, the median over the rounds."""
+        return median(other / mine for mine, other in zip(self.mean.samples, self.full.samples, strict=True))
 
 
 @torch.inference_mode()
@@ -80,7 +91,7 @@ def times_of_steps(
         count = max(least, OVERHEAD.get(name, 1))  # steps of a round of choosing
         seconds: dict[int, list[float]] = {id(full): [], id(cache): []}
         for step in range(-least, -(-rounds * least // count) * count):
-            if step % least == 0:  # the other holds no more for being fed
+            if step % least == 0:  # the other reads no more for being fed
                 full.truncate(length)
             for one in (full, cache) if step % 2 else (cache, full):
                 start = time.perf_counter()
@@ -93,71 +104,65 @@ def times_of_steps(
 
 
 def steps_of(seconds: Sequence[float], full: Sequence[float], count: int) -> Steps:
-    """Steps in rounds of `count`, beside those of the full cache."""
+    """Steps in rounds of `count`, and the full cache's that stand beside them."""
     rounds, theirs = ([some[i : i + count] for i in range(0, len(some), count)] for some in (seconds, full))
-    return Steps(
-        Timing(tuple(map(fmean, rounds))),
-        Timing(tuple(map(max, rounds))),
-        tuple(fmean(mine) / fmean(other) - 1 for mine, other in zip(rounds, theirs, strict=True)),
-    )
+    return Steps(*(Timing(tuple(map(which, some))) for some in (rounds, theirs) for which in (fmean, max)))
 
 
 def overhead_figures(times: dict[str, Steps]) -> tuple[dict[str, float], list[dict]]:
     """Milliseconds of a step at 2,000 tokens, and the bar on what evicting adds to it."""
-    figures, bars = step_figures("ms a step at 2000 tokens", times), []
-    figures |= spread_figures(times)
+    what = "a step at 2000 tokens"
+    figures, bars = step_figures(f"ms {what}", times), []
     for name, one in times.items():
+        if name == "full":
+            continue
         added = median(one.added)
-        worst = median(one.slowest.samples) / median(times["full"].slowest.samples) - 1
-        said = f"{one.mean} a step of the model, {spread_told(one.added)}; {slowest_told(one)}, {worst:+.1%}"
-        print(f"  2,000 tokens, {name:<20} {said}")
-        if name != "full" and name not in NOT_EVICTING:
+        figures[f"share added to {what}, {name}"] = round(added, 4)
+        figures[f"share added to {what}, {name}, rounds"] = len(one.added)
+        if len(one.added) > 1:
+            low, _, high = quantiles(one.added, n=4)
+            figures[f"share added to {what}, {name}, quartiles"] = round(high - low, 4)
+        print(f"  2,000 tokens, {name:<20} {beside_told(one)}: {spread_told(one.added)}")
+        if name not in NOT_EVICTING:
             bars.append(bar(f"{name}: share that evicting adds to a step at 2000 tokens", added, "<=", 0.10))
     return figures, bars
-
-
-def spread_figures(times: dict[str, Steps]) -> dict[str, float]:
-    """The lower and the upper quartile of what rounds added, for all that have several."""
-    figures = {}
-    for name, one in times.items():
-        if name != "full" and len(one.added) > 1:
-            low, _, high = quantiles(one.added, n=4)
-            figures[f"share added at 2000 tokens, {name}, quartiles: low"] = round(low, 4)
-            figures[f"share added at 2000 tokens, {name}, quartiles: high"] = round(high, 4)
-    return figures
 
 
 def quarter_figures(times: dict[str, Steps]) -> tuple[dict[str, float], list[dict]]:
     """Milliseconds of a step's caches at 8,000 tokens, and the bar on how much faster a quarter is."""
     figures, bars = step_figures("ms of a step's caches at 8000 tokens", times), []
     for name, one in times.items():
-        gain = times["full"].mean.median / one.mean.median
-        print(
-            f"  8,000 tokens, {name:<20} {one.mean} a step of all caches, {gain:.2f} times as fast; {slowest_told(one)}"
-        )
-        if name != "full" and name not in NOT_EVICTING:
-            bars.append(bar(f"{name}: a quarter of 8000 tokens, times as fast", gain, ">=", 1.5))
+        if name == "full":
+            continue
+        print(f"  8,000 tokens, {name:<20} {beside_told(one)}: {one.gain:.2f} times as fast")
+        if name not in NOT_EVICTING:
+            bars.append(bar(f"{name}: a quarter of 8000 tokens, times as fast", one.gain, ">=", 1.5))
     return figures, bars
 
 
 def step_figures(what: str, times: dict[str, Steps]) -> dict[str, float]:
-    """The median of a step by cache, and of the slowest step of a round."""
+    """The median of a step by cache and of the slowest step of a round, each beside the full cache's in between."""
     figures = {}
     for name, one in times.items():
         figures[f"{what}, {name}"] = round(one.mean.median * 1e3, 4)
         figures[f"{what}, {name}, slowest"] = round(one.slowest.median * 1e3, 4)
+        if name != "full":
+            figures[f"{what}, full beside {name}"] = round(one.full.median * 1e3, 4)
+            figures[f"{what}, full beside {name}, slowest"] = round(one.full_slowest.median * 1e3, 4)
     return figures
 
 
 def spread_told(added: Sequence[float]) -> str:
-    """The median, and between which shares the middle half of the rounds lies."""
-    low, _, high = quantiles(added, n=4) if len(added) > 1 else (added[0],) * 3
-    return f"{median(added):+.1%} ({low:+.1%} to {high:+.1%} of {len(added)} rounds)"
+    """The median, and where the middle half of the rounds lies."""
+    if len(added) < 2:
+        return f"{added[0]:+.1%} in one round"
+    low, _, high = quantiles(added, n=4)
+    return f"{median(added):+.1%} ({low:+.1%} to {high:+.1%}, {len(added)} rounds)"
 
 
-def slowest_told(one: Steps) -> str:
-    """The slowest step, in words."""
-    return f"the slowest step of a round {one.slowest}"
+def beside_told(one: Steps) -> str:
+    """A step and the full cache's, each with its slowest of a round, in words."""
+    return f"{one.mean}, slowest {one.slowest}; full beside it {one.full}, slowest {one.full_slowest}"
 
 
 def measure_times(model: Llama, rounds: int) -> tuple[dict[str, float], list[dict]]:

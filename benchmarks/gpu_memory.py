@@ -161,8 +161,10 @@ def capacity(bench: Bench, spec: ModelSpec, contexts: tuple[int, ...], limit: in
         one = sizing.cache_bytes(spec, context, 1, dtype="bfloat16")
         room = torch.cuda.mem_get_info(bench.device)[0] if bench.device.type == "cuda" else limit or 0
         caches: list[Tensor] = []
-        while not (why := refusal(caches, one, bench.device, limit)):
-            pass
+        why = "nothing"
+        for _ in range(2 * room // one + 2):
+            if why := refusal(caches, one, bench.device, limit):
+                break
         print(f"  {context:>7,} tokens, {one / GB:.3f} GB each: {len(caches)} fit; the next is refused: {why}")
         fit, most = len(caches), room // one
         caches.clear()

@@ -201,15 +201,17 @@ def test_the_slowest_step_of_a_round_is_told_beside_the_mean(monkeypatch):
         slow > 1.5 * mean
         for slow, mean in zip(*(vars(times["TOVA"])[x].samples for x in ("slowest", "mean")), strict=True)
     )
-    assert times["full"].added == (0.0,) * 6
+    assert times["full"].added == [0.0] * 6
 
 
 def test_what_evicting_adds_is_told_by_neighbours_so_that_a_machine_that_slows_down_changes_nothing():
     full, mine = [1.0, 1.0, 4.0, 4.0, 2.0, 2.0], [1.0, 1.2, 4.0, 4.8, 2.0, 9.0]
     steps = eviction_times.steps_of(mine, full, 2)
     assert steps.mean.median / 2.0 == pytest.approx(2.2)
-    assert steps.added == pytest.approx((0.1, 0.1, 1.75))
-    assert eviction_times.spread_told(steps.added) == "+10.0% (+10.0% to +175.0% of 3 rounds)"
+    assert steps.added == pytest.approx([0.1, 0.1, 1.75])
+    assert steps.gain == pytest.approx(1 / 1.1)
+    assert steps.full_slowest.samples == (1.0, 4.0, 2.0)
+    assert eviction_times.spread_told(steps.added) == "+10.0% (+10.0% to +175.0%, 3 rounds)"
 
 
 def test_bytes_that_are_not_the_budgets_are_found(model, monkeypatch):

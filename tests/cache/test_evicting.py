@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from labkit import models
 from labkit.attention import Constants, Visibility, attention, fused_attention
-from labkit.cache import Cache, EvictingCache, Step
+from labkit.cache import Cache, EvictingCache, GrowingCache, Step
 from labkit.cache.evicting import (
     H2O,
     TOVA,
@@ -30,6 +30,8 @@ from labkit.cache.evicting import (
     Window,
     pyramid,
 )
+from labkit.cache.evicting.merging import Merging, MergingCache
+from labkit.cache.evicting.packed import EvictingQuantizedCache
 from labkit.cache.evicting.places import turned
 from labkit.cache.evicting.policy import Seen
 from labkit.cache.step import rectangle
@@ -273,17 +275,95 @@ def test_layers_asked_at_the_end_of_a_step_note_what_each_notes_when_it_attends(
         assert all(map(same, map(everything, together.layers), map(everything, alone.layers)))  # exact
 
 
+OTHERS = {
+    "merging between": lambda policy: [
+        EvictingCache(policy, 9), MergingCache(Merging(frequencies=torch.ones(DIM // 2)), 9), EvictingCache(policy, 9),
+    ],
+    "a full layer between": lambda policy: [EvictingCache(policy, 9), GrowingCache(), EvictingCache(policy, 9)],
+    "another budget": lambda policy: [EvictingCache(policy, 9), EvictingCache(policy, 10), EvictingCache(policy, 9)],
+    "policies of their own": lambda policy: [EvictingCache(replace(policy), 9), EvictingCache(replace(policy), 9)],
+    "packed between": lambda policy: [
+        EvictingCache(policy, 9), EvictingQuantizedCache(policy, 32, 4, group_size=4, residual_length=4),
+        EvictingCache(policy, 9),
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", AT_ONCE)
-def test_a_token_that_nobody_attended_has_nothing_of_the_one_whose_slot_it_took(name):
-    budget = 12 if name == "SnapKV" else 9
-    cache = Cache.evicting(2, POLICIES[name], budget)
-    feed(cache, [14, 1])
-    with cache.step([1, 1]) as step:
-        for layer in cache.layers:
-            layer.append(*drawn(2, 1, 5)[1:], step)
-    for layer in cache.layers:
-        tally = layer.kept.notes.tokens
-        assert tally is None or (tally[layer.positions == 15] == 0).all()
+@pytest.mark.parametrize("mix", OTHERS)
+def test_whatever_layers_stand_between_each_notes_what_it_would_alone(name, mix):
+    policy = POLICIES[name] if name != "SnapKV" else SnapKV(window=3)
+    layers, alone = OTHERS[mix](policy), OTHERS[mix](policy)
+    cache = Cache(layers)
+    for turn, count in enumerate([12, *[1] * 10]):
+        given_to = [drawn(2, count, 100 * index + turn) for index in range(len(layers))]
+        with cache.step([count] * 2) as step:
+            for layer, (q, k, v) in zip(layers, given_to, strict=True):
+                layer.append(k, v, step)
+                layer.attend(q, step)
+        for layer, (q, k, v) in zip(alone, given_to, strict=True):
+            own = rectangle(2, count, layer.lengths)
+            layer.append(k, v, own)
+            layer.attend(q, own)
+            if (plan := layer.plan(own)) is not None:
+                layer.settle(plan)
+    for layer, own in zip(layers, alone, strict=True):
+        if isinstance(layer, EvictingCache):
+            assert torch.equal(layer.positions, own.positions)  # exact
+            notes, others = layer.kept.notes, own.kept.notes
+            assert (notes.tokens is None) == (others.tokens is None)
+            assert notes.tokens is None or torch.equal(notes.tokens, others.tokens)
+            assert all(map(torch.equal, notes.rows, others.rows))
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("asked", ["not at all", "without the step", "twice"])
+def test_however_often_and_by_which_step_a_layer_is_asked_it_notes_as_if_alone(name, asked):
+    policy = POLICIES[name] if name != "SnapKV" else SnapKV(window=3)
+    cache, alone = Cache.evicting(2, policy, 9), Cache.evicting(2, policy, 9)
+    for turn, count in enumerate([12, 1, 1, 1]):
+        given_to = [drawn(2, count, 100 * index + turn) for index in range(2)]
+        with cache.step([count] * 2) as step:
+            for layer, (q, k, v) in zip(cache.layers, given_to, strict=True):
+                layer.append(k, v, step)
+                if count > 1 or asked == "twice":
+                    layer.attend(q, step)
+                if asked == "twice" and count == 1:
+                    layer.attend(-q, step)
+                if asked == "without the step" and count == 1:
+                    layer.attend(q)
+        for layer, (q, k, v) in zip(alone.layers, given_to, strict=True):
+            own = rectangle(2, count, layer.lengths)
+            layer.append(k, v, own)
+            if count > 1 or asked != "not at all":
+                layer.attend(q, own)
+            if asked == "twice" and count == 1:
+                layer.attend(-q, own)
+            layer.settle(layer.plan(own))
+    assert all(map(same, map(everything, cache.layers), map(everything, alone.layers)))  # exact
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_copy_of_one_layer_holds_no_other_layer_s_notes(name):
+    cache = Cache.evicting(8, POLICIES[name], 12)
+    feed(cache, [14, 1, 1])
+    for copied in (copy.deepcopy(cache[3]), pickle.loads(pickle.dumps(cache[3]))):
+        for x in (copied.kept.notes.tokens, *copied.kept.notes.rows):
+            assert x is None or x.untyped_storage().nbytes() == x.nbytes
+
+
+class ReadsValues(TOVA):
+    """A policy of a learner's own: another `watch` than that of the class that it extends."""
+
+    lasting: ClassVar[bool] = True
+
+    def watch(self, seen):
+        return Notes(seen.received(1) * seen.v.norm(dim=-1).float())
+
+
+def test_a_subclass_with_its_own_watch_sees_what_is_held():
+    assert not ReadsValues().is_shown_at_once
+    feed(Cache.evicting(2, ReadsValues(), 9), [14, 1, 1, 1])
 
 
 class Claims(Policy):
@@ -306,7 +386,7 @@ class Claims(Policy):
 @pytest.mark.parametrize(
     ("watch", "error"),
     [
-        (lambda seen: Notes(seen.tally + seen.k.norm(dim=-1)), (RuntimeError, "device")),
+        (lambda seen: Notes(seen.tally + seen.k.norm(dim=-1)), (ValueError, "reads K, V or positions")),
         (lambda seen: Notes(seen.tally, (seen.q[:1],)), (ValueError, "notes of rows are")),
         (lambda seen: Notes(seen.tally[:1]), (ValueError, "notes a number for each token held")),
     ],

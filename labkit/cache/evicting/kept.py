@@ -54,8 +54,10 @@ class Kept:
         return 0 if self.victims is None else len(self.victims) - self.used
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lines: a copy's are views of its own tensors."""
-        return {name: value for name, value in vars(self).items() if name != "lines"}
+        """All but the lines: a copy's are views of its own tensors, and its notes no part of other layers'."""
+        tokens = None if self.notes.tokens is None else self.notes.tokens.clone()
+        notes = Notes(tokens, tuple(row.clone() for row in self.notes.rows))
+        return {name: value for name, value in vars(self).items() if name != "lines"} | {"notes": notes}
 
     @cached_property
     def lines(self) -> tuple[Tensor, Tensor, Tensor]:

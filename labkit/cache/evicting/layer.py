@@ -17,14 +17,16 @@ what is held, the smaller of `seq_len` and the budget.
 
 **Bytes.** `nbytes` counts everything, to the byte: of each token K, V and a position of 4 bytes; 4 more where the
 policy notes a number for each token in later steps too (`Policy.lasting`); when the cache is full 8 for each victim;
-and what a policy notes of whole rows. `EvictingCache.format` is what `labkit.sizing` calls that. While a step of
-several tokens runs its tokens are held, too, and at its end for a moment the old tensors beside the new ones.
+and what a policy notes of whole rows. `EvictingCache.format` is what `labkit.sizing` calls that. Layers that noted
+together have their notes in one piece of memory, of which each counts its part; a copy has its own. While a step of
+several tokens runs its tokens are held, too, and at its end for a moment the old tensors beside the new ones. In a
+decode step of a policy that reads weights, those of all layers are held until the end, and there for a moment twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +41,6 @@ from labkit.cache.evicting.policy import Held, Notes, Policy, Seen
 from labkit.cache.evicting.together import (
     WAITING,
     checked_notes,
-    cleared,
     newest_of,
     show_together,
     victims_together,
@@ -228,8 +229,9 @@ class EvictingCache(LayerCache):
         """Put one token into the next victim's slot, in place."""
         assert kept.victims is not None
         notes, spare = kept.notes, Overwritten.of(kept, kept.victims[kept.used])
-        if notes.tokens is not None and not self.waits(step):  # else `show_together` does it
-            notes = replace(notes, tokens=cleared(notes.tokens, spare.slots))
+        if notes.tokens is not None:
+            tokens = notes.tokens.reshape(-1).index_fill(0, spare.slots, 0.0)
+            notes = Notes(tokens.view(kept.positions.shape), notes.rows)
         self.spare = spare
         spare.put(kept, k, v, step.key_positions(k.shape[1], k.device))
         self.kept = kept.taken(notes, 1)
@@ -261,7 +263,7 @@ class EvictingCache(LayerCache):
         else:
             out = self.answer(q, (k, v), visible, observe)
         if watched and q.shape[2] == 1 and self.waits(step):
-            step.shared.setdefault(WAITING, {})[id(self)] = q, known
+            step.shared.setdefault(WAITING, {}).setdefault(id(self), []).append((q, known))
         elif watched:
             self.show(kept, step, (q, k, v, positions), visible, known)
         return out
@@ -371,7 +373,7 @@ class EvictingCache(LayerCache):
 
     def waits(self, step: Step) -> bool:
         """Whether the policy is shown a single query at the end of the step, with the other layers'."""
-        return step.ends and not self.policy.reads_held and self.frequencies is None
+        return step.ends and self.policy.is_shown_at_once and self.frequencies is None
 
     @property
     def keeps_notes(self) -> bool:
@@ -380,7 +382,10 @@ class EvictingCache(LayerCache):
 
     @classmethod
     def plan_all(cls, layers: Sequence[EvictingCache], step: Step) -> list[Plan | None]:
-        """`plan` of several layers; where all are full and alike, their victims are chosen at once."""
+        """`plan` of several layers; where all are full and alike, their victims are chosen at once.
+
+        Before that, policies note the queries that waited for it: undoing the step takes that back.
+        """
         show_together(layers, step)
         if (victims := victims_together(layers, step)) is None:
             return [layer.plan(step) for layer in layers]

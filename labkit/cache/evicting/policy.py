@@ -148,8 +148,9 @@ class Policy(ABC):
     reads_weights: ClassVar[bool] = True
     """Whether `watch` asks for attention's weights; where it does not, attention need not spell them out for it."""
     reads_held: ClassVar[bool] = True
-    """Whether `watch` asks for K, V or positions of what is held. Where it does not, a single query of all layers is
-    shown at once, as if they were rows of one batch; what is held then has a shape and no numbers."""
+    """Whether `watch` asks for K, V or positions of what is held. The class that defines `watch` says so for it: where
+    it does not ask, layers of one policy that do a decode step of `Cache.step` are shown at its end, all at once, as if
+    they were rows of one batch; what is held then has a shape and no numbers. Not where keys are turned to places."""
     merges: ClassVar[bool] = False
     """Whether tokens of the lowest scores join a neighbour instead of leaving: what `MergingCache` does."""
 
@@ -174,6 +175,12 @@ class Policy(ABC):
     def watches(self) -> bool:
         """Whether this policy looks on."""
         return type(self).watch is not Policy.watch
+
+    @property
+    def is_shown_at_once(self) -> bool:
+        """Whether `watch`, as it is defined, can be shown several layers at once; a subclass's own says so anew."""
+        owner = next(kind for kind in type(self).__mro__ if "watch" in vars(kind))
+        return not vars(owner).get("reads_held", True)
 
     def for_layer(self, layer: int) -> Policy:
         """This policy as layer `layer` of a model has it: the same, unless layers must not choose alike."""

@@ -1,6 +1,6 @@
-"""What the layers of a model decide in the same operations at the end of a step: a layer by itself is mostly overhead.
+"""What the layers of a model note and choose in the same operations, at the end of a step.
 
-At 2,000 tokens an operation on a layer's scores takes some microseconds, and calling it takes as long again.
+An operation on the scores of one layer is short: much of its time is its call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from labkit.cache.step import Step
 if TYPE_CHECKING:
     from labkit.cache.evicting.layer import EvictingCache
 
-WAITING = "weights of layers whose policies are asked at the end of a step"
+WAITING = "queries of layers, and their weights, whose policies are asked at the end of a step"
 
 
 def victims_together(layers: Sequence[EvictingCache], step: Step) -> Sequence[Tensor] | None:
@@ -47,46 +47,50 @@ Group = list[tuple["EvictingCache", Kept, Tensor, Tensor | None]]  # a layer, wh
 
 
 def show_together(layers: Sequence[EvictingCache], step: Step) -> None:
-    """Keep what policies note of the queries that wait for the end of a step, those of alike layers in one call.
-
-    What was noted of a token whose slot was taken in this step is cleared before.
-    """
-    waiting = step.shared.pop(WAITING, {})
-    groups: dict[tuple[Any, ...], Group] = {}
-    for layer in layers:
-        if (kept := layer.kept) is None or not layer.waits(step):
-            continue
-        tally = kept.notes.tokens
-        if id(layer) in waiting:
-            q, known = waiting.pop(id(layer))
-            noted = tally is None, *(row.shape for row in kept.notes.rows)
+    """Keep what policies note of the queries that wait for the end of a step, those of alike layers in one call."""
+    waiting = step.shared.get(WAITING, {})
+    own = [(layer, waiting.pop(id(layer))) for layer in layers if id(layer) in waiting]
+    while own:  # once, but for layers that were asked several times in the step
+        groups: dict[tuple[Any, ...], Group] = {}
+        for layer, asked in own:
+            (q, known), kept = asked.pop(0), layer.kept
+            if kept is None:
+                continue
+            noted = kept.notes.tokens is None, *(row.shape for row in kept.notes.rows)
             kind = id(layer.policy), q.shape, q.device, kept.positions.shape, layer.constants, known is None, noted
             groups.setdefault(kind, []).append((layer, kept, q, known))
-        elif tally is not None and layer.spare is not None:  # nobody attended
-            layer.kept = kept.noted(replace(kept.notes, tokens=cleared(tally, layer.spare.slots)))
-    with torch.inference_mode(False), torch.no_grad():
-        for group in groups.values():
-            first, many, seen = group[0][0], len(group), seen_together(group, step)
-            notes = checked_notes(first.policy, first.policy.watch(seen), seen)
-            tokens = (None,) * many if notes.tokens is None else notes.tokens.unflatten(0, (many, -1))
-            rows = [row.unflatten(0, (many, -1)) for row in notes.rows]
-            for i, (layer, kept, _, _) in enumerate(group):
-                layer.kept = kept.noted(Notes(tokens[i], tuple(row[i] for row in rows)))
+        with torch.inference_mode(False), torch.no_grad():
+            for group in groups.values():
+                show_group(group, step)
+        own = [(layer, asked) for layer, asked in own if asked]
+
+
+def show_group(group: Group, step: Step) -> None:
+    """Show layers that are alike to their policy, and let each keep its part of the notes."""
+    policy, many, seen = group[0][0].policy, len(group), seen_together(group, step)
+    try:
+        notes = policy.watch(seen)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(policy).__name__}.watch reads K, V or positions, and its class says reads_held = False: say True"
+        ) from error
+    notes = checked_notes(policy, notes, seen)
+    tokens = None if notes.tokens is None else notes.tokens.unflatten(0, (many, -1))
+    rows = [row.unflatten(0, (many, -1)) for row in notes.rows]
+    for i, (layer, kept, _, _) in enumerate(group):
+        layer.kept = kept.noted(Notes(None if tokens is None else tokens[i], tuple(row[i] for row in rows)))
 
 
 def seen_together(group: Group, step: Step) -> Seen:
     """What layers that are alike show their policy of a single query, as rows of one batch."""
     (first, kept, q, known), many = group[0], len(group)
-    tokens = None
     rows = (many * len(q), *kept.positions.shape[1:])
-    if kept.notes.tokens is not None:
+    if kept.notes.tokens is None:
+        tokens = torch.zeros((), device=q.device).expand(rows)
+    else:
         tokens = torch.cat([one.notes.tokens for _, one, _, _ in group if one.notes.tokens is not None])
-        spares = [(i, layer.spare) for i, (layer, _, _, _) in enumerate(group) if layer.spare is not None]
-        if spares:
-            taken = torch.cat([spare.slots + i * kept.positions.numel() for i, spare in spares])
-            tokens.view(-1).index_fill_(0, taken, 0.0)
-    elif known is not None:
-        tokens = torch.zeros((), device=q.device).expand(rows)  # the positions below have no device for it
     noted = tuple(torch.cat(some) for some in zip(*(one.notes.rows for _, one, _, _ in group), strict=True))
     newest, at = newest_of(step, q.device), step.text_positions(q.device)
     k = torch.empty(*rows, q.shape[3], device="meta")
@@ -96,11 +100,6 @@ def seen_together(group: Group, step: Step) -> Seen:
         at.repeat(many, 1) if len(at) > 1 else at, Visibility.newest(1, kept.tokens),
         None if known is None else torch.cat([one for _, _, _, one in group if one is not None]), step.shared,
     )  # fmt: skip
-
-
-def cleared(tally: Tensor, slots: Tensor) -> Tensor:
-    """The tally with nothing noted in these slots, counted as `lines_of` does."""
-    return tally.reshape(-1).index_fill(0, slots, 0.0).view(tally.shape)
 
 
 def newest_of(step: Step, device: torch.device) -> int | Tensor:

@@ -66,6 +66,9 @@ def fill(
     """
     if limit is None and device.type != "cuda":
         raise ValueError("a computer that has no memory left stops: say a limit in bytes")
+    if any(context < 1 for context in contexts):
+        raise ValueError(f"requests hold at least one token, or memory never fills; got {list(contexts)}")
+    give_back(device)
     free = measure.memory(device)["free"] if limit is None else limit
     weights = sizing.weight_bytes(spec, "bfloat16")
     held: list[Tensor] = []
@@ -93,7 +96,8 @@ def refusal(held: list[Tensor], nbytes: int, device: torch.device, limit: int | 
         # One piece for a request: many small ones leave gaps in the allocator's segments of 20 MiB.
         held.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
     except torch.OutOfMemoryError:
-        said = f"tensors hold {sum(map(len, held)):,} B of a limit of {limit:,}" if limit else measure.room_told(device)
+        tensors = sum(map(len, held))
+        said = measure.room_told(device) if limit is None else f"tensors hold {tensors:,} B of a limit of {limit:,}"
         return f"{nbytes:,} B more were asked for; {said}"
     return ""
 

@@ -44,6 +44,17 @@ def test_a_computer_s_own_memory_is_not_filled_without_a_limit():
         next(filling.fill(CPU, SMALL, [8]))
 
 
+def test_requests_of_no_tokens_would_never_fill_anything():
+    with pytest.raises(ValueError, match="at least one token"):
+        next(filling.fill(CPU, SMALL, [8, 0], limit=10**6))
+
+
+def test_a_limit_of_nothing_is_a_limit():
+    (found,) = filling.fill(CPU, SMALL, [8], limit=0)
+    assert found.context == 0
+    assert str(found).endswith("tensors hold 0 B of a limit of 0")
+
+
 def test_what_a_gpu_held_is_what_arithmetic_says_but_for_a_request_at_most():
     """Exact arithmetic of what was free before the weights came; libraries take some of it when products run."""
     models = [specs.model("qwen2.5-7b"), specs.model("llama-3-8b")]
