@@ -81,7 +81,8 @@ def times_of_steps(
 ) -> dict[str, Steps]:
     """Seconds of one `act` on each cache, step by step in alternation with the full one.
 
-    `rounds` times `least` steps, and as many more as whole rounds of choosing take; the first `least` are not counted.
+    `rounds` times `least` steps, and as many more as whole rounds of choosing take, 4 of them at least where there are
+    several; the first `least` are not counted.
     """
     full, length, found = caches["full"], caches["full"].seq_len, {}
     theirs: list[float] = []
@@ -90,7 +91,8 @@ def times_of_steps(
             continue
         count = max(least, OVERHEAD.get(name, 1))  # steps of a round of choosing
         seconds: dict[int, list[float]] = {id(full): [], id(cache): []}
-        for step in range(-least, -(-rounds * least // count) * count):
+        steps = count * max(-(-rounds * least // count), min(rounds, 4))
+        for step in range(-least, steps):
             if step % least == 0:  # the other reads no more for being fed
                 full.truncate(length)
             for one in (full, cache) if step % 2 else (cache, full):
