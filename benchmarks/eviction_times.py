@@ -44,6 +44,14 @@ class Steps:
         return [mine / other - 1 for mine, other in zip(self.mean.samples, self.full.samples, strict=True)]
 
     @property
+    def quartiles(self) -> tuple[float, float] | None:
+        """Between which shares the middle half of the rounds lies; None of a single round."""
+        if len(self.added) < 2:
+            return None
+        low, _, high = quantiles(self.added, n=4)
+        return low, high
+
+    @property
     def gain(self) -> float:
         """How many times as fast as the full cache's, the median over the rounds."""
         return median(other / mine for mine, other in zip(self.mean.samples, self.full.samples, strict=True))
@@ -121,10 +129,9 @@ def overhead_figures(times: dict[str, Steps]) -> tuple[dict[str, float], list[di
         added = median(one.added)
         figures[f"share added to {what}, {name}"] = round(added, 4)
         figures[f"share added to {what}, {name}, rounds"] = len(one.added)
-        if len(one.added) > 1:
-            low, _, high = quantiles(one.added, n=4)
-            figures[f"share added to {what}, {name}, quartiles"] = round(high - low, 4)
-        print(f"  2,000 tokens, {name:<20} {beside_told(one)}: {spread_told(one.added)}")
+        if one.quartiles is not None:
+            figures[f"share added to {what}, {name}, quartiles"] = round(one.quartiles[1] - one.quartiles[0], 4)
+        print(f"  2,000 tokens, {name:<20} {beside_told(one)}: {spread_told(one)}")
         if name not in NOT_EVICTING:
             bars.append(bar(f"{name}: share that evicting adds to a step at 2000 tokens", added, "<=", 0.10))
     return figures, bars
@@ -154,12 +161,12 @@ def step_figures(what: str, times: dict[str, Steps]) -> dict[str, float]:
     return figures
 
 
-def spread_told(added: Sequence[float]) -> str:
-    """The median, and where the middle half of the rounds lies."""
-    if len(added) < 2:
-        return f"{added[0]:+.1%} in one round"
-    low, _, high = quantiles(added, n=4)
-    return f"{median(added):+.1%} ({low:+.1%} to {high:+.1%}, {len(added)} rounds)"
+def spread_told(one: Steps) -> str:
+    """The median of what was added, and where the middle half of the rounds lies."""
+    if one.quartiles is None:
+        return f"{one.added[0]:+.1%} in one round"
+    low, high = one.quartiles
+    return f"{median(one.added):+.1%} ({low:+.1%} to {high:+.1%}, {len(one.added)} rounds)"
 
 
 def beside_told(one: Steps) -> str:

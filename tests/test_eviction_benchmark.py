@@ -194,14 +194,14 @@ def test_the_slowest_step_of_a_round_is_told_beside_the_mean(monkeypatch):
         clock[0] += slower * (1.0 if cache.name == "full" else 3.1 if acts["TOVA"] % 4 == 0 else 1.0)
 
     times = eviction_times.times_of_steps({name: Named(name) for name in acts}, act, 2, rounds=6)
-    assert acts == {"full": 14, "TOVA": 14}  # two steps each before, that are not counted
-    assert len(times["full"].mean.samples) == 6
-    assert len(times["TOVA"].mean.samples) == 3
+    assert acts == {"full": 18, "TOVA": 18}  # 4 whole rounds, and two steps each before, that are not counted
+    assert len(times["full"].mean.samples) == 8
+    assert len(times["TOVA"].mean.samples) == 4
     assert all(
         slow > 1.5 * mean
         for slow, mean in zip(*(vars(times["TOVA"])[x].samples for x in ("slowest", "mean")), strict=True)
     )
-    assert times["full"].added == [0.0] * 6
+    assert times["full"].added == [0.0] * 8
 
 
 def test_what_evicting_adds_is_told_by_neighbours_so_that_a_machine_that_slows_down_changes_nothing():
@@ -211,7 +211,7 @@ def test_what_evicting_adds_is_told_by_neighbours_so_that_a_machine_that_slows_d
     assert steps.added == pytest.approx([0.1, 0.1, 1.75])
     assert steps.gain == pytest.approx(1 / 1.1)
     assert steps.full_slowest.samples == (1.0, 4.0, 2.0)
-    assert eviction_times.spread_told(steps.added) == "+10.0% (+10.0% to +175.0%, 3 rounds)"
+    assert eviction_times.spread_told(steps) == "+10.0% (+10.0% to +175.0%, 3 rounds)"
 
 
 def test_bytes_that_are_not_the_budgets_are_found(model, monkeypatch):
