@@ -50,12 +50,14 @@ unexport PYTHON PY
 # OpenMP threads that wait spin for milliseconds by default: on a busy machine two are then slower than one.
 export GOMP_SPINCOUNT ?= 20000
 
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-kernel-startup-timeout=120 \
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=400 --nbval-kernel-startup-timeout=120 \
 	-p no:randomly -p no:cacheprovider
 # Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.
 LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(if $(PORT),--port $(call one_word,PORT))
 # What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
 SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
+# Labs that run side by side have a thread each: two that wait for each other on a core that is taken gain nothing.
+SHARED := LABKIT_THREADS=1
 
 .PHONY: setup verify release publish drift drift-issue lab test lint unit notebooks-test browser gpu vllm notebooks docs site lock clean
 
@@ -79,11 +81,12 @@ unit: lint $(NODE_READY)
 	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS) --dist worksteal
 
 notebooks-test: unit
-	$(SCRATCH) $(PY) -m pytest $(NBVAL) notebooks
+	$(SCRATCH) $(SHARED) $(PY) -m pytest $(NBVAL) -n $(call one_word,WORKERS) --dist loadfile notebooks
 
 browser: notebooks-test $(NODE_READY)
 	@if [ -n $(call one_word,CHROMIUM) ]; then \
-		CHROMIUM=$(call one_word,CHROMIUM) $(PY) -m pytest tests/browser; \
+		CHROMIUM=$(call one_word,CHROMIUM) $(SHARED) $(PY) -m pytest tests/browser \
+			-n $(call one_word,WORKERS) --dist worksteal; \
 	else \
 		echo "SKIPPED: the browser tests. They need Chromium: install it, or set CHROMIUM= to a browser." >&2; \
 		[ "$$CI" != true ]; \

@@ -45,7 +45,7 @@ from labkit.kernels.decode_attention import decode_between
 from labkit.kernels.matvec import matvec, matvec_plain
 from labkit.lab_model import damage, lab_model_folder
 from labkit.llama import Llama
-from labkit.measure import device_name, read_bandwidth
+from labkit.measure import device_name, give_back, read_bandwidth
 from labkit.specs import ModelSpec
 
 MBU_BAR, SPEEDUP_BAR = 0.85, 5.0
@@ -429,7 +429,7 @@ def guarded(stage: Callable[..., None], *arguments: object) -> None:
         stage(*arguments)
     except Exception:
         traceback.print_exc()
-    torch.cuda.empty_cache()
+    give_back("cuda")
 
 
 def main() -> int:

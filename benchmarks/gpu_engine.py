@@ -24,7 +24,6 @@ nano-vLLM's own README says 1,434 tokens/s on an RTX 4070 laptop for 256 such re
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import sys
 import time
@@ -40,7 +39,7 @@ from benchmarks.report import SEEN, bar, begin, finish
 from labkit import models, specs
 from labkit.engine import BlockManager, Engine, Request, Token
 from labkit.llama import Llama
-from labkit.measure import device_name, synchronize
+from labkit.measure import device_name, give_back, synchronize
 from labkit.specs import ModelSpec
 
 SPEEDUP = 3.0
@@ -263,9 +262,7 @@ def stage(name: str, run: Callable[[], dict[str, float]], figures: dict[str, flo
         figures[f"{name}: failed"] = 1.0
         return {}
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back("cuda" if torch.cuda.is_available() else "cpu")
     for what, value in found.items():
         print(f"  {what:<40} {value:,.4g}", flush=True)
         figures[f"{name}: {what}"] = round(value, 4)

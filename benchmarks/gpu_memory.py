@@ -31,9 +31,9 @@ from benchmarks.gpu_engine import driver
 from benchmarks.report import SEEN, bar, finish, step_bytes
 from labkit import models, sizing, specs
 from labkit.cache import Cache
-from labkit.labs.lab03.filling import give_back, refusal
+from labkit.labs.lab03.filling import refusal
 from labkit.llama import Llama
-from labkit.measure import device_name, room_told
+from labkit.measure import device_name, give_back, room_told
 from labkit.specs import ModelSpec
 
 GB = 10**9

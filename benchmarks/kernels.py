@@ -37,7 +37,7 @@ from labkit.kernels.paged_decode_attention import paged_decode_attention
 from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_attention
 from labkit.kernels.paged_store import paged_store
 from labkit.kernels.quantize import quantize_tiles
-from labkit.measure import device_name
+from labkit.measure import device_name, give_back
 from labkit.quantization import Packed, Quantizer
 
 STAGES = ("dense", "paged", "packed", "store", "append", "float32", "flex")
@@ -104,8 +104,7 @@ class Run:
             self.bars.append(bar(f"{name} ran", 0, ">=", 1))
             return None
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back(self.device)
 
 
 def seconds(run: Run, calls: list[Callable[[], Any]], *, budget: float = 0.15) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ __all__ = [
     "Timing",
     "Work",
     "alternate",
+    "give_back",
     "ledger",
     "memory",
     "peak_memory",
@@ -120,6 +122,14 @@ def memory(device: torch.device | str = "cpu") -> dict[str, int]:
 
     free, total = limits.memory()
     return {"free": free, "total": total, "used": psutil.Process().memory_info().rss}
+
+
+def give_back(device: torch.device | str = "cpu") -> None:
+    """Let the device have the memory that nobody holds any more: an allocator keeps it for later otherwise."""
+    gc.collect()
+    synchronize(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def room_told(device: torch.device | str) -> str:

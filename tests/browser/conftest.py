@@ -19,8 +19,8 @@ import pytest
 
 from labkit.course.cli import jupyter_environment
 from labkit.course.workspace import refresh
+from tests.little import TIME_ONCE, TRY_ONCE
 from tests.ports import free_port
-from tests.time_once import TIME_ONCE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -59,7 +59,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (home / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(OVERRIDES))
     startup = home / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
-    (startup / "time_once.py").write_text(TIME_ONCE)
+    (startup / "little.py").write_text(TIME_ONCE + TRY_ONCE)
     port = free_port()
     environment = jupyter_environment(dict(os.environ), folder) | {  # as labkit open has it
         "JUPYTER_CONFIG_DIR": str(home / "config"),

@@ -25,6 +25,7 @@ from filelock import FileLock
 from labkit.course.linked import opened
 from labkit.course.release.runs import NBVAL, PLAIN
 from tests.links import dead_links
+from tests.little import TIME_ONCE
 from tests.ports import free_port
 from tests.shared import folder_of_the_run
 from tests.tracked import copy_tree, tracked
@@ -86,6 +87,9 @@ def installed(built: Built, lab_model, tmp_path_factory) -> Installed:
     (place / "learner").mkdir()
     homes = {name: str(place / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     (place / "jupyter_runtime_dir").mkdir()
+    startup = place / "ipythondir/profile_default/startup"
+    startup.mkdir(parents=True)
+    (startup / "time_once.py").write_text(TIME_ONCE)  # that times are right, other tests see
     return Installed(bin, place / "learner", own() | homes)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit import kernels
@@ -16,6 +16,7 @@ from labkit.kernels.decode_attention import decode_attention, decode_between
 from labkit.kernels.split import merge
 from tests.attending import how
 from tests.bounds import attention_bound
+from tests.kernels.effort import examples
 from tests.pairs import every_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +61,7 @@ def test_any_number_of_queries_per_kv_head(queries_per_kv):
 
 
 @needs_triton
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.data())
 def test_any_structure(data):
     batch, kv_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 150))
@@ -109,7 +110,7 @@ def test_a_row_that_is_all_padding_gives_zeros(dtype):
 
 @needs_triton
 @given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), window=st.none() | st.integers(1, 60))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_rows_of_different_lengths_see_their_own_tokens(lengths, window):
     q, k, v = tensors(len(lengths), 2, 3, max(lengths), 16, torch.float32)
     for row, length in enumerate(lengths):

@@ -20,6 +20,7 @@ from labkit.kernels.paged_decode_attention import paged_decode_attention
 from labkit.kernels.paged_store import paged_store
 from labkit.ledger import ledger
 from tests.bounds import attention_bound
+from tests.kernels.effort import runs_triton
 from tests.kernels.test_packed_attention import in_a_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,11 +64,11 @@ def visible_of(lengths, padding=None, new_tokens=1):
     return Visibility(new_tokens, max(lengths), first_query, tuple(-p for p in padding))
 
 
-def assert_agrees(q, k, v, table, own, constants=PLAIN, padding=None, **options):
+def assert_agrees(q, k, v, table, own, constants=PLAIN, padding=None, *, triton=True, **options):
     lengths = [kv.shape[3] for kv in own]
     visible = visible_of(lengths, padding, q.shape[2])
     outs = {}
-    for run in EVERY:
+    for run in EVERY if triton else [paged_attention, *ON_CPU]:
         if run is not paged_attention and (q.shape[2] > 1 or (run is paged_decode_attention and constants.soft_cap)):
             continue
         outs[run] = run(q, k, v, table, visible, constants, **(options if run is paged_decode_attention else {}))
@@ -124,7 +125,7 @@ def test_any_structure(data):
             shared=draw(st.integers(0, 1 + min(lengths) // block_size)), new_tokens=draw(st.integers(1, min(lengths))),
         ),
         constants, padding, tile_size=draw(st.sampled_from([16, 32, 64])),
-        num_splits=draw(st.none() | st.integers(1, 9)),
+        num_splits=draw(st.none() | st.integers(1, 9)), triton=runs_triton(draw),
     )  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def test_any_structure_of_a_decode_step(data):
             draw(st.integers(1, 256)), draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
         ),
         Constants(window=window, soft_cap=cap), padding, num_splits=draw(st.none() | st.integers(1, 9)),
+        triton=runs_triton(draw),
     )  # fmt: skip
 
 

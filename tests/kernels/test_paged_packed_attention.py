@@ -21,6 +21,7 @@ from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_att
 from labkit.ledger import ledger
 from labkit.quantization import Packed
 from tests.bounds import attention_bound
+from tests.kernels.effort import runs_triton
 from tests.kernels.test_packed_attention import CODES, DEVICE, DTYPES, in_a_process, quantizers
 from tests.kernels.test_paged_attention import visible_of
 from tests.pairs import every_pair
@@ -77,19 +78,19 @@ def numbers(part):
     ]
 
 
-def implementations(q, k, v, waiting, constants):
+def implementations(q, k, v, waiting, constants, triton=True):
     runs = [paged_packed_attention]
     if q.shape[2] == 1:
         on_cpu = DEVICE == "cpu" and paged_packed_attention_cpu.takes(q, k, v, waiting)
         runs += [paged_packed_decode_attention_cpu] if on_cpu else []
-        runs += [] if constants.soft_cap else [paged_packed_decode_attention]
+        runs += [paged_packed_decode_attention] if triton and not constants.soft_cap else []
     return runs
 
 
-def assert_agrees(q, k, v, waiting, table, parts, constants=PLAIN, padding=None, **options):
+def assert_agrees(q, k, v, waiting, table, parts, constants=PLAIN, padding=None, *, triton=True, **options):
     lengths = [numbers(part)[0].shape[2] for part in parts]
     visible = visible_of(lengths, padding, q.shape[2])
-    for run in implementations(q, k, v, waiting, constants):
+    for run in implementations(q, k, v, waiting, constants, triton):
         more = options if run is paged_packed_decode_attention else {}
         out = run(q, k, v, waiting, table, visible, constants, **more)
         assert out.dtype == q.dtype
@@ -147,7 +148,7 @@ def test_any_structure(data):
             shared=draw(st.integers(0, min(lengths) // group)), new_tokens=new_tokens,
         ),
         constants, padding,
-        num_splits=draw(st.none() | st.integers(1, 9)),
+        num_splits=draw(st.none() | st.integers(1, 9)), triton=runs_triton(draw),
     )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit import kernels
 from labkit.kernels.quantize import quantize_tiles, quantized, takes
 from labkit.quantization import FLOAT8, Packed, Quantizer
+from tests.kernels.effort import examples
 from tests.kernels.test_packed_attention import in_a_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +45,7 @@ FORMATS = {
 
 
 @needs_triton
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.data())
 def test_any_format_shape_and_size_of_numbers(data):
     nbits, axis, symmetric, metadata = (data.draw(FORMATS[name]) for name in FORMATS)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def fill(
         raise ValueError("a computer that has no memory left stops: say a limit in bytes")
     if any(context < 1 for context in contexts):
         raise ValueError(f"requests hold at least one token, or memory never fills; got {list(contexts)}")
-    give_back(device)
+    measure.give_back(device)
     free = measure.memory(device)["free"] if limit is None else limit
     weights = sizing.weight_bytes(spec, "bfloat16")
     held: list[Tensor] = []
@@ -82,10 +81,10 @@ def fill(
                 pass
             yield Filled(spec.name, context, free, weights, request, len(held) - 1, why)
             del held[1:]
-            give_back(device)
+            measure.give_back(device)
     finally:
         held.clear()
-        give_back(device)
+        measure.give_back(device)
 
 
 def refusal(held: list[Tensor], nbytes: int, device: torch.device, limit: int | None) -> str:
@@ -105,11 +104,3 @@ def refusal(held: list[Tensor], nbytes: int, device: torch.device, limit: int | 
 def request_bytes(spec: ModelSpec, context: int) -> int:
     """Bytes of one request's K and V in 16 bits."""
     return sizing.cache_bytes(spec, context, 1, dtype="bfloat16")
-
-
-def give_back(device: torch.device) -> None:
-    """Let the device have what nobody holds."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()

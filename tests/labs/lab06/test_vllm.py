@@ -21,7 +21,7 @@ import torch
 
 from labkit import models
 from labkit.course import environments
-from labkit.engine import Request
+from labkit.engine import Engine, Request
 from labkit.generation import generate
 from labkit.labs.lab06 import vllm, vllm_environment, vllm_protocol
 from labkit.labs.lab06.vllm import Prompt, VllmError, serving
@@ -346,10 +346,13 @@ def test_the_recorded_runs_answer_the_lab_s_requests_and_say_what_the_lab_shows(
     assert plenty.figures()["vllm:prefix_cache_hits"] == 96
 
 
-def test_the_recorded_tokens_are_those_of_one_request_at_a_time(lab_model: Path) -> None:
-    model = models.load(dtype=torch.float32, device="cpu")
-    for request in vllm.eight_requests():
-        assert one_at_a_time(model, request) == vllm.recorded().answers[request.id].tokens, request.id
+def test_the_recorded_tokens_are_those_of_our_engine_and_of_one_request_at_a_time(lab_model: Path) -> None:
+    model, recorded = models.load(dtype=torch.float32, device="cpu"), vllm.recorded().answers
+    requests = vllm.eight_requests()
+    together = Engine(model, num_blocks=512).run([Request(x.id, x.tokens, x.max_new_tokens) for x in requests])
+    assert together == {id: answer.tokens for id, answer in recorded.items()}
+    shortest = min(requests, key=lambda request: len(request.tokens) + request.max_new_tokens)
+    assert one_at_a_time(model, shortest) == recorded[shortest.id].tokens
 
 
 def one_at_a_time(model: Llama, request: Prompt) -> list[int]:
