@@ -56,6 +56,8 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=400 --nbval-kernel-sta
 LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(if $(PORT),--port $(call one_word,PORT))
 # What a run of tests or notebooks must not depend on: the progress so far, the terminal's encoding.
 SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
+# Sphinx counts its main process, which mostly waits while pages are written: one more than there are cores.
+SPHINX_JOBS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 # Labs that run side by side have a thread each: two that wait for each other on a core that is taken gain nothing.
 SHARED := LABKIT_THREADS=1
 
@@ -80,8 +82,10 @@ unit: lint $(NODE_READY)
 	$(PY) -m labkit.course.cli model
 	TRITON_INTERPRET=1 $(SCRATCH) $(PY) -m pytest tests --ignore=tests/browser -n $(call one_word,WORKERS) --dist worksteal
 
+# The longest notebooks are the last.
 notebooks-test: unit
-	$(SCRATCH) $(SHARED) $(PY) -m pytest $(NBVAL) -n $(call one_word,WORKERS) --dist loadfile notebooks
+	$(SCRATCH) $(SHARED) $(PY) -m pytest $(NBVAL) -n $(call one_word,WORKERS) --dist loadfile --no-loadscope-reorder \
+		$$(ls -r notebooks/*.ipynb)
 
 browser: notebooks-test $(NODE_READY)
 	@if [ -n $(call one_word,CHROMIUM) ]; then \
@@ -134,7 +138,7 @@ drift-issue:
 	else gh issue create --title "Drift: make test fails with the newest versions" --body "$$text"; fi
 
 site: $(TEST_READY)
-	$(PY) -m sphinx -W --keep-going -q -E -j auto -b html -c docs -d $(call one_word,SITE)/../doctrees . $(call one_word,SITE)
+	$(PY) -m sphinx -W --keep-going -q -E -j $(SPHINX_JOBS) -b html -c docs -d $(call one_word,SITE)/../doctrees . $(call one_word,SITE)
 
 # What stays when the lock is renewed: the results of other machines and the labs' pages are of this PyTorch.
 KEEP ?= torch==2.13.0
