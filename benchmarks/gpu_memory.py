@@ -104,6 +104,7 @@ class Bench:
 
 def tensors_bytes() -> int:
     """Bytes of all tensors on the CPU, each storage once: a stand-in for the GPU's count."""
+    gc.collect()
     storages = {}
     for found in gc.get_objects():
         if type(found) in (Tensor, torch.nn.Parameter) and found.device.type == "cpu":

@@ -125,10 +125,10 @@ def memory(device: torch.device | str = "cpu") -> dict[str, int]:
 
 
 def give_back(device: torch.device | str = "cpu") -> None:
-    """Let the device have the memory that nobody holds any more: an allocator keeps it for later otherwise."""
-    gc.collect()
-    synchronize(device)
+    """Let a GPU have the memory that nobody holds any more, which PyTorch's allocator keeps for later; a CPU has none."""
     if torch.device(device).type == "cuda":
+        gc.collect()
+        synchronize(device)
         torch.cuda.empty_cache()
 
 
