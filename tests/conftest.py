@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -17,3 +18,9 @@ def lab_model() -> Path:
     from labkit.lab_model import ensure_lab_model
 
     return ensure_lab_model(progress=False)
+
+
+def pytest_collection_finish() -> None:
+    """What is there when tests begin stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
