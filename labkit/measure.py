@@ -128,8 +128,7 @@ def give_back(device: torch.device | str = "cpu") -> None:
     """Let a GPU have the memory that nobody holds any more, which PyTorch's allocator keeps for later; a CPU has none."""
     if torch.device(device).type == "cuda":
         gc.collect()
-        synchronize(device)
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # waits for the device where it frees
 
 
 def room_told(device: torch.device | str) -> str:
