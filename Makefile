@@ -50,7 +50,7 @@ unexport PYTHON PY
 # OpenMP threads that wait spin for milliseconds by default: on a busy machine two are then slower than one.
 export GOMP_SPINCOUNT ?= 20000
 
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=400 --nbval-kernel-startup-timeout=120 \
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=400 --nbval-kernel-startup-timeout=120 --timeout=600 \
 	-p no:randomly -p no:cacheprovider
 # Some shells and conda export a HOST that is no address: only one that was given to make, or is an address, counts.
 LISTEN = $(if $(filter command%,$(origin HOST)),--host $(call one_word,HOST)) $(if $(PORT),--port $(call one_word,PORT))
@@ -59,7 +59,8 @@ SCRATCH = PYTHONIOENCODING=utf-8 LABKIT_PROGRESS="$$(mktemp -d)/progress.json"
 # Sphinx counts its main process, which mostly waits while pages are written: one more than there are cores.
 SPHINX_JOBS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 # Labs that run side by side have a thread each: two that wait for each other on a core that is taken gain nothing.
-SHARED := LABKIT_THREADS=1
+# With WORKERS=1, and in `make verify`, they have all cores.
+SHARED = $(if $(filter-out 0 1,$(value WORKERS)),LABKIT_THREADS=1)
 
 .PHONY: setup verify release publish drift drift-issue lab test lint unit notebooks-test browser gpu vllm notebooks docs site lock clean
 

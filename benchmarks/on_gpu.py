@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
-NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=180", "--nbval-kernel-startup-timeout=120")
+NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=400", "--nbval-kernel-startup-timeout=120")
 PLAIN = ("-p", "no:cacheprovider")
 BENCHMARKS = {  # seconds that each may take
     "kernels": 300, "gpu_decode": 240, "positions": 300, "gpu_engine": 300, "gpu_memory": 240,

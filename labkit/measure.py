@@ -125,7 +125,7 @@ def memory(device: torch.device | str = "cpu") -> dict[str, int]:
 
 
 def give_back(device: torch.device | str = "cpu") -> None:
-    """Let a GPU have the memory that nobody holds any more, which PyTorch's allocator keeps for later; a CPU has none."""
+    """Let a GPU have the memory that nobody holds any more and PyTorch keeps for later; a CPU has none to give."""
     if torch.device(device).type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # waits for the device where it frees

@@ -8,7 +8,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 torch.set_num_threads(1)  # several workers share the cores
-settings.register_profile("labs", deadline=None)
+# With CI=true Hypothesis would try the same examples for ever; what fails is printed so that it can be tried again.
+settings.register_profile("labs", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("labs")
 
 

@@ -58,6 +58,15 @@ def test_memory_used_grows_by_what_is_allocated() -> None:
     assert measure.memory()["used"] - before >= 0.9 * len(kept)
 
 
+def test_a_gpu_is_given_its_memory_back_and_a_cpu_is_left_alone(monkeypatch) -> None:
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("emptied"))
+    measure.give_back("cpu")
+    assert emptied == []
+    measure.give_back("cuda")
+    assert emptied == ["emptied"]
+
+
 def test_provenance_names_device_versions_and_date_but_no_host() -> None:
     said = measure.provenance(command="benchmarks/decode.py")
     assert said.keys() - {"cuda"} == {"device", "python", "torch", "transformers", "date", "command"}

@@ -19,7 +19,7 @@ import pytest
 
 from labkit.course.cli import jupyter_environment
 from labkit.course.workspace import refresh
-from tests.little import TIME_ONCE, TRY_ONCE
+from tests.little import TIME_ONCE, TRY_TWICE
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (home / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(OVERRIDES))
     startup = home / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
-    (startup / "little.py").write_text(TIME_ONCE + TRY_ONCE)
+    (startup / "little.py").write_text(TIME_ONCE + TRY_TWICE)
     port = free_port()
     environment = jupyter_environment(dict(os.environ), folder) | {  # as labkit open has it
         "JUPYTER_CONFIG_DIR": str(home / "config"),

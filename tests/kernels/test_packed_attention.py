@@ -23,7 +23,7 @@ from labkit.ledger import ledger
 from labkit.quantization import FLOAT8, Quantizer, hadamard
 from tests.attending import how
 from tests.bounds import attention_bound
-from tests.kernels.effort import INTERPRETED, runs_triton
+from tests.kernels.effort import FEW, INTERPRETED, MOST, examples
 from tests.pairs import every_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,12 +57,14 @@ def quantizers(nbits, group=16, axis="channel", symmetric=False, metadata=torch.
     return Quantizer(nbits, group, axis, symmetric, metadata), Quantizer(nbits, group, "token", symmetric, metadata)
 
 
-def implementations(q, k, v, triton=True):
+def implementations(q, k, v, triton=None):
+    """Triton's kernel alone, all but that, or (None) all that take these."""
     on_cpu = [packed_attention_cpu.packed_decode_attention_cpu] if packed_attention_cpu.takes(q, k, v) else []
-    return *([packed_decode_attention] if triton else []), packed_attention, *on_cpu
+    rest = [packed_attention, *on_cpu]
+    return {True: [packed_decode_attention], False: rest, None: [packed_decode_attention, *rest]}[triton]
 
 
-def assert_agrees(q, k, v, options, wide, *, triton=True, **more):
+def assert_agrees(q, k, v, options, wide, *, triton=None, **more):
     shared = {name: more.pop(name) for name in ("padding", "scale", "window") if name in more}
     settings_ = how(q, wide[0], **shared)
     expected = attention(q.double(), *wide, *settings_)
@@ -95,29 +97,41 @@ def test_any_number_of_queries_per_kv_head(nbits, per_kv):
     assert_agrees(*case(1, 2, per_kv, 50, 32, torch.float32, quantizers(nbits)))
 
 
-@needs_triton
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_any_structure(data):
-    draw = data.draw
+def structure(draw, tokens=150, few=3):
+    """A call, and its options: at most so many tokens, so few rows and heads."""
     group = draw(st.sampled_from([8, 16, 32]))
-    tokens, batch = draw(st.integers(group + 4, 150)), draw(st.integers(1, 3))
+    tokens, batch = draw(st.integers(group + 4, tokens)), draw(st.integers(1, few))
     scheme = quantizers(
         draw(st.sampled_from(CODES)), group, draw(st.sampled_from(["channel", "token"])), draw(st.booleans()),
         draw(st.sampled_from([torch.float16, torch.bfloat16])),
     )  # fmt: skip
     padding = draw(st.none() | st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
-    assert_agrees(
-        *case(
-            batch, draw(st.integers(1, 3)), draw(st.integers(1, 8)), tokens, group * draw(st.integers(1, 3)),
-            draw(st.sampled_from(DTYPES)), scheme, before=draw(st.integers(0, 4)), rotate=draw(st.booleans()),
-            seed=draw(st.integers(0, 99)),
-        ),
-        padding=padding,
-        window=draw(st.none() | st.integers(1, tokens + 3)),
-        scale=draw(st.none() | st.floats(0.05, 1.0)),
-        num_splits=draw(st.none() | st.integers(1, 9)), triton=runs_triton(draw),
+    made = case(
+        batch, draw(st.integers(1, few)), draw(st.integers(1, 8)), tokens, group * draw(st.integers(1, 3)),
+        draw(st.sampled_from(DTYPES)), scheme, before=draw(st.integers(0, 4)), rotate=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
     )  # fmt: skip
+    return made, {
+        "padding": padding,
+        "window": draw(st.none() | st.integers(1, tokens + 3)),
+        "scale": draw(st.none() | st.floats(0.05, 1.0)),
+        "num_splits": draw(st.none() | st.integers(1, 9)),
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_any_structure(data):
+    made, options = structure(data.draw)
+    assert_agrees(*made, **options, triton=False)
+
+
+@needs_triton
+@examples(50)
+@given(st.data())
+def test_any_structure_in_triton(data):
+    made, options = structure(data.draw, MOST, FEW)
+    assert_agrees(*made, **options, triton=True)
 
 
 def as_ptx_does(text, word):

@@ -20,7 +20,7 @@ from labkit.kernels.paged_decode_attention import paged_decode_attention
 from labkit.kernels.paged_store import paged_store
 from labkit.ledger import ledger
 from tests.bounds import attention_bound
-from tests.kernels.effort import runs_triton
+from tests.kernels.effort import examples
 from tests.kernels.test_packed_attention import in_a_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,11 +64,11 @@ def visible_of(lengths, padding=None, new_tokens=1):
     return Visibility(new_tokens, max(lengths), first_query, tuple(-p for p in padding))
 
 
-def assert_agrees(q, k, v, table, own, constants=PLAIN, padding=None, *, triton=True, **options):
+def assert_agrees(q, k, v, table, own, constants=PLAIN, padding=None, *, triton=None, **options):
     lengths = [kv.shape[3] for kv in own]
     visible = visible_of(lengths, padding, q.shape[2])
     outs = {}
-    for run in EVERY if triton else [paged_attention, *ON_CPU]:
+    for run in {True: [paged_decode_attention], False: [paged_attention, *ON_CPU], None: EVERY}[triton]:
         if run is not paged_attention and (q.shape[2] > 1 or (run is paged_decode_attention and constants.soft_cap)):
             continue
         outs[run] = run(q, k, v, table, visible, constants, **(options if run is paged_decode_attention else {}))
@@ -105,11 +105,8 @@ def test_any_number_of_queries_per_kv_head(per_kv):
     assert_agrees(*case([40, 3], 2, per_kv, 16, 8, torch.float32))
 
 
-@needs_triton
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_any_structure(data):
-    draw = data.draw
+def structure(draw, triton):
+    """A call, its constants and its padding; one that Triton's kernel takes, where it is for that."""
     lengths = draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
     block_size = draw(st.integers(1, 40) | st.sampled_from([64, 100, 256]))
     padding = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths)).map(list))
@@ -117,34 +114,46 @@ def test_any_structure(data):
     constants = Constants(
         draw(st.none() | st.floats(0.05, 1.0)),
         draw(st.none() | st.integers(1, 160)),
-        draw(st.none() | st.floats(0.5, 30.0)),
+        None if triton else draw(st.none() | st.floats(0.5, 30.0)),
     )
-    assert_agrees(
-        *case(
-            lengths, *shapes, block_size, draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
-            shared=draw(st.integers(0, 1 + min(lengths) // block_size)), new_tokens=draw(st.integers(1, min(lengths))),
-        ),
-        constants, padding, tile_size=draw(st.sampled_from([16, 32, 64])),
-        num_splits=draw(st.none() | st.integers(1, 9)), triton=runs_triton(draw),
+    made = case(
+        lengths, *shapes, block_size, draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
+        shared=draw(st.integers(0, 1 + min(lengths) // block_size)),
+        new_tokens=1 if triton else draw(st.integers(1, min(lengths))),
     )  # fmt: skip
+    return *made, constants, padding
+
+
+def decode_step(draw, triton):
+    """The same of a decode step: longer rows, larger heads."""
+    lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=6))
+    window = draw(st.none() | st.integers(1, 400))
+    cap = None if triton else draw(st.none() | st.floats(0.5, 30.0))
+    padding = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths)).map(list))
+    made = case(
+        lengths, draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 70)),
+        draw(st.integers(1, 256)), draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+    return *made, Constants(window=window, soft_cap=cap), padding
+
+
+@pytest.mark.parametrize("kind", [structure, decode_step])
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_structure(kind, data):
+    assert_agrees(*kind(data.draw, triton=False), triton=False)
 
 
 @needs_triton
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("kind", [structure, decode_step])
+@examples(80)
 @given(st.data())
-def test_any_structure_of_a_decode_step(data):
-    draw = data.draw
-    lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=6))
-    window, cap = draw(st.none() | st.integers(1, 400)), draw(st.none() | st.floats(0.5, 30.0))
-    padding = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths)).map(list))
-    assert_agrees(
-        *case(
-            lengths, draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 70)),
-            draw(st.integers(1, 256)), draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
-        ),
-        Constants(window=window, soft_cap=cap), padding, num_splits=draw(st.none() | st.integers(1, 9)),
-        triton=runs_triton(draw),
-    )  # fmt: skip
+def test_any_structure_in_triton(kind, data):
+    splits = {
+        "tile_size": data.draw(st.sampled_from([16, 32, 64])),
+        "num_splits": data.draw(st.none() | st.integers(1, 9)),
+    }
+    assert_agrees(*kind(data.draw, triton=True), triton=True, **splits)
 
 
 @settings(max_examples=80, deadline=None)

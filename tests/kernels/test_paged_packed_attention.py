@@ -21,7 +21,7 @@ from labkit.kernels.paged_packed_decode_attention import paged_packed_decode_att
 from labkit.ledger import ledger
 from labkit.quantization import Packed
 from tests.bounds import attention_bound
-from tests.kernels.effort import runs_triton
+from tests.kernels.effort import FEW, MOST, examples
 from tests.kernels.test_packed_attention import CODES, DEVICE, DTYPES, in_a_process, quantizers
 from tests.kernels.test_paged_attention import visible_of
 from tests.pairs import every_pair
@@ -78,16 +78,19 @@ def numbers(part):
     ]
 
 
-def implementations(q, k, v, waiting, constants, triton=True):
+def implementations(q, k, v, waiting, constants, triton=None):
+    """Triton's kernel alone, all but that, or (None) all that take these."""
+    if triton:
+        return [paged_packed_decode_attention]
     runs = [paged_packed_attention]
     if q.shape[2] == 1:
         on_cpu = DEVICE == "cpu" and paged_packed_attention_cpu.takes(q, k, v, waiting)
         runs += [paged_packed_decode_attention_cpu] if on_cpu else []
-        runs += [paged_packed_decode_attention] if triton and not constants.soft_cap else []
+        runs += [paged_packed_decode_attention] if triton is None and not constants.soft_cap else []
     return runs
 
 
-def assert_agrees(q, k, v, waiting, table, parts, constants=PLAIN, padding=None, *, triton=True, **options):
+def assert_agrees(q, k, v, waiting, table, parts, constants=PLAIN, padding=None, *, triton=None, **options):
     lengths = [numbers(part)[0].shape[2] for part in parts]
     visible = visible_of(lengths, padding, q.shape[2])
     for run in implementations(q, k, v, waiting, constants, triton):
@@ -123,12 +126,10 @@ def test_any_number_of_queries_per_kv_head(per_kv):
     assert_agrees(*case([40, 3, 16], 2, per_kv, 32, quantizers(4, 16), torch.float32))
 
 
-@needs_triton
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_structure(data):
-    draw = data.draw
-    lengths = draw(st.lists(st.integers(1, 120), min_size=1, max_size=5))
+def structure(draw, triton):
+    """A call, its constants and its padding; one that Triton's kernel takes, where it is for that."""
+    most, rows, heads = (MOST, 2 * FEW - 1, FEW) if triton else (120, 5, 3)
+    lengths = draw(st.lists(st.integers(1, most), min_size=1, max_size=rows))
     group = draw(st.sampled_from([8, 16, 32]))
     padding = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths)).map(list))
     scheme = quantizers(
@@ -138,18 +139,28 @@ def test_any_structure(data):
     constants = Constants(
         draw(st.none() | st.floats(0.05, 1.0)),
         draw(st.none() | st.integers(1, 130)),
-        draw(st.none() | st.floats(0.5, 30.0)),
+        None if triton else draw(st.none() | st.floats(0.5, 30.0)),
     )
-    new_tokens = draw(st.integers(1, min(lengths)) | st.just(1))
-    assert_agrees(
-        *case(
-            lengths, draw(st.integers(1, 3)), draw(st.integers(1, 8)), group * draw(st.integers(1, 3)), scheme,
-            draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
-            shared=draw(st.integers(0, min(lengths) // group)), new_tokens=new_tokens,
-        ),
-        constants, padding,
-        num_splits=draw(st.none() | st.integers(1, 9)), triton=runs_triton(draw),
+    made = case(
+        lengths, draw(st.integers(1, heads)), draw(st.integers(1, 8)), group * draw(st.integers(1, 3)), scheme,
+        draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)),
+        shared=draw(st.integers(0, min(lengths) // group)),
+        new_tokens=1 if triton else draw(st.integers(1, min(lengths)) | st.just(1)),
     )  # fmt: skip
+    return *made, constants, padding
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_structure(data):
+    assert_agrees(*structure(data.draw, triton=False), triton=False)
+
+
+@needs_triton
+@examples(40)
+@given(st.data())
+def test_any_structure_in_triton(data):
+    assert_agrees(*structure(data.draw, triton=True), triton=True, num_splits=data.draw(st.none() | st.integers(1, 9)))
 
 
 @needs_triton

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from labkit.course.workspace import WorkspaceError
 
-NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=180", "--nbval-kernel-startup-timeout=120")
+NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=400", "--nbval-kernel-startup-timeout=120")
 PLAIN = ("-q", "-p", "no:randomly", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:timeout")
 UNTOLD = ("time", "timestamp", "hostname")  # what a JUnit file says of the machine and the minute
 

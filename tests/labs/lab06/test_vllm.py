@@ -346,7 +346,7 @@ def test_the_recorded_runs_answer_the_lab_s_requests_and_say_what_the_lab_shows(
     assert plenty.figures()["vllm:prefix_cache_hits"] == 96
 
 
-def test_the_recorded_tokens_are_those_of_our_engine_and_of_one_request_at_a_time(lab_model: Path) -> None:
+def test_the_recorded_tokens_are_those_of_our_engine_and_of_the_shortest_request_alone(lab_model: Path) -> None:
     model, recorded = models.load(dtype=torch.float32, device="cpu"), vllm.recorded().answers
     requests = vllm.eight_requests()
     together = Engine(model, num_blocks=512).run([Request(x.id, x.tokens, x.max_new_tokens) for x in requests])
