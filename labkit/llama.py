@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from labkit.attention import Constants, fused_attention
 from labkit.cache import Cache, LayerCache, Step
-from labkit.prepacked import PrepackedLinear, can_prepack
+from labkit.prepacked import PrepackedLinear, can_prepack, product
 from labkit.rotation import rotate, signed
 from labkit.specs import ModelSpec
 
@@ -50,25 +50,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(spec.hidden_size, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
         self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, step: Step) -> Tensor:
-        """Mix `x`, `[batch, new_tokens, hidden_size]`, with what the cache holds; `cos`, `sin` come from `angles`."""
-        qkv = self.project(x)
+    def forward(
+        self, x: Tensor, norm: nn.RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache | None, step: Step
+    ) -> Tensor:
+        """`x`, `[batch, new_tokens, hidden_size]`, plus what `norm(x)` finds in the cache; `cos`, `sin` of `angles`."""
+        qkv = self.project(x, norm)
         num_heads, num_kv_heads, _ = self.heads
         qk = rotate(qkv[:, : num_heads + num_kv_heads], cos, sin)
         q, k, v = qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
         if cache is None:
-            return self.merge(attend_alone(q, k, v, self.constants, step))
+            return self.merge(attend_alone(q, k, v, self.constants, step), x)
         cache.append(k, v, step)
-        return self.merge(cache.attend(q, step))
+        return self.merge(cache.attend(q, step), x)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
         """Q, K and V of `x`, not rotated, `[batch, all heads, new_tokens, head_dim]`: a view of one product."""
         batch, new_tokens, _ = x.shape
-        return self.qkv(x).view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
+        qkv = product(self.qkv, x, norm=norm)
+        return qkv.view(batch, new_tokens, sum(self.heads), self.head_dim).transpose(1, 2)
 
-    def merge(self, mixed: Tensor) -> Tensor:
+    def merge(self, mixed: Tensor, residual: Tensor | None = None) -> Tensor:
         """What attention gave, `[batch, num_heads, new_tokens, head_dim]`, as `[batch, new_tokens, hidden_size]`."""
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return product(self.out, mixed.transpose(1, 2).flatten(2), residual=residual)
 
 
 def attend_alone(q: Tensor, k: Tensor, v: Tensor, constants: Constants, step: Step) -> Tensor:
@@ -80,17 +83,16 @@ def attend_alone(q: Tensor, k: Tensor, v: Tensor, constants: Constants, step: St
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: x + down(silu(gate(norm(x))) * up(norm(x)))."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
         """`[..., hidden_size]` in and out."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return product(self.down, product(self.gate_up, x, norm=norm, gated=True), residual=x)
 
 
 class Block(nn.Module):
@@ -105,12 +107,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, step: Step) -> Tensor:
         """The residual stream after this layer, `[batch, new_tokens, hidden_size]`."""
-        return self.around(x, lambda normed: self.attention(normed, cos, sin, cache, step))
+        return self.mlp(self.attention(x, self.attention_norm, cos, sin, cache, step), self.mlp_norm)
 
     def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The same with any attention of the normed stream."""
-        x = x + attend(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        return self.mlp(x + attend(self.attention_norm(x)), self.mlp_norm)
 
 
 class Llama(nn.Module):
@@ -195,8 +196,9 @@ class Llama(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of the residual stream `[..., hidden_size]`."""
-        x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        if self.head is None:
+            return F.linear(self.norm(x), self.embedding.weight)
+        return product(self.head, x, norm=self.norm)
 
     def cache(self, capacity: int | None = None) -> Cache:
         """An empty cache for this model: with room for `capacity` tokens per row, or a growing one without."""

@@ -4,12 +4,16 @@ A bfloat16 product with one row of input spends about half its time in rearrangi
 bfloat16 is prepacked wherever it can be. What float32 gains depends on the processor, and on which library PyTorch was
 built to ask for plain products: that is measured, once per process, and used where it pays.
 
+One row of input, which is a step of decoding, goes through `kernels.matvec_cpu`, over the same memory, wherever oneDNN
+lays a weight out in the blocks that those loops read.
+
 *Prepacked* is a layout; *packed* is `quantization`'s word, for numbers of few bits.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import time
 from collections.abc import Callable
@@ -20,8 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-LEAST_GAIN = 1.5  # in float32; seen: 3.0 on an AMD EPYC, 1.0 to 1.2 on an Intel Xeon, where one row gains nothing
+# Gain from which float32 is prepacked; seen: 1.8 to 3.0 on AMD EPYCs, 1.0 to 1.2 on an Intel Xeon. Where one row goes
+# through the loops it gains at any rate, and it is enough that many rows lose nothing, within the noise.
+LEAST_GAIN, LEAST_WITH_LOOPS = 1.5, 0.9
 LEAST_SIZE = 2**16  # entries; smaller weights stay in the core's cache, and a call costs more than reading them
+MANY = 32_609  # different numbers, as bits of bfloat16 none of them a NaN: a prime, so that no row repeats another
+TRIED = (3072, 576)  # the shape with which a machine is tried: gate and up of the lab model
 TUNED_FOR = 16  # rows that the layout is chosen for: as good as any for one row, and better than one row's for more
 
 
@@ -36,7 +44,12 @@ def can_prepack(weight: Tensor) -> bool:
     """Whether `weight` gains by it: on a CPU, large, and bfloat16, or float32 where that was measured to be faster."""
     if weight.device.type != "cpu" or weight.numel() < LEAST_SIZE or not has_product(weight.dtype):
         return False
-    return weight.dtype == torch.bfloat16 or float32_gain() >= LEAST_GAIN
+    return weight.dtype == torch.bfloat16 or float32_gain() >= least_gain()
+
+
+def least_gain() -> float:
+    """The gain from which float32 is prepacked on this machine."""
+    return LEAST_WITH_LOOPS if is_in_blocks(*TRIED, torch.float32) else LEAST_GAIN
 
 
 def has_product(dtype: torch.dtype) -> bool:
@@ -51,18 +64,18 @@ def has_product(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def float32_gain() -> float:
-    """How many times faster prepacked float32 is here: a 576 x 3,072 product with 1 row and one with 16, together.
+    """How many times faster oneDNN is with float32 prepacked: a 3,072 x 576 product with 1 row and with 16, together.
 
     Measured once per process, in 20 to 50 ms: the least of five times each, plain and prepacked in turn. 0.0 where the
     product fails.
     """
-    weight = torch.full((3072, 576), 0.5)
+    weight = torch.full(TRIED, 0.5)
     try:
         with torch.inference_mode():
             ways = (F.linear, weight), (prepacked_linear, reorder(weight))
             times = []
             for rows in (1, 16):
-                x = torch.full((rows, 576), 0.5)
+                x = torch.full((rows, TRIED[1]), 0.5)
                 times.append([[seconds(product, x, form) for product, form in ways] for _ in range(6)])
     except RuntimeError:
         return 0.0
@@ -82,6 +95,51 @@ def reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TUNED_FOR)
 
 
+def blocks_of(prepacked: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """The memory of `weight`'s prepacked form as `matvec_cpu` reads it.
+
+    None where its loops cannot run, or oneDNN lays such a weight out in another way.
+    """
+    outs, columns = weight.shape
+    if not is_in_blocks(outs, columns, weight.dtype):
+        return None
+    from labkit.kernels.matvec_cpu import Blocks, in_blocks, warm_up
+
+    warm_up(weight.dtype)
+    shape = in_blocks(torch.empty_like(weight, device="meta")).shape
+    return Blocks(memory_of(prepacked, weight.dtype).view(shape), bias, owner=prepacked)
+
+
+@functools.cache
+def is_in_blocks(outs: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the loops can run here, and a prepacked weight `[outs, columns]` is what `in_blocks` makes of it.
+
+    Tried, once per process and shape, with a weight whose numbers differ, since oneDNN does not say.
+    """
+    from labkit.kernels.matvec_cpu import LANES, in_blocks
+    from labkit.kernels.threads import available
+
+    has_memory = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))
+    if outs % LANES or (dtype == torch.bfloat16 and columns % 2) or not has_memory or not available():
+        return False
+    numbers = torch.arange(outs * columns, dtype=torch.int32) % MANY
+    weight = (numbers.short().view(dtype) if dtype == torch.bfloat16 else numbers.float()).view(outs, columns)
+    try:
+        prepacked = reorder(weight)
+    except RuntimeError:
+        return False
+    if torch.ops.mkldnn._nbytes(prepacked) != weight.nbytes:
+        return False
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    return torch.equal(memory_of(prepacked, dtype).view(bits), in_blocks(weight).flatten().view(bits))
+
+
+def memory_of(prepacked: Tensor, dtype: torch.dtype) -> Tensor:
+    """All numbers of a prepacked weight, in the order in which they lie."""
+    memory = (ctypes.c_char * torch.ops.mkldnn._nbytes(prepacked)).from_address(torch.ops.mkldnn.data_ptr(prepacked))
+    return torch.frombuffer(memory, dtype=dtype)
+
+
 class PrepackedLinear(nn.Module):
     """A linear layer that keeps its weight in prepacked form only. It has no backward pass, and cannot change.
 
@@ -94,6 +152,7 @@ class PrepackedLinear(nn.Module):
         self.dtype, self.copied, prepacked = weight.dtype, copied, reorder(weight)
         self.prepacked = prepacked if copied else nn.Parameter(prepacked, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.blocks = blocks_of(self.prepacked, weight, self.bias)
 
     def __deepcopy__(self, memo: dict) -> PrepackedLinear:
         """What an opaque tensor lacks."""
@@ -117,7 +176,23 @@ class PrepackedLinear(nn.Module):
             raise RuntimeError("a prepacked layer has no backward pass: make the model with prepack=False")
         if x.dtype != self.dtype:
             raise RuntimeError(f"this layer's weights are {self.dtype}, its input is {x.dtype}: they must agree")
-        return prepacked_linear(x, self.prepacked, self.bias)
+        return self.one_row(x) if self.takes(x) else prepacked_linear(x, self.prepacked, self.bias)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the loops for one row answer. Not where a gradient is wanted, or somebody watches the calls."""
+        if self.blocks is None or x.dim() == 0 or not x.numel() == x.shape[-1] == self.blocks.columns:
+            return False
+        watched = torch.is_grad_enabled() or has_torch_function_unary(x) or torch.compiler.is_compiling()
+        return x.dtype == self.dtype and x.device.type == "cpu" and not watched
+
+    def one_row(
+        self, x: Tensor, norm: nn.RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """`product` of a row that `takes` says is taken."""
+        from labkit.kernels.matvec_cpu import matvec_cpu
+
+        around = None if norm is None else (norm.weight, norm.eps or torch.finfo(x.dtype).eps)
+        return matvec_cpu(x, self.blocks, norm=around, gated=gated, residual=residual)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
         """What `to`, `double` or `cuda` do to every module: here nothing, or RuntimeError where there is something."""
@@ -139,3 +214,24 @@ class PrepackedLinear(nn.Module):
             destination[f"{prefix}weight"] = self.prepacked.detach().to_dense()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def product(
+    layer: nn.Module, x: Tensor, *, norm: nn.RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """`layer(norm(x))` on top of `residual`: in one pass where a prepacked layer gets one row, else one after another.
+
+    gated: what the layer gives is gate and up side by side, and becomes silu(gate) * up.
+    """
+    if isinstance(layer, PrepackedLinear) and layer.takes(x) and not is_hooked(layer) and not is_hooked(norm):
+        return layer.one_row(x, norm, gated, residual)
+    out = layer(x if norm is None else norm(x))
+    if gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = F.silu(gate) * up
+    return out if residual is None else residual + out
+
+
+def is_hooked(module: nn.Module | None) -> bool:
+    """Whether somebody waits for this module to be called."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)

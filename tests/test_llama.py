@@ -182,7 +182,7 @@ class TestWithACache:
         model(tokens[:, :10], cache)
         held = [layer.held()[0].clone() for layer in cache.layers]
 
-        def interrupt(x):
+        def interrupt(*_):
             raise error
 
         monkeypatch.setattr(model.blocks[1].mlp, "forward", interrupt)

@@ -21,6 +21,10 @@ Observer = Callable[[Tensor], Any]
 """Gets attention's weights, `[batch, num_heads, new_tokens, kv_len]`."""
 
 
+PAYS = 2**19
+"""Numbers of K and V. Of fewer, PyTorch's attention is as fast, and it need not be compiled."""
+
+
 class LayerCache(ABC):
     """K and V of one layer.
 
@@ -250,7 +254,7 @@ class LayerCache(ABC):
         visible = visible.of_keys(unseen, visible.kv_len) if unseen else visible
         self.bytes_read += size_of(k) + size_of(v)
         if observe is None:
-            return fused_attention(q, k, v, self.constants, visible)
+            return answer_of(q, k, v, self.constants, visible)
         out, weights = attention(q, k, v, self.constants, visible, return_weights=True)
         observe(F.pad(weights, (unseen, 0)))
         return out
@@ -322,6 +326,16 @@ class LayerCache(ABC):
         """Forget everything, counters included."""
         self.change(self.forget, ())
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
+
+
+def answer_of(q: Tensor, k: Tensor, v: Tensor, constants: Constants, visible: Visibility) -> Tensor:
+    """`fused_attention`, on a CPU through loops of our own where one new token per row has much to read."""
+    if q.device.type == "cpu" and q.shape[2] == 1 and 2 * k.numel() >= PAYS:
+        from labkit.kernels import decode_attention_cpu as on_cpu  # Numba takes a while to import
+
+        if on_cpu.takes(q, k, v, constants, visible):
+            return on_cpu.decode_attention_cpu(q, k, v, visible, constants)
+    return fused_attention(q, k, v, constants, visible)
 
 
 def checked_rows(rows: Tensor, batch: int) -> list[int]:

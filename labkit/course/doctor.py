@@ -81,13 +81,13 @@ def check_weights() -> Line:
     """In which dtypes a CPU's products read weights that are laid out for them, and what was measured."""
     import torch
 
-    from labkit.prepacked import LEAST_GAIN, float32_gain, has_product
+    from labkit.prepacked import float32_gain, has_product, least_gain
 
     used = ["bfloat16"] if has_product(torch.bfloat16) else []
     gain = float32_gain() if has_product(torch.float32) else 0.0
-    used += ["float32"] if gain >= LEAST_GAIN else []
+    used += ["float32"] if gain >= least_gain() else []
     detail = f"prepacked on a CPU in {' and '.join(used) or 'no dtype'}"
-    return Line("weights", True, f"{detail} (in float32 {gain:.1f} times as fast; used from {LEAST_GAIN:g})")
+    return Line("weights", True, f"{detail} (in float32 {gain:.1f} times as fast; used from {least_gain():g})")
 
 
 def check_device() -> Line:
