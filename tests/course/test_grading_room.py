@@ -5,7 +5,6 @@ A system that cannot enforce something is asked whether it says so: no test here
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -17,23 +16,25 @@ from pathlib import Path
 
 import pytest
 
-from labkit.course.grading import usage
+from labkit.course.grading import confined, usage
 from labkit.course.grading.confined import SYSTEM
 from labkit.course.grading.room import WORDS, Limits, Room, RoomError, homes, needed, told
-from labkit.course.grading.usage import Clock
+from labkit.course.grading.usage import SYSTEM_V, Clock
 
 LINUX = sys.platform.startswith("linux")
-AS_IN_A_CONTAINER = """
+WITHOUT = """
 import sys
 from labkit.course.grading import confined
 libc = confined.libc
 def forbidden(name, *arguments):
-    if name == "unshare":
+    if name == "unshare" and {condition}:
         raise PermissionError(1, "Operation not permitted")
     return libc(name, *arguments)
 confined.libc = forbidden
 sys.exit(confined.main())
 """
+AS_IN_A_CONTAINER = WITHOUT.format(condition=True)
+SHARING_MEMORY = WITHOUT.format(condition="arguments == (confined.NEWIPC,)")
 FOR_A_ROOM_INSIDE = """
 import sys
 from labkit.course.grading import confined
@@ -76,6 +77,8 @@ def room(request, tmp_path: Path):
             plan = json.loads(one.plan.read_text())  # without mounts nobody else can read a Python in root's home
             one.plan.write_text(json.dumps(plan | {"uid": 0}))
             command[2:4] = ["-c", AS_IN_A_CONTAINER]
+        if "memory shared" in request.param:
+            command[2:4] = ["-c", SHARING_MEMORY]
         if "inside" in request.param:
             command[2:4] = ["-c", FOR_A_ROOM_INSIDE]
         began = time.monotonic()
@@ -85,9 +88,18 @@ def room(request, tmp_path: Path):
         output = one.home / "output.txt"
         return Ran(output.read_text() if output.exists() else "", one.why, status, report, seconds, one)
 
+    before = {kind: held(kind) for kind in SYSTEM_V}
     yield run
     for one in made:
         one.close()
+    for kind, known in before.items():  # a room that has neither a user nor a space of its own leaves what it made
+        for left in held(kind) - known:
+            confined.remove(kind, left)
+
+
+def held(kind: str) -> set[int]:
+    """Ids of what this system holds of one kind of System V's."""
+    return {row[SYSTEM_V[kind]] for row in usage.system_v(kind)}
 
 
 def test_a_room_has_an_environment_and_a_folder_of_its_own(room, monkeypatch) -> None:
@@ -212,21 +224,28 @@ REMOVED = {
 }
 
 
-def segments() -> set[int]:
-    """Ids of the System V shared memory that this system holds."""
-    head, *rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()]
-    return {int(row[head.index("shmid")]) for row in rows}
-
-
 @pytest.mark.skipif(not LINUX, reason="other systems have no such files")
 @pytest.mark.parametrize("kind", NAMELESS)
 def test_memory_in_files_without_a_name_is_counted(room, kind: str) -> None:
-    before = segments()
     ran = room(f"{CHUNK}{NAMELESS[kind]}\ntime.sleep(6)", memory=3 * 10**8)
-    for left in segments() - before:  # where namespaces are forbidden they outlive their maker
-        ctypes.CDLL(None).shmctl(left, 0, None)
     if kind != "segments" or ran.holds("shared memory"):
         assert "GB of memory; 0.3 GB are allowed" in ran.why
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems do not list them")
+@pytest.mark.parametrize("room", ["as the system allows", "memory shared", "namespaces forbidden"], indirect=True)
+@pytest.mark.parametrize("kind", SYSTEM_V)
+def test_what_outlives_every_process_is_removed_when_a_room_with_a_user_or_a_space_of_its_own_ends(room, kind) -> None:
+    made = {
+        "shm": "shmget(0, ctypes.c_size_t(4096), 0o1600)",
+        "sem": "semget(0, 3, 0o1600)",
+        "msg": "msgget(0, 0o1600)",
+    }
+    before = held(kind)
+    ran = room(f"import ctypes\nC = ctypes.CDLL(None)\nprint([C.{made[kind]} for _ in range(3)])")
+    assert len([number for number in json.loads(ran.printed) if number >= 0]) == 3
+    if ran.holds("user") or ran.holds("shared memory"):  # else they may be the teacher's own
+        assert held(kind) <= before
 
 
 @pytest.mark.skipif(not LINUX, reason="other systems do not list what a process has open")

@@ -35,6 +35,7 @@ from labkit.course.grading.usage import (
     LINUX,
     MOST_FILES,
     SEGMENT,
+    SYSTEM_V,
     Clock,
     OutOfSight,
     elsewhere,
@@ -43,6 +44,7 @@ from labkit.course.grading.usage import (
     mounted,
     nameless,
     segments,
+    system_v,
     written,
 )
 
@@ -444,6 +446,20 @@ def end_all(plan: dict[str, Any]) -> None:
                     os.kill(-1, signal.SIGKILL)
                 os._exit(0)
             os.waitpid(killer, 0)
+        remove_left(plan["uid"])
+
+
+def remove_left(uid: int) -> None:
+    """Remove the System V memory, semaphores and queues that a user made: they outlive every process."""
+    for kind, name in SYSTEM_V.items():
+        for row in system_v(kind):
+            if row["cuid"] == uid:
+                remove(kind, row[name])
+
+
+def remove(kind: str, number: int) -> None:
+    """Remove one of System V's memory, semaphores or queues, by its id."""
+    {"shm": C.shmctl, "sem": C.semctl, "msg": C.msgctl}[kind](number, 0, 0)  # IPC_RMID, which for semaphores comes last
 
 
 if __name__ == "__main__":

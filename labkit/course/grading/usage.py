@@ -19,6 +19,7 @@ MOST_FILES = 20_000
 GONE = " (deleted)"
 SEGMENT = "/SYSV"  # so begin the names of System V's shared memory, as those of what has no name at all:
 ANONYMOUS = ("/memfd:", f"/dev/zero{GONE}", "[anon_shmem:")
+SYSTEM_V = {"shm": "shmid", "sem": "semid", "msg": "msqid"}  # its memory, semaphores and queues, and their ids' names
 STEP = 1.0  # seconds that one look counts at most: a machine that was asleep has not computed
 TRIES = 10  # looks, a tenth of a second apart, at a process that forbids them
 
@@ -235,11 +236,19 @@ def elsewhere(processes: Iterable[psutil.Process], first: int) -> bool:
 
 def segments() -> int:
     """Bytes in the System V shared memory that this process's namespace holds, attached or not."""
+    return sum(row["rss"] for row in system_v("shm"))
+
+
+def system_v(kind: str) -> list[dict[str, int]]:
+    """What this process's namespace holds of one kind of SYSTEM_V, numbers by their names in `/proc/sysvipc`.
+
+    Nothing where there is no such file.
+    """
     try:
-        head, *rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()]
+        names, *rows = [line.split() for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()]
     except (OSError, ValueError):
-        return 0
-    return sum(int(row[head.index("rss")]) for row in rows)
+        return []
+    return [dict(zip(names, map(int, row), strict=True)) for row in rows]
 
 
 def mounted(folders: Sequence[str]) -> int:
