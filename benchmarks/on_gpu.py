@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from labkit.course.release.runs import NBVAL, PLAIN
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
-NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout=400", "--nbval-kernel-startup-timeout=120")
-PLAIN = ("-p", "no:cacheprovider")
 BENCHMARKS = {  # seconds that each may take
     "kernels": 300, "gpu_decode": 240, "positions": 300, "gpu_engine": 300, "gpu_memory": 240,
 }  # fmt: skip
@@ -108,15 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     only = asked.only or ["tests", "notebooks", *BENCHMARKS]
-    pytest = (sys.executable, "-m", "pytest", *PLAIN)
+    pytest = (sys.executable, "-m", "pytest")
     done = {}
     if "tests" in only:
         parallel = ("-n", asked.workers, "--dist", "worksteal")
-        done |= run([("tests", (*pytest, "tests", "--ignore=tests/browser", *parallel), TESTS)])
+        done |= run(
+            [("tests", (*pytest, "-p", "no:cacheprovider", "tests", "--ignore=tests/browser", *parallel), TESTS)]
+        )
     if "notebooks" in only:
         notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
         done |= run(
-            [(path.stem, (*pytest, "-p", "no:randomly", *NBVAL, str(path)), NOTEBOOKS) for path in notebooks],
+            [(path.stem, (*pytest, *PLAIN, *NBVAL, str(path)), NOTEBOOKS) for path in notebooks],
             side_by_side=True,
         )
     for name in (name for name in BENCHMARKS if name in only):

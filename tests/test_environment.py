@@ -17,6 +17,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from rattler import MatchSpec
 
+from labkit.course.release.runs import NBVAL
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
@@ -295,3 +297,12 @@ def test_a_set_up_that_fails_leaves_no_stamp_and_fails(clone):
     assert subprocess.run([*once, "true"], cwd=clone, check=False).returncode == 0
     assert stamp_names(clone) == 1
     assert subprocess.run([*once, "false"], cwd=clone, check=False).returncode == 0  # nothing left to do
+
+
+def test_make_runs_the_notebooks_within_the_limits_of_a_release():
+    line = re.search(r"^NBVAL := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert line is not None
+    said = line[1].replace("\\\n", " ").split()
+    assert tuple(said[: len(NBVAL)]) == NBVAL
+    cell, whole = (int(re.search(f"--{name}=([0-9]+)", line[1])[1]) for name in ("nbval-cell-timeout", "timeout"))
+    assert whole > cell  # else pytest ends the run before nbval ends the cell
