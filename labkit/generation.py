@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from labkit.attention import is_count
-from labkit.cache import Cache
+from labkit.cache import Cache, LayerCache
+from labkit.cache.layer import warm_up
 from labkit.ledger import Ledger, Work
 from labkit.llama import Llama, as_numbers
 from labkit.measure import synchronize
@@ -117,7 +118,8 @@ def stream(
     `softmax(logits / temperature)`, the same on every device for one `seed`.
     stop_token: ends the row that produces it, and the generation with the last row. A row that has ended runs no more,
     unless its cache keeps all rows equally long: it then runs stop tokens, which nobody sees.
-    count_work: fill in `Record.work`. Raises ValueError for what cannot be.
+    count_work: fill in `Record.work`; the steps then go through PyTorch's own products, which the ledger sees, and take
+    their time. Raises ValueError for what cannot be.
     """
     if not is_count(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a whole number, at least 1; got {max_new_tokens}")
@@ -132,6 +134,9 @@ def stream(
     start = (0 if cache is None else cache.seq_len) + max((len(row) for row in sequence), default=0)
     live = running = [True] * len(sequence)
     fed, said = sequence, padding
+    if cache is not None and model.device.type == "cpu" and type(cache.layers[0]).attend is LayerCache.attend:
+        held = len(sequence) * (start + max_new_tokens) * model.spec.num_kv_heads * model.spec.head_dim
+        warm_up(2 * held)
     for index in range(max_new_tokens):
         chosen, seconds, work = timed_step(model, fed, cache, said, counter, temperature, generator)
         new = chosen.new_full((len(live),), 0 if stop_token is None else stop_token)

@@ -17,7 +17,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ def can_prepack(weight: Tensor) -> bool:
 
 def least_gain() -> float:
     """The gain from which float32 is prepacked on this machine."""
-    return LEAST_WITH_LOOPS if is_in_blocks(*TRIED, torch.float32) else LEAST_GAIN
+    return LEAST_WITH_LOOPS if has_loops() else LEAST_GAIN
 
 
 def has_product(dtype: torch.dtype) -> bool:
@@ -60,6 +60,13 @@ def has_product(dtype: torch.dtype) -> bool:
     if not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_loops() -> bool:
+    """Whether one row in float32 goes through the loops here."""
+    from labkit.kernels.threads import available
+
+    return available() and is_in_blocks(TRIED[1], torch.float32)
 
 
 @functools.cache
@@ -98,40 +105,51 @@ def reorder(weight: Tensor) -> Tensor:
 def blocks_of(prepacked: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """The memory of `weight`'s prepacked form as `matvec_cpu` reads it.
 
-    None where its loops cannot run, or oneDNN lays such a weight out in another way.
+    None where its loops cannot run, or oneDNN lays such a weight out in another way; that is tried, as it does not say.
     """
-    outs, columns = weight.shape
-    if not is_in_blocks(outs, columns, weight.dtype):
-        return None
-    from labkit.kernels.matvec_cpu import Blocks, in_blocks, warm_up
+    from labkit.kernels.threads import available
 
+    if weight.dtype not in (torch.float32, torch.bfloat16) or not available():
+        return None
+    from labkit.kernels.matvec_cpu import LANES, Blocks, in_blocks, warm_up
+
+    outs, columns = weight.shape
+    if outs % LANES or not columns or not is_in_blocks(columns, weight.dtype):
+        return None
+    if torch.ops.mkldnn._nbytes(prepacked) != weight.nbytes:
+        return None
+    memory = memory_of(prepacked, weight.dtype).view(outs // LANES, -1)
+    for block in (0, outs // LANES - 1):
+        expected = in_blocks(weight[block * LANES : (block + 1) * LANES].detach()).flatten()
+        if not torch.equal(bits(memory[block]), bits(expected)):
+            return None
     warm_up(weight.dtype)
     shape = in_blocks(torch.empty_like(weight, device="meta")).shape
-    return Blocks(memory_of(prepacked, weight.dtype).view(shape), bias, owner=prepacked)
+    return Blocks(memory.view(shape), bias, owner=prepacked)
 
 
 @functools.cache
-def is_in_blocks(outs: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether the loops can run here, and a prepacked weight `[outs, columns]` is what `in_blocks` makes of it.
-
-    Tried, once per process and shape, with a weight whose numbers differ, since oneDNN does not say.
-    """
+def is_in_blocks(columns: int, dtype: torch.dtype) -> bool:
+    """Whether oneDNN makes of a weight `[128, columns]` what `in_blocks` does: tried with one whose numbers differ."""
     from labkit.kernels.matvec_cpu import LANES, in_blocks
-    from labkit.kernels.threads import available
 
     has_memory = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))
-    if outs % LANES or (dtype == torch.bfloat16 and columns % 2) or not has_memory or not available():
+    if not has_memory or (dtype == torch.bfloat16 and columns % 2):
         return False
-    numbers = torch.arange(outs * columns, dtype=torch.int32) % MANY
-    weight = (numbers.short().view(dtype) if dtype == torch.bfloat16 else numbers.float()).view(outs, columns)
+    numbers = torch.arange(2 * LANES * columns, dtype=torch.int32) % MANY
+    weight = (numbers.short().view(dtype) if dtype == torch.bfloat16 else numbers.float()).view(2 * LANES, columns)
     try:
         prepacked = reorder(weight)
     except RuntimeError:
         return False
     if torch.ops.mkldnn._nbytes(prepacked) != weight.nbytes:
         return False
-    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
-    return torch.equal(memory_of(prepacked, dtype).view(bits), in_blocks(weight).flatten().view(bits))
+    return torch.equal(bits(memory_of(prepacked, dtype)), bits(in_blocks(weight).flatten()))
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same numbers as whole ones, of which each equals itself."""
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 def memory_of(prepacked: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,11 +197,12 @@ class PrepackedLinear(nn.Module):
         return self.one_row(x) if self.takes(x) else prepacked_linear(x, self.prepacked, self.bias)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the loops for one row answer. Not where a gradient is wanted, or somebody watches the calls."""
+        """Whether the loops for one row answer: not while gradients are recorded, nor where they would be missed."""
         if self.blocks is None or x.dim() == 0 or not x.numel() == x.shape[-1] == self.blocks.columns:
             return False
-        watched = torch.is_grad_enabled() or has_torch_function_unary(x) or torch.compiler.is_compiling()
-        return x.dtype == self.dtype and x.device.type == "cpu" and not watched
+        from labkit.kernels import threads
+
+        return x.dtype == self.dtype and not torch.is_grad_enabled() and threads.takes(x)
 
     def one_row(
         self, x: Tensor, norm: nn.RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
@@ -191,7 +210,7 @@ class PrepackedLinear(nn.Module):
         """`product` of a row that `takes` says is taken."""
         from labkit.kernels.matvec_cpu import matvec_cpu
 
-        around = None if norm is None else (norm.weight, norm.eps or torch.finfo(x.dtype).eps)
+        around = None if norm is None or norm.eps is None else (norm.weight, norm.eps)
         return matvec_cpu(x, self.blocks, norm=around, gated=gated, residual=residual)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
@@ -223,7 +242,7 @@ def product(
 
     gated: what the layer gives is gate and up side by side, and becomes silu(gate) * up.
     """
-    if isinstance(layer, PrepackedLinear) and layer.takes(x) and not is_hooked(layer) and not is_hooked(norm):
+    if can_fuse(layer, x, norm, gated, residual):
         return layer.one_row(x, norm, gated, residual)
     out = layer(x if norm is None else norm(x))
     if gated:
@@ -232,6 +251,23 @@ def product(
     return out if residual is None else residual + out
 
 
-def is_hooked(module: nn.Module | None) -> bool:
-    """Whether somebody waits for this module to be called."""
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+def can_fuse(
+    layer: nn.Module, x: Tensor, norm: nn.Module | None, gated: bool, residual: Tensor | None
+) -> TypeGuard[PrepackedLinear]:
+    """Whether `product` may be one pass: these very modules, as PyTorch and this file made them, and none watched."""
+    if type(layer) is not PrepackedLinear or is_watched(layer) or not layer.takes(x):
+        return False
+    if norm is not None:
+        if type(norm) is not nn.RMSNorm or is_watched(norm) or norm.weight is None or norm.eps is None:
+            return False
+        if norm.weight.dtype != x.dtype or norm.weight.shape != x.shape[-1:]:
+            return False
+    outs = layer.blocks.outs_of(gated)
+    made = (*x.shape[:-1], outs)
+    return bool(outs) and (residual is None or (residual.shape == made and residual.dtype == x.dtype))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of this module would be more than its class's `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return bool(hooks) or "forward" in module.__dict__

@@ -328,13 +328,25 @@ class LayerCache(ABC):
         self.bytes_written = self.bytes_copied = self.bytes_read = 0
 
 
+def warm_up(numbers: int) -> None:
+    """Compile what one new token goes through on a CPU beside so many numbers of K and V, before a step is timed."""
+    if numbers >= PAYS:
+        from labkit.kernels import decode_attention_cpu, threads
+
+        if threads.available():
+            decode_attention_cpu.warm_up()
+
+
 def answer_of(q: Tensor, k: Tensor, v: Tensor, constants: Constants, visible: Visibility) -> Tensor:
-    """`fused_attention`, on a CPU through loops of our own where one new token per row has much to read."""
+    """`fused_attention`, on a CPU through loops of our own where one new token per row has much to read.
+
+    How much is counted over all rows, so a row's last bits may depend on how many others there are.
+    """
     if q.device.type == "cpu" and q.shape[2] == 1 and 2 * k.numel() >= PAYS:
         from labkit.kernels import decode_attention_cpu as on_cpu  # Numba takes a while to import
 
         if on_cpu.takes(q, k, v, constants, visible):
-            return on_cpu.decode_attention_cpu(q, k, v, visible, constants)
+            return on_cpu.decode_attention_cpu(q, k, v, constants, visible)
     return fused_attention(q, k, v, constants, visible)
 
 

@@ -12,6 +12,7 @@ are: so neither changes a bit of a row's numbers.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 
@@ -20,9 +21,8 @@ import torch
 from numba import prange
 from numpy import float32
 from torch import Tensor
-from torch.overrides import has_torch_function
 
-from labkit.attention import PLAIN, Constants, Visibility, check_shapes
+from labkit.attention import PLAIN, Constants, Visibility, check_shapes, visible_to
 from labkit.kernels import threads
 from labkit.kernels.matvec_cpu import DTYPES
 from labkit.kernels.packed_attention import wants_gradient
@@ -40,30 +40,31 @@ _blend_floats, _blend_halves = blend_rows(False), blend_rows(True)
 def takes(q: Tensor, k: Tensor, v: Tensor, constants: Constants, visible: Visibility) -> bool:
     """Whether these loops answer: one new token per row on a CPU, each seeing one stretch of keys, no gradient wanted.
 
-    In float32 or bfloat16, of a head_dim of whole vectors, without a soft cap; not where somebody watches the calls.
+    In float32 or bfloat16, of a head_dim of whole vectors, without a soft cap, and as `threads.takes` says.
     """
     return (
         q.shape[2] == 1
-        and q.device.type == "cpu"
         and q.dtype in DTYPES
+        and q.dtype == k.dtype == v.dtype
         and q.shape[3] % LANES == 0
         and constants.soft_cap is None
         and constants.causal
         and visible.key_position is None
         and k.stride(3) == v.stride(3) == 1
-        and not torch.compiler.is_compiling()
-        and not has_torch_function((q, k, v))
+        and threads.takes(q, k, v)
         and not wants_gradient(q, k, v)
-        and threads.available()
     )
 
 
-def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, constants: Constants = PLAIN) -> Tensor:
-    """`fused_attention` of one new token per row where `takes` says so; its arguments, its shapes, its errors.
+def decode_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, constants: Constants = PLAIN, visible: Visibility | None = None
+) -> Tensor:
+    """`fused_attention` of one new token per row where `takes` says so; its arguments, its shapes.
 
     It takes the threads that PyTorch does (`torch.set_num_threads`). Sums are kept in float32. It has no backward pass.
+    Raises ValueError when shapes do not fit, or `takes` says no.
     """
-    queries = check_shapes(q, k, v)
+    queries, visible = check_shapes(q, k, v), visible_to(q, k, visible)
     if not takes(q, k, v, constants, visible):
         raise ValueError(
             f"decode_attention_cpu takes one new token on a CPU, float32 or bfloat16, head_dim a multiple of {LANES}, "
@@ -72,7 +73,8 @@ def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, c
         )
     batch, _, _, head_dim = q.shape
     heads, kv_len = k.shape[1], k.shape[2]
-    rows = q.detach().float().numpy().reshape(batch * heads, queries, head_dim) * float32(constants.scale_for(head_dim))
+    rows = q.detach().float().contiguous().numpy().reshape(batch * heads, queries, head_dim)
+    rows = rows * float32(constants.scale_for(head_dim))
     first, stop = (x.numpy() for x in visible.bounds(constants, batch, "cpu"))
     parts = max(1, -(-kv_len // PART))
     blended = np.zeros((parts, *rows.shape), np.float32)
@@ -92,7 +94,7 @@ LOCK = threading.Lock()
 def warm_up() -> Callable[..., np.ndarray]:
     """The compiled loops, one set for both dtypes and all shapes: some seconds when a process first calls it.
 
-    Call it before timing a step.
+    Call it before timing a step. On a terminal it says that it compiles.
     """
     with LOCK:
         return _compiled()
@@ -100,6 +102,8 @@ def warm_up() -> Callable[..., np.ndarray]:
 
 @functools.cache
 def _compiled() -> Callable[..., np.ndarray]:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print("compiling the loops for attention (some seconds, once per process)", file=sys.stderr)
     row, room = np.zeros((1, 1, LANES), np.float32), np.zeros((1, 1, 1, LANES), np.float32)
     bounds = np.zeros(1, np.int32)
     _attend(row, 0, 0, (0,) * 6, False, 1, 1, bounds, bounds, room, np.zeros((1, 1, 1, 2), np.float32))

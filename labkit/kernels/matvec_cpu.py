@@ -49,21 +49,26 @@ class Blocks:
     """
 
     def __init__(self, laid: Tensor, bias: Tensor | None = None, owner: Any = None) -> None:
-        self.dtype, self.owner = laid.dtype, laid if owner is None else owner
+        self.dtype, self.bias, self.owner = laid.dtype, bias, laid if owner is None else owner
         ends = (LANES,) if laid.dtype == torch.float32 else (LANES, 2)
-        if laid.dtype not in DTYPES or laid.shape[2:] != ends or not laid.is_contiguous():
+        fits = laid.dtype in DTYPES and laid.shape[2:] == ends and laid.is_contiguous() and laid.numel() > 0
+        if not fits or laid.device.type != "cpu":
             raise ValueError(
-                f"a weight in blocks is float32 or bfloat16, contiguous, as in_blocks lays it out; got {laid.dtype} "
-                f"{list(laid.shape)}"
+                f"a weight in blocks is float32 or bfloat16, contiguous, as in_blocks lays it out, on a CPU; got "
+                f"{laid.dtype} {list(laid.shape)} on {laid.device}"
             )
         self.outs, self.columns = len(laid) * LANES, laid[0].numel() // LANES
         if bias is not None and (bias.shape != (self.outs,) or bias.dtype != laid.dtype):
             raise ValueError(
                 f"the bias of {self.outs} outputs is {laid.dtype} [{self.outs}]; got {bias.dtype} {list(bias.shape)}"
             )
-        self.bias = numbers(bias, laid.dtype)
         whole = laid.detach() if len(ends) == 1 else laid.detach().view(torch.int32)[..., 0]
         self.numbers = whole.numpy() if len(ends) == 1 else whole.numpy().view(np.uint32)
+
+    def outs_of(self, gated: bool) -> int:
+        """Entries of a product; 0 where gate and up do not fill blocks of their own."""
+        whole = self.outs % (2 * LANES) == 0
+        return (self.outs // 2 if whole else 0) if gated else self.outs
 
 
 def matvec_cpu(
@@ -81,27 +86,26 @@ def matvec_cpu(
     It takes the threads that PyTorch does, and gives the same numbers with any number of them. It has no backward pass.
     Raises ValueError when shapes, dtypes or sizes do not fit. The twin is `matvec_plain`.
     """
-    if x.dtype != weight.dtype or x.device.type != "cpu":
-        raise ValueError(f"the weight is {weight.dtype} on a CPU, x is {x.dtype} on {x.device}: they must agree")
-    row, added = numbers(x, x.dtype), numbers(residual, x.dtype)
-    scale, eps = (numbers(None, x.dtype), 0.0) if norm is None else (numbers(norm[0], x.dtype), norm[1])
-    outs = weight.outs // 2 if gated else weight.outs
+    outs = weight.outs_of(gated)
+    made = (*x.shape[:-1], outs)
     if (
-        len(row) != weight.columns
-        or x.shape[-1] != weight.columns
-        or len(scale) not in (0, weight.columns)
-        or len(added) not in (0, outs)
-        or (gated and outs % LANES)
+        x.dim() == 0
+        or not x.numel() == x.shape[-1] == weight.columns
+        or not outs
+        or (norm is not None and norm[0].shape != (weight.columns,))
+        or (residual is not None and residual.shape != made)
     ):
         raise ValueError(
             f"a weight of [{weight.outs}, {weight.columns}] takes one row of {weight.columns}, a norm of as many, a "
-            f"residual of {outs}, and is gated in multiples of {LANES}; got {list(x.shape)}, {len(scale)} and "
-            f"{len(added)}"
+            f"residual of {list(made)}, and is gated in multiples of {LANES}; got {list(x.shape)}, "
+            f"{None if norm is None else list(norm[0].shape)}, {None if residual is None else list(residual.shape)}"
         )
-    loops = warm_up(x.dtype)
+    scale, eps = (None, 0.0) if norm is None else norm
+    row, scaled, bias, added = (numbers(y, weight.dtype) for y in (x, scale, weight.bias, residual))
+    loops = warm_up(weight.dtype)
     threads.as_torch()
-    out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype)
-    loops(weight.numbers, row, scale, float32(eps), weight.bias, added, gated, numbers(out, x.dtype))
+    out = torch.empty(made, dtype=weight.dtype)
+    loops(weight.numbers, row, scaled, float32(eps), bias, added, gated, numbers(out, weight.dtype))
     return out
 
 
@@ -109,11 +113,12 @@ def numbers(x: Tensor | None, dtype: torch.dtype) -> Any:
     """All of a tensor one after the other, as float32, or as the bits of bfloat16; nothing of None."""
     if x is None:
         return NOTHING[dtype]
-    if x.dtype != dtype:
-        raise ValueError(f"the weight is {dtype}, what goes with it {x.dtype}: they must agree")
+    if x.dtype != dtype or x.device.type != "cpu":
+        raise ValueError(f"the weight is {dtype} on a CPU, what goes with it {x.dtype} on {x.device}: they must agree")
+    x = x.detach().contiguous()
     if dtype == torch.float32:
-        return x.detach().numpy().reshape(-1)
-    return x.detach().view(torch.int16).numpy().view(np.uint16).reshape(-1)
+        return x.numpy().reshape(-1)
+    return x.view(torch.int16).numpy().view(np.uint16).reshape(-1)
 
 
 LOCK = threading.Lock()

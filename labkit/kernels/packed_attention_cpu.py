@@ -157,7 +157,7 @@ def warm_up() -> tuple[Any, Any]:
     Call it before timing a step. On a terminal it says that it compiles.
     """
     with LOCK:
-        if not _merged.signatures:
+        if not _attend.signatures:
             if sys.stderr is not None and sys.stderr.isatty():
                 print("compiling the loops for packed attention (some seconds, once per process)", file=sys.stderr)
             few, rows = np.zeros((1, 1, 4), np.float32), np.zeros((1, 1, 4, 6), np.uint8)
@@ -458,6 +458,9 @@ def _powers(scores, exponents, summed):
     at_top = np.empty(1, np.int32)
     at_top[0] = key ^ ((key >> 31) & 0x7FFFFFFF)
     top = at_top.view(np.float32)[0]
+    if top == float32(-np.inf):  # a part of scores that are all minus infinity weighs nothing beside others
+        scores[:] = float32(0)
+        return
     for token in range(len(scores)):
         x = scores[token] - top
         low = x < float32(-87)

@@ -115,7 +115,7 @@ def warm_up() -> tuple[Any, Any, Any]:
     Call it before timing a step. On a terminal it says that it compiles.
     """
     with LOCK:
-        if not _merged.signatures:
+        if not _attend.signatures:
             if sys.stderr is not None and sys.stderr.isatty():
                 print("compiling the loops for paged attention (some seconds, once per process)", file=sys.stderr)
             table, ends = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
