@@ -39,15 +39,17 @@ BEFORE = (
     Station("labkit.llama", "Llama.run", "embeds the token", "x  [batch, 1, hidden_size]"),
 )
 IN_A_LAYER = (
-    Station("labkit.llama", "Block.forward", "norms x"),
-    Station("labkit.llama", "Attention.project", "makes q, k and v of it", "q, k, v  [batch, heads, 1, head_dim]"),
+    Station("labkit.llama", "Block.forward", "attention, then the MLP"),
+    Station(
+        "labkit.llama", "Attention.project", "norms x, makes q, k and v of it", "q, k, v  [batch, heads, 1, head_dim]"
+    ),
     Station("labkit.llama", "rotate", "turns q and k to the position", "k, v to append, q to attend"),
     Station("labkit.cache.layer", "LayerCache.append", "validates, then stores, or changes nothing"),
     Station("labkit.cache.dense", "PreallocatedCache.write", "writes in place", "all that is held, kv_len tokens"),
     Station("labkit.cache.layer", "LayerCache.attend", "reads it"),
     Station("labkit.attention", "fused_attention", "scores, softmax, blend", "out  [batch, num_heads, 1, head_dim]"),
-    Station("labkit.llama", "Attention.merge", "joins the heads; the block adds it to x"),
-    Station("labkit.llama", "MLP.forward", "each token alone; the block adds it to x", "x  [batch, 1, hidden_size]"),
+    Station("labkit.llama", "Attention.merge", "joins the heads, adds them to x"),
+    Station("labkit.llama", "MLP.forward", "each token alone, added to x", "x  [batch, 1, hidden_size]"),
 )
 AFTER = (
     Station("labkit.llama", "Llama.predict", "norm and output head", "logits  [batch, 1, vocab_size]"),

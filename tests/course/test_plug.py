@@ -103,7 +103,7 @@ def test_a_layer_taken_apart_is_the_layer(model):
     assert (q.shape, k.shape, v.shape) == ((2, 6, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8))
     got = layer.merge(attend_chunk(layer.rotate(q, 4), layer.rotate(k, 4), v))
     angles = model.angles(torch.arange(4, 7)[None])
-    torch.testing.assert_close(got, attention(x, *angles, None, rectangle(2, 3)), **CLOSE)
+    torch.testing.assert_close(got, attention(x, torch.nn.Identity(), *angles, None, rectangle(2, 3)) - x, **CLOSE)
 
 
 def feed(model, cache):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import os
 import re
 import tempfile
 import time
@@ -138,6 +139,8 @@ class TestNotebook:
         that took long are left out there. Lab 07's table of policies by tasks rests on two texts a cell, not four.
         """
         monkeypatch.setenv("LABKIT_PROGRESS", str(tmp_path / "progress.json"))
+        if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+            monkeypatch.setenv("LABKIT_THREADS", "1")  # as the Makefile has it for labs that run side by side
         # Other tests run beside this one: two threads that wait for each other on a core that is taken gain nothing.
         monkeypatch.setenv("LABKIT_THREADS", "1")
         stored = [cell for _, cell in editions.code_cells(read(path))]
