@@ -1,10 +1,11 @@
 """Everything that a machine with a CUDA GPU is for: tests and notebooks on it, then all benchmarks, one file each.
 
-    python -m benchmarks.on_gpu [--workers 4] [--only tests notebooks kernels positions]
+    python -m benchmarks.on_gpu [--workers 4] [--only tests notebooks kernels positions sanitizer]
 
 The notebooks run side by side, each in a process of its own, under strict nbval. A benchmark's last line is kept as
-`data/results/<device>_<benchmark>.json`, whether its bars hold or not. What fails or takes too long is named at the
-end, ends nothing else, and makes the exit code 1.
+`data/results/<device>_<benchmark>.json`, whether its bars hold or not. Last, where CUDA has its compute-sanitizer, it
+watches the kernels' tests for accesses beside memory. What fails or takes too long is named at the end, ends nothing
+else, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +31,8 @@ RESULTS = ROOT / "data" / "results"
 BENCHMARKS = {  # seconds that each may take
     "kernels": 300, "gpu_decode": 240, "positions": 300, "gpu_engine": 300, "gpu_memory": 240,
 }  # fmt: skip
-TESTS, NOTEBOOKS, WARNING = 1800, 1200, 10  # seconds; the last from being asked to end to being ended
+SANITIZER = "compute-sanitizer"
+TESTS, NOTEBOOKS, WATCHED, WARNING = 1800, 1200, 1800, 10  # seconds; the last from being asked to end to being ended
 
 
 class Step:
@@ -104,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; 0 when all of it passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workers", default="2", help="processes for the tests")
-    parser.add_argument("--only", nargs="+", default=None, choices=["tests", "notebooks", *BENCHMARKS])
+    parser.add_argument("--only", nargs="+", default=None, choices=["tests", "notebooks", *BENCHMARKS, "sanitizer"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
-    only = asked.only or ["tests", "notebooks", *BENCHMARKS]
+    only = asked.only or ["tests", "notebooks", *BENCHMARKS, "sanitizer"]
     pytest = (sys.executable, "-m", "pytest")
     done = {}
     if "tests" in only:
@@ -127,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kept as {path.name}" if path else f"{name} printed no record", flush=True)
         if path is None:
             done[name] = (done[name][0] or 1, done[name][1])
+    if "sanitizer" in only and not shutil.which(SANITIZER):
+        print(f"sanitizer: left out, since there is no {SANITIZER} here; it comes with the CUDA toolkit")
+        done |= {"sanitizer": (1, "")} if asked.only else {}
+    elif "sanitizer" in only:
+        watched = (SANITIZER, "--error-exitcode", "1", "--target-processes", "all")
+        done |= run([("sanitizer", (*watched, *pytest, "-q", "-p", "no:cacheprovider", "tests/kernels"), WATCHED)])
     failed = [name for name, (code, _) in done.items() if code]
     print(f"{len(done) - len(failed)} of {len(done)} passed" + "".join(f"\nFAILED: {name}" for name in failed))
     return 1 if failed else 0

@@ -56,6 +56,7 @@ def test_all_run_and_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path
 
     step = on_gpu.Step
     monkeypatch.setattr(on_gpu, "Step", fake)
+    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: f"/{name}")
     assert on_gpu.main(["--workers", "3", "--results", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.splitlines()[-2:] == ["FAILED: gpu_decode", "FAILED: positions"]
@@ -67,4 +68,16 @@ def test_all_run_and_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path
     assert names[0] == "tests"
     assert "3" in steps[0][1]
     assert sum(name.startswith("0") for name in names) == len(numbers())
+    assert names[-1] == "sanitizer"
+    assert steps[-1][1][0] == "compute-sanitizer"
     assert on_gpu.main(["--only", "kernels", "--results", str(tmp_path)]) == 0
+
+
+def test_without_a_sanitizer_it_is_left_out_and_fails_only_where_it_was_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(on_gpu, "BENCHMARKS", {})
+    monkeypatch.setattr(on_gpu, "run", lambda plan, side_by_side=False: {name: (0, "") for name, *_ in plan})
+    assert on_gpu.main(["--results", str(tmp_path)]) == 0
+    assert "no compute-sanitizer here" in capsys.readouterr().out
+    assert on_gpu.main(["--only", "sanitizer", "--results", str(tmp_path)]) == 1
+    assert "FAILED: sanitizer" in capsys.readouterr().out
