@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.llama import Llama
+from labkit.prepacked import PrepackedLinear
 
 FERRY = """\
 The ferry left the harbour at seven, as it did every morning, with the post, two crates of bread and whoever \
@@ -31,18 +32,29 @@ the boat, which the tide was carrying round in a wide circle.
 def rebuilt(model: Llama, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Llama:
     """The model with `change(layer, k, v)` for what makes K and V in every layer; as many KV heads as come back.
 
-    k, v: the weight, `[num_kv_heads * head_dim, hidden_size]`. All other weights are the model's own, not copies.
+    k, v: the weight, `[num_kv_heads * head_dim, hidden_size]`. Everything else is the model's own, not a copy.
     """
-    spec, weights = model.spec, dict(model.state_dict())
+    spec, qkvs = model.spec, []
     sizes = [heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
     k = None
-    for name in [name for name in weights if ".qkv." in name]:
-        q, k, v = weights[name].split(sizes)
-        k, v = change(int(name.split(".")[1]), k, v)
-        weights[name] = torch.cat((q, k, v))
+    for layer, block in enumerate(model.blocks):
+        parts = []
+        for whole in (block.attention.qkv.weight, block.attention.qkv.bias):
+            if whole is not None:
+                q, k, v = whole.detach().split(sizes)
+                k, v = change(layer, k, v)
+                parts.append(torch.cat((q, k, v)))
+        qkvs.append(parts)
     assert k is not None
     with torch.device("meta"):
         other = Llama(replace(spec, num_kv_heads=len(k) // spec.head_dim))
-    other.load_state_dict(weights, assign=True)
-    other.requires_grad_(False)
-    return other.prepack() if model.is_prepacked else other  # the same products, so that equal weights give equal bits
+    other.embedding, other.norm, other.head = model.embedding, model.norm, model.head
+    for block, own, parts in zip(other.blocks, model.blocks, qkvs, strict=True):
+        block.attention_norm, block.mlp_norm, block.mlp = own.attention_norm, own.mlp_norm, own.mlp
+        block.attention.out = own.attention.out
+        if isinstance(own.attention.qkv, PrepackedLinear):  # the same products, so that equal weights give equal bits
+            block.attention.qkv = PrepackedLinear(*parts)  # type: ignore[assignment]
+        else:
+            block.attention.qkv.load_state_dict(dict(zip(("weight", "bias"), parts, strict=False)), assign=True)
+            block.attention.qkv.requires_grad_(False)
+    return other
