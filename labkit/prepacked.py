@@ -116,22 +116,17 @@ def blocks_of(prepacked: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     outs, columns = weight.shape
     if outs % LANES or not columns or not is_in_blocks(columns, weight.dtype):
         return None
-    if torch.ops.mkldnn._nbytes(prepacked) != weight.nbytes:
+    if not lies_in_blocks(prepacked, weight):
         return None
-    memory = memory_of(prepacked, weight.dtype).view(outs // LANES, -1)
-    for block in (0, outs // LANES - 1):
-        expected = in_blocks(weight[block * LANES : (block + 1) * LANES].detach()).flatten()
-        if not torch.equal(bits(memory[block]), bits(expected)):
-            return None
     warm_up(weight.dtype)
     shape = in_blocks(torch.empty_like(weight, device="meta")).shape
-    return Blocks(memory.view(shape), bias, owner=prepacked)
+    return Blocks(memory_of(prepacked, weight.dtype).view(shape), bias, owner=prepacked)
 
 
 @functools.cache
 def is_in_blocks(columns: int, dtype: torch.dtype) -> bool:
     """Whether oneDNN makes of a weight `[128, columns]` what `in_blocks` does: tried with one whose numbers differ."""
-    from labkit.kernels.matvec_cpu import LANES, in_blocks
+    from labkit.kernels.matvec_cpu import LANES
 
     has_memory = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))
     if not has_memory or (dtype == torch.bfloat16 and columns % 2):
@@ -139,12 +134,19 @@ def is_in_blocks(columns: int, dtype: torch.dtype) -> bool:
     numbers = torch.arange(2 * LANES * columns, dtype=torch.int32) % MANY
     weight = (numbers.short().view(dtype) if dtype == torch.bfloat16 else numbers.float()).view(2 * LANES, columns)
     try:
-        prepacked = reorder(weight)
+        return lies_in_blocks(reorder(weight), weight)
     except RuntimeError:
         return False
+
+
+def lies_in_blocks(prepacked: Tensor, weight: Tensor) -> bool:
+    """Whether a prepacked weight is as long as the weight, and its first and last block are as `in_blocks` has them."""
+    from labkit.kernels.matvec_cpu import LANES, in_blocks
+
     if torch.ops.mkldnn._nbytes(prepacked) != weight.nbytes:
         return False
-    return torch.equal(bits(memory_of(prepacked, dtype)), bits(in_blocks(weight).flatten()))
+    memory, rows = memory_of(prepacked, weight.dtype).view(len(weight) // LANES, -1), weight.detach().split(LANES)
+    return all(torch.equal(bits(memory[end]), bits(in_blocks(rows[end]).flatten())) for end in (0, -1))
 
 
 def bits(x: Tensor) -> Tensor:

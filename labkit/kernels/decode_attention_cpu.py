@@ -1,6 +1,6 @@
 """`decode_attention` for a CPU: one new token per row over dense K and V, in loops that Numba compiles when needed.
 
-PyTorch's fused attention computes with tiles of queries, and one new token has no tile: it then reaches a third of the
+PyTorch's fused attention computes with tiles of queries, and one new token has no tile: it then reaches about half the
 speed at which memory gives K and V. Here a KV head's keys are read once for all its queries, some tokens at a time, so
 that they stay in the core's fastest caches until every query has had them.
 
